@@ -1,0 +1,222 @@
+"""How do pictures and words become a batch? One way in for live captions, replay and head finding.
+
+A batch of prompts is left-padded, so that every caption starts at the same position P; captions that are replayed follow
+from P on and are padded on the right, where causal attention never looks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from gazeguard.errors import InputError, UnsupportedError
+from gazeguard.grid import ImageGrid, Prompt, find_grid, image_cells
+
+MAX_IMAGE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of prompts, and the captions that follow them if there are any.
+
+    inputs:      what the processor made, extended by the captions
+    prompt_ids:  (batch, P) int64; prompt_mask: the same, 0 for padding
+    caption_ids: for each row (T,) int64
+    offsets:     for each row (T, 2) int64, the characters of its caption that each token covers
+    """
+
+    inputs: dict[str, Any]
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    caption_ids: tuple[NDArray[np.int64], ...] = ()
+    offsets: tuple[NDArray[np.int64], ...] = ()
+
+
+def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """An upright RGB picture from a file, bytes or a PIL image. Raises `InputError` for anything else."""
+    if isinstance(source, Image.Image):
+        return ImageOps.exif_transpose(source).convert("RGB")
+    name = "the given bytes" if isinstance(source, bytes) else str(source)
+    try:
+        if not isinstance(source, bytes) and Path(source).stat().st_size > MAX_IMAGE_BYTES:
+            raise InputError(f"{name} is larger than {MAX_IMAGE_BYTES} bytes. Make the picture smaller first.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{name} cannot be opened: {error.strerror}. Give the path of a picture.") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} is not a picture that Pillow can read. Give a PNG, JPEG or WebP file.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{name} has more pixels than is safe to unpack ({error}). Make it smaller first.") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name} is damaged: {error}. Save the picture again, or leave it out.") from error
+
+
+def image_token_id(model: PreTrainedModel) -> int:
+    """The id that marks image cells in the prompt. Raises `UnsupportedError` for a model that has none."""
+    for name in ("image_token_id", "image_token_index"):
+        if (value := getattr(model.config, name, None)) is not None:
+            return int(value)
+    raise UnsupportedError(
+        f"{type(model).__name__} has no image token in its configuration: it is a text-only model, or it takes its "
+        "pictures in by a way that GazeGuard does not know. Use a vision-language model with image tokens."
+    )
+
+
+def encode(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    captions: Sequence[str] = (),
+) -> Encoded:
+    """One picture and one prompt per row, through the processor's chat template; on the model's device."""
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise InputError(
+            f"{type(processor).__name__} is not a vision-language processor. Pass AutoProcessor.from_pretrained(...) of the model."
+        )
+    if processor.chat_template is None:
+        token = getattr(processor, "image_token", "<image>")
+        made = processor(
+            images=[[image] for image in images],
+            text=[f"{token}{prompt}" for prompt in prompts],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+    else:
+        talks = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+        made = processor.apply_chat_template(
+            talks,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+    inputs = dict(made.to(model.device))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if not captions:
+        return Encoded(inputs, ids, mask)
+    told = [tokenize(processor.tokenizer, caption) for caption in captions]
+    length = max(len(caption_ids) for caption_ids, _ in told)
+    for name, value in inputs.items():
+        # Everything that runs along the sequence (mask, token types) goes on with it; a caption is plain text.
+        if isinstance(value, Tensor) and value.shape == ids.shape:
+            inputs[name] = torch.cat((value, value.new_zeros(len(told), length)), dim=1)
+    for row, (caption_ids, _) in enumerate(told):
+        end = ids.shape[1] + len(caption_ids)
+        inputs["input_ids"][row, ids.shape[1] : end] = torch.from_numpy(caption_ids).to(model.device)
+        inputs["attention_mask"][row, ids.shape[1] : end] = 1
+    return Encoded(inputs, ids, mask, *map(tuple, zip(*told, strict=True)))
+
+
+def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What one forward pass needs: the inputs, and positions that do not count padding, as ``generate`` makes them."""
+    takes = inspect.signature(model.forward).parameters
+    made = {name: value for name, value in inputs.items() if name in takes}
+    rotates_in_space = hasattr(getattr(model, "model", model), "get_rope_index")  # M-RoPE models find their own positions
+    if "position_ids" in takes and not rotates_in_space:
+        made["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return made
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids (T,) and the characters that each covers (T, 2), without special tokens."""
+    if tokenizer.is_fast:
+        made = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
+        return np.array(made["input_ids"], np.int64), np.array(made["offset_mapping"], np.int64).reshape(-1, 2)
+    ids = np.array(tokenizer(caption, add_special_tokens=False)["input_ids"], np.int64)
+    return ids, decode(tokenizer, ids)[1]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int64]) -> tuple[str, NDArray[np.int64]]:
+    """The text of ``ids`` (T,) and the characters that each covers (T, 2).
+
+    A token's characters are what it adds to the text of the eight tokens before it, so that the cost grows with T and a
+    tokenizer's rules about leading spaces are respected. Tokens that together make one character share it.
+    """
+
+    def text(part: NDArray[np.int64]) -> str:
+        return tokenizer.decode(part.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    whole = text(ids)
+    special = set(tokenizer.all_special_ids)
+    offsets = np.zeros((len(ids), 2), np.int64)
+    at = 0
+    for i, token in enumerate(ids.tolist()):
+        window = ids[max(0, i - 8) : i + 1]
+        end = min(len(whole), at + max(0, len(text(window)) - len(text(window[:-1]))))
+        shared = end == at and at > 0 and token not in special
+        offsets[i] = (at - 1 if shared else at, end)
+        at = end
+    return whole, offsets
+
+
+def grids_of(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    inputs: Mapping[str, Any],
+    ids: Tensor,
+    mask: Tensor | None,
+    sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> list[ImageGrid]:
+    """The image grid of every row of a batch of prompts (batch, P).
+
+    sizes: for each row the (width, height) in pixels of its pictures; by default what the processor made of them
+    Raises `InputError` for a row without a picture, `UnsupportedError` for a layout that no rule knows.
+    """
+    token = image_token_id(model)
+    rows = ids.cpu().numpy()
+    real = np.ones_like(rows, bool) if mask is None else mask.cpu().numpy().astype(bool)
+    thw = inputs.get("image_grid_thw")
+    pictures = iter(() if thw is None else np.asarray(thw.cpu()))
+    merge = getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", 1)
+    grids = []
+    for number, (row, is_real) in enumerate(zip(rows, real, strict=True)):
+        own = row[is_real]
+        runs = image_cells(own, token)
+        if not runs:
+            raise InputError(
+                f"Row {number} of the batch has no image token (id {token}): the picture did not reach the prompt. Put an "
+                'image into the message, {"type": "image", "image": ...}, and pass the processor\'s output whole.'
+            )
+        share: dict[str, Any] = {}
+        if thw is not None:
+            left, mine = sum(length for _, length in runs), []
+            while left > 0 and (picture := next(pictures, None)) is not None:
+                mine.append(picture)
+                left -= int(picture.prod()) // merge**2
+            share["image_grid_thw"] = np.stack(mine) if mine else np.zeros((0, 3), np.int64)
+        given = sizes[number] if sizes is not None else _processed_sizes(model, inputs, share, len(runs))
+        grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor)))
+    return grids
+
+
+def _processed_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], share: Mapping[str, Any], runs: int) -> Any:
+    """(width, height) of each picture as the vision encoder sees it, for callers who kept no original."""
+    if "image_grid_thw" in share:
+        patch = model.config.vision_config.patch_size
+        return [(int(w) * patch, int(h) * patch) for _, h, w in share["image_grid_thw"]]
+    pixels = inputs.get("pixel_values")
+    shape = (1, 1) if pixels is None else tuple(pixels.shape[-2:])
+    return [(int(shape[1]), int(shape[0]))] * runs

@@ -1,0 +1,250 @@
+"""How does the lab's VLM learn? ``python -m gazeguard.lab.train --out DIR`` trains it from nothing on two cores.
+
+Encoder and language model learn together from the first joint step to the last. Three things make that short:
+
+* a *warm-up* in which the encoder alone says what lies in each cell and where the cell is (three linear probes, thrown
+  away at the end; their loss stays on as an auxiliary term, so that the encoder keeps its sharpness while the language
+  model grows);
+* a *curriculum*: one panel or thing first, then more (six panels from the start sit on a plateau);
+* bfloat16 autocast.
+
+Progress is a bar on stderr and ``DIR/log.jsonl``; the state is saved every ``--save-every`` steps, and the same command
+resumes from it. Everything is seeded; the lessons are drawn on the fly and never repeat.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
+
+from gazeguard.comics import COLOURS
+from gazeguard.lab.model import (
+    ASSISTANT,
+    BOS,
+    CELLS,
+    EOS,
+    FAKE_IMAGE,
+    GLOBAL_IMAGE,
+    IMAGE,
+    PATCH,
+    USER,
+    build_model,
+    build_processor,
+)
+from gazeguard.lab.world import NOUNS, Picture, Sample, lessons
+
+ENCODER_WARM_UP = 0.12  # share of the steps in which only the encoder learns
+CURRICULUM = ((ENCODER_WARM_UP, 8), (0.16, 1), (0.21, 2), (0.28, 4), (1.0, 8))  # until this share: at most so many things
+PROBE_WEIGHT = 0.3  # of the probes' loss once the language model learns, too
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: Tensor  # (batch, tokens) int64, right-padded
+    targets: Tensor  # (batch, tokens) int64: the next token where it is part of an answer, else -100
+    pixel_values: Tensor  # (batch, 1, 3, PAGE, PAGE) float32 in [-1, 1]
+    nouns: Tensor  # (batch, cells) int64: 0 is nothing
+    colours: Tensor  # (batch, cells) int64: 0 is nothing
+
+
+class Collator:
+    """Turns conversations into tensors, as the processor and its chat template would (a test compares them)."""
+
+    def __init__(self, processor: Idefics3Processor) -> None:
+        tokenizer = processor.tokenizer
+        ids = tokenizer.convert_tokens_to_ids
+        self.pad = tokenizer.pad_token_id
+        self.bos, self.eos, self.user, self.assistant = map(ids, (BOS, EOS, USER, ASSISTANT))
+        self.image = [ids(FAKE_IMAGE), ids(GLOBAL_IMAGE), *[ids(IMAGE)] * CELLS**2, ids(FAKE_IMAGE)]
+        self.encode = lru_cache(maxsize=65536)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+
+    def conversation(self, sample: Sample) -> tuple[list[int], list[bool]]:
+        """Token ids, and whether each is one that the model has to say."""
+        ids, said = [self.bos], [False]
+        for i, turn in enumerate(sample.turns):
+            asked = [self.user, *(self.image if i == 0 else ()), *self.encode(turn.prompt), self.eos, self.assistant]
+            answer = [*self.encode(turn.answer), self.eos]
+            ids += asked + answer
+            said += [False] * len(asked) + [True] * len(answer)
+        return ids, said
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        talks = [self.conversation(sample) for sample in samples]
+        length = -(-max(len(ids) for ids, _ in talks) // 16) * 16
+        input_ids = torch.full((len(talks), length), self.pad)
+        targets = torch.full((len(talks), length), -100)
+        for row, (ids, said) in enumerate(talks):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            next_ids, spoken = torch.tensor(ids[1:]), torch.tensor(said[1:])
+            targets[row, : len(ids) - 1] = torch.where(spoken, next_ids, -100)
+        pixels = np.stack([np.asarray(sample.image) for sample in samples])
+        pixel_values = torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, None] / 127.5 - 1
+        nouns, colours = zip(*(cell_labels(sample.picture) for sample in samples), strict=True)
+        return Batch(input_ids, targets, pixel_values, torch.stack(nouns), torch.stack(colours))
+
+
+def cell_labels(picture: Picture) -> tuple[Tensor, Tensor]:
+    """What lies in each cell: index into NOUNS and COLOURS plus one, 0 for nothing; row-major, shape (cells,)."""
+    nouns, colours = torch.zeros(CELLS, CELLS, dtype=torch.int64), torch.zeros(CELLS, CELLS, dtype=torch.int64)
+    names = list(COLOURS)
+    for thing in picture.things:
+        x0, y0, x1, y1 = ((edge + PATCH // 2) // PATCH for edge in thing.box)
+        where = slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1))
+        nouns[where], colours[where] = NOUNS.index(thing.noun) + 1, names.index(thing.colour) + 1
+    return nouns.flatten(), colours.flatten()
+
+
+def batches(collate: Collator, seed: int, step: int, steps: int, size: int) -> Iterator[Batch]:
+    """The batches from ``step`` on. Sixteen are drawn at once and cut by length, so that little is padding."""
+    pool = 16
+    while step < steps:
+        first = step // pool * pool
+        most = next(most for until, most in CURRICULUM if first / steps < until)
+        drawn = list(islice(lessons(seed, first * size, most), pool * size))
+        drawn.sort(key=lambda sample: sum(len(turn.prompt) + len(turn.answer) + 12 for turn in sample.turns))
+        groups = [drawn[i * size : (i + 1) * size] for i in range(pool)]
+        random.Random(first).shuffle(groups)
+        for group in groups[step - first : steps - first]:
+            yield collate(group)
+            step += 1
+
+
+class Learner(nn.Module):
+    """The model with the three probes that teach its encoder; only the model is kept."""
+
+    def __init__(self, model: Idefics3ForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+        width = model.config.text_config.hidden_size
+        self.noun_probe = nn.Linear(width, len(NOUNS) + 1)
+        self.colour_probe = nn.Linear(width, len(COLOURS) + 1)
+        self.place_probe = nn.Linear(width, CELLS**2)
+
+    def forward(self, batch: Batch, encoder_only: bool) -> tuple[Tensor, Tensor]:
+        """Cross-entropy per answer token and per cell (the sum of the probes), in nats."""
+        device = batch.pixel_values.device
+        features = self.model.model.get_image_features(batch.pixel_values)
+        cells = torch.stack(features.pooler_output) if isinstance(features.pooler_output, list) else features.pooler_output
+        cells = cells.reshape(len(batch.nouns), CELLS**2, -1)
+        places = torch.arange(CELLS**2, device=device).expand_as(batch.nouns)
+        probes = ((self.noun_probe, batch.nouns), (self.colour_probe, batch.colours), (self.place_probe, places))
+        cell_loss = sum(F.cross_entropy(probe(cells).float().flatten(0, 1), labels.flatten()) for probe, labels in probes)
+        if encoder_only:
+            return torch.zeros((), device=device), cell_loss
+        hidden = self.model.model(
+            input_ids=batch.input_ids, mm_encoder_outputs={"image": features}, use_cache=False
+        ).last_hidden_state
+        spoken = batch.targets != -100
+        logits = self.model.lm_head(hidden[spoken]).float()
+        return F.cross_entropy(logits, batch.targets[spoken]), cell_loss
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: cosine over all, with a short ramp where the encoder and where the rest starts."""
+    joint = int(ENCODER_WARM_UP * steps)
+    ramp = min(1.0, (step - (joint if step >= joint else 0) + 1) / 150)
+    return ramp * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def save_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Weights, moments and step in one safetensors file, put in place at once."""
+    tensors = {f"weight/{name}": value.detach().contiguous() for name, value in learner.named_parameters()}
+    for name, parameter in learner.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = value
+    save_file({**tensors, "step": torch.tensor(step)}, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def load_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> int:
+    tensors = load_file(path)
+    for name, parameter in learner.named_parameters():
+        parameter.data.copy_(tensors[f"weight/{name}"])
+        optimizer.state[parameter] = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    return int(tensors["step"])
+
+
+def save_checkpoint(model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, out: Path) -> None:
+    """An ordinary checkpoint directory: fp16 on disk, but asking to be loaded as fp32, which CPUs are fast at."""
+    halved = build_model(processor, model.config.text_config.hidden_size, model.config.text_config.num_hidden_layers)
+    halved.load_state_dict(model.state_dict())
+    halved.half().save_pretrained(out)
+    processor.save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "float32"
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Where the checkpoint, the state and the log go.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
+    batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 1.2e-3,
+    width: Annotated[int, typer.Option(help="Hidden size; heads are 32 wide.")] = 192,
+    layers: Annotated[int, typer.Option(help="Layers of the language model.")] = 6,
+    save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 250,
+    seed: Annotated[int, typer.Option(help="Seed of weights and lessons.")] = 0,
+    compile_layers: Annotated[bool, typer.Option(help="torch.compile each layer: a sixth faster, needs a C++ compiler.")] = False,
+) -> None:
+    """Train the lab's VLM, or go on where an interrupted run stopped."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = build_processor()
+    learner = Learner(build_model(processor, width, layers)).to(device).train()
+    learner.model.set_attn_implementation({"vision_config": "eager"})  # on CPUs the faster one to train at this size
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    state = out / "state.safetensors"
+    step = load_state(state, learner, optimizer) if state.exists() else 0
+    for group in optimizer.param_groups:
+        group["initial_lr"] = learning_rate
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rate(at, steps), last_epoch=step - 1)
+    if compile_layers:
+        for layer in (*learner.model.model.text_model.layers, *learner.model.model.vision_model.encoder.layers):
+            layer.compile(dynamic=True)
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress, (out / "log.jsonl").open("a") as log:
+        bar = progress.add_task("training", total=steps, completed=step)
+        for batch in batches(Collator(processor), seed, step, steps, batch_size):
+            encoder_only = step < int(ENCODER_WARM_UP * steps)
+            batch = Batch(*(tensor.to(device) for tensor in vars(batch).values()))
+            with torch.autocast(device, torch.bfloat16):
+                word_loss, cell_loss = learner(batch, encoder_only)
+            optimizer.zero_grad()
+            (word_loss + (1.0 if encoder_only else PROBE_WEIGHT) * cell_loss).backward()
+            nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+            # In the warm-up the language model has no gradient; its moments start with its first one.
+            optimizer.step()
+            schedule.step()
+            step += 1
+            progress.update(bar, advance=1, description=f"words {word_loss:.3f} cells {cell_loss:.3f}")
+            if step % 10 == 0:
+                row = {"step": step, "words": round(word_loss.item(), 4), "cells": round(cell_loss.item(), 4)}
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+            if step % save_every == 0 and not encoder_only or step == steps:
+                save_state(state, learner, optimizer, step)
+                save_checkpoint(learner.model, processor, out)
+
+
+if __name__ == "__main__":
+    typer.run(train)
