@@ -31,7 +31,7 @@ from gazeguard.trace import GazeTrace
 
 LONGEST_EDGE = 1024  # pixels; larger pictures are shrunk in the page, which stays small enough to mail
 
-_WORD = re.compile(r"\w+(?:['’\-]\w+)*|[^\w\s]+")
+_WORD = re.compile(r"\w+(?:['\u2019\-]\w+)*|[^\w\s]+")  # U+2019: the apostrophe of print
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all that can steer a terminal; tab and newline stay
 
 
@@ -100,8 +100,8 @@ class Report:
     def __post_init__(self) -> None:
         if self.trace is not None and self.trace.text != self.caption:
             raise InputError(
-                f"The trace is of another text ({self.trace.text[:40]!r}) than the caption ({self.caption[:40]!r}), so its "
-                "gaze would be shown at the wrong words. Pass the caption's own trace, or None."
+                f"The trace is of another text ({self.trace.text[:40]!r}) than the caption ({self.caption[:40]!r}), "
+                "so its gaze would be shown at the wrong words. Pass the caption's own trace, or None."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,7 +190,8 @@ def _template() -> tuple[str, str]:
     """The page without its data, and the content security policy that allows its one style and one script."""
     template = resources.files("gazeguard").joinpath("replay.html").read_text(encoding="utf-8")
     style, script = (re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL) for tag in ("style", "script"))
-    assert style and script  # both are part of the package
+    assert style  # both are part of the package
+    assert script
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style[1])}; script-src {_hash(script[1])}; "
         "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
@@ -276,7 +277,7 @@ def _placed(trace: GazeTrace) -> NDArray[np.int64]:
 
 
 def _mean_gaze(trace: GazeTrace, tokens: Sequence[int]) -> NDArray[np.float64]:
-    """(N,) float64: the gaze on each cell, mean over heads and the given tokens; what is not a number counts as none."""
+    """(N,) float64: the gaze on each cell, mean over heads and the given tokens; NaN counts as none."""
     gaze = trace.gaze[list(tokens)].astype(np.float64).mean(axis=(0, 1))
     return np.where(np.isfinite(gaze), gaze, 0)
 

@@ -58,6 +58,19 @@ class Backbone:
         per_head = getattr(module, "head_dim", None) or columns // self.config.num_attention_heads
         return columns // per_head, per_head
 
+    @functools.cached_property
+    def gain(self) -> tuple[Tensor, bool]:
+        """The final norm's weight (width,) fp32, however it is parametrised, and whether it subtracts the mean (LayerNorm).
+
+        A vector of alternating signs has mean 0 and square mean 1, so every RMS or layer norm maps it to +-weight (+ bias).
+        """
+        weight = self.unembedding.weight
+        signs = torch.ones(1, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        signs[:, 1::2] = -1
+        with torch.no_grad():
+            up, down, shifted = self.norm(signs), self.norm(-signs), self.norm(signs + 1)
+        return (signs * (up - down) / 2)[0].float(), torch.allclose(shifted, up, atol=1e-2, rtol=1e-2)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model says after the last layer's ``hidden`` (..., width): logits (..., vocabulary), fp32."""
         logits = self.unembedding(self.norm(hidden)).float()
@@ -218,6 +231,7 @@ class Tap:
 
     def __enter__(self) -> Tap:
         _install()
+        _ = self.backbone.gain  # runs the norm, so before anyone listens to it
         modules = [self.backbone.attention[layer] for layer in self._of_layer]
         if any("_gazeguard_tap" in module.__dict__ for module in modules):
             raise UnsupportedError("This model is being watched already. Leave the other watch first, or copy the model.")
@@ -299,6 +313,13 @@ class Tap:
         shares[..., 2] = weights[..., prompts.kinds.shape[1] :].sum(-1)
         self._read[layer].append((gaze, shares, weights @ value))
 
+    def latest(self) -> tuple[Tensor, Tensor]:
+        """The newest row alone: each head's output (batch, H, width per head) and the final state (batch, width)."""
+        for layer in self._of_layer:
+            self._look(layer)
+        outputs = [self._read[layer][-1][2][:, :, -1] for layer in self._of_layer]
+        return torch.cat(outputs, dim=1), self._hidden[-1][:, -1]
+
     def collect(self) -> Rows:
         """Everything heard since ``begin``. Raises `NothingSeenError` when that is nothing."""
         heard: dict[int, tuple[Tensor, ...]] = {}
@@ -318,18 +339,6 @@ class Tap:
 # ------------------------------------------------------------------------------------------- from a look to a logit
 
 
-def norm_gain(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor, bool]:
-    """The norm's weight (width,), however it is parametrised, and whether it subtracts the mean (LayerNorm).
-
-    A vector of alternating signs has mean 0 and square mean 1, so every RMS or layer norm maps it to +-weight (+ bias).
-    """
-    signs = torch.ones(width, device=like.device, dtype=like.dtype)
-    signs[1::2] = -1
-    up, down = norm(signs[None]), norm(-signs[None])
-    centres = bool(torch.allclose(norm(signs[None] + 1), up, atol=1e-2, rtol=1e-2))
-    return (signs * (up - down)[0] / 2).float(), centres
-
-
 def readout(backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: Tensor, directions: Tensor) -> Tensor:
     """What each head's look adds to a logit: direct logit attribution with the final norm's scale held fixed.
 
@@ -339,7 +348,7 @@ def readout(backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: T
     returns     (..., H) float32 logits: ``W_U g/|x| W_O o``, whose sum over all heads, all MLPs and the embedding is the logit
                 (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; DESIGN: readout)
     """
-    gain, centres = norm_gain(backbone.norm, hidden.shape[-1], hidden)
+    gain, centres = backbone.gain
     state = hidden.float()
     if centres:
         state = state - state.mean(-1, keepdim=True)

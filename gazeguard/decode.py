@@ -1,0 +1,37 @@
+"""How is the next word chosen? A LogitsProcessor that lets the gaze heads have their say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from gazeguard.policy import Rerank
+from gazeguard.tap import RIVALS, Tap, readout
+
+
+class RerankProcessor(LogitsProcessor):
+    """Adds ``strength`` times the weighted readout to the scores of plausible words; other scores stay as they are.
+
+    The readout of a candidate is what the gaze heads' output adds to its logit, relative to the mean over the plausible
+    candidates of this step, so that a step without a visual choice is left alone. Candidates are the `RIVALS` likeliest
+    words, and of these only words of at least ``plausible`` times the likeliest one's probability are moved.
+    """
+
+    def __init__(self, tap: Tap, policy: Rerank) -> None:
+        self.tap, self.policy = tap, policy
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: (batch, vocabulary) logits, of the rows that the tap heard last."""
+        backbone, heads = self.tap.backbone, self.tap.heads
+        output, hidden = self.tap.latest()
+        top, words = scores.topk(min(RIVALS, scores.shape[-1]), dim=-1)
+        directions = backbone.unembedding.weight[words]  # (batch, candidates, width)
+        count = words.shape[1]
+        looked = readout(
+            backbone, heads, output[:, None].expand(-1, count, -1, -1), hidden[:, None].expand(-1, count, -1), directions
+        ).sum(-1)
+        plausible = top - top[:, :1] >= torch.log(torch.tensor(self.policy.plausible, device=scores.device))
+        mean = (looked * plausible).sum(-1, keepdim=True) / plausible.sum(-1, keepdim=True)
+        moved = top + self.policy.strength * (looked - mean) * plausible
+        return scores.scatter(-1, words, moved.to(scores.dtype))

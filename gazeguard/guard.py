@@ -1,0 +1,292 @@
+"""Who watches? `GazeGuard`: around ``model.generate``, or over a caption that anything wrote.
+
+    guard = GazeGuard(model, processor, policy="mark")
+    ids = guard.generate(**inputs, max_new_tokens=100)      # as model.generate; guard.reports says what was seen
+    with guard.watch():
+        ids = model.generate(**inputs, max_new_tokens=100)  # the same
+    report = guard.check(image, "In panel one there is a red star.")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
+
+from gazeguard import __version__, features
+from gazeguard.decode import RerankProcessor
+from gazeguard.detector import FILE_NAME as DETECTOR_FILE
+from gazeguard.detector import Detector
+from gazeguard.errors import InputError, UnsupportedError
+from gazeguard.grid import ImageGrid
+from gazeguard.heads import GazeHeads
+from gazeguard.inputs import decode, encode, grids_of, image_token_id, load_image, model_inputs
+from gazeguard.phrases import chunk
+from gazeguard.policy import Mark, Policy, Rerank, load_policy
+from gazeguard.report import Finding, Report, Verdict, gaze_box
+from gazeguard.tap import Prompts, Rows, Tap, judge_words
+from gazeguard.trace import SHARES, GazeTrace
+
+HEADS_FILE = "heads.json"
+DEFAULT_PROMPT = "Describe the picture."
+UNSEEN = 0.01  # a caption whose gaze heads never gave the picture this share of attention was written without it
+
+# Ways of generating that cannot be watched: what tells them apart, and the way out.
+_REFUSED = (
+    ("beam search", lambda c: (c.num_beams or 1) > 1, "num_beams=1, with do_sample if you want variety"),
+    ("assisted decoding", lambda c: c.is_assistant or c.prompt_lookup_num_tokens, "no assistant and no prompt look-up"),
+    ("classifier-free guidance", lambda c: (c.guidance_scale or 1) != 1, "guidance_scale=None"),
+    ("a static or quantised cache", lambda c: c.cache_implementation is not None, "the default, growing cache"),
+    ("generating without a cache", lambda c: c.use_cache is False, "use_cache=True"),
+)
+
+
+class GazeGuard:
+    """Watches a model's gaze heads while it writes, and says which phrases the picture does not support.
+
+    policy:   the name of a policy, the path of one, or a `Policy`
+    heads:    `GazeHeads` or a file of them; by default ``heads.json`` in the model's own folder
+    detector: `Detector`, or a file or folder of one; by default ``detector.json`` in the model's own folder. Without one
+              everything is watched, but nothing is judged: every verdict is *unchecked*.
+
+    After each call ``reports`` holds one `Report` per written caption.
+    Raises `UnsupportedError` for a model that cannot be watched, `MismatchError` for heads or a detector of another one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        policy: str | Path | Policy = "mark",
+        heads: GazeHeads | str | Path | None = None,
+        detector: Detector | str | Path | None = None,
+    ) -> None:
+        image_token_id(model)
+        self.model, self.processor = model, processor
+        self.policy = policy if isinstance(policy, Mark | Rerank) else load_policy(policy)
+        self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.load(heads or self._own(HEADS_FILE))
+        self.heads.check_model(model)
+        if detector is None and (own := Path(model.name_or_path) / DETECTOR_FILE).is_file():
+            detector = own
+        self.detector = Detector.from_pretrained(detector) if isinstance(detector, str | Path) else detector
+        if self.detector is not None:
+            self.detector.check_heads(self.heads)
+        self.tap = Tap(model, self.heads.heads)
+        self.reports: list[Report] = []
+
+    def _own(self, name: str) -> Path:
+        path = Path(self.model.name_or_path) / name
+        if not path.is_file():
+            raise InputError(
+                f"No gaze heads are known for {self.model.name_or_path or 'this model'}: there is no {path}. Find them once "
+                "with find_heads(model, processor) and pass them as heads=."
+            )
+        return path
+
+    # ------------------------------------------------------------------------------------------------------- live
+
+    def generate(self, **arguments: Any) -> Any:
+        """`model.generate` with the same arguments and the same result; ``reports`` then holds what was seen."""
+        streamer = arguments.pop("streamer", None)
+        for name in ("assistant_model", "custom_generate"):
+            if arguments.get(name) is not None:
+                raise UnsupportedError(f"GazeGuard cannot watch generate(..., {name}=...). Leave {name} out.")
+        return type(self.model).generate(self.model, **arguments, custom_generate=partial(self, streamer=streamer))
+
+    @contextmanager
+    def watch(self) -> Iterator[GazeGuard]:
+        """Inside, `model.generate` is watched; outside, the model is what it was."""
+        if "generate" in self.model.__dict__:
+            raise UnsupportedError("This model's generate is already wrapped. Leave the other watch first.")
+        self.model.generate = self.generate
+        try:
+            yield self
+        finally:
+            del self.model.generate
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The decode loop that ``generate(custom_generate=guard)`` runs: transformers' own, watched."""
+        cache = model_kwargs.get("past_key_values")
+        for what, is_so, way_out in _REFUSED:
+            if is_so(generation_config):
+                raise UnsupportedError(f"GazeGuard cannot watch {what}. Generate with {way_out}.")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise UnsupportedError("GazeGuard cannot watch a continued cache. Pass the whole conversation as one prompt.")
+        if input_ids.shape[1] == 0:
+            raise InputError("The prompt has no token ids: generate got inputs_embeds alone. Pass input_ids.")
+        mask = model_kwargs.get("attention_mask")
+        grids = grids_of(model, self.processor, model_kwargs, input_ids, mask)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        with self.tap as tap:
+            tap.begin(Prompts.of(input_ids, mask, image_token_id(model)))
+            if isinstance(self.policy, Rerank):
+                logits_processor = LogitsProcessorList([RerankProcessor(tap, self.policy), *logits_processor])
+            made = model._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                streamer=streamer,
+                **model_kwargs,
+            )
+            rows = tap.collect()
+        written = (made if isinstance(made, Tensor) else made.sequences)[:, input_ids.shape[1] :]
+        ends = generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        captions, texts, offsets, finished = [], [], [], []
+        for row in written.cpu().numpy():
+            stop = next((i for i, token in enumerate(row.tolist()) if token in ends), len(row))
+            text, where = decode(self.processor.tokenizer, row[:stop])
+            captions.append(row[:stop])
+            texts.append(text)
+            offsets.append(where)
+            finished.append(stop < len(row))
+        self.reports = self._report(rows, grids, captions, texts, offsets, finished)
+        return made
+
+    def caption(self, image: Any, prompt: str = DEFAULT_PROMPT, **arguments: Any) -> Report:
+        """Write and watch one caption of a picture (a path or a PIL image); ``arguments`` go to ``generate``."""
+        batch = encode(self.model, self.processor, [load_image(image)], [prompt])
+        self.generate(**batch.inputs, **{"max_new_tokens": 256, **arguments})
+        return self.reports[0]
+
+    # ----------------------------------------------------------------------------------------------------- replay
+
+    def check(self, image: Any, caption: str, prompt: str = DEFAULT_PROMPT) -> Report:
+        """Judge a caption that anything wrote, by one teacher-forced pass. ``prompt`` is what it answers.
+
+        An empty caption, and one longer than the model's context, are *unchecked*.
+        """
+        return self.check_all([image], [caption], prompt)[0]
+
+    @torch.no_grad()
+    def check_all(self, images: Sequence[Any], captions: Sequence[str], prompt: str = DEFAULT_PROMPT) -> list[Report]:
+        """`check` for a batch of pictures with one caption each, in one pass."""
+        reports: list[Report | None] = [
+            None if caption.strip() else self._unchecked(caption, "the caption is empty") for caption in captions
+        ]
+        todo = [i for i, report in enumerate(reports) if report is None]
+        if not todo:
+            return reports
+        pictures = [load_image(images[i]) for i in todo]
+        batch = encode(self.model, self.processor, pictures, [prompt] * len(todo), [captions[i] for i in todo])
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit is not None and batch.inputs["input_ids"].shape[1] > limit:
+            if len(todo) > 1:  # one long caption must not cost the others
+                for i in todo:
+                    reports[i] = self.check(images[i], captions[i], prompt)
+                return reports
+            length = batch.inputs["input_ids"].shape[1]
+            reason = f"prompt and caption have {length} tokens, more than the model's context of {limit}"
+            reports[todo[0]] = self._unchecked(captions[todo[0]], reason)
+            return reports
+        sizes = [[picture.size] for picture in pictures]
+        grids = grids_of(self.model, self.processor, batch.inputs, batch.prompt_ids, batch.prompt_mask, sizes)
+        with self.tap as tap:
+            tap.begin(Prompts.of(batch.prompt_ids, batch.prompt_mask, image_token_id(self.model)))
+            self.model(**model_inputs(self.model, batch.inputs), use_cache=False)
+            rows = tap.collect()
+        texts = [captions[i] for i in todo]
+        done = self._report(rows, grids, batch.caption_ids, texts, batch.offsets, [True] * len(todo))
+        for i, report in zip(todo, done, strict=True):
+            reports[i] = report
+        return reports
+
+    # ---------------------------------------------------------------------------------------------------- judging
+
+    def _report(
+        self,
+        rows: Rows,
+        grids: Sequence[ImageGrid],
+        captions: Sequence[NDArray[np.int64]],
+        texts: Sequence[str],
+        offsets: Sequence[NDArray[np.int64]],
+        finished: Sequence[bool],
+    ) -> list[Report]:
+        longest = max(len(ids) for ids in captions)
+        written = np.zeros((len(captions), longest), np.int64)
+        for row, ids in zip(written, captions, strict=True):
+            row[: len(ids)] = ids
+        rows = Rows(*(tensor[:, :longest] for tensor in vars(rows).values()))
+        words = judge_words(self.tap.backbone, self.tap.heads, rows, torch.from_numpy(written).to(rows.hidden.device))
+        reports = []
+        for b, (grid, ids) in enumerate(zip(grids, captions, strict=True)):
+
+            def of(tensor: Tensor, row: int = b, length: int = len(ids)) -> NDArray[np.float32]:
+                return tensor[row, :length].float().cpu().numpy()
+
+            trace = GazeTrace(
+                text=texts[b],
+                token_ids=np.asarray(ids, np.int64),
+                offsets=offsets[b],
+                logprobs=of(words.logprobs),
+                entropy=of(words.entropy),
+                gaze=of(rows.gaze)[..., : len(grid)],
+                shares=of(rows.shares),
+                readout=of(words.readout),
+                heads=self.tap.heads,
+                grid=grid,
+                model=self.heads.model,
+                finished=finished[b],
+            )
+            reports.append(self.judge(trace))
+        return reports
+
+    def judge(self, trace: GazeTrace) -> Report:
+        """The verdict on a trace: which phrases are doubtful, where the gaze was, and why."""
+        if len(trace) == 0:
+            return self._unchecked(trace.text, "the caption is empty")
+        if trace.shares[..., SHARES.index("picture")].max() < UNSEEN:
+            return self._unchecked(trace.text, "the gaze heads never looked at the picture", trace)
+        phrases = [phrase for phrase in chunk(trace.text) if phrase.kind == "object"]
+        if not phrases:
+            return self._unchecked(trace.text, "the caption names nothing that could be checked", trace)
+        if self.detector is None:
+            return self._unchecked(trace.text, "no detector is fitted for this model", trace)
+        columns = features.names(trace.heads)
+        x = features.features(trace, phrases)[:, [columns.index(name) for name in self.detector.names]]
+        threshold = self.detector.threshold if self.policy.threshold == "detector" else self.policy.threshold
+        findings = tuple(
+            Finding(
+                phrase=phrase,
+                risk=float(risk),
+                flagged=bool(risk >= threshold),
+                reasons=reasons if risk >= threshold else (),
+                box=gaze_box(trace, trace.tokens(phrase.head.start, phrase.head.end)),
+            )
+            for phrase, risk, reasons in zip(phrases, self.detector.risk(x), self.detector.reasons(x), strict=True)
+        )
+        doubtful = [finding.phrase.text for finding in findings if finding.flagged]
+        if doubtful:
+            return self._made(trace.text, Verdict.FLAG, f"not supported by the picture: {', '.join(doubtful)}", findings, trace)
+        if not trace.finished:
+            return self._made(trace.text, Verdict.UNCHECKED, "the caption was cut off by the length limit", findings, trace)
+        return self._made(trace.text, Verdict.PASS, "", findings, trace)
+
+    def _unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:
+        return self._made(caption, Verdict.UNCHECKED, reason, (), trace)
+
+    def _made(
+        self, caption: str, verdict: Verdict, reason: str, findings: tuple[Finding, ...], trace: GazeTrace | None
+    ) -> Report:
+        return Report(caption, verdict, reason, findings, self.policy.name, self.heads.model, __version__, trace)

@@ -1,0 +1,280 @@
+"""Does the chunker find what was said, where it was said, and nothing that was not?"""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gazeguard.phrases import Phrase, Span, chunk
+
+EVALDATA = Path(__file__).parents[2] / "shared" / "evaldata"
+
+COLOURS = ["red", "blue", "green", "yellow", "purple", "orange"]
+NAMES = """star moon sun cloud umbrella bolt snowman snowflake heart flower cup envelope phone pencil plane flag
+    anchor skull clover gear castle horse note crown"""
+NOUNS = NAMES.split()
+PLACES = {
+    "at the top left": "top left",
+    "at the bottom right": "bottom right",
+    "at the top": "top",
+    "on the left": "left",
+    "on the right": "right",
+    "in the middle": "middle",
+}
+NUMBERS = ["one", "two", "three", "four"]
+
+
+def brief(caption: str) -> list[tuple[str, str]]:
+    """(text, head) of every phrase."""
+    return [(phrase.text, phrase.head.text) for phrase in chunk(caption)]
+
+
+def heads(caption: str, kind: str = "object") -> list[str]:
+    return [phrase.head.text for phrase in chunk(caption) if phrase.kind == kind]
+
+
+def said(phrase: Phrase) -> tuple[str, str, str, list[str], int]:
+    return phrase.kind, phrase.text, phrase.head.text, [a.text for a in phrase.attributes], phrase.sentence
+
+
+def check(caption: str) -> list[Phrase]:
+    """What holds for every caption."""
+    phrases = chunk(caption)
+    assert phrases == chunk(caption)
+    for phrase in phrases:
+        spans: list[Span | Phrase] = [phrase, phrase.head, *phrase.attributes]
+        assert all(caption[span.start : span.end] == span.text != "" for span in spans)
+        assert all(phrase.start <= span.start < span.end <= phrase.end for span in spans)
+        # The pieces of a phrase do not overlap either.
+        pieces = sorted([phrase.head, *phrase.attributes], key=lambda span: span.start)
+        assert all(a.end <= b.start for a, b in pairwise(pieces))
+    for before, after in pairwise(phrases):
+        assert before.end <= after.start
+        assert before.sentence <= after.sentence
+    return phrases
+
+
+def test_panels() -> None:
+    caption = (
+        "In panel one there is a small red star, a blue cup and an orange crown. In panel two there is a green note."
+    )
+    assert [said(phrase) for phrase in check(caption)] == [
+        ("place", "In panel one", "one", [], 0),
+        ("object", "a small red star", "star", ["small", "red"], 0),
+        ("object", "a blue cup", "cup", ["blue"], 0),
+        ("object", "an orange crown", "crown", ["orange"], 0),
+        ("place", "In panel two", "two", [], 1),
+        ("object", "a green note", "note", ["green"], 1),
+    ]
+
+
+def test_places() -> None:
+    caption = (
+        "There is a red phone at the top right, an orange pencil on the left and a blue snowman in the middle."
+    )  # fmt: skip
+    assert [said(phrase) for phrase in check(caption)] == [
+        ("object", "a red phone", "phone", ["red"], 0),
+        ("place", "at the top right", "top right", [], 0),
+        ("object", "an orange pencil", "pencil", ["orange"], 0),
+        ("place", "on the left", "left", [], 0),
+        ("object", "a blue snowman", "snowman", ["blue"], 0),
+        ("place", "in the middle", "middle", [], 0),
+    ]
+
+
+def test_spans_are_offsets_in_characters() -> None:
+    assert chunk("Voilà: a red star") == [
+        Phrase(0, 5, "Voilà", "object", Span(0, 5, "Voilà"), (), 0),
+        Phrase(7, 17, "a red star", "object", Span(13, 17, "star"), (Span(9, 12, "red"),), 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A small red star.", [("A small red star", "star")]),
+        ("small red star", [("small red star", "star")]),
+        ("star", [("star", "star")]),
+        ("an orange and oranges", [("an orange", "orange"), ("oranges", "oranges")]),
+        ("the wooden dining table", [("the wooden dining table", "dining table")]),
+        ("A hot dog, two teddy bears", [("A hot dog", "hot dog"), ("two teddy bears", "teddy bears")]),
+        ("a red-brick house", [("a red-brick house", "house")]),
+        ("a red and white bus", [("a red and white bus", "bus")]),
+        ("a small, clean, and well-organized kitchen", [("a small, clean, and well-organized kitchen", "kitchen")]),
+        ("A group of people and a couple of cars.", [("A group of people", "people"), ("a couple of cars", "cars")]),
+        ("a slice of pizza", [("a slice of pizza", "pizza")]),
+        ("a bowl of fruit", [("a bowl", "bowl"), ("fruit", "fruit")]),
+        ("two of the dogs", [("two of the dogs", "dogs")]),
+        ("a man riding a horse", [("a man", "man"), ("a horse", "horse")]),
+        ("Dogs chase the ball", [("Dogs", "Dogs"), ("the ball", "ball")]),
+        ("The dog chases the ball", [("The dog", "dog"), ("the ball", "ball")]),
+        ("The man's hat", [("The man", "man"), ("hat", "hat")]),
+        ("on the left side of the image", [("on the left side of the image", "left")]),
+        ("on the left side of the room", [("on the left side", "left"), ("the room", "room")]),
+        ("in the top-left corner of panel two", [("in the top-left corner of panel two", "top-left")]),
+        ("In the first panel two dogs sit", [("In the first panel", "first"), ("two dogs", "dogs")]),
+        ("Top left: a star", [("Top left", "Top left"), ("a star", "star")]),
+        ("a cat in the background", [("a cat", "cat"), ("in the background", "background")]),
+        ('A "red star"', [("red star", "star")]),
+        ("a dog\nand\n\ta cat", [("a dog", "dog"), ("a cat", "cat")]),
+        ("une crêpe 🙂 12 old cafés", [("une crêpe", "une crêpe"), ("12 old cafés", "cafés")]),
+    ],
+)
+def test_examples(caption: str, expected: list[tuple[str, str]]) -> None:
+    check(caption)
+    assert brief(caption) == expected
+
+
+@pytest.mark.parametrize(
+    "caption", ["", " \n\t ", "...", "The image is beautiful.", "It is there.", "12", "___", "red"]
+)
+def test_nothing_to_find(caption: str) -> None:
+    assert chunk(caption) == []
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("There is no dog.", []),
+        ("There is no dog, a cat sits.", ["cat"]),
+        ("a man without a hat", ["man"]),
+        ("The man is not wearing a red hat but a scarf.", ["man", "scarf"]),
+        ("There isn't a dog. There is a cat.", ["cat"]),
+        ("There isn\u2019t a dog.", []),
+        ("There are no cups, plates or forks on the table.", ["table"]),
+        ("neither a dog nor a cat", []),
+        ("no sign of people", []),
+        ("not only a dog but also a cat", ["dog", "cat"]),
+        ("The dog is not on the table.", ["dog", "table"]),
+    ],
+)
+def test_what_is_absent_is_not_returned(caption: str, expected: list[str]) -> None:
+    check(caption)
+    assert heads(caption) == expected
+
+
+def test_sentences() -> None:
+    listed = "1. A dog\n2. A cat, 3.5 m from a tree!!\n\n- birds... A fox"
+    assert [(p.head.text, p.sentence) for p in check(listed) if p.head.text != "m"] == [
+        ("dog", 0),
+        ("cat", 1),
+        ("tree", 1),
+        ("birds", 2),
+        ("fox", 3),
+    ]
+
+
+@given(st.text())
+def test_any_text(caption: str) -> None:
+    check(caption)
+
+
+SCRAPS = """a the two no not without of or and , . - ' 's red orange small stuffed running dog dogs table image panel
+    left top side in to is rides watch group slice very well-made city 1. \u201c"""
+WORDS = [*SCRAPS.split(), "\n"]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join))
+def test_any_order_of_known_words(caption: str) -> None:
+    check(caption)
+
+
+@st.composite
+def lab_captions(draw: st.DrawFn) -> tuple[str, list[tuple[str, str, str, list[str], int]]]:
+    """A caption in the lab's manner, and what it says."""
+    panels = draw(st.integers(0, 3))
+    sentences, expected = [], []
+    for index in range(max(1, panels)):
+        things = []
+        if panels:
+            number = NUMBERS[index]
+            expected.append(("place", f"In panel {number}", number, [], index))
+        for _ in range(draw(st.integers(1, 4))):
+            attributes = [*draw(st.sampled_from([[], ["small"]])), draw(st.sampled_from(COLOURS))]
+            noun, place = draw(st.sampled_from(NOUNS)), draw(st.sampled_from([None, *PLACES]))
+            words = " ".join([*attributes, noun])
+            thing = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+            expected.append(("object", thing, noun, attributes, index))
+            if place:
+                expected.append(("place", place, PLACES[place], [], index))
+            things.append(f"{thing} {place}" if place else thing)
+        listed = " and ".join(filter(None, [", ".join(things[:-1]), things[-1]]))
+        sentences.append(f"In panel {NUMBERS[index]} there is {listed}." if panels else f"There is {listed}.")
+    return " ".join(sentences), expected
+
+
+@given(lab_captions())
+def test_lab_captions_are_recovered(sample: tuple[str, list[tuple[str, str, str, list[str], int]]]) -> None:
+    caption, expected = sample
+    assert [said(phrase) for phrase in check(caption)] == expected
+
+
+PIECES = [
+    "a",
+    "a ",
+    "red ",
+    "dog ",
+    "dog red ",
+    "the ",
+    ".",
+    ". ",
+    ",",
+    "\n",
+    "\n ",
+    " ",
+    "-",
+    "a-",
+    "'s",
+    "_",
+    "left ",
+    "very ",
+]
+PIECES += ["no ", "no dog, ", "in the ", "group of ", "two of ", "1. ", "orange and ", "of the ", "or ", "picture dog "]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_long_captions_finish(piece: str) -> None:
+    """Repetition is what makes a backtracking pattern explode; the last word keeps a greedy match from succeeding."""
+    caption = piece * (50_000 // len(piece)) + " is"
+    assert len(chunk(caption)) <= len(caption)
+
+
+def plural(word: str) -> str:
+    """Simple plurals, as a yardstick may take them."""
+    for singular, ending in {"man": "men", "child": "children", "knife": "knives", "mouse": "mice"}.items():
+        if word.endswith(singular):
+            return word.removesuffix(singular) + ending
+    if re.search(r"[^aeiou]y$", word):
+        return word[:-1] + "ies"
+    return word + ("es" if re.search(r"(?:s|x|ch|sh)$", word) else "s")
+
+
+def test_recall_on_real_captions() -> None:
+    """Of the COCO objects that real captions name, nearly all are heads."""
+    folder, synonyms = EVALDATA / "opera-llava-1.5", EVALDATA / "chair" / "chair_synonym_maps.json"
+    if not folder.is_dir() or not synonyms.is_file():
+        pytest.skip(f"the captions of {EVALDATA.name} are not beside this checkout")
+    words = {" ".join(word.split()) for word in json.loads(synonyms.read_text("utf-8"))["synonyms"] if word.strip()}
+    names = sorted(words | set(map(plural, words)), key=lambda word: (-len(word), word))
+    yardstick = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, names))})(?![\w-])", re.IGNORECASE)
+    hits = total = 0
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text("utf-8").splitlines():
+            caption = json.loads(line)["caption"]
+            spans = [phrase.head for phrase in check(caption) if phrase.kind == "object"]
+            for word in yardstick.finditer(caption):
+                total += 1
+                # "dining table" in the head "table", or "table" in the head "dining table".
+                hits += any(
+                    (head.start <= word.start() and word.end() <= head.end)
+                    or (word.start() <= head.start and head.end <= word.end())
+                    for head in spans
+                )
+    assert total > 10_000
+    assert hits / total >= 0.97
