@@ -29,7 +29,11 @@ class RerankProcessor(LogitsProcessor):
         directions = backbone.unembedding.weight[words]  # (batch, candidates, width)
         count = words.shape[1]
         looked = readout(
-            backbone, heads, output[:, None].expand(-1, count, -1, -1), hidden[:, None].expand(-1, count, -1), directions
+            backbone,
+            heads,
+            output[:, None].expand(-1, count, -1, -1),
+            hidden[:, None].expand(-1, count, -1),
+            directions,
         ).sum(-1)
         plausible = top - top[:, :1] >= torch.log(torch.tensor(self.policy.plausible, device=scores.device))
         mean = (looked * plausible).sum(-1, keepdim=True) / plausible.sum(-1, keepdim=True)

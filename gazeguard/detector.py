@@ -45,6 +45,8 @@ class Detector(BaseModel):
         for name in ("mean", "scale", "weights"):
             if len(getattr(self, name)) != len(self.names):
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers for {len(self.names)} features")
+        if unknown := sorted(set(self.names) - set(features.names(self.heads))):
+            raise ValueError(f"these heads have no feature {unknown[0]!r}")
         if not np.isfinite([*self.mean, *self.scale, *self.weights, self.bias]).all() or 0 in self.scale:
             raise ValueError("every number must be finite and no scale zero")
         return self

@@ -1,12 +1,12 @@
 """What can go wrong? One tree; every message says what is wrong, why, and what to do.
 
-    GazeGuardError
-    ├── InputError            the picture, the caption or the call cannot be used
-    ├── UnsupportedError      this model, or this way of generating, cannot be watched (the message names the way out)
-    ├── NothingSeenError      the hook ran but saw no attention: never read as "no drift"
-    ├── ArtifactError         a heads, detector, trace or policy file cannot be read
-    │   └── MismatchError     the file was made for another model or for other heads
-    └── PolicyError           a policy does not say what it must, or says what nobody understands
+GazeGuardError
+├── InputError            the picture, the caption or the call cannot be used
+├── UnsupportedError      this model, or this way of generating, cannot be watched (the message names the way out)
+├── NothingSeenError      the hook ran but saw no attention: never read as "no drift"
+├── ArtifactError         a heads, detector, trace or policy file cannot be read
+│   └── MismatchError     the file was made for another model or for other heads
+└── PolicyError           a policy does not say what it must, or says what nobody understands
 """
 
 

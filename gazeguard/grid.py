@@ -37,6 +37,11 @@ class ImageGrid:
                 f"An ImageGrid needs one box per cell: boxes have shape {self.boxes.shape} for {len(self.image)} cells. "
                 "Pass boxes of shape (cells, 4)."
             )
+        if len(self.image) and not 0 <= self.image.min() <= self.image.max() < len(self.sizes):
+            raise InputError(
+                f"An ImageGrid has cells of pictures {self.image.min()} to {self.image.max()}, but the sizes of "
+                f"{len(self.sizes)}. Pass the (width, height) of every picture."
+            )
 
     def __len__(self) -> int:
         return len(self.image)
@@ -142,7 +147,9 @@ def _centre_crop(processor: Any, size: tuple[int, int]) -> Box:
     if not getattr(images, "do_center_crop", False) or not short or "height" not in crop:
         return (0.0, 0.0, 1.0, 1.0)
     scale = short / min(size)
-    lost_x, lost_y = (max(0.0, 0.5 - crop[edge] / (2 * scale * n)) for edge, n in zip(("width", "height"), size, strict=True))
+    lost_x, lost_y = (
+        max(0.0, 0.5 - crop[edge] / (2 * scale * n)) for edge, n in zip(("width", "height"), size, strict=True)
+    )
     return (lost_x, lost_y, 1 - lost_x, 1 - lost_y)
 
 

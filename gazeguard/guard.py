@@ -1,10 +1,10 @@
 """Who watches? `GazeGuard`: around ``model.generate``, or over a caption that anything wrote.
 
-    guard = GazeGuard(model, processor, policy="mark")
-    ids = guard.generate(**inputs, max_new_tokens=100)      # as model.generate; guard.reports says what was seen
-    with guard.watch():
-        ids = model.generate(**inputs, max_new_tokens=100)  # the same
-    report = guard.check(image, "In panel one there is a red star.")
+guard = GazeGuard(model, processor, policy="mark")
+ids = guard.generate(**inputs, max_new_tokens=100)      # as model.generate; guard.reports says what was seen
+with guard.watch():
+    ids = model.generate(**inputs, max_new_tokens=100)  # the same
+report = guard.check(image, "In panel one there is a red star.")
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ class GazeGuard:
             if is_so(generation_config):
                 raise UnsupportedError(f"GazeGuard cannot watch {what}. Generate with {way_out}.")
         if cache is not None and cache.get_seq_length() > 0:
-            raise UnsupportedError("GazeGuard cannot watch a continued cache. Pass the whole conversation as one prompt.")
+            raise UnsupportedError(
+                "GazeGuard cannot watch a continued cache. Pass the whole conversation as one prompt."
+            )
         if input_ids.shape[1] == 0:
             raise InputError("The prompt has no token ids: generate got inputs_embeds alone. Pass input_ids.")
         mask = model_kwargs.get("attention_mask")
@@ -278,9 +280,13 @@ class GazeGuard:
         )
         doubtful = [finding.phrase.text for finding in findings if finding.flagged]
         if doubtful:
-            return self._made(trace.text, Verdict.FLAG, f"not supported by the picture: {', '.join(doubtful)}", findings, trace)
+            return self._made(
+                trace.text, Verdict.FLAG, f"not supported by the picture: {', '.join(doubtful)}", findings, trace
+            )
         if not trace.finished:
-            return self._made(trace.text, Verdict.UNCHECKED, "the caption was cut off by the length limit", findings, trace)
+            return self._made(
+                trace.text, Verdict.UNCHECKED, "the caption was cut off by the length limit", findings, trace
+            )
         return self._made(trace.text, Verdict.PASS, "", findings, trace)
 
     def _unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:

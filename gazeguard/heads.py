@@ -111,9 +111,13 @@ def read_json(kind: type[Any], path: str | Path, what: str, maker: str) -> Any:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ArtifactError(f"{path} is larger than {MAX_FILE_BYTES} bytes, more than any file of {what}.")
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")), strict=False)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, numbers without end
+        if isinstance(error, ArtifactError):
+            raise
         raise ArtifactError(f"{path} cannot be read as a file of {what} ({error}). {maker} writes one.") from error
+    try:
+        return kind.model_validate(data, strict=False)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
@@ -155,7 +159,9 @@ def find_heads(
 
 def _narrations(tap: Tap, model: PreTrainedModel, processor: ProcessorMixin, strips: Sequence[Strip]) -> list[Any]:
     """For each strip (H, said panel, attended panel): mean mass of the rows that predict a panel's words."""
-    batch = encode(model, processor, [s.image for s in strips], [s.prompt for s in strips], [s.narration for s in strips])
+    batch = encode(
+        model, processor, [s.image for s in strips], [s.prompt for s in strips], [s.narration for s in strips]
+    )
     gaze = _gaze_on_panels(tap, model, processor, batch, strips)  # (batch, T, H, panels)
     return [
         np.stack([row[: len(told)][_tokens(told, span)].mean(0) for span in strip.spans], axis=1)

@@ -46,26 +46,35 @@ class Encoded:
 
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """An upright RGB picture from a file, bytes or a PIL image. Raises `InputError` for anything else."""
-    if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source).convert("RGB")
-    name = "the given bytes" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, (str, Path, bytes, Image.Image)):
+        raise InputError(f"A picture is a path, bytes or a PIL image, not {type(source).__name__}. Give one of these.")
+    name = str(source) if isinstance(source, (str, Path)) else "the given picture"
     try:
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source)
         if not isinstance(source, bytes) and Path(source).stat().st_size > MAX_IMAGE_BYTES:
             raise InputError(f"{name} is larger than {MAX_IMAGE_BYTES} bytes. Make the picture smaller first.")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _upright_rgb(image)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise InputError(f"{name} cannot be opened: {error.strerror}. Give the path of a picture.") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not a picture that Pillow can read. Give a PNG, JPEG or WebP file.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{name} has more pixels than is safe to unpack ({error}). Make it smaller first.") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's many readers raise almost anything for a damaged file
         raise InputError(f"{name} is damaged: {error}. Save the picture again, or leave it out.") from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits at 255: a white page
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def image_token_id(model: PreTrainedModel) -> int:
@@ -120,9 +129,11 @@ def encode(
     told = [tokenize(processor.tokenizer, caption) for caption in captions]
     length = max(len(caption_ids) for caption_ids, _ in told)
     for name, value in inputs.items():
-        # Everything that runs along the sequence (mask, token types) goes on with it; a caption is plain text.
+        # Everything that runs along the sequence (mask, token types) goes on with it; a caption is plain text. In
+        # PaliGemma type 0 is the prompt, which attends both ways, and 1 is what is written after it.
         if isinstance(value, Tensor) and value.shape == ids.shape:
-            inputs[name] = torch.cat((value, value.new_zeros(len(told), length)), dim=1)
+            kind = int(name == "token_type_ids" and model.config.model_type == "paligemma")
+            inputs[name] = torch.cat((value, value.new_full((len(told), length), kind)), dim=1)
     for row, (caption_ids, _) in enumerate(told):
         end = ids.shape[1] + len(caption_ids)
         inputs["input_ids"][row, ids.shape[1] : end] = torch.from_numpy(caption_ids).to(model.device)
@@ -134,18 +145,20 @@ def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str,
     """What one forward pass needs: the inputs, and positions that do not count padding, as ``generate`` makes them."""
     takes = inspect.signature(model.forward).parameters
     made = {name: value for name, value in inputs.items() if name in takes}
-    rotates_in_space = hasattr(getattr(model, "model", model), "get_rope_index")  # M-RoPE models find their own positions
+    rotates_in_space = hasattr(
+        getattr(model, "model", model), "get_rope_index"
+    )  # M-RoPE models find their own positions
     if "position_ids" in takes and not rotates_in_space:
         made["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return made
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ids (T,) and the characters that each covers (T, 2), without special tokens."""
+    """Ids (T,) and the characters that each covers (T, 2), without special tokens: ``<image>`` in a caption is text."""
     if tokenizer.is_fast:
-        made = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
+        made = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         return np.array(made["input_ids"], np.int64), np.array(made["offset_mapping"], np.int64).reshape(-1, 2)
-    ids = np.array(tokenizer(caption, add_special_tokens=False)["input_ids"], np.int64)
+    ids = np.array(tokenizer(caption, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int64)
     return ids, decode(tokenizer, ids)[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,8 +65,15 @@ def load_policy(name: str | Path) -> Policy:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise PolicyError(f"{path} is larger than {MAX_FILE_BYTES} bytes; a policy has a handful of lines.")
-        return parse_policy(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise PolicyError(
+                f"{path} has a YAML alias (*name), by which a small file grows huge. Write the value out."
+            )
+        return parse_policy(yaml.safe_load(text), str(path))
+    except PolicyError:
+        raise
+    except Exception as error:  # PyYAML's constructors let KeyError, AttributeError and others through
         raise PolicyError(f"{path} cannot be read as YAML: {error}") from error
 
 
@@ -77,17 +85,32 @@ def parse_policy(data: Any, source: str = "the policy") -> Policy:
         raise PolicyError(f"{source}: {_explain(error, data)}") from error
 
 
+def _shown(value: Any) -> str:
+    """A short ``repr``: a value of the file may have thousands of digits or characters."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"of type {type(value).__name__}"
+
+
 def _explain(error: ValidationError, data: Any) -> str:
     """The first thing that is wrong, with its key, its value and what is allowed."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = errors[0]
     if first["type"] in ("union_tag_not_found", "union_tag_invalid", "model_attributes_type", "dict_type"):
         actions = ", ".join(kind.model_fields["action"].annotation.__args__[0] for kind in Policy.__args__)
-        given = f"action {data['action']!r}" if isinstance(data, dict) and "action" in data else "no action"
+        if not isinstance(data, dict):
+            return f"{_shown(data)} is given, but a policy is a mapping of keys to values. Allowed actions: {actions}."
+        given = f"action {_shown(data['action'])}" if "action" in data else "no action"
         return f"{given} is given. Allowed actions: {actions}."
     tag, key = str(first["loc"][0]), ".".join(str(part) for part in first["loc"][1:2])
-    allowed = next(kind for kind in Policy.__args__ if kind.model_fields["action"].annotation.__args__[0] == tag).model_fields
+    allowed = next(
+        kind for kind in Policy.__args__ if kind.model_fields["action"].annotation.__args__[0] == tag
+    ).model_fields
     if first["type"] == "extra_forbidden":
-        return f"key {key!r} (value {first['input']!r}) is not known. Keys of a {tag} policy: {', '.join(allowed)}."
+        value = _shown(first["input"])
+        return f"key {key!r} (value {value}) is not known. Keys of a {tag} policy: {', '.join(allowed)}."
     if first["type"] == "missing":
         return f"key {key!r} is missing. Keys of a {tag} policy: {', '.join(allowed)}."
-    return f"key {key!r} has the value {first['input']!r}: {first['msg']}."
+    wanted = " or ".join(each["msg"] for each in errors if each["loc"][:2] == first["loc"][:2])
+    return f"key {key!r} has the value {_shown(first['input'])}: {wanted}."

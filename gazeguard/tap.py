@@ -27,7 +27,12 @@ KERNELS = ("sdpa",)  # the kernels whose computation the tap reproduces
 RIVALS = 20  # candidates that a readout is measured against
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
-SCORE_CHANGERS = ("softcap", "s_aux", "sinks", "position_bias")  # arguments that alter scores in ways not reproduced here
+SCORE_CHANGERS = (
+    "softcap",
+    "s_aux",
+    "sinks",
+    "position_bias",
+)  # arguments that alter scores in ways not reproduced here
 
 Head = tuple[int, int]  # (layer, head)
 
@@ -43,6 +48,7 @@ class Backbone:
     norm: nn.Module  # the final norm
     unembedding: nn.Module
     config: Any  # the text configuration
+    logit_changes: tuple[str, ...] = ()  # those of `LOGIT_CHANGES` that this model's forward makes
 
     def heads(self) -> list[Head]:
         """Every head that can be watched, in order."""
@@ -74,13 +80,14 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model says after the last layer's ``hidden`` (..., width): logits (..., vocabulary), fp32."""
         logits = self.unembedding(self.norm(hidden)).float()
-        for name, change in LOGIT_CHANGES.items():
+        for name in self.logit_changes:
             if (value := getattr(self.config, name, None)) is not None:
-                logits = change(logits, value)
+                logits = LOGIT_CHANGES[name](logits, value)
         return logits
 
 
-# What some families do to logits after the unembedding, by the name of the configuration key.
+# What some families do to logits after the unembedding, by the name of the configuration key. A class may have the key
+# and not follow it (Aya Vision around Cohere2), so only what its forward names is done.
 LOGIT_CHANGES = {
     "final_logit_softcapping": lambda logits, value: value * torch.tanh(logits / value),
     "logit_scale": lambda logits, value: logits * value,
@@ -92,9 +99,14 @@ def _first(module: nn.Module, names: Sequence[str]) -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
-def _uses_registry(module: nn.Module) -> bool:
+def _names(module: nn.Module) -> set[Any]:
+    """The names and constants in the code of a module's forward."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return set() if code is None else {*code.co_names, *code.co_consts}
+
+
+def _uses_registry(module: nn.Module) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in _names(module)
 
 
 def find_backbone(model: PreTrainedModel) -> Backbone:
@@ -119,9 +131,12 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
     norm, unembedding = _first(owner, FINAL_NORMS), model.get_output_embeddings()
     if norm is None or unembedding is None:
         missing = "a final norm" if norm is None else "an output embedding"
-        raise UnsupportedError(f"{name}'s text decoder {type(owner).__name__} has no {missing} that GazeGuard can find.")
+        raise UnsupportedError(
+            f"{name}'s text decoder {type(owner).__name__} has no {missing} that GazeGuard can find."
+        )
     attention = {module.layer_idx: module for module in found.values()}
-    return Backbone(attention, norm, unembedding, model.config.get_text_config(decoder=True))
+    changes = tuple(name for name in LOGIT_CHANGES if name in _names(model))
+    return Backbone(attention, norm, unembedding, model.config.get_text_config(decoder=True), changes)
 
 
 # ---------------------------------------------------------------------------------------------------- the wrapper
@@ -139,7 +154,7 @@ def _install() -> None:
             result = _kernel(module, query, key, value, attention_mask, *args, **kwargs)
             tap = module.__dict__.get("_gazeguard_tap")
             if tap is not None:
-                tap.hear(module, query, key, value, kwargs)
+                tap.hear(module, query, key, value, attention_mask, kwargs)
             return result
 
         watched.gazeguard = True
@@ -192,6 +207,13 @@ class Rows:
     hidden: Tensor
 
 
+def _sees_ahead(mask: Tensor) -> bool:
+    """Whether the last rows' mask (batch, 1 or heads, r, S), bool or additive, opens a key after the row's own."""
+    rows, length = mask.shape[-2:]
+    is_open = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool(is_open.triu(length - rows + 1).any())
+
+
 class Tap:
     """Listens to ``heads`` of ``model``: a context manager that adds nothing to the model when it is left.
 
@@ -233,8 +255,10 @@ class Tap:
         _install()
         _ = self.backbone.gain  # runs the norm, so before anyone listens to it
         modules = [self.backbone.attention[layer] for layer in self._of_layer]
-        if any("_gazeguard_tap" in module.__dict__ for module in modules):
-            raise UnsupportedError("This model is being watched already. Leave the other watch first, or copy the model.")
+        if any("_gazeguard_tap" in module.__dict__ for module in self.backbone.attention.values()):
+            raise UnsupportedError(
+                "This model is being watched already. Leave the other watch first, or copy the model."
+            )
         for module in modules:
             module.__dict__["_gazeguard_tap"] = self
         self._handle = self.backbone.norm.register_forward_pre_hook(self._hear_hidden)
@@ -259,22 +283,42 @@ class Tap:
         self._read: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in self._of_layer}
         self._memory: dict[int, tuple[Tensor, Tensor, float]] = {}
         self._hidden: list[Tensor] = []
+        self._length = dict.fromkeys(self._of_layer, 0)  # keys heard so far
         self._wanted = 0
 
-    def hear(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
-        """Called by the wrapper: query (batch, heads, q, d), key and value (batch, kv heads, S, d), after RoPE and cache."""
+    def hear(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+    ) -> None:
+        """Called by the wrapper after RoPE and cache: query (batch, heads, q, d), key and value (batch, kv heads, S, d).
+
+        Raises `UnsupportedError` for what would be read wrong: altered scores, a cache that does not simply grow from
+        empty, and a mask that shows written tokens what comes after them.
+        """
+        layer = module.layer_idx
         if self._prompts is None or self._prompts.real.shape[0] != query.shape[0]:
+            self._wanted = 0  # not the batch that was announced: its final states are not wanted either
             return
-        if getattr(module, "sliding_window", None) or any(options.get(name) is not None for name in SCORE_CHANGERS):
+        window = getattr(module, "sliding_window", None) or options.get("sliding_window")  # Mistral: an argument alone
+        if window or any(options.get(name) is not None for name in SCORE_CHANGERS):
             raise UnsupportedError(
-                f"Layer {module.layer_idx} of this model changes its attention scores (sliding window, soft cap, sink or "
+                f"Layer {layer} of this model changes its attention scores (sliding window, soft cap, sink or "
                 "position bias), which the tap does not reproduce. Choose heads in other layers."
             )
         past = key.shape[2] - query.shape[2]
+        if past != self._length[layer]:
+            raise UnsupportedError(
+                f"Layer {layer} has {past} earlier keys where the tap has heard {self._length[layer]}: the cache is "
+                "static or continued, or the model ran twice. Use the default, growing cache, and begin() before each run."
+            )
+        self._length[layer] = key.shape[2]
         self._wanted = key.shape[2] - max(past, self._first)
         if self._wanted <= 0:
             return
-        layer = module.layer_idx
+        if self._wanted > 1 and mask is not None and _sees_ahead(mask[:, :, -self._wanted :, : key.shape[2]]):
+            raise UnsupportedError(
+                f"Layer {layer} lets written tokens attend to later ones, as if they were a prompt; while the model "
+                "writes it cannot. Mark them as written: in PaliGemma with token_type_ids of 1."
+            )
         chosen = query[:, :, -self._wanted :].index_select(1, self._of_layer[layer])
         scaling = options.get("scaling")
         self._queries[layer].append(chosen)

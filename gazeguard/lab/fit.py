@@ -24,6 +24,7 @@ from gazeguard.guard import HEADS_FILE, GazeGuard
 from gazeguard.heads import find_heads
 from gazeguard.inputs import encode
 from gazeguard.lab.truth import Mention, mentions
+from gazeguard.phrases import chunk
 from gazeguard.report import Report
 
 
@@ -66,7 +67,9 @@ def tabulate(samples: Sequence[lab.Sample], reports: Sequence[Report]) -> Table:
         named = mentions(sample.picture, report.caption)
         if report.trace is None or not named:
             continue
-        rows.append(features.features(report.trace, [mention.phrase for mention in named]))
+        things = [phrase for phrase in chunk(report.caption) if phrase.kind == "object"]
+        kept = [things.index(mention.phrase) for mention in named]
+        rows.append(features.features(report.trace, things)[kept])
         image += [number] * len(named)
         found += named
     return Table(np.concatenate(rows), np.array(image), tuple(found))
@@ -90,7 +93,9 @@ def fit(
     heads = find_heads(model, processor)
     heads.save(checkpoint / HEADS_FILE)
     guard = GazeGuard(model, processor, heads=heads)
-    learnt, held_out = (captions_of(guard, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2)))
+    learnt, held_out = (
+        captions_of(guard, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2))
+    )
     detector = Detector.fit(learnt.x[learnt.clear], learnt.invented[learnt.clear], heads)
     detector.with_threshold(held_out.x[held_out.clear], held_out.invented[held_out.clear]).save_pretrained(checkpoint)
 

@@ -11,10 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, PreTrainedTokenizerFast
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from gazeguard.lab.world import PAGE, lessons
+from gazeguard.lab.world import CELL, CELLS, PAGE, lessons
 
-PATCH = 12  # pixels
-CELLS = PAGE // PATCH  # cells per side
 BOS, EOS, PAD, IMAGE, USER, ASSISTANT = "<s>", "<end_of_utterance>", "<pad>", "<image>", "<user>", "<assistant>"
 FAKE_IMAGE, GLOBAL_IMAGE = "<fake_token_around_image>", "<global-img>"  # names that Idefics3Processor expects
 
@@ -42,7 +40,12 @@ def build_processor() -> Idefics3Processor:
     turns = (turn for sample in islice(lessons(0, 0), 3000) for turn in sample.turns)
     tokenizer.train_from_iterator((text for turn in turns for text in (turn.prompt, turn.answer)), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left", model_max_length=2048
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=2048,
     )
     page = {"longest_edge": PAGE}
     images = Idefics3ImageProcessorPil(size=page, max_image_size=page, do_image_splitting=False)
@@ -77,7 +80,7 @@ def build_model(processor: Idefics3Processor, width: int = 192, layers: int = 6)
             "num_hidden_layers": layers * 2 // 3,
             "num_attention_heads": heads,
             "image_size": PAGE,
-            "patch_size": PATCH,
+            "patch_size": CELL,
         },
         scale_factor=1,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),

@@ -2,9 +2,8 @@
 
 Encoder and language model learn together from the first joint step to the last. Three things make that short:
 
-* a *warm-up* in which the encoder alone says what lies in each cell and where the cell is (three linear probes, thrown
-  away at the end; their loss stays on as an auxiliary term, so that the encoder keeps its sharpness while the language
-  model grows);
+* a *warm-up* in which the encoder alone learns what lies in each cell and where the cell is, in the word vectors of the
+  language model; this loss stays on as an auxiliary term, so that the encoder keeps its sharpness;
 * a *curriculum*: one panel or thing first, then more (six panels from the start sit on a plateau);
 * bfloat16 autocast.
 
@@ -38,21 +37,25 @@ from gazeguard.comics import COLOURS
 from gazeguard.lab.model import (
     ASSISTANT,
     BOS,
-    CELLS,
     EOS,
     FAKE_IMAGE,
     GLOBAL_IMAGE,
     IMAGE,
-    PATCH,
     USER,
     build_model,
     build_processor,
 )
-from gazeguard.lab.world import NOUNS, Picture, Sample, lessons
+from gazeguard.lab.world import CELL, CELLS, NOUNS, Picture, Sample, lessons
 
-ENCODER_WARM_UP = 0.12  # share of the steps in which only the encoder learns
-CURRICULUM = ((ENCODER_WARM_UP, 8), (0.16, 1), (0.21, 2), (0.28, 4), (1.0, 8))  # until this share: at most so many things
-PROBE_WEIGHT = 0.3  # of the probes' loss once the language model learns, too
+ENCODER_WARM_UP = 0.14  # share of the steps in which only the encoder learns
+CURRICULUM = (
+    (ENCODER_WARM_UP, 8),
+    (0.16, 1),
+    (0.21, 2),
+    (0.28, 4),
+    (1.0, 8),
+)  # until this share: at most so many things
+CELL_WEIGHT = 0.3  # of the cells' loss once the language model learns, too
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def cell_labels(picture: Picture) -> tuple[Tensor, Tensor]:
     nouns, colours = torch.zeros(CELLS, CELLS, dtype=torch.int64), torch.zeros(CELLS, CELLS, dtype=torch.int64)
     names = list(COLOURS)
     for thing in picture.things:
-        x0, y0, x1, y1 = ((edge + PATCH // 2) // PATCH for edge in thing.box)
+        x0, y0, x1, y1 = ((edge + CELL // 2) // CELL for edge in thing.box)
         where = slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1))
         nouns[where], colours[where] = NOUNS.index(thing.noun) + 1, names.index(thing.colour) + 1
     return nouns.flatten(), colours.flatten()
@@ -127,25 +130,41 @@ def batches(collate: Collator, seed: int, step: int, steps: int, size: int) -> I
 
 
 class Learner(nn.Module):
-    """The model with the three probes that teach its encoder; only the model is kept."""
+    """The model, and a linear probe for the place of a cell that is thrown away in the end.
 
-    def __init__(self, model: Idefics3ForConditionalGeneration) -> None:
+    What lies in a cell is read through the model's own final norm and unembedding, as one reads a word: so the encoder
+    learns to hand over pictures in the language model's word vectors, and to name a thing is to copy what is looked at.
+    """
+
+    def __init__(self, model: Idefics3ForConditionalGeneration, processor: Idefics3Processor) -> None:
         super().__init__()
         self.model = model
-        width = model.config.text_config.hidden_size
-        self.noun_probe = nn.Linear(width, len(NOUNS) + 1)
-        self.colour_probe = nn.Linear(width, len(COLOURS) + 1)
-        self.place_probe = nn.Linear(width, CELLS**2)
+        self.place_probe = nn.Linear(model.config.text_config.hidden_size, CELLS**2)
+        nothing = processor.tokenizer.convert_tokens_to_ids(IMAGE)
+        for name, words in (("nouns", NOUNS), ("colours", COLOURS)):
+            ids = [nothing, *(processor.tokenizer.convert_tokens_to_ids(f"\u0120{word}") for word in words)]
+            self.register_buffer(name, torch.tensor(ids), persistent=False)
 
     def forward(self, batch: Batch, encoder_only: bool) -> tuple[Tensor, Tensor]:
-        """Cross-entropy per answer token and per cell (the sum of the probes), in nats."""
+        """Cross-entropy per answer token, and per cell (noun, colour and place together), in nats."""
         device = batch.pixel_values.device
         features = self.model.model.get_image_features(batch.pixel_values)
-        cells = torch.stack(features.pooler_output) if isinstance(features.pooler_output, list) else features.pooler_output
+        cells = (
+            torch.stack(features.pooler_output) if isinstance(features.pooler_output, list) else features.pooler_output
+        )
         cells = cells.reshape(len(batch.nouns), CELLS**2, -1)
         places = torch.arange(CELLS**2, device=device).expand_as(batch.nouns)
-        probes = ((self.noun_probe, batch.nouns), (self.colour_probe, batch.colours), (self.place_probe, places))
-        cell_loss = sum(F.cross_entropy(probe(cells).float().flatten(0, 1), labels.flatten()) for probe, labels in probes)
+        words = self.model.lm_head(self.model.model.text_model.norm(cells))
+        seen = (
+            (words[..., self.nouns], batch.nouns),
+            (words[..., self.colours], batch.colours),
+            (self.place_probe(cells), places),
+        )
+        # Full cells and empty ones count alike: most are empty, and would hide that the full ones are not yet known.
+        full = batch.nouns > 0
+        cell_loss = sum(
+            F.cross_entropy(logits[part].float(), labels[part]) / 2 for logits, labels in seen for part in (full, ~full)
+        )
         if encoder_only:
             return torch.zeros((), device=device), cell_loss
         hidden = self.model.model(
@@ -195,21 +214,23 @@ def save_checkpoint(model: Idefics3ForConditionalGeneration, processor: Idefics3
 
 def train(
     out: Annotated[Path, typer.Option(help="Where the checkpoint, the state and the log go.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
-    batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 64,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3300,
+    batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 48,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 1.2e-3,
     width: Annotated[int, typer.Option(help="Hidden size; heads are 32 wide.")] = 192,
     layers: Annotated[int, typer.Option(help="Layers of the language model.")] = 6,
     save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 250,
     seed: Annotated[int, typer.Option(help="Seed of weights and lessons.")] = 0,
-    compile_layers: Annotated[bool, typer.Option(help="torch.compile each layer: a sixth faster, needs a C++ compiler.")] = False,
+    compile_layers: Annotated[
+        bool, typer.Option(help="torch.compile each layer: a sixth faster, needs a C++ compiler.")
+    ] = False,
 ) -> None:
     """Train the lab's VLM, or go on where an interrupted run stopped."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = build_processor()
-    learner = Learner(build_model(processor, width, layers)).to(device).train()
+    learner = Learner(build_model(processor, width, layers), processor).to(device).train()
     learner.model.set_attn_implementation({"vision_config": "eager"})  # on CPUs the faster one to train at this size
     optimizer = torch.optim.AdamW(learner.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
     state = out / "state.safetensors"
@@ -230,7 +251,7 @@ def train(
             with torch.autocast(device, torch.bfloat16):
                 word_loss, cell_loss = learner(batch, encoder_only)
             optimizer.zero_grad()
-            (word_loss + (1.0 if encoder_only else PROBE_WEIGHT) * cell_loss).backward()
+            (word_loss + (1.0 if encoder_only else CELL_WEIGHT) * cell_loss).backward()
             nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
             # In the warm-up the language model has no gradient; its moments start with its first one.
             optimizer.step()

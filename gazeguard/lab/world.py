@@ -27,7 +27,8 @@ from PIL import Image, ImageDraw
 from gazeguard.comics import COLOURS, MAX_PANELS, ORDINALS, Box, a_phrase, glyph, join, panel_boxes
 
 PAGE = 144  # pixels, both ways
-PANEL = (48, 72)  # width, height of one panel: two rows of three fill the page
+CELL = 12  # pixels; things lie in slots of 2 x 2 cells, anywhere on the lattice
+CELLS = PAGE // CELL  # per side
 SPLITS = ("train", "validation", "test", "shifted")
 Split = Literal["train", "validation", "test", "shifted"]
 
@@ -164,41 +165,49 @@ def _looks(rng: random.Random, noun: str, paired: bool) -> dict[str, object]:
     }
 
 
+def _spot(rng: random.Random, column: int, row: int, small: bool) -> Box:
+    """Where a thing is drawn whose slot of 2 x 2 cells begins at this cell: it fills the slot but for a pixel or two,
+    a small thing one of its cells.
+    """
+    slot = CELL if small else 2 * CELL
+    if small:
+        column, row = column + rng.randint(0, 1), row + rng.randint(0, 1)
+    size = slot - rng.randint(0, slot // 12)
+    x, y = (cell * CELL + rng.randint(0, slot - size) for cell in (column, row))
+    return (x, y, x + size, y + size)
+
+
 def _strip(rng: random.Random, panels: int, paired: bool) -> list[Thing]:
     things = []
     for panel in range(panels):
-        row, column = divmod(panel, 3)
+        x0, y0, x1, y1 = (edge // CELL for edge in panel_boxes(MAX_PANELS, (PAGE, PAGE))[panel])
         names = _nouns(rng, rng.choice((1, 2, 2, 3)), paired)
-        band = (PANEL[1] - 4) / len(names)
+        band = (y1 - y0) // len(names)
         for i, noun in enumerate(names):
             looks = _looks(rng, noun, paired)
-            size = rng.randint(11, 13) if looks["small"] else rng.randint(19, 22)
-            x = column * PANEL[0] + rng.randint(3, PANEL[0] - 3 - size)
-            y = row * PANEL[1] + 2 + round(i * band) + rng.randint(0, max(0, int(band) - size))
-            things.append(Thing(noun, box=(x, y, x + size, y + size), panel=panel, place=None, **looks))
+            row = y0 + i * band + rng.randint(0, band - 2)
+            box = _spot(rng, rng.randint(x0, x1 - 2), row, looks["small"])
+            things.append(Thing(noun, box=box, panel=panel, place=None, **looks))
     return things
 
 
 def _scene(rng: random.Random, count: int, paired: bool) -> list[Thing]:
     things: list[Thing] = []
+    taken: set[tuple[int, int]] = set()
     for noun in _nouns(rng, count, paired):
         looks = _looks(rng, noun, paired)
-        size = rng.randint(15, 18) if looks["small"] else rng.randint(24, 32)
         for _ in range(200):  # a free spot is found long before; a crowded page stays one thing shorter
-            x, y = rng.randint(2, PAGE - 2 - size), rng.randint(2, PAGE - 2 - size)
-            box = (x, y, x + size, y + size)
-            third = [(2 * c + size) * 3 // (2 * PAGE) for c in (x, y)]
-            # Centres near a border between thirds would make the place a matter of taste.
-            clear = all(abs(c + size / 2 - PAGE * k / 3) > 5 for c in (x, y) for k in (1, 2))
-            free = all(
-                box[2] + 1 < t.box[0] or t.box[2] + 1 < box[0] or box[3] + 1 < t.box[1] or t.box[3] + 1 < box[1]
-                for t in things
-            )
-            if clear and free:
-                things.append(Thing(noun, box=box, panel=None, place=PLACES[third[1]][third[0]], **looks))
+            # A slot across the border between thirds would make the place a matter of taste.
+            column, row = (rng.choice([c for c in range(CELLS - 1) if (c + 1) % (CELLS // 3)]) for _ in range(2))
+            slot = {(column + i, row + j) for i in (0, 1) for j in (0, 1)}
+            if not slot & taken:
+                taken |= slot
+                box = _spot(rng, column, row, looks["small"])
+                place = PLACES[row * 3 // CELLS][column * 3 // CELLS]
+                things.append(Thing(noun, box=box, panel=None, place=place, **looks))
                 break
     rows = {place: y for y, row in enumerate(PLACES) for place in row}
-    return sorted(things, key=lambda t: (rows[t.place], t.box[0] + t.box[2]))
+    return sorted(things, key=lambda thing: (rows[thing.place], thing.box[0] + thing.box[2]))
 
 
 def make_picture(rng: random.Random, kind: Literal["strip", "scene"], paired: bool, most: int = 8) -> Picture:
@@ -336,7 +345,9 @@ def lessons(seed: int, index: int, most: int = 8) -> Iterator[Sample]:
         elif task < 0.70 and picture.panels:
             turns = [_panel_turn(picture, rng) for _ in range(3)]
         elif task < 0.78:
-            turns = [_any_order_turn(picture, rng)] if picture.panels else [_name_one_turn(picture, rng) for _ in range(3)]
+            turns = (
+                [_any_order_turn(picture, rng)] if picture.panels else [_name_one_turn(picture, rng) for _ in range(3)]
+            )
         else:
             turns = [ask(picture, rng) for _ in range(rng.randint(4, 8))]
         yield Sample(f"train/{seed}/lesson/{index}", picture, tuple(turns))

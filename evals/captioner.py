@@ -1,0 +1,83 @@
+"""Is the lab's VLM a good captioner that errs? CHAIR, recall, colour, panel and yes/no, greedy and sampled, both tests.
+
+CHAIR_i is false mentions over all mentions and CHAIR_s captions with a false mention (Rohrbach et al. 2018, with the
+lab's exact truth in place of word lists); recall is over the kinds of things in the picture.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+import typer
+
+from evals.common import Figure, Out, Quick, rate, write
+from gazeguard import lab
+from gazeguard.guard import GazeGuard
+from gazeguard.inputs import encode
+from gazeguard.lab.fit import write_captions
+from gazeguard.lab.truth import mentions
+from gazeguard.lab.world import Sample, ask
+
+SEED = 100  # of the pictures; nothing was fitted on any test picture
+ORDERS = ((0, 2), (2, 4), (4, 6), (6, 9), (9, 99))  # of mentions, for the rate by order
+
+
+def chair(samples: Sequence[Sample], captions: Sequence[str]) -> dict[str, Figure]:
+    """The figures of one way of writing captions."""
+    named = [mentions(sample.picture, caption) for sample, caption in zip(samples, captions, strict=True)]
+    false = [[not mention.present for mention in found] for found in named]
+    there = [{thing.noun for thing in sample.picture.things} for sample in samples]
+    told = [{mention.thing.noun for mention in found if mention.present} for found in named]
+    coloured = [[m.colour for m in found if m.placed and m.colour is not None] for found in named]
+    strips = [i for i, sample in enumerate(samples) if sample.picture.panels]
+    figures = {
+        "chair_i": rate([sum(f) for f in false], [len(f) for f in false]),
+        "chair_s": rate([any(f) for f in false], [1] * len(false)),
+        "recall": rate([len(t) for t in told], [len(t) for t in there]),
+        "colour_error": rate([len(c) - sum(c) for c in coloured], [len(c) for c in coloured]),
+        "wrong_panel": rate(
+            [sum(m.present and not m.placed for m in named[i]) for i in strips], [len(named[i]) for i in strips]
+        ),
+        "mentions_per_caption": rate([len(f) for f in false], [1] * len(false)),
+    }
+    for first, last in ORDERS:
+        window = [f[first:last] for f in false]
+        if any(window):
+            figures[f"chair_i_order_{first}_{last - 1}"] = rate([sum(f) for f in window], [len(f) for f in window])
+    return figures
+
+
+def yes_no(guard: GazeGuard, samples: Sequence[Sample]) -> dict[str, Figure]:
+    """Accuracy and yes-rate on one POPE-form question per picture."""
+    right, yes = [], []
+    for start in range(0, len(samples), 25):
+        group = samples[start : start + 25]
+        turns = [ask(sample.picture, random.Random(sample.id)) for sample in group]
+        batch = encode(guard.model, guard.processor, [s.image for s in group], [t.prompt for t in turns])
+        made = guard.model.generate(**batch.inputs, max_new_tokens=1, do_sample=False)[:, -1]
+        said = guard.processor.tokenizer.batch_decode(made[:, None])
+        right += [turn.answer.startswith(answer) for turn, answer in zip(turns, said, strict=True)]
+        yes += [answer == "Yes" for answer in said]
+    return {"yes_no_accuracy": rate(right, [1] * len(right)), "yes_rate": rate(yes, [1] * len(yes))}
+
+
+def main(out: Out, quick: Quick = False) -> None:
+    """Measure the lab's captioner."""
+    torch.manual_seed(SEED)
+    guard = GazeGuard(*lab.load())
+    figures: dict[str, Figure] = {}
+    ids: list[str] = []
+    for split, ending in (("test", ""), ("shifted", "_shifted")):
+        samples = lab.samples(split, 40 if quick else 500, SEED)
+        ids += [sample.id for sample in samples]
+        for way, do_sample in (("greedy", False), ("sampled", True)):
+            captions = [report.caption for report in write_captions(guard, samples, do_sample)]
+            figures |= {f"{key}_{way}{ending}": value for key, value in chair(samples, captions).items()}
+        figures |= {f"{key}{ending}": value for key, value in yes_no(guard, samples).items()}
+    write(out, figures, quick, ids, seed=SEED)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,219 @@
+"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``heads``.
+
+Data goes to stdout, progress and errors to stderr. Exit codes: 0 nothing was flagged, 1 something was flagged,
+2 something could not be checked or the call was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.text import Text
+
+from gazeguard.errors import GazeGuardError, InputError
+
+# torch and transformers take seconds to import; each command imports what it needs, so that --help is quick.
+
+app = typer.Typer(
+    help="Watches where a vision-language model looks while it writes, and flags what the picture does not support.\n\n"
+    "Exit codes: 0 nothing was flagged, 1 something was flagged, 2 something could not be checked or the call was wrong.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+FLAGGED, FAILED = 1, 2
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Folder or hub id of a vision-language model. [default: the lab's own]")
+]
+PolicyOption = Annotated[str, typer.Option("--policy", help="Name of a policy, or the path of a .yaml file.")]
+PromptOption = Annotated[str, typer.Option("--prompt", help="What the model is asked, or what the caption answers.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object per picture and line, nothing else.")]
+PageOption = Annotated[Path | None, typer.Option("--html", help="Also write a replay page here.")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What GazeGuard raises on purpose becomes one line on stderr and exit code 2."""
+    try:
+        yield
+    except GazeGuardError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}")
+        raise typer.Exit(FAILED) from error
+
+
+def _load(model: str | None) -> tuple[Any, Any]:
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
+
+    from gazeguard import lab
+
+    disable_progress_bar()
+    with err.status("loading the model"):
+        if model is None:
+            return lab.load()
+        try:
+            return AutoModelForImageTextToText.from_pretrained(model).eval(), AutoProcessor.from_pretrained(model)
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"{model} cannot be loaded as a vision-language model: {reason} "
+                "Give the folder or hub id of a model of transformers' AutoModelForImageTextToText."
+            ) from error
+
+
+def _show(title: str, report: Any, truth: Sequence[str] = ()) -> None:
+    """One caption on the terminal: verdict, marked text, reasons, and the truth where it is known."""
+    style = {"pass": "green", "flag": "bold red", "unchecked": "yellow"}[report.verdict]
+    out.print(Text.assemble((f"{report.verdict.upper():9}", style), " ", (title, "bold")))
+    out.print(Padding(Text(report.marked()), (0, 0, 0, 2)))
+    for finding in report.findings:
+        if finding.flagged:
+            line = f"⟦{finding.phrase.text}⟧ risk {finding.risk:.2f}: {'; '.join(finding.reasons)}"
+            out.print(Padding(Text(line, style="red"), (0, 0, 0, 4)))
+    if report.verdict == "unchecked":
+        out.print(Padding(Text(report.reason, style="yellow"), (0, 0, 0, 4)))
+    for line in truth:
+        out.print(Padding(Text(f"truth: {line}", style="dim"), (0, 0, 0, 4)))
+    out.print()
+
+
+def _finish(entries: Sequence[Any], html: Path | None, as_json: bool, files: Sequence[str]) -> None:
+    """Print reports, write the page, and leave with the exit code that fits the verdicts."""
+    from gazeguard.report import page
+
+    for entry, file in zip(entries, files, strict=True):
+        if as_json:
+            typer.echo(json.dumps({"image": file, **entry.report.to_dict()}, allow_nan=False))
+        else:
+            _show(entry.title, entry.report)
+    if html is not None:
+        html.write_text(page(entries), encoding="utf-8")
+        err.print(f"replay page: {html}")
+    verdicts = {entry.report.verdict for entry in entries}
+    raise typer.Exit(FAILED if "unchecked" in verdicts else FLAGGED if "flag" in verdicts else 0)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where the replay page goes.")] = Path("gazeguard-demo"),
+    pictures: Annotated[int, typer.Option(min=1, max=200, help="How many pictures, strips and scenes in turn.")] = 10,
+    policy: PolicyOption = "mark",
+    seed: Annotated[int, typer.Option(help="Which pictures of the lab's test split.")] = 0,
+) -> None:
+    """Draw comic strips and scenes, let the lab's own model describe them, and flag what it made up.
+
+    Needs no network. The pictures come from the lab's test split, which neither the model nor the detector has seen.
+    """
+    with _errors():
+        from gazeguard import lab
+        from gazeguard.guard import GazeGuard
+        from gazeguard.lab.fit import write_captions
+        from gazeguard.lab.truth import mentions
+        from gazeguard.report import Entry, page
+
+        guard = GazeGuard(*_load(None), policy=policy)
+        samples = lab.samples("test", pictures, seed)
+        reports = write_captions(guard, samples, do_sample=False, batch_size=5)
+        entries, named, invented, caught, false_alarms = [], 0, 0, 0, 0
+        for sample, report in zip(samples, reports, strict=True):
+            found = {mention.phrase: mention for mention in mentions(sample.picture, report.caption)}
+            flagged = {finding.phrase for finding in report.findings if finding.flagged}
+            wrong = {phrase for phrase, mention in found.items() if not mention.present}
+            named, invented = named + len(found), invented + len(wrong)
+            caught, false_alarms = caught + len(wrong & flagged), false_alarms + len(flagged - wrong)
+            told = flagged | {phrase for phrase, mention in found.items() if mention.explained != "true"}
+            truth = [f"{phrase.text}: {found[phrase].explained}" for phrase in found if phrase in told]
+            title = f"strip of {sample.picture.panels}" if sample.picture.panels else "scene"
+            entries.append(Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth)))
+            _show(entries[-1].title, report, truth or ["all of it is in the picture"])
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "replay.html"
+        path.write_text(page(entries, title="GazeGuard demo"), encoding="utf-8")
+        out.print(
+            f"{len(samples)} pictures, {named} things named, {invented} of them not in the picture: "
+            f"[bold]{caught} flagged, {invented - caught} missed, {false_alarms} false alarms[/].",
+        )
+        out.print(f"Step through the words and see where the model looked: [bold]{escape(str(path))}[/]")
+
+
+@app.command()
+def caption(
+    images: Annotated[list[str], typer.Argument(help="Pictures.", metavar="IMAGE...")],
+    model: ModelOption = None,
+    policy: PolicyOption = "mark",
+    prompt: PromptOption = "Describe the picture.",
+    html: PageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Describe pictures and flag what they do not support."""
+    with _errors():
+        from gazeguard.guard import GazeGuard
+        from gazeguard.inputs import load_image
+        from gazeguard.report import Entry
+
+        pictures = [load_image(image) for image in images]
+        guard = GazeGuard(*_load(model), policy=policy)
+        with err.status("writing"):
+            entries = [
+                Entry(name, picture, guard.caption(picture, prompt))
+                for name, picture in zip(images, pictures, strict=True)
+            ]
+    _finish(entries, html, as_json, images)
+
+
+@app.command()
+def check(
+    image: Annotated[str, typer.Argument(help="A picture.", metavar="IMAGE")],
+    text: Annotated[str, typer.Option("--caption", help="What was written about it, by whatever model or person.")],
+    model: ModelOption = None,
+    policy: PolicyOption = "mark",
+    prompt: PromptOption = "Describe the picture.",
+    html: PageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a caption that anything wrote against its picture."""
+    with _errors():
+        from gazeguard.guard import GazeGuard
+        from gazeguard.inputs import load_image
+        from gazeguard.report import Entry
+
+        picture = load_image(image)
+        guard = GazeGuard(*_load(model), policy=policy)
+        entry = Entry(image, picture, guard.check(picture, text, prompt))
+    _finish([entry], html, as_json, [image])
+
+
+@app.command()
+def heads(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a vision-language model.")],
+    file: Annotated[Path, typer.Option("--out", help="Where the gaze heads go.")] = Path("heads.json"),
+    strips: Annotated[int, typer.Option(min=2, help="How many comic strips to show it.")] = 48,
+) -> None:
+    """Find a model's gaze heads with drawn comic strips."""
+    with _errors():
+        from gazeguard.comics import draw_strips
+        from gazeguard.heads import find_heads
+
+        found = find_heads(*_load(model), draw_strips(strips))
+        found.save(file)
+        for head, mass in zip(found.heads, found.mass(found.heads), strict=True):
+            out.print(f"layer {head[0]:2} head {head[1]:2}: {mass:.2f} of its attention on the panel being described")
+        out.print(
+            f"{len(found.heads)} of {len(found.all_heads)} heads; both halves of the strips agree on {found.split_half:.0%}"
+        )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,228 @@
+"""Does every image token get the place that the processor really cut it from?"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from labkit import processor
+from PIL import Image
+from transformers import AddedToken, Idefics3Processor, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from gazeguard.errors import InputError, UnsupportedError
+from gazeguard.grid import ImageGrid, Prompt, find_grid, image_cells
+from gazeguard.lab.model import CELLS, IMAGE, PATCH, build_processor
+from gazeguard.lab.world import PAGE
+
+SIZES = st.tuples(st.integers(24, 900), st.integers(24, 900))
+SIDES = st.integers(1, 12)
+SHARES = st.floats(0, 1, allow_subnormal=False)
+
+
+# ------------------------------------------------------------------------------------------------------- geometry
+
+
+@given(SIDES, SIDES, SIZES)
+def test_the_page_holds_every_cell_and_cells_do_not_overlap(rows, columns, size):
+    """overlap(page) is 1 for each cell; overlap(pixels(c)) is 1 for c and 0 for every other cell."""
+    grid = ImageGrid.regular(rows, columns, size)
+    assert len(grid) == rows * columns
+    np.testing.assert_allclose(grid.overlap((0, 0, *size)), 1, atol=1e-3)
+    for cell in (0, len(grid) // 2, len(grid) - 1):
+        np.testing.assert_allclose(grid.overlap(grid.pixels(cell)), np.arange(len(grid)) == cell, atol=1e-3)
+
+
+@given(SIDES, SIDES, SIZES, st.lists(SHARES, max_size=4), st.lists(SHARES, max_size=4))
+def test_a_partition_of_the_page_is_a_partition_of_each_cell(rows, columns, size, xs, ys):
+    """However the page is cut into boxes, the shares of a cell add up to 1, and none is outside [0, 1]."""
+    grid = ImageGrid.regular(rows, columns, size)
+    xs, ys = ([0, *sorted(n * cut for cut in cuts), n] for cuts, n in zip((xs, ys), size, strict=True))
+    shares = [grid.overlap((x0, y0, x1, y1)) for x0, x1 in pairwise(xs) for y0, y1 in pairwise(ys)]
+    assert all(((share >= 0) & (share <= 1.001)).all() for share in shares)
+    np.testing.assert_allclose(sum(shares), 1, atol=2e-3)
+
+
+def test_cells_run_row_by_row_in_reading_order():
+    grid = ImageGrid.regular(2, 3, (90, 40))
+    assert [grid.pixels(cell)[:2] for cell in (0, 2, 3)] == pytest.approx([(0, 0), (60, 0), (0, 20)])
+
+
+def test_a_token_without_a_place_lies_in_no_box_and_other_pictures_do_not_count():
+    boxes = np.array([[0, 0, 1, 1], [np.nan] * 4, [0, 0, 1, 1]], np.float32)
+    grid = ImageGrid(boxes, np.array([0, 0, 1]), ((10, 10), (20, 20)))
+    assert grid.overlap((0, 0, 10, 10)).tolist() == [1, 0, 0]
+    assert grid.overlap((0, 0, 10, 10), image=1).tolist() == [0, 0, 0.25]
+
+
+def test_a_grid_that_does_not_fit_together_is_refused():
+    with pytest.raises(InputError, match=r"one box per cell: boxes have shape \(3, 4\) for 2 cells. Pass boxes of shape"):
+        ImageGrid(np.zeros((3, 4), np.float32), np.zeros(2, np.int64), ((8, 8),))
+    with pytest.raises(InputError, match=r"cells of pictures 0 to 1, but the sizes of 1. Pass the \(width, height\)"):
+        ImageGrid(np.zeros((2, 4), np.float32), np.array([0, 1]), ((8, 8),))
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_runs_are_unbroken_complete_and_as_long_as_can_be(mask):
+    """The runs, laid out again, are the mask; between two runs lies at least one other token."""
+    runs = image_cells(np.where(mask, 7, 1), 7)
+    again = np.zeros(len(mask), bool)
+    for start, length in runs:
+        again[start : start + length] = True
+    assert again.tolist() == mask
+    assert all(a + length < b for (a, length), (b, _) in pairwise(runs))
+
+
+# ------------------------------------------------------------------- rules, tested on what the processor really cut
+
+
+def prompt_of(made, sizes, used, token: int, merge: int = 1) -> Prompt:
+    ids = made["input_ids"][0].numpy()
+    vision = SimpleNamespace(spatial_merge_size=merge)
+    model = SimpleNamespace(config=SimpleNamespace(vision_config=vision))
+    return Prompt(ids, image_cells(ids, token), dict(made), tuple(sizes), model, used)
+
+
+def lit(size: tuple[int, int], box: tuple[float, ...]) -> Image.Image:
+    """A black picture with the middle half of ``box`` in white."""
+    x0, y0, x1, y1 = box
+    dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), tuple(map(round, (x0 + dx, y0 + dy, x1 - dx, y1 - dy))))
+    return image
+
+
+def patches(frames: torch.Tensor, patch: int) -> np.ndarray:
+    """Mean brightness of each patch of frames (n, 3, height, width), frame by frame, row by row."""
+    return torch.nn.functional.avg_pool2d(frames.mean(1), patch).flatten().numpy()
+
+
+def check_cells(grid: ImageGrid, size, brightness, views: list[slice]) -> None:
+    """In each view of the picture: a square drawn into a cell's box makes that very token the brightest of the view."""
+    for view in views:
+        cells = range(len(grid))[view]
+        for cell in {cells[0], cells[5], cells[len(cells) // 2 + 1], cells[-6], cells[-1]}:
+            assert int(np.argmax(brightness(lit(size, grid.pixels(cell)))[view])) == cell - cells[0]
+
+
+@pytest.mark.parametrize("size", [(144, 144), (200, 90), (60, 300)])
+def test_lab_layout(size):
+    """One view: the page is stretched to a square."""
+    used = processor()
+    token = used.tokenizer.convert_tokens_to_ids(IMAGE)
+
+    def run(image):
+        return used(images=[[image]], text=["<image>what"], return_tensors="pt")
+
+    grid = find_grid(prompt_of(run(Image.new("RGB", size)), [size], used, token))
+    assert grid.sizes == (size,)
+    check_cells(grid, size, lambda image: patches(run(image)["pixel_values"][0], PATCH), [slice(0, CELLS**2)])
+
+
+@pytest.fixture(scope="module")
+def tiling() -> Idefics3Processor:
+    """The lab's processor as SmolVLM has it: a large picture is cut into tiles of a page each."""
+    used = build_processor()
+    tags = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    used.tokenizer.add_tokens([AddedToken(tag, special=True) for tag in tags])
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 3 * PAGE}, max_image_size={"longest_edge": PAGE}, do_image_splitting=True
+    )
+    return Idefics3Processor(images, used.tokenizer, image_seq_len=CELLS**2)
+
+
+@pytest.mark.parametrize(("size", "tiles"), [((432, 288), 6), ((300, 500), 6), ((400, 100), 3), ((120, 120), 9)])
+def test_tiles_and_thumbnail(tiling, size, tiles):
+    """Each tile's cells lie in the tile; the thumbnail's cells, last, cover the whole picture once more."""
+    token = tiling.tokenizer.convert_tokens_to_ids(IMAGE)
+
+    def run(image):
+        return tiling(images=[[image]], text=["<image>what"], return_tensors="pt")
+
+    grid = find_grid(prompt_of(run(Image.new("RGB", size)), [size], tiling, token))
+    each = CELLS**2
+    assert len(grid) == (tiles + 1) * each
+    views = [slice(0, tiles * each), slice(tiles * each, (tiles + 1) * each)]
+    for view in views:
+        box_areas = np.prod(grid.boxes[view, 2:] - grid.boxes[view, :2], axis=1)
+        assert box_areas.sum() == pytest.approx(1, abs=1e-4)
+    check_cells(grid, size, lambda image: patches(run(image)["pixel_values"][0], PATCH), views)
+
+
+def test_tiles_of_two_pictures(tiling):
+    """The second picture's tiles are its own: a square in it lights a token of image 1 whose box holds the square."""
+    token = tiling.tokenizer.convert_tokens_to_ids(IMAGE)
+    size, box = (432, 288), (96.0, 204.0, 108.0, 216.0)
+    pictures = [Image.new("RGB", size), lit(size, box)]
+    made = tiling(images=[pictures], text=["<image>this<image>that"], return_tensors="pt")
+    grid = find_grid(prompt_of(made, [size, size], tiling, token))
+    brightest = int(np.argmax(patches(made["pixel_values"][0], PATCH)))
+    assert grid.image[brightest] == 1
+    assert grid.pixels(brightest) == pytest.approx(box, abs=0.01)
+
+
+@pytest.mark.parametrize("size", [(84, 84), (300, 200), (150, 400), (600, 100)])
+def test_centre_crop(size):
+    """LLaVA: the short edge is resized and the middle cut out; the boxes are those of what is left."""
+    images = CLIPImageProcessorPil(size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84})
+    used = LlavaProcessor(images, processor().tokenizer, patch_size=14, vision_feature_select_strategy="full")
+    token = used.tokenizer.convert_tokens_to_ids(IMAGE)
+
+    def run(image):
+        return used(images=[image], text=["<image>what"], return_tensors="pt")
+
+    grid = find_grid(prompt_of(run(Image.new("RGB", size)), [size], used, token))
+    assert len(grid) == 36
+    left, top = grid.pixels(0)[:2]
+    right, bottom = grid.pixels(35)[2:]
+    assert (right - left, bottom - top) == pytest.approx((min(size), min(size)), rel=0.02)
+    check_cells(grid, size, lambda image: patches(run(image)["pixel_values"], 14), [slice(0, 36)])
+
+
+@pytest.mark.parametrize("size", [(300, 200), (90, 400)])
+def test_patches_merged_two_by_two(size):
+    """Qwen-VL: ``image_grid_thw`` counts patches; a token is two by two of them, which come next to each other."""
+    used = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, min_pixels=28**2 * 16, max_pixels=28**2 * 100)
+    made = used(images=[Image.new("RGB", size)], return_tensors="pt")
+    count = len(made["pixel_values"]) // 4
+    made["input_ids"] = torch.tensor([[1, *[7] * count, 1]])
+    grid = find_grid(prompt_of(made, [size], None, 7, merge=2))
+    np.testing.assert_allclose(grid.overlap((0, 0, *size)), 1, atol=1e-3)
+
+    def brightness(image):
+        return used(images=[image], return_tensors="pt")["pixel_values"].mean(1).reshape(-1, 4).mean(1).numpy()
+
+    check_cells(grid, size, brightness, [slice(0, count)])
+
+
+def test_two_grids_in_one_prompt():
+    """Cells belong to their pictures in order, each with its own number of rows and columns."""
+    made = {"input_ids": torch.tensor([[7] * 6 + [1] + [7] * 4]), "image_grid_thw": [[1, 4, 6], [1, 4, 4]]}
+    grid = find_grid(prompt_of(made, [(60, 40), (40, 40)], None, 7, merge=2))
+    assert grid.image.tolist() == [0] * 6 + [1] * 4
+    assert grid.pixels(5) == pytest.approx((40, 20, 60, 40))
+    assert grid.pixels(9) == pytest.approx((20, 20, 40, 40))
+
+
+def test_an_unknown_layout_says_what_was_found_and_the_way_out():
+    made = {"input_ids": torch.tensor([[1, 7, 7, 7, 1, 7, 7]])}
+    prompt = prompt_of(made, [(8, 8)], SimpleNamespace(tokenizer=processor().tokenizer), 7)
+    with pytest.raises(UnsupportedError) as caught:
+        find_grid(prompt)
+    assert str(caught.value) == (
+        "No rule says where the 5 image tokens of SimpleNamespace lie in the picture (runs of 3, 2 tokens for 1 "
+        "pictures). Pass grid=ImageGrid(...) with one box per token."
+    )
+
+
+def test_a_layout_that_does_not_add_up_is_refused():
+    made = {"input_ids": torch.tensor([[7] * 5]), "image_grid_thw": [[1, 4, 4]]}
+    with pytest.raises(UnsupportedError, match=r"has 5 image tokens, but thw expects 4: SimpleNamespace .*Pass grid="):
+        find_grid(prompt_of(made, [(8, 8)], None, 7, merge=2))

@@ -1,0 +1,683 @@
+"""The tap hears what the model does, for every family; laws (a) to (d), (f) and (i) of `gazeguard.trace`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from families import IMAGE, MAKERS, PAD, VOCABULARY, Family, draw_weights, family, gemma3, git, llava_mistral, text_only
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
+
+from gazeguard.errors import NothingSeenError, UnsupportedError
+from gazeguard.heads import fingerprint
+from gazeguard.inputs import image_token_id, model_inputs
+from gazeguard.tap import Head, Prompts, Rows, Tap, find_backbone, judge_words, readout
+from gazeguard.trace import SHARES
+
+NEW = 8
+every_family = pytest.mark.parametrize("name", list(MAKERS))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quietly() -> Iterator[None]:
+    """One thread, so that sums are made in one order, and no gradients."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------- ways to run a model
+
+
+def generate(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Any:
+    options = {"max_new_tokens": NEW, "do_sample": False, **options}
+    return model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+
+
+def forward(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Any:
+    return model(**model_inputs(model, inputs), use_cache=False, **options)
+
+
+def announce(inputs: dict[str, Tensor]) -> Prompts:
+    return Prompts.of(inputs["input_ids"], inputs["attention_mask"], IMAGE)
+
+
+def live(
+    model: PreTrainedModel, inputs: dict[str, Tensor], heads: Sequence[Head] | None = None, **options: Any
+) -> tuple[Any, Rows]:
+    """Generate, and what was heard meanwhile."""
+    with Tap(model, heads or find_backbone(model).heads()) as tap:
+        tap.begin(announce(inputs))
+        return generate(model, inputs, **options), tap.collect()
+
+
+def replay(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], written: Tensor) -> Rows:
+    """One forward pass over prompt and ``written`` (batch, T), and what was heard; T + 1 rows."""
+    with Tap(model, find_backbone(model).heads()) as tap:
+        tap.begin(announce(inputs))
+        forward(model, kind.extended(inputs, written))
+        return tap.collect()
+
+
+@dataclass(frozen=True)
+class Story:
+    """A batch of three rows of different length, what the model wrote, and what the tap heard of it."""
+
+    inputs: dict[str, Tensor]
+    written: Tensor
+    logits: Tensor  # (batch, T, vocabulary), as generate says
+    rows: Rows
+
+
+@functools.cache
+def story(name: str) -> Story:
+    kind = family(name)
+    inputs = kind.batch()
+    made, rows = live(kind.model, inputs)
+    written = made.sequences[:, inputs["input_ids"].shape[1] :]
+    return Story(inputs, written, torch.stack(made.logits, dim=1), rows)
+
+
+def eager(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that computes its attention the plain way and can return it."""
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    return twin
+
+
+def close(left: Tensor, right: Tensor, within: float) -> None:
+    torch.testing.assert_close(left, right, rtol=0, atol=within)
+
+
+def same_rows(left: Rows, right: Rows, within: float) -> None:
+    for field in ("gaze", "shares", "output", "hidden"):
+        close(getattr(left, field), getattr(right, field), within)
+
+
+def part(rows: Rows, index: Any) -> Rows:
+    """Some of the batch and of the rows."""
+    return Rows(rows.gaze[index], rows.shares[index], rows.output[index], rows.hidden[index])
+
+
+# ------------------------------------------------------------------------------------------------ the parts of a model
+
+
+@every_family
+def test_the_backbone_is_the_text_decoder(name):
+    """Every self-attention of the text decoder is found, under its own layer number, and none of the vision tower."""
+    model = family(name).model
+    text = model.config.get_text_config(decoder=True)
+    found = find_backbone(model).attention
+    path_of = {id(module): path for path, module in model.named_modules()}
+    paths = [path_of[id(module)] for module in found.values()]
+    assert list(found) == list(range(text.num_hidden_layers))
+    assert all(path.endswith(f".layers.{layer}.self_attn") for layer, path in zip(found, paths, strict=True))
+    assert not any("vis" in path for path in paths)
+    assert len(find_backbone(model).heads()) == text.num_hidden_layers * text.num_attention_heads
+
+
+@every_family
+def test_the_gain_is_the_norms_slope(name):
+    """The norm equals gain times the scaled state, whether its class multiplies by weight or by one plus weight."""
+    backbone = find_backbone(family(name).model)
+    gain, centres = backbone.gain
+    state = torch.randn(5, len(gain), generator=torch.Generator().manual_seed(3)) * 4
+    moved = state - state.mean(-1, keepdim=True) if centres else state
+    expected = moved / moved.pow(2).mean(-1, keepdim=True).sqrt() * gain
+    close(backbone.norm(state), expected, 1e-4)
+    assert centres == (name == "AyaVision")
+
+
+# ------------------------------------------------------------------------------------------------------------ law (a)
+
+
+@every_family
+def test_row_t_is_the_query_that_predicted_token_t(name):
+    """Law (a): what is heard while generating equals the eager attention rows P - 1 + t; the shares are its sums."""
+    kind, told = family(name), story(name)
+    whole = kind.extended(told.inputs, told.written)
+    twin = eager(kind.model)
+    attentions = forward(twin, whole, output_attentions=True).attentions
+    width, steps = told.inputs["input_ids"].shape[1], told.written.shape[1]
+    assert steps == NEW
+    truth = torch.cat(attentions, dim=1)[:, :, width - 1 : width - 1 + steps].transpose(1, 2)  # (batch, T, H, S)
+    ids, mask = told.inputs["input_ids"], told.inputs["attention_mask"].bool()
+    assert told.rows.gaze.shape[:3] == truth.shape[:3]
+    for row in range(len(ids)):
+        image = (ids[row] == IMAGE).nonzero()[:, 0]
+        assert len(image) == sum(kind.cells(row))
+        close(told.rows.gaze[row, ..., : len(image)], truth[row][..., image], 1e-5)
+        assert not told.rows.gaze[row, ..., len(image) :].any(), "columns that the row does not have hold nothing"
+        first = int(mask[row].nonzero()[0])
+        other = [i for i in range(first + 1, width) if i not in set(image.tolist())]
+        sums = [truth[row][..., where].sum(-1) for where in (image, other, slice(width, None), [first])]
+        close(told.rows.shares[row], torch.stack(sums, dim=-1), 1e-5)
+    close(told.rows.shares.sum(-1), torch.ones(truth.shape[:3]), 1e-5)
+    assert truth.amax(-1).mean() > 0.3, "the attention of the test is too flat to tell rows apart"
+    assert (truth[:, 1:] - truth[:, :-1]).abs().amax() > 0.3, "the rows of the test are too alike to tell apart"
+
+
+@every_family
+def test_output_is_what_the_projection_gets(name):
+    """Each head's output is its slice of the output projection's input, at the same row."""
+    kind, told = family(name), story(name)
+    backbone = find_backbone(kind.model)
+    seen: dict[int, Tensor] = {}
+    handles = [
+        backbone.projection(layer).register_forward_pre_hook(lambda _, args, at=layer: seen.update({at: args[0]}))
+        for layer in backbone.attention
+    ]
+    forward(kind.model, kind.extended(told.inputs, told.written))
+    for handle in handles:
+        handle.remove()
+    start = told.inputs["input_ids"].shape[1] - 1
+    per_head = told.rows.output.shape[-1]
+    truth = torch.cat([seen[layer].unflatten(-1, (-1, per_head)) for layer in backbone.attention], dim=2)
+    close(told.rows.output, truth[:, start : start + NEW], 2e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- law (b), (d)
+
+
+@every_family
+def test_replay_equals_live(name):
+    """Law (b): one teacher-forced pass over prompt and written words hears what was heard while they were written."""
+    told = story(name)
+    again = replay(family(name), family(name).model, told.inputs, told.written)
+    assert again.gaze.shape[1] == NEW + 1, "the row after the last word is heard too"
+    same_rows(part(again, (slice(None), slice(NEW))), told.rows, 1e-5)
+
+
+@every_family
+def test_a_padded_batch_equals_its_single_rows(name):
+    """Law (d): gaze, shares, output, hidden state and logits of a left-padded row are those of the row alone."""
+    kind, told = family(name), story(name)
+    backbone = find_backbone(kind.model)
+    lengths = set()
+    for row in range(3):
+        alone = kind.batch([row])
+        assert alone["attention_mask"].all()
+        lengths.add(alone["input_ids"].shape[1])
+        made, rows = live(kind.model, alone)
+        assert torch.equal(made.sequences[0, alone["input_ids"].shape[1] :], told.written[row])
+        own = part(told.rows, slice(row, row + 1))
+        cells = rows.gaze.shape[-1]
+        same_rows(rows, Rows(own.gaze[..., :cells], own.shares, own.output, own.hidden), 1e-4)
+        close(backbone.logits(rows.hidden), backbone.logits(own.hidden), 1e-4)
+    assert len(lengths) > 1, "a test of padding needs padding"
+
+
+# ------------------------------------------------------------------------------------------------------------ law (c)
+
+
+@every_family
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_watching_changes_no_logit(name, sampled):
+    """Law (c): with and without the tap, ids and logits are the same to the last bit."""
+    kind = family(name)
+    inputs = kind.batch()
+    options = {"do_sample": sampled, **({"top_k": 0, "temperature": 1.3} if sampled else {})}
+    torch.manual_seed(5)
+    plain = generate(kind.model, inputs, **options)
+    torch.manual_seed(5)
+    watched, _ = live(kind.model, inputs, **options)
+    assert torch.equal(plain.sequences, watched.sequences)
+    assert len(plain.logits) == NEW
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, watched.logits, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ law (f)
+
+
+class Stumble(LogitsProcessor):
+    """Fails at the third word."""
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.left -= 1
+        if not self.left:
+            raise KeyError("stumbled")
+        return scores
+
+
+def shape_of(model: nn.Module) -> dict[str, Any]:
+    """All that a watch could leave behind: attributes, and hooks of each module."""
+    return {
+        path: (set(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for path, module in model.named_modules()
+    }
+
+
+@every_family
+@pytest.mark.parametrize("how", ["done", "unused", "raised", "raised while writing"])
+def test_leaving_restores_the_model(name, how):
+    """Law (f): after the context, however it was left, the model has the attributes, hooks and words it had before."""
+    kind = family(name)
+    inputs = kind.batch()
+    before, said = shape_of(kind.model), generate(kind.model, inputs, max_new_tokens=4)
+    tap = Tap(kind.model, [(0, 1), (2, 3)])
+    try:
+        with tap:
+            assert shape_of(kind.model) != before
+            tap.begin(announce(inputs))
+            if how == "raised":
+                raise KeyError("stumbled")
+            if how != "unused":
+                stumble = LogitsProcessorList([Stumble()] if how == "raised while writing" else [])
+                generate(kind.model, inputs, logits_processor=stumble)
+    except KeyError:
+        assert how.startswith("raised")
+    assert shape_of(kind.model) == before
+    assert not any("_gazeguard_tap" in vars(module) for module in kind.model.modules())
+    after = generate(kind.model, inputs, max_new_tokens=4)
+    assert torch.equal(after.sequences, said.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(after.logits, said.logits, strict=True))
+
+
+def test_a_tap_can_be_used_again():
+    """Law (f), the tap's side: a tap that was left, or that met an exception, hears the next run as the first."""
+    kind, told = family("Qwen2.5-VL"), story("Qwen2.5-VL")
+    tap = Tap(kind.model, find_backbone(kind.model).heads())
+    with tap:
+        tap.begin(announce(told.inputs))
+        with pytest.raises(KeyError):
+            generate(kind.model, told.inputs, logits_processor=LogitsProcessorList([Stumble()]))
+    for _ in range(2):
+        with tap:
+            tap.begin(announce(told.inputs))
+            generate(kind.model, told.inputs)
+            same_rows(tap.collect(), told.rows, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ law (i)
+
+
+@every_family
+def test_hearing_nothing_raises(name):
+    """Law (i): no begin, no run, a run of another batch size, and a watch that is over are errors with a way out."""
+    kind = family(name)
+    inputs = kind.batch()
+    with Tap(kind.model, [(1, 0)]) as tap:
+        with pytest.raises(NothingSeenError, match=r"did not run.*Run the model inside the watch"):
+            tap.collect()
+        tap.begin(announce(inputs))
+        with pytest.raises(NothingSeenError, match="layer 1 heard no attention"):
+            tap.collect()
+        generate(kind.model, kind.batch([0]), max_new_tokens=2)
+        with pytest.raises(NothingSeenError, match="with the batch that the watch was opened for"):
+            tap.collect()
+    with pytest.raises(NothingSeenError):
+        tap.collect()
+
+
+def test_begin_forgets():
+    """A second begin starts from nothing: its rows are those of the second run alone."""
+    kind, told = family("Idefics3"), story("Idefics3")
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(announce(kind.batch([1])))
+        generate(kind.model, kind.batch([1]))
+        tap.begin(announce(told.inputs))
+        with pytest.raises(NothingSeenError):
+            tap.collect()
+        generate(kind.model, told.inputs)
+        same_rows(tap.collect(), told.rows, 0)
+
+
+def test_a_run_of_another_batch_is_not_mixed_in():
+    """A forward pass of another batch size between two words leaves no trace, in no field."""
+    kind, told = family("LLaVA"), story("LLaVA")
+    stranger = kind.batch([0])
+
+    class Interrupt(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            forward(kind.model, stranger)
+            return scores
+
+    _, rows = live(kind.model, told.inputs, logits_processor=LogitsProcessorList([Interrupt()]))
+    same_rows(rows, told.rows, 0)
+
+
+@every_family
+def test_a_second_run_without_begin_raises(name):
+    """A tap hears one run: the rows of a second one are refused, not appended."""
+    kind = family(name)
+    inputs = kind.batch()
+    with Tap(kind.model, [(0, 0)]) as tap:
+        tap.begin(announce(inputs))
+        generate(kind.model, inputs, max_new_tokens=2)
+        with pytest.raises(UnsupportedError, match="the model ran twice"):
+            generate(kind.model, inputs, max_new_tokens=2)
+
+
+# ------------------------------------------------------------------------------------------------ ways of generating
+
+
+@pytest.mark.parametrize("name", ["Idefics3", "LLaVA", "Mistral3"])
+def test_a_prefill_in_chunks_is_heard_as_one(name):
+    """Chunked prefill gives the rows of an unbroken one."""
+    kind, told = family(name), story(name)
+    # Chunks cannot be cut through pictures, so the row's embeddings go in as text; the prompt is words alone here.
+    inputs = {key: told.inputs[key].clone() for key in ("input_ids", "attention_mask")}
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = 7
+    _, whole = live(kind.model, inputs)
+    _, chunks = live(kind.model, inputs, prefill_chunk_size=5)
+    same_rows(chunks, whole, 1e-5)
+
+
+@pytest.mark.parametrize("size", [64, None], ids=["large", "made by generate"])
+def test_a_static_cache_is_refused(size):
+    """A cache with room for later keys would be read wrong, so it raises."""
+    kind = family("LLaVA")
+    text = kind.model.config.get_text_config()
+    options = {"past_key_values": StaticCache(text, size)} if size else {"cache_implementation": "static"}
+    with pytest.raises(UnsupportedError, match=r"static or continued.*Use the default, growing cache"):
+        live(kind.model, kind.batch(), **options)
+
+
+def test_a_prefix_mask_over_written_words_is_refused():
+    """PaliGemma's prompt attends both ways. Words replayed as prompt would see what follows, so this raises."""
+    kind, told = family("PaliGemma"), story("PaliGemma")
+    whole = kind.extended(told.inputs, told.written)
+    whole["token_type_ids"][:] = 0
+    with Tap(kind.model, [(0, 0)]) as tap:
+        tap.begin(announce(told.inputs))
+        with pytest.raises(UnsupportedError, match="token_type_ids of 1"):
+            forward(kind.model, whole)
+
+
+@pytest.mark.parametrize("kind", [gemma3(8), llava_mistral(8)], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("run", [generate, forward], ids=["live", "replay"])
+def test_a_sliding_window_is_refused(kind, run):
+    """A layer that forgets old keys raises, whether the module knows its window or passes it as an argument alone."""
+    inputs = kind.batch()
+    with Tap(kind.model, [(0, 0)]) as tap:
+        tap.begin(announce(inputs))
+        with pytest.raises(UnsupportedError, match=r"Layer 0 .*sliding window.*Choose heads in other layers"):
+            run(kind.model, inputs)
+
+
+def test_full_layers_between_sliding_ones_are_heard():
+    """In a model of both kinds, the layers that see everything are read as in any other model."""
+    kind = gemma3(8)
+    inputs = kind.batch()
+    heads = [(2, head) for head in range(4)]
+    made, rows = live(kind.model, inputs, heads)
+    width = inputs["input_ids"].shape[1]
+    twin = eager(kind.model)
+    whole = kind.extended(inputs, made.sequences[:, width:])
+    truth = forward(twin, whole, output_attentions=True).attentions[2]
+    for row in range(3):
+        image = (inputs["input_ids"][row] == IMAGE).nonzero()[:, 0]
+        expected = truth[row, :, width - 1 : width - 1 + NEW, image].transpose(0, 1)
+        close(rows.gaze[row, ..., : len(image)], expected, 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ from a look on
+
+
+@every_family
+def test_hidden_becomes_the_models_own_logits(name):
+    """The final norm and unembedding of the heard states give the logits that generate gave, whatever the class does."""
+    told = story(name)
+    close(find_backbone(family(name).model).logits(told.rows.hidden), told.logits.float(), 1e-4)
+
+
+@every_family
+def test_words_are_judged_by_the_models_logits(name):
+    """Log-probability and entropy are those of the log-softmax of the model's logits."""
+    kind, told = family(name), story(name)
+    backbone = find_backbone(kind.model)
+    words = judge_words(backbone, backbone.heads(), told.rows, told.written)
+    logs = told.logits.float().log_softmax(-1)
+    close(words.logprobs, logs.gather(-1, told.written[..., None])[..., 0], 1e-4)
+    close(words.entropy, -(logs.exp() * logs).sum(-1), 1e-4)
+    assert words.readout.shape == told.rows.output.shape[:3]
+
+
+@every_family
+def test_readouts_and_the_rest_add_up_to_the_logit(name):
+    """Direct logit attribution: what all heads, all MLPs and the embedding add is the logit, norm scale held fixed."""
+    kind, told = family(name), story(name)
+    backbone = find_backbone(kind.model)
+    decoder = kind.model.get_decoder()
+    heard: list[Tensor] = []
+    handles = [layer.mlp.register_forward_hook(lambda _, args, made: heard.append(made)) for layer in decoder.layers]
+    handles.append(
+        decoder.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: heard.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    )
+    forward(kind.model, kind.extended(told.inputs, told.written))
+    for handle in handles:
+        handle.remove()
+    assert len(heard) == len(backbone.attention) + 1
+    start = told.inputs["input_ids"].shape[1] - 1
+    rest = torch.stack(heard).sum(0)[:, start : start + NEW]
+    # The lens: the same norm, its scale that of the whole state.
+    gain, centres = backbone.gain
+    state = told.rows.hidden
+    if centres:
+        rest, state = rest - rest.mean(-1, keepdim=True), state - state.mean(-1, keepdim=True)
+    lens = rest * gain / state.pow(2).mean(-1, keepdim=True).sqrt()
+    for rival in (0, 5):  # the written word itself, and another one
+        token = (told.written + rival) % VOCABULARY
+        direction = backbone.unembedding.weight[token]
+        looked = readout(backbone, backbone.heads(), told.rows.output, told.rows.hidden, direction)
+        logit = backbone.logits(told.rows.hidden).gather(-1, token[..., None])[..., 0]
+        close(looked.sum(-1) + (lens * direction).sum(-1), logit, 1e-3)
+        assert looked.abs().mean() > 1e-2, "a test of sums needs summands"
+
+
+@every_family
+def test_a_head_without_a_projection_has_no_readout(name):
+    """A head whose slice of the output projection is zero adds nothing to any logit, and only that head."""
+    kind = MAKERS[name]()
+    backbone = find_backbone(kind.model)
+    _, per_head = backbone.width(backbone.attention[1])
+    backbone.projection(1).weight[:, 2 * per_head : 3 * per_head] = 0
+    made, rows = live(kind.model, kind.batch())
+    words = judge_words(backbone, backbone.heads(), rows, made.sequences[:, -NEW:])
+    silent = [head == (1, 2) for head in backbone.heads()]
+    assert not words.readout[..., silent].any()
+    assert words.readout[..., [not is_silent for is_silent in silent]].abs().amin((0, 1)).all()
+
+
+def test_readout_is_relative_to_the_rivals():
+    """The judged readout is the word's own readout minus the mean over its twenty likeliest rivals'."""
+    told = story("Qwen3-VL")
+    backbone = find_backbone(family("Qwen3-VL").model)
+    heads = [(0, 3), (2, 1)]
+    where = [backbone.heads().index(head) for head in heads]
+    rows = Rows(told.rows.gaze, told.rows.shares, told.rows.output[:, :, where], told.rows.hidden)
+    words = judge_words(backbone, heads, rows, told.written)
+    for row in range(3):
+        for step in range(NEW):
+            ranked = told.logits[row, step].argsort(descending=True).tolist()
+            written = int(told.written[row, step])
+            rivals = [token for token in ranked[:21] if token != written]
+            tokens = torch.tensor([written, *rivals])
+            output, hidden = rows.output[row, step].expand(len(tokens), -1, -1), rows.hidden[row, step]
+            each = readout(backbone, heads, output, hidden.expand(len(tokens), -1), backbone.unembedding.weight[tokens])
+            close(words.readout[row, step], each[0] - each[1:].mean(0), 1e-4)
+
+
+@every_family
+def test_regions_are_sums_of_cells(name):
+    """Gaze read by regions is the gaze on cells times the regions, live and replayed."""
+    kind, told = family(name), story(name)
+    cells = told.rows.gaze.shape[-1]
+    regions = torch.rand(3, cells, 5, generator=torch.Generator().manual_seed(1))
+    expected = told.rows.gaze @ regions[:, None]
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(announce(told.inputs), regions)
+        generate(kind.model, told.inputs)
+        close(tap.collect().gaze, expected, 1e-5)
+        tap.begin(announce(told.inputs), regions)
+        forward(kind.model, kind.extended(told.inputs, told.written))
+        close(tap.collect().gaze[:, :NEW], expected, 1e-5)
+
+
+@every_family
+def test_latest_is_the_newest_row(name):
+    """Between two words, `latest` is the row that predicted the word about to be chosen; asking changes nothing."""
+    kind, told = family(name), story(name)
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    class Ask(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            asked.append(tap.latest())
+            return scores
+
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(announce(told.inputs))
+        generate(kind.model, told.inputs, logits_processor=LogitsProcessorList([Ask()]))
+        same_rows(tap.collect(), told.rows, 1e-5)
+    close(torch.stack([output for output, _ in asked], dim=1), told.rows.output, 1e-5)
+    close(torch.stack([hidden for _, hidden in asked], dim=1), told.rows.hidden, 0)
+
+
+@every_family
+def test_chosen_heads_are_those_of_all(name):
+    """A tap on some heads, given in any order and twice, hears what a tap on all hears of them, by layer and head."""
+    kind, told = family(name), story(name)
+    every = find_backbone(kind.model).heads()
+    _, rows = live(kind.model, told.inputs, [(2, 3), (0, 1), (2, 0), (0, 1)])
+    where = [every.index(head) for head in ((0, 1), (2, 0), (2, 3))]
+    close(rows.gaze, told.rows.gaze[:, :, where], 1e-6)
+    close(rows.shares, told.rows.shares[:, :, where], 1e-6)
+    close(rows.output, told.rows.output[:, :, where], 1e-6)
+    close(rows.hidden, told.rows.hidden, 0)
+
+
+@every_family
+def test_half_precision_is_near_the_truth(name):
+    """A bfloat16 model's rows are within 0.03 of the same weights run in float32.
+
+    The weights are calmer here: peaky attention magnifies the rounding of the layers below, which is the model's own.
+    """
+    kind, told = family(name), story(name)
+    half = draw_weights(copy.deepcopy(kind.model), peak=0.5).to(torch.bfloat16)
+    whole = copy.deepcopy(half).to(torch.float32)
+    small = {key: value.bfloat16() if value.is_floating_point() else value for key, value in told.inputs.items()}
+    same = {key: value.float() if value.is_floating_point() else value for key, value in small.items()}
+    rows, truth = replay(kind, half, small, told.written), replay(kind, whole, same, told.written)
+    assert rows.hidden.dtype == torch.bfloat16
+    assert rows.gaze.dtype == rows.output.dtype == torch.float32
+    close(rows.gaze, truth.gaze, 0.03)
+    close(rows.shares, truth.shares, 0.03)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("second", [[(0, 0)], [(2, 1)]], ids=["same layer", "another layer"])
+def test_two_taps_on_one_model(second):
+    """A watched model is not watched again, and the first watch goes on unharmed."""
+    kind, told = family("SmolVLM"), story("SmolVLM")
+    with Tap(kind.model, [(0, 0), (0, 1)]) as tap:
+        tap.begin(announce(told.inputs))
+        with (
+            pytest.raises(UnsupportedError, match=r"watched already\. Leave the other watch first"),
+            Tap(kind.model, second),
+        ):
+            pass
+        generate(kind.model, told.inputs)
+        close(tap.collect().gaze, told.rows.gaze[:, :, :2], 1e-6)
+    with Tap(kind.model, second):
+        pass
+
+
+@every_family
+def test_eager_attention_is_refused(name):
+    """A model whose kernel is not reproduced is refused with the call that helps."""
+    with pytest.raises(UnsupportedError, match=r'set_attn_implementation\("sdpa"\)'):
+        Tap(eager(family(name).model), [(0, 0)])
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        ([(3, 0)], r"no head \(3, 0\): .* layers 0 to 2 with 4 heads each"),
+        ([(0, 1), (1, 4)], r"no head \(1, 4\)"),
+        ([(0, -1)], r"no head \(0, -1\)"),
+        ([], "the list of heads is empty"),
+    ],
+)
+def test_unknown_heads_are_refused(heads, said):
+    """Heads that the text decoder does not have, and none at all, are refused with what it has."""
+    with pytest.raises(UnsupportedError, match=said):
+        Tap(family("LLaVA").model, heads)
+
+
+def test_models_without_pictures_or_without_the_registry_are_refused():
+    """A text model has no image token; a model that computes its text attention itself has nothing to listen to."""
+    with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM has no image token.*text-only"):
+        image_token_id(text_only())
+    with pytest.raises(UnsupportedError, match="GitForCausalLM has no text attention"):
+        Tap(git(), [(0, 0)])
+
+
+@every_family
+def test_the_image_token_is_read_from_the_configuration(name):
+    """Every family names its image token, under whichever of two names."""
+    assert image_token_id(family(name).model) == IMAGE
+
+
+# ------------------------------------------------------------------------------------------------- prompts, by example
+
+
+def test_prompts_by_example():
+    """Columns of image tokens in order, padded columns marked, kinds one-hot except for padding."""
+    ids = torch.tensor([[PAD, PAD, 5, IMAGE, 6], [5, IMAGE, IMAGE, 6, IMAGE], [4, 5, 6, 7, 8]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])
+    prompts = Prompts.of(ids, mask, IMAGE)
+    assert prompts.columns.tolist() == [[3, 0, 0], [1, 2, 4], [0, 0, 0]]
+    assert prompts.cells.tolist() == [[True, False, False], [True] * 3, [False] * 3]
+    assert torch.equal(prompts.real, mask.bool())
+    picture, prompt, generated, first = (SHARES.index(kind) for kind in ("picture", "prompt", "generated", "first"))
+    kinds = prompts.kinds.argmax(-1)
+    assert kinds[0, 2:].tolist() == [first, picture, prompt]
+    assert kinds[1].tolist() == [first, picture, picture, prompt, picture]
+    assert torch.equal(prompts.kinds.sum(-1), mask.float())
+    assert not prompts.kinds[..., generated].any()
+
+
+def test_prompts_need_no_mask():
+    """Without a mask nothing is padding, even where the padding token stands; a picture may come first."""
+    prompts = Prompts.of(torch.tensor([[IMAGE, PAD, 3]]), None, IMAGE)
+    assert prompts.real.all()
+    assert prompts.kinds[0].argmax(-1).tolist() == [0, 1, 1]
+
+
+# -------------------------------------------------------------------------------------------------------- fingerprints
+
+
+@every_family
+def test_a_fingerprint_is_of_the_weights(name, tmp_path):
+    """Law (h)'s ground: equal after saving and loading and in another precision, different for other weights."""
+    model = family(name).model
+    own = fingerprint(model)
+    model.save_pretrained(tmp_path)
+    assert fingerprint(type(model).from_pretrained(tmp_path)) == own
+    assert fingerprint(type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)) == own
+    assert fingerprint(copy.deepcopy(model).to(torch.bfloat16)) == own
+    assert fingerprint(draw_weights(copy.deepcopy(model), seed=1)) != own
+
+
+def test_fingerprints_tell_classes_apart():
+    """Two classes around the same weights are two models."""
+    assert torch.equal(
+        find_backbone(family("Idefics3").model).projection(0).weight,
+        find_backbone(family("SmolVLM").model).projection(0).weight,
+    )
+    assert len({fingerprint(family(name).model) for name in MAKERS}) == len(MAKERS)
