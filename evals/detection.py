@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
+from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
 
 from evals.common import Figure, Out, Quick, auroc, figure, within_bins, write
 from gazeguard import features, lab
@@ -47,7 +47,7 @@ def random_heads(guard: GazeGuard, samples: Sequence[lab.Sample], reports: Seque
     """AUROC of the readout of ten random sets of other heads, from a replay of the same captions with all heads heard."""
     heads = guard.heads
     everything = GazeHeads.model_validate(heads.model_dump() | {"heads": heads.all_heads})
-    listener = GazeGuard(guard.model, guard.processor, heads=everything, detector=NO_DETECTOR)
+    listener = GazeGuard(guard.model, guard.processor, heads=everything)
     readouts = []
     for start in range(0, len(samples), 25):
         group = range(start, min(start + 25, len(samples)))
@@ -72,8 +72,7 @@ def random_heads(guard: GazeGuard, samples: Sequence[lab.Sample], reports: Seque
 
 
 def auroc_of(table: Table, score: NDArray[np.float64]) -> float:
-    from sklearn.metrics import roc_auc_score
-
+    """AUROC without an interval, of the phrases that are either true or invented."""
     return float(roc_auc_score(table.invented[table.clear], score[table.clear]))
 
 

@@ -167,8 +167,7 @@ def caption(
         guard = GazeGuard(*_load(model), policy=policy)
         with err.status("writing"):
             entries = [
-                Entry(name, picture, guard.caption(picture, prompt))
-                for name, picture in zip(images, pictures, strict=True)
+                Entry(name, picture, guard.caption(picture, prompt)) for name, picture in zip(images, pictures, strict=True)
             ]
     _finish(entries, html, as_json, images)
 

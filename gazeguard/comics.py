@@ -95,16 +95,14 @@ def _draw_strip(rng: random.Random, panels: int, size: tuple[int, int]) -> Strip
     boxes = panel_boxes(panels, size)
     nouns = iter(rng.sample(list(GLYPHS), len(GLYPHS)))
     narration, spans = "", []
+    side_x, side_y = size[0] // 6, size[1] // 6  # a panel holds two pictographs abreast and three on top of each other
     for ordinal, (x0, y0, x1, y1) in zip(ORDINALS, boxes, strict=False):
         pen.rectangle((x0 + 3, y0 + 3, x1 - 5, y1 - 5), fill=(246, 246, 240), outline=(90, 90, 90), width=3)
         said = []
-        count = rng.randint(1, 3)
-        for i in range(count):
+        for row in sorted(rng.sample(range(3), rng.randint(1, 3))):
             noun, colour = next(nouns), rng.choice(list(COLOURS))
-            side = min(x1 - x0, (y1 - y0) // count) * 4 // 5
-            x = rng.randint(x0 + 8, max(x0 + 8, x1 - side - 8))
-            y = y0 + (y1 - y0) * i // count + ((y1 - y0) // count - side) // 2
-            image.paste(COLOURS[colour], (x, y), glyph(noun, (side, side)))
+            where = (x0 + rng.randint(0, 2) * side_x // 2, y0 + row * side_y)
+            image.paste(COLOURS[colour], where, glyph(noun, (side_x, side_y)))
             said.append(a_phrase(colour, noun))
         narration += f"{' ' if narration else ''}In panel {ordinal} there is "
         spans.append((len(narration), len(narration) + len(join(said))))

@@ -147,9 +147,7 @@ def _centre_crop(processor: Any, size: tuple[int, int]) -> Box:
     if not getattr(images, "do_center_crop", False) or not short or "height" not in crop:
         return (0.0, 0.0, 1.0, 1.0)
     scale = short / min(size)
-    lost_x, lost_y = (
-        max(0.0, 0.5 - crop[edge] / (2 * scale * n)) for edge, n in zip(("width", "height"), size, strict=True)
-    )
+    lost_x, lost_y = (max(0.0, 0.5 - crop[edge] / (2 * scale * n)) for edge, n in zip(("width", "height"), size, strict=True))
     return (lost_x, lost_y, 1 - lost_x, 1 - lost_y)
 
 

@@ -9,7 +9,7 @@ report = guard.check(image, "In panel one there is a red star.")
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -55,8 +55,8 @@ class GazeGuard:
 
     policy:   the name of a policy, the path of one, or a `Policy`
     heads:    `GazeHeads` or a file of them; by default ``heads.json`` in the model's own folder
-    detector: `Detector`, or a file or folder of one; by default ``detector.json`` in the model's own folder. Without one
-              everything is watched, but nothing is judged: every verdict is *unchecked*.
+    detector: `Detector`, or a file or folder of one; by default ``detector.json`` in the model's own folder, where its
+              own heads are used, too. Without one everything is watched, but nothing is judged: every verdict is *unchecked*.
 
     After each call ``reports`` holds one `Report` per written caption.
     Raises `UnsupportedError` for a model that cannot be watched, `MismatchError` for heads or a detector of another one.
@@ -75,7 +75,7 @@ class GazeGuard:
         self.policy = policy if isinstance(policy, Mark | Rerank) else load_policy(policy)
         self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.load(heads or self._own(HEADS_FILE))
         self.heads.check_model(model)
-        if detector is None and (own := Path(model.name_or_path) / DETECTOR_FILE).is_file():
+        if detector is None and heads is None and (own := Path(model.name_or_path) / DETECTOR_FILE).is_file():
             detector = own
         self.detector = Detector.from_pretrained(detector) if isinstance(detector, str | Path) else detector
         if self.detector is not None:
@@ -130,9 +130,7 @@ class GazeGuard:
             if is_so(generation_config):
                 raise UnsupportedError(f"GazeGuard cannot watch {what}. Generate with {way_out}.")
         if cache is not None and cache.get_seq_length() > 0:
-            raise UnsupportedError(
-                "GazeGuard cannot watch a continued cache. Pass the whole conversation as one prompt."
-            )
+            raise UnsupportedError("GazeGuard cannot watch a continued cache. Pass the whole conversation as one prompt.")
         if input_ids.shape[1] == 0:
             raise InputError("The prompt has no token ids: generate got inputs_embeds alone. Pass input_ids.")
         mask = model_kwargs.get("attention_mask")
@@ -177,42 +175,51 @@ class GazeGuard:
     def check(self, image: Any, caption: str, prompt: str = DEFAULT_PROMPT) -> Report:
         """Judge a caption that anything wrote, by one teacher-forced pass. ``prompt`` is what it answers.
 
-        An empty caption, and one longer than the model's context, are *unchecked*.
+        An empty caption, one longer than the model's context and a picture that cannot be read are *unchecked*.
         """
         return self.check_all([image], [caption], prompt)[0]
 
     @torch.no_grad()
     def check_all(self, images: Sequence[Any], captions: Sequence[str], prompt: str = DEFAULT_PROMPT) -> list[Report]:
-        """`check` for a batch of pictures with one caption each, in one pass."""
-        reports: list[Report | None] = [
-            None if caption.strip() else self._unchecked(caption, "the caption is empty") for caption in captions
-        ]
-        todo = [i for i, report in enumerate(reports) if report is None]
-        if not todo:
-            return reports
-        pictures = [load_image(images[i]) for i in todo]
-        batch = encode(self.model, self.processor, pictures, [prompt] * len(todo), [captions[i] for i in todo])
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if limit is not None and batch.inputs["input_ids"].shape[1] > limit:
-            if len(todo) > 1:  # one long caption must not cost the others
-                for i in todo:
-                    reports[i] = self.check(images[i], captions[i], prompt)
-                return reports
-            length = batch.inputs["input_ids"].shape[1]
-            reason = f"prompt and caption have {length} tokens, more than the model's context of {limit}"
-            reports[todo[0]] = self._unchecked(captions[todo[0]], reason)
-            return reports
-        sizes = [[picture.size] for picture in pictures]
+        """`check` for a batch of pictures with one caption each, in one pass; a row that cannot be used is *unchecked*."""
+        reports: dict[int, Report] = {}
+        pictures: dict[int, Image.Image] = {}
+        for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            try:
+                pictures[i] = load_image(image)
+                if not caption.strip():
+                    raise InputError("the caption is empty")
+            except InputError as error:
+                reports[i] = self._unchecked(caption, str(error))
+        todo = [i for i in pictures if i not in reports]
+        if todo:
+            reports |= self._replay(todo, pictures, captions, prompt)
+        return [reports[i] for i in range(len(captions))]
+
+    def _replay(
+        self, todo: Sequence[int], pictures: Mapping[int, Image.Image], captions: Sequence[str], prompt: str
+    ) -> dict[int, Report]:
+        """Reports of the rows ``todo``, from one teacher-forced pass over those that fit into the context."""
+        told = [captions[i] for i in todo]
+        batch = encode(self.model, self.processor, [pictures[i] for i in todo], [prompt] * len(todo), told)
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
+        lengths = [batch.prompt_ids.shape[1] + len(ids) for ids in batch.caption_ids]
+        long = {
+            i: self._unchecked(captions[i], f"prompt and caption have {n} tokens, more than the model's context of {limit}")
+            for i, n in zip(todo, lengths, strict=True)
+            if n > limit
+        }
+        if long:
+            rest = [i for i in todo if i not in long]
+            return long | (self._replay(rest, pictures, captions, prompt) if rest else {})
+        sizes = [[pictures[i].size] for i in todo]
         grids = grids_of(self.model, self.processor, batch.inputs, batch.prompt_ids, batch.prompt_mask, sizes)
         with self.tap as tap:
             tap.begin(Prompts.of(batch.prompt_ids, batch.prompt_mask, image_token_id(self.model)))
             self.model(**model_inputs(self.model, batch.inputs), use_cache=False)
             rows = tap.collect()
-        texts = [captions[i] for i in todo]
-        done = self._report(rows, grids, batch.caption_ids, texts, batch.offsets, [True] * len(todo))
-        for i, report in zip(todo, done, strict=True):
-            reports[i] = report
-        return reports
+        done = self._report(rows, grids, batch.caption_ids, told, batch.offsets, [True] * len(todo))
+        return dict(zip(todo, done, strict=True))
 
     # ---------------------------------------------------------------------------------------------------- judging
 
@@ -280,13 +287,9 @@ class GazeGuard:
         )
         doubtful = [finding.phrase.text for finding in findings if finding.flagged]
         if doubtful:
-            return self._made(
-                trace.text, Verdict.FLAG, f"not supported by the picture: {', '.join(doubtful)}", findings, trace
-            )
+            return self._made(trace.text, Verdict.FLAG, f"not supported by the picture: {', '.join(doubtful)}", findings, trace)
         if not trace.finished:
-            return self._made(
-                trace.text, Verdict.UNCHECKED, "the caption was cut off by the length limit", findings, trace
-            )
+            return self._made(trace.text, Verdict.UNCHECKED, "the caption was cut off by the length limit", findings, trace)
         return self._made(trace.text, Verdict.PASS, "", findings, trace)
 
     def _unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:

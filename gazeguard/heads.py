@@ -159,9 +159,7 @@ def find_heads(
 
 def _narrations(tap: Tap, model: PreTrainedModel, processor: ProcessorMixin, strips: Sequence[Strip]) -> list[Any]:
     """For each strip (H, said panel, attended panel): mean mass of the rows that predict a panel's words."""
-    batch = encode(
-        model, processor, [s.image for s in strips], [s.prompt for s in strips], [s.narration for s in strips]
-    )
+    batch = encode(model, processor, [s.image for s in strips], [s.prompt for s in strips], [s.narration for s in strips])
     gaze = _gaze_on_panels(tap, model, processor, batch, strips)  # (batch, T, H, panels)
     return [
         np.stack([row[: len(told)][_tokens(told, span)].mean(0) for span in strip.spans], axis=1)

@@ -47,7 +47,7 @@ class Encoded:
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """An upright RGB picture from a file, bytes or a PIL image. Raises `InputError` for anything else."""
     if not isinstance(source, (str, Path, bytes, Image.Image)):
-        raise InputError(f"A picture is a path, bytes or a PIL image, not {type(source).__name__}. Give one of these.")
+        raise InputError(f"Expected one picture (a path, bytes or a PIL image), not {type(source).__name__}.")
     name = str(source) if isinstance(source, (str, Path)) else "the given picture"
     try:
         if isinstance(source, Image.Image):
@@ -98,7 +98,8 @@ def encode(
     """One picture and one prompt per row, through the processor's chat template; on the model's device."""
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise InputError(
-            f"{type(processor).__name__} is not a vision-language processor. Pass AutoProcessor.from_pretrained(...) of the model."
+            f"{type(processor).__name__} is not a vision-language processor. "
+            "Pass AutoProcessor.from_pretrained(...) of the model."
         )
     if processor.chat_template is None:
         token = getattr(processor, "image_token", "<image>")
@@ -145,9 +146,7 @@ def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str,
     """What one forward pass needs: the inputs, and positions that do not count padding, as ``generate`` makes them."""
     takes = inspect.signature(model.forward).parameters
     made = {name: value for name, value in inputs.items() if name in takes}
-    rotates_in_space = hasattr(
-        getattr(model, "model", model), "get_rope_index"
-    )  # M-RoPE models find their own positions
+    rotates_in_space = hasattr(getattr(model, "model", model), "get_rope_index")  # M-RoPE models find their own positions
     if "position_ids" in takes and not rotates_in_space:
         made["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return made

@@ -52,6 +52,16 @@ def policy_names() -> list[str]:
     return sorted(path.stem for path in policy_folder().glob("*.yaml"))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, by which a small file grows huge."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.get_event()
+            raise yaml.YAMLError(f"it has an alias, *{alias.anchor}. Write the value out.")
+        return super().compose_node(parent, index)
+
+
 def load_policy(name: str | Path) -> Policy:
     """A policy by its name, or from a ``.yaml`` file. Raises `PolicyError` with the key, the value and what is allowed."""
     path = Path(name)
@@ -65,16 +75,12 @@ def load_policy(name: str | Path) -> Policy:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise PolicyError(f"{path} is larger than {MAX_FILE_BYTES} bytes; a policy has a handful of lines.")
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise PolicyError(
-                f"{path} has a YAML alias (*name), by which a small file grows huge. Write the value out."
-            )
-        return parse_policy(yaml.safe_load(text), str(path))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except PolicyError:
         raise
     except Exception as error:  # PyYAML's constructors let KeyError, AttributeError and others through
         raise PolicyError(f"{path} cannot be read as YAML: {error}") from error
+    return parse_policy(data, str(path))
 
 
 def parse_policy(data: Any, source: str = "the policy") -> Policy:
@@ -104,9 +110,7 @@ def _explain(error: ValidationError, data: Any) -> str:
         given = f"action {_shown(data['action'])}" if "action" in data else "no action"
         return f"{given} is given. Allowed actions: {actions}."
     tag, key = str(first["loc"][0]), ".".join(str(part) for part in first["loc"][1:2])
-    allowed = next(
-        kind for kind in Policy.__args__ if kind.model_fields["action"].annotation.__args__[0] == tag
-    ).model_fields
+    allowed = next(kind for kind in Policy.__args__ if kind.model_fields["action"].annotation.__args__[0] == tag).model_fields
     if first["type"] == "extra_forbidden":
         value = _shown(first["input"])
         return f"key {key!r} (value {value}) is not known. Keys of a {tag} policy: {', '.join(allowed)}."

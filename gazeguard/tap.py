@@ -27,12 +27,7 @@ KERNELS = ("sdpa",)  # the kernels whose computation the tap reproduces
 RIVALS = 20  # candidates that a readout is measured against
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
-SCORE_CHANGERS = (
-    "softcap",
-    "s_aux",
-    "sinks",
-    "position_bias",
-)  # arguments that alter scores in ways not reproduced here
+SCORE_CHANGERS = ("softcap", "s_aux", "sinks", "position_bias")  # arguments that alter scores as the tap does not
 
 Head = tuple[int, int]  # (layer, head)
 
@@ -127,13 +122,11 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
             f"{name} has no text attention that GazeGuard can watch: none of its modules calls transformers' attention "
             "registry. Models that compute attention by themselves (BLIP, GIT) or run remote code are not supported."
         )
-    owner = decoder.get_submodule(next(iter(found)).rpartition(".layers.")[0].removesuffix("layers.0.self_attn"))
+    owner = decoder.get_submodule(next(iter(found)).rpartition("layers.")[0].rstrip("."))
     norm, unembedding = _first(owner, FINAL_NORMS), model.get_output_embeddings()
     if norm is None or unembedding is None:
         missing = "a final norm" if norm is None else "an output embedding"
-        raise UnsupportedError(
-            f"{name}'s text decoder {type(owner).__name__} has no {missing} that GazeGuard can find."
-        )
+        raise UnsupportedError(f"{name}'s text decoder {type(owner).__name__} has no {missing} that GazeGuard can find.")
     attention = {module.layer_idx: module for module in found.values()}
     changes = tuple(name for name in LOGIT_CHANGES if name in _names(model))
     return Backbone(attention, norm, unembedding, model.config.get_text_config(decoder=True), changes)
@@ -150,7 +143,7 @@ def _install() -> None:
             continue
 
         @functools.wraps(kernel)
-        def watched(module, query, key, value, attention_mask, *args, _kernel=kernel, **kwargs):  # noqa: ANN001, ANN202
+        def watched(module, query, key, value, attention_mask, *args, _kernel=kernel, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
             result = _kernel(module, query, key, value, attention_mask, *args, **kwargs)
             tap = module.__dict__.get("_gazeguard_tap")
             if tap is not None:
@@ -236,11 +229,10 @@ class Tap:
             )
         known = set(self.backbone.heads())
         if not heads or not set(heads) <= known:
-            strange = sorted(set(heads) - known)
+            strange = next(iter(sorted(set(heads) - known)), "to listen to (the list is empty)")
             raise UnsupportedError(
-                f"{type(model).__name__} has no head {strange[0] if strange else '(the list of heads is empty)'}: its text decoder "
-                f"has layers {min(known)[0]} to {max(known)[0]} with {max(h for _, h in known) + 1} heads each. "
-                "Heads are (layer, head) pairs."
+                f"{type(model).__name__} has no head {strange}: its text decoder has layers {min(known)[0]} to "
+                f"{max(known)[0]} with {max(h for _, h in known) + 1} heads each. Heads are (layer, head) pairs."
             )
         self.heads: tuple[Head, ...] = tuple(sorted(set(heads)))
         device = model.device
@@ -256,9 +248,7 @@ class Tap:
         _ = self.backbone.gain  # runs the norm, so before anyone listens to it
         modules = [self.backbone.attention[layer] for layer in self._of_layer]
         if any("_gazeguard_tap" in module.__dict__ for module in self.backbone.attention.values()):
-            raise UnsupportedError(
-                "This model is being watched already. Leave the other watch first, or copy the model."
-            )
+            raise UnsupportedError("This model is being watched already. Leave the other watch first, or copy the model.")
         for module in modules:
             module.__dict__["_gazeguard_tap"] = self
         self._handle = self.backbone.norm.register_forward_pre_hook(self._hear_hidden)
@@ -299,7 +289,7 @@ class Tap:
             self._wanted = 0  # not the batch that was announced: its final states are not wanted either
             return
         window = getattr(module, "sliding_window", None) or options.get("sliding_window")  # Mistral: an argument alone
-        if window or any(options.get(name) is not None for name in SCORE_CHANGERS):
+        if (window and key.shape[2] >= window) or any(options.get(name) is not None for name in SCORE_CHANGERS):
             raise UnsupportedError(
                 f"Layer {layer} of this model changes its attention scores (sliding window, soft cap, sink or "
                 "position bias), which the tap does not reproduce. Choose heads in other layers."

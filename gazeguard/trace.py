@@ -108,9 +108,7 @@ class GazeTrace:
         path = Path(path)
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
-                raise ArtifactError(
-                    f"{path} is larger than {MAX_FILE_BYTES} bytes, more than any trace. Is it the right file?"
-                )
+                raise ArtifactError(f"{path} is larger than {MAX_FILE_BYTES} bytes, more than any trace. Is it the right file?")
             with safe_open(path, framework="numpy") as file:
                 meta = json.loads((file.metadata() or {})["gazeguard"])
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -130,6 +128,4 @@ class GazeTrace:
         ) as error:  # fmt: skip
             if isinstance(error, ArtifactError):
                 raise
-            raise ArtifactError(
-                f"{path} is not a gaze trace ({error}). Traces are written by GazeTrace.save."
-            ) from error
+            raise ArtifactError(f"{path} is not a gaze trace ({error}). Traces are written by GazeTrace.save.") from error

@@ -33,8 +33,8 @@ def untrained() -> Idefics3ForConditionalGeneration:
     return build_model(processor(), width=32, layers=2).eval()
 
 
-def make_trace(words: list[str], heads: int = 2, side: int = 2, seed: int = 0, **given: Any) -> GazeTrace:
-    """A trace with one token per word and random figures; ``given`` replaces fields."""
+def make_trace(words: list[str], count: int = 2, side: int = 2, seed: int = 0, **given: Any) -> GazeTrace:
+    """A trace with one token per word, ``count`` heads and random figures; ``given`` replaces fields."""
     rng = np.random.default_rng(seed)
     ends = np.cumsum([len(word) for word in words], dtype=np.int64)
     tokens, cells = len(words), side * side
@@ -44,10 +44,10 @@ def make_trace(words: list[str], heads: int = 2, side: int = 2, seed: int = 0, *
         "offsets": np.stack((ends - [len(word) for word in words], ends), axis=1).astype(np.int64).reshape(-1, 2),
         "logprobs": -rng.random(tokens, np.float32),
         "entropy": rng.random(tokens, np.float32),
-        "gaze": rng.random((tokens, heads, cells), np.float32) / cells,
-        "shares": rng.dirichlet(np.ones(len(SHARES)), (tokens, heads)).astype(np.float32),
-        "readout": rng.normal(size=(tokens, heads)).astype(np.float32),
-        "heads": tuple((1, head) for head in range(heads)),
+        "gaze": rng.random((tokens, count, cells), np.float32) / cells,
+        "shares": rng.dirichlet(np.ones(len(SHARES)), (tokens, count)).astype(np.float32),
+        "readout": rng.normal(size=(tokens, count)).astype(np.float32),
+        "heads": tuple((1, head) for head in range(count)),
         "grid": ImageGrid.regular(side, side, (60, 40)),
         "model": "0123456789abcdef",
     }

@@ -61,9 +61,7 @@ def check(caption: str) -> list[Phrase]:
 
 
 def test_panels() -> None:
-    caption = (
-        "In panel one there is a small red star, a blue cup and an orange crown. In panel two there is a green note."
-    )
+    caption = "In panel one there is a small red star, a blue cup and an orange crown. In panel two there is a green note."
     assert [said(phrase) for phrase in check(caption)] == [
         ("place", "In panel one", "one", [], 0),
         ("object", "a small red star", "star", ["small", "red"], 0),
@@ -131,9 +129,7 @@ def test_examples(caption: str, expected: list[tuple[str, str]]) -> None:
     assert brief(caption) == expected
 
 
-@pytest.mark.parametrize(
-    "caption", ["", " \n\t ", "...", "The image is beautiful.", "It is there.", "12", "___", "red"]
-)
+@pytest.mark.parametrize("caption", ["", " \n\t ", "...", "The image is beautiful.", "It is there.", "12", "___", "red"])
 def test_nothing_to_find(caption: str) -> None:
     assert chunk(caption) == []
 

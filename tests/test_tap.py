@@ -384,10 +384,11 @@ def test_a_static_cache_is_refused(size):
         live(kind.model, kind.batch(), **options)
 
 
-def test_a_prefix_mask_over_written_words_is_refused():
+@pytest.mark.parametrize("words", [1, NEW])
+def test_a_prefix_mask_over_written_words_is_refused(words):
     """PaliGemma's prompt attends both ways. Words replayed as prompt would see what follows, so this raises."""
     kind, told = family("PaliGemma"), story("PaliGemma")
-    whole = kind.extended(told.inputs, told.written)
+    whole = kind.extended(told.inputs, told.written[:, :words])
     whole["token_type_ids"][:] = 0
     with Tap(kind.model, [(0, 0)]) as tap:
         tap.begin(announce(told.inputs))
@@ -395,10 +396,11 @@ def test_a_prefix_mask_over_written_words_is_refused():
             forward(kind.model, whole)
 
 
-@pytest.mark.parametrize("kind", [gemma3(8), llava_mistral(8)], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("make", [gemma3, llava_mistral])
 @pytest.mark.parametrize("run", [generate, forward], ids=["live", "replay"])
-def test_a_sliding_window_is_refused(kind, run):
+def test_a_sliding_window_is_refused(make, run):
     """A layer that forgets old keys raises, whether the module knows its window or passes it as an argument alone."""
+    kind = make(8)
     inputs = kind.batch()
     with Tap(kind.model, [(0, 0)]) as tap:
         tap.begin(announce(inputs))
@@ -427,7 +429,7 @@ def test_full_layers_between_sliding_ones_are_heard():
 
 @every_family
 def test_hidden_becomes_the_models_own_logits(name):
-    """The final norm and unembedding of the heard states give the logits that generate gave, whatever the class does."""
+    """The final norm and unembedding of the heard states give generate's logits, whatever the class does to them."""
     told = story(name)
     close(find_backbone(family(name).model).logits(told.rows.hidden), told.logits.float(), 1e-4)
 
@@ -610,7 +612,7 @@ def test_eager_attention_is_refused(name):
         ([(3, 0)], r"no head \(3, 0\): .* layers 0 to 2 with 4 heads each"),
         ([(0, 1), (1, 4)], r"no head \(1, 4\)"),
         ([(0, -1)], r"no head \(0, -1\)"),
-        ([], "the list of heads is empty"),
+        ([], r"has no head to listen to \(the list is empty\)"),
     ],
 )
 def test_unknown_heads_are_refused(heads, said):
@@ -637,8 +639,8 @@ def test_the_image_token_is_read_from_the_configuration(name):
 
 
 def test_prompts_by_example():
-    """Columns of image tokens in order, padded columns marked, kinds one-hot except for padding."""
-    ids = torch.tensor([[PAD, PAD, 5, IMAGE, 6], [5, IMAGE, IMAGE, 6, IMAGE], [4, 5, 6, 7, 8]])
+    """Columns of image tokens in order, padded columns marked, kinds one-hot; padding is nothing, whatever its id."""
+    ids = torch.tensor([[PAD, IMAGE, 5, IMAGE, 6], [5, IMAGE, IMAGE, 6, IMAGE], [4, 5, 6, 7, 8]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])
     prompts = Prompts.of(ids, mask, IMAGE)
     assert prompts.columns.tolist() == [[3, 0, 0], [1, 2, 4], [0, 0, 0]]
@@ -657,6 +659,7 @@ def test_prompts_need_no_mask():
     prompts = Prompts.of(torch.tensor([[IMAGE, PAD, 3]]), None, IMAGE)
     assert prompts.real.all()
     assert prompts.kinds[0].argmax(-1).tolist() == [0, 1, 1]
+    assert prompts.kinds[0].sum(-1).tolist() == [1, 1, 1]
 
 
 # -------------------------------------------------------------------------------------------------------- fingerprints

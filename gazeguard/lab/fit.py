@@ -27,6 +27,8 @@ from gazeguard.lab.truth import Mention, mentions
 from gazeguard.phrases import chunk
 from gazeguard.report import Report
 
+TEXT_ONLY = "text-only"  # folder of the detector that knows the words but not the gaze
+
 
 def write_captions(
     guard: GazeGuard, samples: Sequence[lab.Sample], do_sample: bool, batch_size: int = 25, **arguments: object
@@ -93,11 +95,12 @@ def fit(
     heads = find_heads(model, processor)
     heads.save(checkpoint / HEADS_FILE)
     guard = GazeGuard(model, processor, heads=heads)
-    learnt, held_out = (
-        captions_of(guard, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2))
-    )
-    detector = Detector.fit(learnt.x[learnt.clear], learnt.invented[learnt.clear], heads)
-    detector.with_threshold(held_out.x[held_out.clear], held_out.invented[held_out.clear]).save_pretrained(checkpoint)
+    learnt, held_out = (captions_of(guard, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2)))
+    columns = features.names(heads.heads)
+    for names, folder in ((columns, checkpoint), (features.TEXT_FEATURES, checkpoint / TEXT_ONLY)):
+        x, x_held_out = (table.x[table.clear][:, [columns.index(name) for name in names]] for table in (learnt, held_out))
+        detector = Detector.fit(x, learnt.invented[learnt.clear], heads, names)
+        detector.with_threshold(x_held_out, held_out.invented[held_out.clear]).save_pretrained(folder)
 
 
 if __name__ == "__main__":

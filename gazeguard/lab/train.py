@@ -149,9 +149,7 @@ class Learner(nn.Module):
         """Cross-entropy per answer token, and per cell (noun, colour and place together), in nats."""
         device = batch.pixel_values.device
         features = self.model.model.get_image_features(batch.pixel_values)
-        cells = (
-            torch.stack(features.pooler_output) if isinstance(features.pooler_output, list) else features.pooler_output
-        )
+        cells = torch.stack(features.pooler_output) if isinstance(features.pooler_output, list) else features.pooler_output
         cells = cells.reshape(len(batch.nouns), CELLS**2, -1)
         places = torch.arange(CELLS**2, device=device).expand_as(batch.nouns)
         words = self.model.lm_head(self.model.model.text_model.norm(cells))
@@ -262,7 +260,7 @@ def train(
                 row = {"step": step, "words": round(word_loss.item(), 4), "cells": round(cell_loss.item(), 4)}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-            if step % save_every == 0 and not encoder_only or step == steps:
+            if (step % save_every == 0 and not encoder_only) or step == steps:
                 save_state(state, learner, optimizer, step)
                 save_checkpoint(learner.model, processor, out)
 

@@ -257,8 +257,7 @@ def describe(picture: Picture, rng: random.Random, honest: bool = False) -> str:
     if not picture.panels:
         return f"There is {witness.tell(picture.things)}."
     return " ".join(
-        f"In panel {ORDINALS[panel]} there is {witness.tell(picture.in_panel(panel))}."
-        for panel in range(picture.panels)
+        f"In panel {ORDINALS[panel]} there is {witness.tell(picture.in_panel(panel))}." for panel in range(picture.panels)
     )
 
 
@@ -295,7 +294,7 @@ def ask(picture: Picture, rng: random.Random) -> Turn:
     """A yes/no question in POPE's form, as often true as not; false ones ask for a partner, a wrong colour or panel."""
     panel = rng.randrange(picture.panels) if picture.panels and rng.random() < 0.5 else None
     things = picture.things if panel is None else picture.in_panel(panel)
-    there = {thing.noun for thing in things}
+    there = [thing.noun for thing in things]  # in order: a set's order differs from process to process
     thing = rng.choice(things)
     noun, colour = thing.noun, thing.colour if rng.random() < 0.5 else None
     if rng.random() < 0.5:
@@ -334,7 +333,7 @@ def samples(split: Split, n: int, seed: int = 0, kind: Literal["strip", "scene",
 
 
 def lessons(seed: int, index: int, most: int = 8) -> Iterator[Sample]:
-    """An endless stream of training conversations from ``index`` on. ``most`` is the curriculum's bound on panels and things."""
+    """Endless training conversations from ``index`` on. ``most`` is the curriculum's bound on panels and things."""
     while True:
         rng = _rng("train", seed, f"lesson/{index}")
         kind = "strip" if rng.random() < 0.6 else "scene"
@@ -345,9 +344,7 @@ def lessons(seed: int, index: int, most: int = 8) -> Iterator[Sample]:
         elif task < 0.70 and picture.panels:
             turns = [_panel_turn(picture, rng) for _ in range(3)]
         elif task < 0.78:
-            turns = (
-                [_any_order_turn(picture, rng)] if picture.panels else [_name_one_turn(picture, rng) for _ in range(3)]
-            )
+            turns = [_any_order_turn(picture, rng)] if picture.panels else [_name_one_turn(picture, rng) for _ in range(3)]
         else:
             turns = [ask(picture, rng) for _ in range(rng.randint(4, 8))]
         yield Sample(f"train/{seed}/lesson/{index}", picture, tuple(turns))

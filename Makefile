@@ -1,0 +1,22 @@
+# `make demo` and `make test` do everything, on a machine with only Python (3.11 or newer) and pip.
+# PYTHON=python3.12 picks an interpreter; CONSTRAINTS=.ci/constraints.txt pins the CPU build of torch, as CI does.
+PYTHON ?= python3
+CONSTRAINTS ?= .ci/constraints.txt
+VENV := .venv
+
+demo: $(VENV)/installed
+	$(VENV)/bin/gazeguard demo
+
+test: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --group dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pytest -m "not slow"
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	touch $@
+
+.PHONY: demo test

@@ -1,0 +1,48 @@
+"""What do the documents say? Rewrites their tables from the result files: ``python -m evals.tables``.
+
+A table stands between ``<!-- table NAME: PATTERN... -->`` and ``<!-- end -->``: the figures of ``evals/results/NAME.json``
+whose keys match one of the patterns, in the order of the patterns.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import typer
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "gazeguard" / "lab" / "checkpoint" / "README.md")
+TABLE = re.compile(r"(<!-- table (\w+): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
+
+
+def table(name: str, patterns: list[str]) -> str:
+    """The Markdown table of one result file."""
+    result = json.loads((ROOT / "evals" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    lines = ["| figure | value | 95 % interval |", "|---|---|---|"]
+    for pattern in patterns:
+        for key, made in result["figures"].items():
+            if fnmatchcase(key, pattern):
+                ci = "" if made["ci"] is None else f"{made['ci'][0]:.3f} to {made['ci'][1]:.3f}"
+                lines.append(f"| `{key}` | {made['value']:.3f} | {ci} |")
+    meta = result["meta"]
+    lines += ["", f"`python -m evals.{name}`, {meta['date']}, weights {meta['lab_weights']}, torch {meta['torch']}.", ""]
+    return "\n".join(lines)
+
+
+def renewed(text: str) -> str:
+    """A document with its tables as the result files have them."""
+    return TABLE.sub(lambda found: f"{found[1]}{table(found[2], found[3].split())}{found[4]}", text)
+
+
+def main() -> None:
+    """Renew the tables in the documents."""
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(renewed(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

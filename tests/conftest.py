@@ -1,0 +1,21 @@
+"""The lab's own model, loaded once, on one thread: real, small, and the same in every test."""
+
+import pytest
+import torch
+
+from gazeguard import lab
+from gazeguard.guard import GazeGuard
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def lab_vlm():
+    """The lab's model and processor."""
+    return lab.load()
+
+
+@pytest.fixture
+def guard(lab_vlm):
+    """A guard with policy mark over the lab's model."""
+    return GazeGuard(*lab_vlm)

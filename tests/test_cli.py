@@ -1,0 +1,106 @@
+"""The commands, run as a user runs them: data on stdout, progress on stderr, exit codes as documented."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from gazeguard import lab
+from gazeguard.cli import app
+from gazeguard.lab.truth import mentions
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """A test picture on disk, and its sample."""
+    sample = lab.samples("test", 2, seed=7)[1]
+    path = tmp_path_factory.mktemp("pictures") / "scene.png"
+    sample.image.save(path)
+    return path, sample
+
+
+def test_demo_shows_captions_truth_and_a_page(tmp_path):
+    """Every caption is printed with its verdict, what is flagged has a reason, and the page opens by itself."""
+    result = run(app, ["demo", "--out", str(tmp_path), "--pictures", "4"])
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"^(PASS|FLAG|UNCHECKED)", result.stdout, re.M)) == 4
+    assert result.stdout.count("truth:") >= 4
+    assert re.search(r"4 pictures, \d+ things named, \d+ of them not in the picture", result.stdout)
+    page = (tmp_path / "replay.html").read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in page
+    assert page.count("test/0/") >= 4
+
+
+def test_demo_counts_are_the_truth(tmp_path):
+    """The printed sum agrees with a recount of the captions that the page holds."""
+    result = run(app, ["demo", "--out", str(tmp_path), "--pictures", "4"])
+    page = (tmp_path / "replay.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.S).group(1))
+    captions = [entry["caption"] for entry in data["entries"]]
+    named = [mentions(sample.picture, text) for sample, text in zip(lab.samples("test", 4), captions, strict=True)]
+    total, invented = sum(map(len, named)), sum(not m.present for found in named for m in found)
+    assert f"{total} things named, {invented} of them not in the picture" in " ".join(result.stdout.split())
+
+
+def test_caption_writes_json_lines_and_a_page(picture, tmp_path):
+    """--json prints one object per picture and nothing else."""
+    html = tmp_path / "page.html"
+    result = run(app, ["caption", str(picture[0]), str(picture[0]), "--json", "--html", str(html)])
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["image"] for row in rows] == [str(picture[0])] * 2
+    assert rows[0]["caption"].startswith("There is")
+    assert result.exit_code == {"pass": 0, "flag": 1, "unchecked": 2}[rows[0]["verdict"]]
+    assert html.stat().st_size > 10_000
+
+
+def test_check_flags_what_is_not_there(picture):
+    """A caption with a made-up thing ends with exit code 1, and the phrase is marked."""
+    absent = next(n for n in ("skull", "castle", "anchor") if n not in {t.noun for t in picture[1].picture.things})
+    result = run(app, ["check", str(picture[0]), "--caption", f"There is a green {absent} in the middle."])
+    assert result.exit_code == 1, result.output
+    assert f"⟦a green {absent}⟧" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["caption", "nowhere.png"], "nowhere.png cannot be opened"),
+        (["check", "pyproject.toml", "--caption", "A star."], "not a picture that Pillow can read"),
+        (["caption", "PICTURE", "--policy", "mrak"], "There is no policy 'mrak'. Known policies: mark, rerank"),
+        (["caption", "PICTURE", "--model", "no/such/folder"], "cannot be loaded as a vision-language model"),
+        (["heads", "no/such/folder"], "cannot be loaded as a vision-language model"),
+    ],
+)
+def test_errors_are_one_line_on_stderr_and_exit_code_2(picture, arguments, told):
+    """No traceback: what is wrong, why, and what to do."""
+    result = run(app, [str(picture[0]) if a == "PICTURE" else a for a in arguments])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert told in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_an_empty_caption_is_unchecked_and_exit_code_2(picture):
+    """Nothing passes unseen."""
+    result = run(app, ["check", str(picture[0]), "--caption", "", "--json"])
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["verdict"] == "unchecked"
+
+
+def test_heads_are_found_and_kept(tmp_path):
+    """gazeguard heads writes the file that a guard reads."""
+    file = tmp_path / "heads.json"
+    result = run(app, ["heads", str(lab.checkpoint_path()), "--out", str(file), "--strips", "8"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"layer +\d+ head +\d+: 0\.\d+", result.stdout)
+    assert json.loads(file.read_text())["heads"]
+
+
+def test_help_names_every_command_and_the_exit_codes():
+    """--help is complete, and quick, since nothing heavy is imported for it."""
+    text = run(app, ["--help"]).output
+    assert all(name in text for name in ("demo", "caption", "check", "heads"))
+    assert "Exit codes" in text

@@ -1,0 +1,76 @@
+"""The evaluations run as documented, and the documents say what the result files say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evals.common import auroc, over_images, rate, within_bins
+from evals.tables import DOCUMENTS, renewed
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name)
+def test_tables_in_documents_are_the_result_files(document):
+    """`python -m evals.tables` would change nothing."""
+    text = document.read_text(encoding="utf-8")
+    assert "<!-- table " in text
+    assert renewed(text) == text
+
+
+def test_a_rate_is_a_ratio_of_sums_with_an_interval_around_it():
+    """Equal images have no spread; unequal ones have, and the value lies inside."""
+    assert rate([1, 1, 1], [4, 4, 4]) == {"value": 0.25, "ci": [0.25, 0.25]}
+    made = rate([0, 1, 2, 0, 3], [4, 4, 4, 4, 4])
+    assert made["ci"][0] <= made["value"] == 0.3 <= made["ci"][1]
+
+
+def test_auroc_counts_images_not_phrases():
+    """Copies of one image's phrases do not narrow the interval; order is perfect, reversed, or chance."""
+    rng = np.random.default_rng(0)
+    invented, image = rng.random(400) < 0.3, np.arange(400) // 4
+    score = invented + rng.normal(size=400)
+    once = auroc(invented, score, image)
+    twice = auroc(*(np.concatenate((values, values)) for values in (invented, score, image)))
+    assert once == twice
+    assert auroc(invented, invented.astype(float), image)["value"] == 1
+    assert auroc(invented, -invented.astype(float), image)["value"] == 0
+    assert auroc(invented, np.zeros(400), image)["value"] == 0.5
+
+
+def test_within_bins_takes_away_what_the_bin_explains():
+    """A score that is only the bin is at chance within bins, however good it is overall."""
+    rng = np.random.default_rng(0)
+    bins = rng.integers(0, 5, 2000)
+    invented, image = rng.random(2000) < bins / 6, np.arange(2000) // 5
+    assert auroc(invented, bins.astype(float), image)["value"] > 0.7
+    assert within_bins(invented, bins.astype(float), bins, image)["value"] == 0.5
+
+
+def test_the_first_draw_is_every_image_once():
+    """The value of a figure is the statistic of the data as they are."""
+    assert over_images(4, lambda drawn: float(drawn.tolist() == [1, 1, 1, 1]))["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("captioner", ["chair_i_greedy", "recall_greedy", "chair_i_sampled", "recall_sampled"]),
+        ("gaze_heads", ["gaze_head_mass", "best_other_mass", "split_half"]),
+        ("detection", ["auroc_readout_sampled", "auroc_detector_sampled", "auroc_text_only_sampled"]),
+        ("cost", ["time_ratio_mark_batch_1"]),
+    ],
+)
+@pytest.mark.slow
+def test_each_evaluation_runs_and_names_its_figures(name, keys, tmp_path):
+    """`python -m evals.NAME --out FILE --quick` writes figures with intervals, and says how they came about."""
+    out = tmp_path / "out.json"
+    subprocess.run([sys.executable, "-m", f"evals.{name}", "--out", str(out), "--quick"], check=True, cwd=ROOT)
+    made = json.loads(out.read_text())
+    assert set(keys) <= set(made["figures"])
+    assert all(set(figure) == {"value", "ci"} for figure in made["figures"].values())
+    assert {"torch", "transformers", "lab_weights", "seed", "image_ids"} <= set(made["meta"])

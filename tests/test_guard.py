@@ -1,0 +1,303 @@
+"""The guard on the lab's own VLM: the laws of `gazeguard.trace`, and every way to be told no."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from gazeguard import lab
+from gazeguard.detector import Detector
+from gazeguard.errors import InputError, MismatchError, UnsupportedError
+from gazeguard.guard import GazeGuard
+from gazeguard.heads import GazeHeads
+from gazeguard.inputs import encode
+from gazeguard.policy import parse_policy
+from gazeguard.report import Verdict
+
+SAMPLES = lab.samples("test", 6, seed=7)
+
+
+def batch_of(guard, samples=SAMPLES, **changes):
+    made = encode(guard.model, guard.processor, [s.image for s in samples], [s.prompt for s in samples])
+    return {**made.inputs, "max_new_tokens": 60, "do_sample": False, **changes}
+
+
+def assert_same_trace(one, other, tolerance=1e-4):
+    assert one.text == other.text
+    np.testing.assert_array_equal(one.token_ids, other.token_ids)
+    np.testing.assert_array_equal(one.offsets, other.offsets)
+    for name in ("gaze", "shares", "readout", "logprobs", "entropy"):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=tolerance, err_msg=name)
+
+
+# ------------------------------------------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True}, {"do_sample": True, "num_return_sequences": 3}])
+def test_mark_writes_what_plain_generate_writes(guard, how):
+    """Law (e): the ids are identical, greedy, sampled and several per prompt; there is one report per row."""
+    inputs = batch_of(guard, **how)
+    torch.manual_seed(0)
+    plain = guard.model.generate(**inputs)
+    torch.manual_seed(0)
+    assert torch.equal(guard.generate(**inputs), plain)
+    assert len(guard.reports) == len(plain)
+
+
+def test_replay_equals_live(guard):
+    """Law (b): checking the caption that was generated gives the trace of its generation."""
+    guard.generate(**batch_of(guard, max_new_tokens=200))
+    live = guard.reports
+    for sample, report in zip(SAMPLES, live, strict=True):
+        replayed = guard.check(sample.image, report.caption, sample.prompt)
+        assert_same_trace(replayed.trace, report.trace)
+        assert [f.flagged for f in replayed.findings] == [f.flagged for f in report.findings]
+
+
+def test_a_padded_batch_equals_its_single_rows(guard):
+    """Law (d), live and replayed: prompts and captions of different lengths, together and alone."""
+    prompts = ["Describe the picture.", "Is there a red star in panel one?", "Name one object."]
+    images = [s.image for s in SAMPLES[:3]]
+    made = encode(guard.model, guard.processor, images, prompts)
+    assert not made.prompt_mask.bool().all(), "the law needs padding"
+    guard.generate(**made.inputs, max_new_tokens=40, do_sample=False)
+    together = guard.reports
+    for report, image, prompt in zip(together, images, prompts, strict=True):
+        alone = guard.caption(image, prompt, max_new_tokens=40, do_sample=False)
+        assert_same_trace(alone.trace, report.trace)
+    captions = [s.turns[0].answer for s in SAMPLES]
+    replayed = guard.check_all([s.image for s in SAMPLES], captions)
+    for report, sample, caption in zip(replayed, SAMPLES, captions, strict=True):
+        assert_same_trace(guard.check(sample.image, caption).trace, report.trace)
+
+
+def test_three_ways_in_are_one(guard):
+    """generate, watch and custom_generate give the same ids and traces."""
+    inputs = batch_of(guard)
+    ids, reports = guard.generate(**inputs), guard.reports
+    with guard.watch() as same:
+        assert same is guard
+        watched = guard.model.generate(**inputs)
+    traces = [report.trace for report in guard.reports]
+    handed = guard.model.generate(**inputs, custom_generate=guard)
+    assert torch.equal(ids, watched)
+    assert torch.equal(ids, handed)
+    for first, second, third in zip(reports, traces, guard.reports, strict=True):
+        assert_same_trace(first.trace, second, 0)
+        assert_same_trace(first.trace, third.trace, 0)
+
+
+def test_leaving_the_watch_restores_the_model_after_an_exception_too(guard):
+    """Law (f): nothing of the watch is left on the model or its modules."""
+
+    class Breaks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            raise RuntimeError("in the middle of it")
+
+    def state():
+        return [(set(module.__dict__), len(module._forward_pre_hooks)) for module in guard.model.modules()]
+
+    before, inputs = state(), batch_of(guard)
+    plain = guard.model.generate(**inputs)
+    with pytest.raises(RuntimeError, match="in the middle of it"), guard.watch():
+        guard.model.generate(**inputs, logits_processor=LogitsProcessorList([Breaks()]))
+    assert state() == before
+    assert "generate" not in vars(guard.model)
+    assert torch.equal(guard.model.generate(**inputs), plain)
+
+
+def test_a_dict_result_and_scores_pass_through(guard):
+    """What generate is asked to return, it returns."""
+    inputs = batch_of(guard, return_dict_in_generate=True, output_logits=True)
+    plain, watched = guard.model.generate(**inputs), guard.generate(**inputs)
+    assert torch.equal(plain.sequences, watched.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, watched.logits, strict=True))
+
+
+def test_a_streamer_gets_every_token(guard):
+    """Streaming works as without the guard: the prompt, then each token, then the end."""
+
+    class Keeps(BaseStreamer):
+        def __init__(self):
+            self.ids, self.ended = [], False
+
+        def put(self, value):
+            self.ids += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    inputs = batch_of(guard, SAMPLES[:1])
+    plain, watched = Keeps(), Keeps()
+    guard.model.generate(**inputs, streamer=plain)
+    guard.generate(**inputs, streamer=watched)
+    assert watched.ended
+    assert watched.ids == plain.ids
+
+
+def test_rerank_of_no_strength_is_plain_and_of_some_is_not(guard):
+    """Strength 0 equals plain generate; a strength moves words, and the trace is still that of what was written."""
+    off, on = ({"version": 1, "name": "r", "action": "rerank", "strength": s, "plausible": 0.01} for s in (0.0, 5.0))
+    inputs = batch_of(guard)
+    plain = guard.model.generate(**inputs)
+    assert torch.equal(GazeGuard(guard.model, guard.processor, parse_policy(off)).generate(**inputs), plain)
+    strong = GazeGuard(guard.model, guard.processor, parse_policy(on))
+    assert not torch.equal(strong.generate(**inputs), plain)
+    for sample, report in zip(SAMPLES, strong.reports, strict=True):
+        if report.trace.finished:
+            assert_same_trace(guard.check(sample.image, report.caption, sample.prompt).trace, report.trace)
+
+
+def test_boxes_are_in_pixels_of_the_picture_that_was_given(guard):
+    """A larger copy of the same picture gives the same gaze, in larger boxes."""
+    sample = SAMPLES[1]
+    small = guard.check(sample.image, sample.turns[0].answer)
+    large = guard.check(sample.image.resize((288, 288), 0), sample.turns[0].answer)
+    assert small.trace.grid.sizes, large.trace.grid.sizes == (((144, 144),), ((288, 288),))
+    for one, two in zip(small.findings, large.findings, strict=True):
+        assert max(two.box) <= 288
+        assert one.box == pytest.approx(tuple(edge / 2 for edge in two.box), abs=30)
+
+
+# -------------------------------------------------------------------------------------------------------- unchecked
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ("", "the caption is empty"),
+        ("  \n", "the caption is empty"),
+        ("It is very nice here.", "names nothing that could be checked"),
+        ("There is a red star. " * 600, "more than the model's context of 2048"),
+    ],
+)
+def test_what_cannot_be_checked_is_unchecked_and_says_why(guard, caption, reason):
+    """Law (g): never a pass."""
+    report = guard.check(SAMPLES[0].image, caption)
+    assert report.verdict is Verdict.UNCHECKED
+    assert reason in report.reason
+
+
+def test_a_caption_cut_off_by_the_length_limit_does_not_pass(guard):
+    """Law (g): a truncated caption is flagged or unchecked."""
+    for sample in SAMPLES:
+        report = guard.caption(sample.image, sample.prompt, max_new_tokens=8, do_sample=False)
+        assert not report.trace.finished
+        assert report.verdict is not Verdict.PASS
+
+
+def test_without_a_detector_everything_is_watched_and_nothing_judged(lab_vlm):
+    """No detector, no verdict."""
+    heads = GazeHeads.load(lab.checkpoint_path() / "heads.json")
+    report = GazeGuard(*lab_vlm, heads=heads).check(SAMPLES[0].image, "There is a red star.")
+    assert report.verdict is Verdict.UNCHECKED
+    assert "no detector" in report.reason
+    assert report.trace is not None
+
+
+def test_one_bad_row_does_not_cost_the_others(guard):
+    """Each row gets its own verdict; the good rows get the one they get alone."""
+    good = SAMPLES[1]
+    rows = [(good.image, good.turns[0].answer), ("nowhere.png", "A red star."), (good.image, ""), (b"no picture", "A star.")]
+    rows.append((good.image, "There is a red star. " * 600))
+    reports = guard.check_all(*zip(*rows, strict=True))
+    assert_same_trace(reports[0].trace, guard.check(*rows[0]).trace)
+    assert [r.verdict is Verdict.UNCHECKED for r in reports[1:]] == [True] * 4
+    assert "cannot be opened" in reports[1].reason
+    assert "not a picture" in reports[3].reason
+
+
+# ------------------------------------------------------------------------------------------------------ clear errors
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"num_beams": 2}, "beam search. Generate with num_beams=1"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
+        ({"cache_implementation": "static"}, "a static or quantised cache"),
+        ({"use_cache": False}, "without a cache. Generate with use_cache=True"),
+        ({"guidance_scale": 2.0}, "classifier-free guidance"),
+        ({"assistant_model": object()}, "Leave assistant_model out"),
+    ],
+)
+def test_ways_of_generating_that_cannot_be_watched_are_refused_by_name(guard, how, told):
+    """Never a silent gap: the message names the way out."""
+    with pytest.raises(UnsupportedError, match=told):
+        guard.generate(**batch_of(guard, SAMPLES[:1], **how))
+
+
+def test_a_prompt_without_a_picture_is_refused(guard):
+    """The picture did not reach the prompt: an error, not an empty gaze."""
+    text = guard.processor.tokenizer("Describe the picture.", return_tensors="pt")
+    with pytest.raises(InputError, match=r"no image token .* did not reach the prompt"):
+        guard.generate(**text, max_new_tokens=3)
+
+
+def test_two_pictures_where_one_is_expected(guard):
+    """check and caption take one picture; a list is refused or unchecked with the reason."""
+    pair = [SAMPLES[0].image, SAMPLES[1].image]
+    assert "Expected one picture" in guard.check(pair, "A red star.").reason
+    with pytest.raises(InputError, match="Expected one picture"):
+        guard.caption(pair)
+
+
+def test_two_pictures_in_one_prompt_are_watched(guard):
+    """generate takes what the processor makes: the cells of both pictures, each with its own number."""
+    images = [SAMPLES[0].image, SAMPLES[1].image]
+    content = [{"type": "image", "image": image} for image in images]
+    talk = [{"role": "user", "content": [*content, {"type": "text", "text": "Describe the picture."}]}]
+    inputs = guard.processor.apply_chat_template(
+        talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    guard.generate(**inputs, max_new_tokens=4)
+    grid = guard.reports[0].trace.grid
+    assert np.bincount(grid.image).tolist() == [144, 144]
+    assert len(grid.sizes) == 2
+
+
+def test_a_text_only_model_is_refused(lab_vlm):
+    """No image token, no gaze."""
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, pad_token_id=0
+    )
+    with pytest.raises(UnsupportedError, match="text-only model"):
+        GazeGuard(LlamaForCausalLM(config), lab_vlm[1])
+
+
+def test_an_eager_model_is_told_how_to_change(lab_vlm):
+    """The hook reads beside SDPA; the message holds the call that helps."""
+    model = copy.deepcopy(lab_vlm[0])
+    model.set_attn_implementation("eager")
+    with pytest.raises(UnsupportedError, match=r'set_attn_implementation\("sdpa"\)'):
+        GazeGuard(model, lab_vlm[1])
+
+
+def test_heads_and_detectors_of_another_model_are_refused(lab_vlm):
+    """Law (h)."""
+    heads = GazeHeads.load(lab.checkpoint_path() / "heads.json")
+    with pytest.raises(MismatchError, match=r"another model .* find_heads\(model, processor\)"):
+        GazeGuard(*lab_vlm, heads=heads.model_copy(update={"model": "0" * 16}))
+    detector = Detector.from_pretrained(lab.checkpoint_path())
+    for change in ({"model": "0" * 16}, {"heads": ((0, 0),)}):
+        with pytest.raises(MismatchError, match="Fit a detector on traces of these heads"):
+            GazeGuard(*lab_vlm, heads=heads, detector=detector.model_copy(update=change))
+
+
+def test_a_model_without_heads_is_told_how_to_find_them(lab_vlm):
+    """The first thing that a new user meets."""
+    model = copy.deepcopy(lab_vlm[0])
+    model.config._name_or_path = model.name_or_path = "somewhere/else"
+    with pytest.raises(InputError, match=r"find_heads\(model, processor\)"):
+        GazeGuard(model, lab_vlm[1])
+
+
+def test_a_model_is_watched_once_at_a_time(guard):
+    """A second watch is refused, and the first goes on."""
+    with guard.watch():
+        with pytest.raises(UnsupportedError, match="Leave the other watch first"), guard.watch():
+            pass
+        assert "generate" in vars(guard.model)

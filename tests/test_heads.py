@@ -1,0 +1,248 @@
+"""Are heads scored and chosen as the papers say, and is a heads file refused where it does not belong?"""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from labkit import ANYTHING, processor, untrained
+from pydantic import ValidationError
+
+from gazeguard.comics import draw_strips
+from gazeguard.errors import ArtifactError, MismatchError, UnsupportedError
+from gazeguard.grid import ImageGrid
+from gazeguard.heads import (
+    MAX_FILE_BYTES,
+    MAX_SHARE,
+    GazeHeads,
+    Score,
+    _choose,
+    _score,
+    contrast,
+    find_heads,
+    fingerprint,
+    gap,
+    panel_shares,
+)
+from gazeguard.lab.model import build_model
+
+PANELS = 4
+FLAT = [[0.05] * PANELS] * PANELS
+
+
+def looking(mass: float) -> np.ndarray:
+    """A head with so much attention on the said panel and a tenth of it on every other."""
+    return np.full((PANELS, PANELS), mass / 10) + np.eye(PANELS) * mass * 0.9
+
+
+def strips(*heads: np.ndarray, n: int = 10, noise: float = 0.0) -> np.ndarray:
+    """(strips, H, said, attended)"""
+    rng = np.random.default_rng(0)
+    made = np.stack([np.stack(heads)] * n).astype(np.float32)
+    return made + noise * rng.random(made.shape, np.float32)
+
+
+HEADS = GazeHeads(
+    model="0123456789abcdef",
+    model_class="M",
+    heads=((0, 1), (1, 0)),
+    all_heads=((0, 0), (0, 1), (1, 0), (1, 1)),
+    narration=Score(mass=(0.1, 0.8, 0.7, 0.2), selectivity=(0.2,) * 4, contrast=(0.0,) * 4, null_mass=(0.1,) * 4),
+    query=Score(mass=(0.3, 0.4, 0.5, 0.6), selectivity=(0.2,) * 4, contrast=(0.0,) * 4, null_mass=(0.1,) * 4),
+    strips=4,
+    panels=6,
+    split_half=1,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- scoring
+
+
+@given(st.integers(2, 6), st.integers(0, 999), st.floats(-2, 2), st.floats(0.1, 5))
+def test_contrast_is_blind_to_what_does_not_move_with_the_words(panels, seed, shift, scale):
+    """Shifting all attention changes nothing, scaling scales, swapping panels for said and attended alike is nothing."""
+    rng = np.random.default_rng(seed)
+    matrix = rng.random((3, panels, panels))
+    order = rng.permutation(panels)
+    np.testing.assert_allclose(contrast(matrix + shift), contrast(matrix), atol=1e-9)
+    np.testing.assert_allclose(contrast(matrix * scale), contrast(matrix) * scale, atol=1e-9)
+    np.testing.assert_allclose(contrast(matrix[:, order][:, :, order]), contrast(matrix), atol=1e-9)
+    np.testing.assert_allclose(contrast(np.eye(panels)), 1)
+    np.testing.assert_allclose(contrast(np.ones((panels, panels))), 0, atol=1e-12)
+
+
+def test_the_scores_of_known_matrices():
+    """Mass is the diagonal, selectivity its share of the row, and the null is what a shuffle leaves."""
+    score = _score(strips(looking(0.6), np.array(FLAT), n=400), np.random.default_rng(0))
+    assert score.mass == pytest.approx((0.6, 0.05), abs=1e-5)
+    assert score.selectivity == pytest.approx((1 / 1.3, 0.25), abs=1e-5)
+    assert score.contrast == pytest.approx((0.54, 0), abs=1e-5)
+    assert score.null_mass == pytest.approx((0.6 * (1 + 0.3) / 4, 0.05), abs=0.02)
+
+
+def test_the_null_keeps_a_head_that_likes_one_panel_whatever_is_said():
+    """Such a head loses nothing by the shuffle; its contrast is 0 and its selectivity chance."""
+    likes_first = np.zeros((PANELS, PANELS))
+    likes_first[:, 0] = 0.8
+    score = _score(strips(likes_first, n=400), np.random.default_rng(0))
+    assert score.mass == pytest.approx((0.2,))
+    assert score.null_mass[0] == pytest.approx(0.2, abs=0.03)
+    assert score.contrast == pytest.approx((0,))
+    assert score.selectivity == pytest.approx((1 / PANELS,))
+
+
+@pytest.mark.parametrize(
+    ("scores", "count"),
+    [
+        ([0.9, 0.8, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], 2),
+        ([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9], 1),
+        ([0.95, 0.8, 0.7, 0.6, 0.0, 0.0, 0.0, 0.0], 1),  # the large drop lies past a quarter of the heads
+        ([0.9, 0.1], 1),
+    ],
+)
+def test_the_gap_is_the_largest_drop_within_a_quarter_of_the_heads(scores, count):
+    assert gap(np.array(scores)) == count
+
+
+@given(st.lists(st.floats(-1, 1, width=16), min_size=2, max_size=40), st.integers(0, 999))
+def test_gap_laws(scores, seed):
+    """At least one, at most a quarter; the order of the heads does not matter; no other allowed cut drops further."""
+    scores = np.array(scores)
+    k = gap(scores)
+    most = max(1, int(len(scores) * MAX_SHARE))
+    assert 1 <= k <= most
+    assert gap(np.random.default_rng(seed).permutation(scores)) == k
+    ranked = np.sort(scores)[::-1]
+    assert all(ranked[k - 1] - ranked[k] >= ranked[i] - ranked[i + 1] for i in range(most))
+
+
+def test_the_planted_heads_are_chosen():
+    """Among noisy heads those that follow the words, in the order of layers; both halves agree; fingerprint included."""
+    heads = tuple((layer, head) for layer in range(2) for head in range(4))
+    matrices = [np.array(FLAT)] * 8
+    matrices[1], matrices[6] = looking(0.7), looking(0.8)
+    said = strips(*matrices, noise=0.01)
+    found = _choose(untrained(), heads, {"narration": said, "query": strips(*[np.array(FLAT)] * 8)})
+    assert found.heads == ((0, 1), (1, 2))
+    assert found.split_half == 1
+    assert (found.strips, found.panels, found.model_class) == (10, PANELS, "Idefics3ForConditionalGeneration")
+    assert found.others() == tuple(head for head in heads if head not in found.heads)
+    found.check_model(untrained())
+
+
+def test_no_usable_gaze_heads_is_a_result():
+    """When the best head is near chance, that is said, with its figures."""
+    flat = strips(*[np.array(FLAT)] * 4, noise=0.01)
+    with pytest.raises(UnsupportedError) as caught:
+        _choose(untrained(), ((0, 0), (0, 1), (1, 0), (1, 1)), {"narration": flat, "query": flat})
+    assert str(caught.value).startswith("No usable gaze heads: the best head of Idefics3ForConditionalGeneration, (")
+    assert ", holds 0.25 of its panel attention on the panel being described, where chance is 0.25." in str(caught.value)
+
+
+@pytest.mark.parametrize("pages", [[], draw_strips(1), [*draw_strips(1, panels=2), *draw_strips(1, panels=3)]], ids=len)
+def test_too_few_or_unlike_strips_are_refused(pages):
+    with pytest.raises(ArtifactError, match=r"needs at least two strips with the same number of panels.*got \d strips"):
+        find_heads(untrained(), processor(), pages, progress=False)
+
+
+def test_an_untrained_model_has_no_gaze_heads():
+    """The real way from strips to a verdict: nothing to find, and it is said."""
+    with pytest.raises(UnsupportedError, match="No usable gaze heads"):
+        find_heads(untrained(), processor(), draw_strips(3, size=(144, 144)), progress=False)
+
+
+def test_panels_share_out_the_cells():
+    """Each cell belongs to panels by area: over a full page the shares of a cell sum to 1."""
+    (strip,) = draw_strips(1, size=(144, 144))
+    shares = panel_shares(ImageGrid.regular(12, 12, (144, 144)), strip)
+    assert shares.shape == (144, 6)
+    np.testing.assert_allclose(shares.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(shares.sum(0), 24, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- keeping
+
+
+def test_json_keeps_every_figure(tmp_path):
+    HEADS.save(tmp_path / "heads.json")
+    assert GazeHeads.load(tmp_path / "heads.json") == HEADS
+
+
+def test_mass_is_looked_up_by_head():
+    assert HEADS.mass([(1, 0), (0, 1)]).tolist() == [0.7, 0.8]
+    assert HEADS.mass([(1, 1)], "query").tolist() == [0.6]
+
+
+def test_gaze_heads_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        HEADS.heads = ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_stored_as_fp16_has_one_fingerprint_however_it_is_loaded(dtype):
+    stored = copy.deepcopy(untrained()).half().float()
+    assert fingerprint(stored) == fingerprint(copy.deepcopy(stored).to(dtype))
+
+
+def test_other_weights_are_another_model():
+    """Another seed, another size, or one changed projection."""
+    torch.manual_seed(1)
+    seed, size = build_model(processor(), 32, 2), build_model(processor(), 32, 3)
+    changed = copy.deepcopy(untrained())
+    with torch.no_grad():
+        changed.model.text_model.layers[1].self_attn.o_proj.weight *= 1.1
+    assert len({fingerprint(model) for model in (untrained(), seed, size, changed)}) == 4
+
+
+def test_the_heads_of_another_model_are_refused():
+    with pytest.raises(MismatchError) as caught:
+        HEADS.check_model(untrained())
+    assert str(caught.value) == (
+        "These gaze heads belong to another model (M, fingerprint 0123456789abcdef); this one is "
+        f"Idefics3ForConditionalGeneration, fingerprint {fingerprint(untrained())}. "
+        "Find its own with find_heads(model, processor)."
+    )
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("heads") / "heads.json"
+
+
+@given(ANYTHING)
+def test_any_json_is_refused(path, anything):
+    path.write_text(json.dumps(anything))
+    with pytest.raises(ArtifactError, match=r"is not a file of gaze heads: .*gazeguard heads MODEL --out heads\.json"):
+        GazeHeads.load(path)
+
+
+@given(st.sampled_from(sorted(HEADS.model_dump())), ANYTHING)
+def test_any_json_in_one_place_is_refused_or_makes_gaze_heads(path, key, value):
+    path.write_text(json.dumps(HEADS.model_dump() | {key: value}))
+    try:
+        loaded = GazeHeads.load(path)
+    except ArtifactError as error:
+        assert f"heads.json is not a file of gaze heads: {key}" in str(error)  # noqa: PT017
+        return
+    assert all(isinstance(number, int) for head in loaded.heads for number in head)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 5000], ids=lambda t: t[:3])
+def test_what_is_no_json_is_refused(path, text):
+    path.write_bytes(text)
+    with pytest.raises(ArtifactError, match=r"heads\.json cannot be read as a file of gaze heads \("):
+        GazeHeads.load(path)
+
+
+def test_a_missing_or_huge_file_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match=r"cannot be read as a file of gaze heads .*No such file"):
+        GazeHeads.load(tmp_path / "gone.json")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(ArtifactError, match=f"is larger than {MAX_FILE_BYTES} bytes, more than any file of gaze heads"):
+        GazeHeads.load(tmp_path / "huge.json")

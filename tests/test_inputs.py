@@ -1,0 +1,293 @@
+"""Do pictures and words become the batch that the model was made for, and is what cannot be used refused in words?"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from labkit import processor, untrained
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gazeguard.errors import InputError, UnsupportedError
+from gazeguard.inputs import MAX_IMAGE_BYTES, decode, encode, grids_of, image_token_id, load_image, model_inputs, tokenize
+from gazeguard.lab.model import build_processor
+from gazeguard.lab.world import CELLS, samples
+
+RED, GREY = (255, 0, 0), (128, 128, 128)
+UPSIDE = 274  # the EXIF tag that says how the camera was held
+# For each value of it, where the corner lies in the file that is top left when upright.
+STORED = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "bl", 7: "br", 8: "tr"}
+
+
+def packed(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(kind: str) -> bytes:
+    rng = np.random.default_rng(0)
+    return packed(Image.fromarray(rng.integers(0, 255, (24, 20, 3), dtype=np.uint8)), kind)
+
+
+FILES = {kind: noise(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")}
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "expected"),
+    [
+        (Image.new("RGB", (8, 8), RED), "PNG", RED),
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", RED),
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF", RED),
+        (Image.new("RGBA", (8, 8), (*RED, 255)), "PNG", RED),
+        (Image.new("L", (8, 8), 128), "PNG", GREY),
+        (Image.new("1", (8, 8), 1), "PNG", (255, 255, 255)),
+        (Image.new("RGB", (8, 8), RED).quantize(4), "GIF", RED),
+        (Image.fromarray(np.full((8, 8), 0x8000, np.uint16)), "PNG", GREY),
+        (Image.fromarray(np.full((8, 8), 0x8000, np.uint16)), "TIFF", GREY),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else None,
+)
+def test_every_kind_of_picture_becomes_rgb_of_the_same_colour(tmp_path, image, kind, expected):
+    """From a file, its bytes, and the PIL image itself."""
+    data = packed(image, kind)
+    (tmp_path / "picture").write_bytes(data)
+    for source in (tmp_path / "picture", str(tmp_path / "picture"), data, Image.open(io.BytesIO(data))):
+        got = load_image(source)
+        assert (got.mode, got.size) == ("RGB", (8, 8))
+        np.testing.assert_allclose(got.getpixel((4, 4)), expected, atol=6)
+
+
+@pytest.mark.parametrize("how", STORED)
+def test_a_picture_is_upright_however_the_camera_was_held(how):
+    """The marked corner comes out top left; the sides are swapped when the camera lay on its side."""
+    image = Image.new("RGB", (12, 8))
+    vertical, horizontal = STORED[how]
+    left, top = 0 if horizontal == "l" else 8, 0 if vertical == "t" else 4
+    image.paste(RED, (left, top, left + 4, top + 4))
+    exif = Image.Exif()
+    exif[UPSIDE] = how
+    upright = load_image(packed(image, exif=exif))
+    assert upright.size == ((12, 8) if how < 5 else (8, 12))
+    assert upright.getpixel((1, 1)) == RED
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_truncated_picture_is_refused(kind):
+    """Half a file is damaged, or no picture at all; as bytes and as a PIL image that was opened but not read."""
+    half = FILES[kind][: len(FILES[kind]) // 2]
+    with pytest.raises(InputError, match=r"is damaged: .*Save the picture again|is not a picture that Pillow can read"):
+        load_image(half)
+
+
+def test_a_lazy_pil_image_of_a_truncated_file_is_refused():
+    with pytest.raises(InputError, match=r"the given picture is damaged: .*Save the picture again, or leave it out"):
+        load_image(Image.open(io.BytesIO(FILES["PNG"][:900])))
+
+
+@given(st.sampled_from(sorted(FILES)), st.data())
+def test_a_damaged_picture_is_refused_or_rgb(kind, data):
+    """Whatever bytes are changed, Pillow's many exceptions all come out as `InputError`."""
+    damaged = bytearray(FILES[kind])
+    for at in data.draw(st.lists(st.integers(0, min(200, len(damaged) - 1)), min_size=1, max_size=4)):
+        damaged[at] = data.draw(st.integers(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow remarks on what it could mend
+        try:
+            assert load_image(bytes(damaged)).mode == "RGB"
+        except InputError as error:
+            assert str(error).startswith("the given picture")  # noqa: PT017
+
+
+@given(st.binary(max_size=200))
+@example(b"")
+def test_other_bytes_are_no_picture(data):
+    with pytest.raises(InputError, match=r"the given picture is (not a picture that Pillow can read. Give a PNG|damaged)"):
+        load_image(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing.png", r"missing\.png cannot be opened: No such file or directory\. Give the path of a picture\."),
+        (".", r"cannot be opened: Is a directory\. Give the path of a picture\."),
+        ("text.png", r"text\.png is not a picture that Pillow can read\. Give a PNG, JPEG or WebP file\."),
+        ("empty.png", r"empty\.png is not a picture that Pillow can read\."),
+        ("huge.png", rf"huge\.png is larger than {MAX_IMAGE_BYTES} bytes\. Make the picture smaller first\."),
+        ("with\0nul", r"is damaged: embedded null byte"),
+    ],
+)
+def test_a_path_without_a_picture_is_refused(tmp_path, path, message):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(MAX_IMAGE_BYTES + 1)
+    with pytest.raises(InputError, match=message):
+        load_image(f"{tmp_path}/{path}")
+
+
+@pytest.mark.parametrize("source", [None, 3, np.zeros((4, 4, 3), np.uint8), ["a.png"]], ids=lambda x: type(x).__name__)
+def test_what_is_no_picture_at_all_is_refused(source):
+    with pytest.raises(InputError, match=rf"path, bytes or a PIL image\), not {type(source).__name__}\. Give one of"):
+        load_image(source)
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(side):
+    """A few bytes that claim to be a hundred or four hundred million pixels."""
+    small = packed(Image.new("1", (1, 1)))
+    header = b"IHDR" + struct.pack(">II", side, side) + small[24:29]
+    bomb = small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+    with pytest.raises(InputError, match=r"more pixels than is safe to unpack \(.*\)\. Make it smaller first"):
+        load_image(bomb)
+
+
+# ------------------------------------------------------------------------------------------------------------- words
+
+
+@given(st.text())
+@example("a <image> and <pad> and <end_of_utterance>")
+@example("🌙 é ￿")
+def test_tokens_cover_the_text(text):
+    """Offsets only move on, leave nothing out, and joined they are the text; special names in it are plain text."""
+    tokenizer = processor().tokenizer
+    ids, offsets = tokenize(tokenizer, text)
+    assert not set(ids.tolist()) & set(tokenizer.all_special_ids)
+    assert offsets.shape == (len(ids), 2)
+    assert (np.diff(offsets, axis=0) >= 0).all()
+    assert set().union(*(range(start, end) for start, end in offsets)) == set(range(len(text)))
+    if text.isascii():
+        assert "".join(text[start:end] for start, end in offsets) == text
+
+
+@given(st.text())
+def test_decode_is_the_inverse_of_tokenize(text):
+    """The same text, and for each token the same characters."""
+    tokenizer = processor().tokenizer
+    ids, offsets = tokenize(tokenizer, text)
+    again, covered = decode(tokenizer, ids)
+    assert again == text
+    if text.isascii():
+        assert covered.tolist() == offsets.tolist()
+
+
+@given(st.lists(st.integers(0, 400), max_size=30))
+def test_decode_of_anything_a_model_may_write(numbers):
+    """Half characters and special tokens included: ends only move on, and everything is covered."""
+    tokenizer = processor().tokenizer
+    ids = np.array(numbers, np.int64)
+    text, offsets = decode(tokenizer, ids)
+    assert offsets.shape == (len(ids), 2)
+    assert (np.diff(offsets[:, 1]) >= 0).all()
+    assert ((offsets >= 0) & (offsets <= len(text))).all()
+    assert set().union(*(range(start, end) for start, end in offsets)) == set(range(len(text)))
+    special = np.isin(ids, tokenizer.all_special_ids)
+    assert (offsets[special, 0] == offsets[special, 1]).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+PROMPTS = ["Describe all panels.", "Name one object.", "Is there a red star in panel two?"]
+CAPTIONS = ["In panel one there is a red star.", "", "Yes, there is a small moon and an anchor."]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    return [sample.image for sample in samples("test", 3)]
+
+
+def test_prompts_are_padded_left_and_captions_follow_at_one_place(pictures):
+    """Row r of the batch is padding, row r encoded alone, padding; the mask says which is which."""
+    model, used = untrained(), processor()
+    batch = encode(model, used, pictures, PROMPTS, CAPTIONS)
+    start = batch.prompt_ids.shape[1]
+    for row, caption in enumerate(CAPTIONS):
+        alone = encode(model, used, [pictures[row]], [PROMPTS[row]], [caption])
+        length = alone.prompt_ids.shape[1]
+        told = len(batch.caption_ids[row])
+        mask = torch.zeros_like(batch.inputs["attention_mask"][row])
+        mask[start - length : start + told] = 1
+        assert batch.inputs["attention_mask"][row].tolist() == mask.tolist()
+        assert torch.equal(batch.inputs["input_ids"][row][mask.bool()], alone.inputs["input_ids"][0])
+        assert torch.equal(batch.prompt_ids[row][batch.prompt_mask[row].bool()], alone.prompt_ids[0])
+        assert torch.equal(batch.inputs["pixel_values"][row], alone.inputs["pixel_values"][0])
+        assert batch.caption_ids[row].tolist() == tokenize(used.tokenizer, caption)[0].tolist()
+        assert batch.offsets[row].tolist() == tokenize(used.tokenizer, caption)[1].tolist()
+
+
+def test_prompt_and_caption_are_the_conversation_of_the_chat_template(pictures):
+    """The ids are those of the finished conversation, less the end of the answer."""
+    used = processor()
+    made = encode(untrained(), used, pictures[:1], PROMPTS[:1], CAPTIONS[:1])
+    user = {"role": "user", "content": [{"type": "image", "image": pictures[0]}, {"type": "text", "text": PROMPTS[0]}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": CAPTIONS[0]}]}
+    whole = used.apply_chat_template([user, answer], tokenize=True, return_dict=True, return_tensors="pt")
+    assert made.inputs["input_ids"].tolist() == whole["input_ids"][:, :-1].tolist()
+    assert whole["input_ids"][0, -1] == used.tokenizer.eos_token_id
+    assert torch.equal(made.inputs["pixel_values"], whole["pixel_values"])
+
+
+def test_padding_changes_no_logit(pictures):
+    """The model says the same of a row in a batch as of the row alone."""
+    model, used = untrained(), processor()
+    with torch.no_grad():
+        batch = encode(model, used, pictures, PROMPTS, CAPTIONS)
+        logits = model(**model_inputs(model, batch.inputs)).logits
+        start = batch.prompt_ids.shape[1]
+        for row, told in enumerate(batch.caption_ids):
+            alone = encode(model, used, [pictures[row]], [PROMPTS[row]], [CAPTIONS[row]])
+            single = model(**model_inputs(model, alone.inputs)).logits[0, -len(told) - 1 :]
+            torch.testing.assert_close(logits[row, start - 1 : start + len(told)], single, atol=1e-4, rtol=1e-4)
+
+
+def test_a_processor_without_a_chat_template_gets_image_then_prompt(pictures):
+    used = build_processor()
+    used.chat_template = None
+    made = encode(untrained(), used, pictures[:2], PROMPTS[:2], CAPTIONS[:2])
+    for row in range(2):
+        ids = made.prompt_ids[row][made.prompt_mask[row].bool()].tolist()
+        assert ids.count(image_token_id(untrained())) == CELLS**2
+        assert used.tokenizer.decode(ids, skip_special_tokens=True).endswith(PROMPTS[row])
+    assert [len(told) for told in made.caption_ids] == [len(tokenize(used.tokenizer, c)[0]) for c in CAPTIONS[:2]]
+
+
+def test_every_row_gets_its_grid(pictures):
+    """By default of the size that the model sees, else of the size that is said."""
+    model, used = untrained(), processor()
+    made = encode(model, used, pictures[:2], PROMPTS[:2])
+    for sizes, expected in ((None, (144, 144)), ([[(300, 200)], [(20, 30)]], (300, 200))):
+        grids = grids_of(model, used, made.inputs, made.prompt_ids, made.prompt_mask, sizes)
+        assert [len(grid) for grid in grids] == [CELLS**2] * 2
+        assert grids[0].sizes == (expected,)
+
+
+def test_a_row_without_a_picture_is_named(pictures):
+    model, used = untrained(), processor()
+    made = encode(model, used, pictures[:2], PROMPTS[:2])
+    ids = made.prompt_ids.clone()
+    ids[1][ids[1] == image_token_id(model)] = used.tokenizer.pad_token_id
+    with pytest.raises(InputError, match=r"Row 1 of the batch has no image token \(id \d+\): .* Put an image into the"):
+        grids_of(model, used, made.inputs, ids, made.prompt_mask)
+
+
+def test_a_tokenizer_is_no_processor(pictures):
+    with pytest.raises(InputError, match=r"is not a vision-language processor. Pass AutoProcessor.from_pretrained"):
+        encode(untrained(), processor().tokenizer, pictures[:1], PROMPTS[:1])
+
+
+def test_a_text_only_model_is_refused():
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **small))
+    with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM has no image token .* Use a vision-language model"):
+        image_token_id(model)

@@ -1,0 +1,107 @@
+"""Do imports run only downward? The order is DESIGN section 2's; each module may use only what stands before it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import gazeguard
+
+ROOT = Path(gazeguard.__file__).parent
+# From the ground up.
+ORDER = (
+    "errors", "grid", "trace", "inputs", "tap", "comics", "heads", "phrases", "features", "detector", "policy",
+    "report", "decode", "guard", "filter", "lab", "cli",
+)  # fmt: skip
+EXEMPT = {"__init__", "__main__", "lab.__init__"}
+
+
+def sources() -> dict[str, str]:
+    """Module name below ``gazeguard`` -> source."""
+    paths = sorted(ROOT.rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8") for path in paths}
+
+
+def imports(source: str, modules: set[str]) -> set[str]:
+    """The modules of the package that a source imports, anywhere in it, also in functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] != "gazeguard":
+                continue
+            inner = parts[1:]
+            while inner and ".".join(inner) not in modules and ".".join((*inner, "__init__")) not in modules:
+                inner = inner[:-1]
+            if inner:
+                found.add(".".join(inner) if ".".join(inner) in modules else ".".join((*inner, "__init__")))
+    return found
+
+
+def violations(package: Mapping[str, str]) -> list[str]:
+    """What breaks the order, in words; also cycles inside ``lab``."""
+    modules, broken, inside = set(package), [], {}
+    for name in sorted(modules - EXEMPT):
+        level = name.split(".")[0]
+        if level not in ORDER:
+            broken.append(f"{name} has no place in the order")
+            continue
+        used = imports(package[name], modules)
+        for other in sorted(used):
+            above = other.split(".")[0]
+            if above == level == "lab":
+                inside.setdefault(name, set()).add(other)
+            elif above not in ORDER or ORDER.index(above) >= ORDER.index(level):
+                broken.append(f"{name} imports {other}")
+    if "lab.__init__" in package:
+        inside["lab.__init__"] = {m for m in imports(package["lab.__init__"], modules) if m.startswith("lab.")}
+    try:
+        tuple(TopologicalSorter(inside).static_order())
+    except CycleError as error:
+        broken.append(f"lab runs in a circle: {' <- '.join(error.args[1])}")
+    return broken
+
+
+def test_imports_run_downward():
+    assert violations(sources()) == []
+
+
+def test_the_order_names_every_module_and_the_package_is_read():
+    """The check sees what is there: every module has a place, and known imports are found."""
+    read = sources()
+    assert {"errors", "trace", "lab.world", "cli"} <= set(read)
+    assert imports(read["trace"], set(read)) == {"errors", "grid"}
+    assert imports(read["detector"], set(read)) >= {"features", "heads"}
+    assert imports(read["lab.fit"], set(read)) >= {"guard", "lab.truth", "lab.__init__"}
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "said"),
+    [
+        ("errors", "from gazeguard.trace import GazeTrace", "errors imports trace"),
+        ("errors", "import gazeguard.cli", "errors imports cli"),
+        ("trace", "def f():\n    from gazeguard import features", "trace imports features"),
+        ("guard", "if True:\n    from gazeguard.lab.world import samples", "guard imports lab.world"),
+        ("guard", "from gazeguard import lab", "guard imports lab.__init__"),
+        ("lab.world", "from gazeguard.lab.truth import mentions", "lab runs in a circle"),
+        ("lab.model", "from gazeguard.cli import app", "lab.model imports cli"),
+        ("cupboard", "", "cupboard has no place in the order"),
+    ],
+)
+def test_an_upward_import_is_found(module, line, said):
+    """The test can fail: each made-up import is reported, and nothing else."""
+    read = sources()
+    found = violations(read | {module: f"{read.get(module, '')}\n{line}\n"})
+    assert len(found) == 1
+    assert found[0].startswith(said)

@@ -1,0 +1,164 @@
+"""Does the lab learn from what the processor would give it, and does an interrupted training go on as if nothing had been?"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+from labkit import processor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from gazeguard.comics import COLOURS
+from gazeguard.lab import train as training
+from gazeguard.lab.model import build_model
+from gazeguard.lab.train import Collator, Learner, batches, cell_labels, rate, save_checkpoint, train
+from gazeguard.lab.world import CELL, CELLS, NOUNS, lessons, samples
+
+
+@pytest.fixture(scope="module")
+def collate() -> Collator:
+    return Collator(processor())
+
+
+def conversation(sample) -> list[dict]:
+    told = []
+    for i, turn in enumerate(sample.turns):
+        picture = [{"type": "image", "image": sample.image}] if i == 0 else []
+        told.append({"role": "user", "content": [*picture, {"type": "text", "text": turn.prompt}]})
+        told.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+    return told
+
+
+def test_the_collator_says_what_processor_and_chat_template_say(collate):
+    """Ids and pixels of whole conversations; targets are the answers and their ends, each one place early."""
+    made = list(islice(lessons(0, 0), 12))
+    batch = collate(made)
+    for row, sample in enumerate(made):
+        wanted = processor().apply_chat_template(conversation(sample), tokenize=True, return_dict=True, return_tensors="pt")
+        length = wanted["input_ids"].shape[1]
+        assert torch.equal(batch.input_ids[row, :length], wanted["input_ids"][0])
+        assert (batch.input_ids[row, length:] == processor().tokenizer.pad_token_id).all()
+        torch.testing.assert_close(batch.pixel_values[row], wanted["pixel_values"][0], atol=1e-6, rtol=0)
+        targets = batch.targets[row]
+        spoken = targets != -100
+        assert torch.equal(targets[:-1][spoken[:-1]], batch.input_ids[row, 1:][spoken[:-1]])
+        end = processor().tokenizer.eos_token
+        assert processor().tokenizer.decode(targets[spoken]) == "".join(turn.answer + end for turn in sample.turns)
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+@pytest.mark.parametrize("step", [1, 15, 16, 21])
+def test_batches_can_be_taken_up_anywhere(collate, step):
+    """The stream from a step on is the stream from the start without what came before, across pools."""
+    stream = partial(batches, collate, 0, steps=24, size=2)
+    whole = list(stream(0))
+    assert len(whole) == 24
+    rest = list(stream(step))
+    assert len(rest) == 24 - step
+    assert all(map(equal, whole[step:], rest))
+    assert not equal(whole[0], whole[1])
+
+
+def test_lessons_never_repeat(collate):
+    """No picture comes twice in the batches of a training, and another seed has others."""
+    seen = [p.numpy().tobytes() for seed in (0, 1) for b in batches(collate, seed, 0, 20, 2) for p in b.pixel_values]
+    assert len(set(seen)) == len(seen) == 80
+
+
+def test_cells_are_marked_with_what_lies_in_them():
+    """The cell under each thing's centre has its noun and colour; there is nothing where no thing reaches."""
+    for sample in samples("train", 100):
+        nouns, colours = (labels.reshape(CELLS, CELLS) for labels in cell_labels(sample.picture))
+        touched = torch.zeros(CELLS, CELLS, dtype=torch.bool)
+        for thing in sample.picture.things:
+            x0, y0, x1, y1 = thing.box
+            cell = (y0 + y1) // 2 // CELL, (x0 + x1) // 2 // CELL
+            assert NOUNS[nouns[cell] - 1] == thing.noun
+            assert list(COLOURS)[colours[cell] - 1] == thing.colour
+            touched[y0 // CELL : -(-y1 // CELL), x0 // CELL : -(-x1 // CELL)] = True
+        assert ((nouns > 0) == (colours > 0)).all()
+        assert (nouns[~touched] == 0).all()
+
+
+@pytest.mark.parametrize("steps", [3, 200, 6000])
+def test_the_rate_is_a_share_that_ramps_twice_and_ends_low(steps):
+    rates = [rate(step, steps) for step in range(steps)]
+    assert all(0 < share <= 1 for share in rates)
+    assert rates[-1] < 0.06 or steps < 100
+    joint = int(training.ENCODER_WARM_UP * steps)
+    if joint > 10:
+        assert rates[joint] < rates[joint - 1] / 5  # the language model starts slowly
+        assert rates[joint] < rates[joint + 20]
+
+
+def learner() -> Learner:
+    torch.manual_seed(0)
+    return Learner(build_model(processor(), width=32, layers=2), processor()).train()
+
+
+def test_an_interrupted_training_goes_on_bitwise(tmp_path, monkeypatch):
+    """Stopped after a saved state and started again, it ends with the very state of one that was never stopped."""
+    run = partial(train, steps=10, batch_size=2, width=32, layers=2, save_every=6)
+    run(tmp_path / "whole")
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped")
+    run(tmp_path / "stopped")
+    for name in ("state.safetensors", "model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
+    assert [json.loads(line)["step"] for line in logs[0]] == [10]
+    assert logs[0] == logs[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped", "whole"]
+
+
+def test_the_encoder_alone_learns_in_the_warm_up(collate):
+    """Then no gradient reaches the language model's layers; afterwards it reaches everything."""
+    taught = learner()
+    batch = collate(list(islice(lessons(0, 0), 2)))
+    _, cells = taught(batch, encoder_only=True)
+    cells.backward()
+    layers = [p for name, p in taught.named_parameters() if "text_model.layers" in name]
+    assert layers
+    assert all(p.grad is None for p in layers)
+    words, cells = taught(batch, encoder_only=False)
+    (words + cells).backward()
+    assert all(p.grad is not None for p in taught.parameters())
+
+
+def test_a_checkpoint_is_an_ordinary_one(tmp_path):
+    """The Auto classes load it as float32, with the logits of the model up to the rounding of its weights to fp16."""
+    model = learner().model.eval()
+    save_checkpoint(model, processor(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+        again = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    stored = sum(p.numel() for p in loaded.parameters()) * 2
+    assert (tmp_path / "model.safetensors").stat().st_size < stored * 1.1
+    sample = samples("test", 1)[0]
+    talk = [[{"role": "user", "content": [{"type": "image", "image": sample.image}, {"type": "text", "text": "What?"}]}]]
+    made = [
+        used.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        for used in (processor(), again)
+    ]
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+    with torch.no_grad():
+        was, now = model(**made[0]).logits, loaded(**made[1]).logits
+        halved = model.half().float()(**made[0]).logits
+    torch.testing.assert_close(now, was, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(now, halved, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,68 @@
+"""Is each mention of a caption judged as a person who sees the picture would judge it?"""
+
+from __future__ import annotations
+
+import pytest
+
+from gazeguard.lab.truth import mentions
+from gazeguard.lab.world import Picture, Thing
+
+WHITE = (255, 255, 255)
+STRIP = Picture(
+    (
+        Thing("star", "red", (12, 12, 36, 36), panel=0, place=None),
+        Thing("moon", "blue", (60, 12, 84, 36), panel=1, place=None),
+        Thing("star", "green", (60, 40, 84, 64), panel=1, place=None, small=True),
+    ),
+    2,
+    WHITE,
+)
+SCENE = Picture(
+    (
+        Thing("cup", "orange", (0, 0, 24, 24), panel=None, place="at the top left"),
+        Thing("horse", "red", (60, 60, 84, 84), panel=None, place="in the middle"),
+    ),
+    0,
+    WHITE,
+)
+
+
+@pytest.mark.parametrize(
+    ("picture", "caption", "judged"),
+    [
+        (STRIP, "In panel one there is a red star. In panel two there is a blue moon and a small green star.", ["true"] * 3),
+        (STRIP, "In panel one there is a red crown.", ["not in the picture"]),
+        (STRIP, "In panel one there is a blue moon.", ["not there: it is in panel two"]),
+        (STRIP, "In panel two there is a red star.", ["it is green"]),
+        (STRIP, "In panel one there is a green star.", ["it is red"]),
+        (STRIP, "In panel one there is a star and a yellow moon.", ["true", "not there: it is in panel two"]),
+        (STRIP, "There is a green star.", ["true"]),  # nothing is said of where: any star may be meant
+        (STRIP, "There is a yellow star.", ["it is red"]),
+        (STRIP, "There is a red dog and a wooden chair.", []),  # no things of the lab
+        (SCENE, "There is an orange cup at the top left and a red horse in the middle.", ["true"] * 2),
+        (SCENE, "There is an orange cup on the right.", ["not there: it is at the top left"]),
+        (SCENE, "There is a blue horse in the middle and an orange cup.", ["it is red", "true"]),
+        (SCENE, "There is an orange cup and a red anchor in the middle.", ["true", "not in the picture"]),
+        (SCENE, "An orange horse.", ["it is red"]),
+        (SCENE, "", []),
+    ],
+)  # fmt: skip
+def test_worked_examples(picture, caption, judged):
+    assert [mention.explained for mention in mentions(picture, caption)] == judged
+
+
+def test_a_mention_holds_what_was_drawn_and_where_it_was_said():
+    """Order counts from 0; the thing is the one that agrees best; a wrong colour does not make it absent."""
+    caption = "There is a green star, a red moon and a crown."
+    star, moon, crown = mentions(STRIP, caption)
+    assert [m.order for m in (star, moon, crown)] == [0, 1, 2]
+    assert (star.thing, star.present, star.placed, star.colour) == (STRIP.things[2], True, True, True)
+    assert (moon.thing, moon.present, moon.placed, moon.colour) == (STRIP.things[1], True, True, False)
+    assert (crown.thing, crown.present, crown.placed, crown.colour) == (None, False, False, None)
+    assert caption[moon.phrase.start : moon.phrase.end] == "a red moon"
+
+
+def test_no_colour_said_is_no_colour_wrong():
+    (mention,) = mentions(STRIP, "There is a moon.")
+    assert mention.colour is None
+    assert mention.explained == "true"
