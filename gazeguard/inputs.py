@@ -154,6 +154,12 @@ def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str,
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ids (T,) and the characters that each covers (T, 2), without special tokens: ``<image>`` in a caption is text."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"Character {error.start} of the caption is half of a surrogate pair, which is no text. Repair its encoding."
+        ) from error
     if tokenizer.is_fast:
         made = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         return np.array(made["input_ids"], np.int64), np.array(made["offset_mapping"], np.int64).reshape(-1, 2)

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
 
 torch.set_num_threads(1)
+settings.register_profile("gazeguard", deadline=None)  # a busy machine is no failure
+settings.load_profile("gazeguard")
 
 
 @pytest.fixture(scope="session")

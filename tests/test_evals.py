@@ -1,6 +1,7 @@
 """The evaluations run as documented, and the documents say what the result files say."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from evals.common import auroc, over_images, rate, within_bins
-from evals.tables import DOCUMENTS, renewed
+from evals.tables import DEMO, DOCUMENTS, demo, renewed
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +21,12 @@ def test_tables_in_documents_are_the_result_files(document):
     text = document.read_text(encoding="utf-8")
     assert "<!-- table " in text
     assert renewed(text) == text
+
+
+def test_the_demo_in_the_readme_is_what_the_demo_prints():
+    """Word for word; numbers may differ in their last digits between machines."""
+    shown = DEMO.search((ROOT / "README.md").read_text(encoding="utf-8"))[0]
+    assert re.sub(r"0\.\d+", "", demo()) in re.sub(r"0\.\d+", "", shown)
 
 
 def test_a_rate_is_a_ratio_of_sums_with_an_interval_around_it():
@@ -63,6 +70,7 @@ def test_the_first_draw_is_every_image_once():
         ("gaze_heads", ["gaze_head_mass", "best_other_mass", "split_half"]),
         ("detection", ["auroc_readout_sampled", "auroc_detector_sampled", "auroc_text_only_sampled"]),
         ("cost", ["time_ratio_mark_batch_1"]),
+        ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
     ],
 )
 @pytest.mark.slow

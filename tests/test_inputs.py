@@ -139,7 +139,7 @@ def test_a_path_without_a_picture_is_refused(tmp_path, path, message):
 
 @pytest.mark.parametrize("source", [None, 3, np.zeros((4, 4, 3), np.uint8), ["a.png"]], ids=lambda x: type(x).__name__)
 def test_what_is_no_picture_at_all_is_refused(source):
-    with pytest.raises(InputError, match=rf"path, bytes or a PIL image\), not {type(source).__name__}\. Give one of"):
+    with pytest.raises(InputError, match=rf"path, bytes or a PIL image\), not {type(source).__name__}\."):
         load_image(source)
 
 
@@ -169,6 +169,12 @@ def test_tokens_cover_the_text(text):
     assert set().union(*(range(start, end) for start, end in offsets)) == set(range(len(text)))
     if text.isascii():
         assert "".join(text[start:end] for start, end in offsets) == text
+
+
+def test_half_a_character_is_refused():
+    """What a caption becomes when an emoji was cut in JSON."""
+    with pytest.raises(InputError, match=r"Character 2 of the caption is half of a surrogate pair.*Repair its encoding"):
+        tokenize(processor().tokenizer, "a \ud83c")
 
 
 @given(st.text())

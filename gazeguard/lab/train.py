@@ -31,7 +31,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
+from transformers import AutoProcessor, Idefics3ForConditionalGeneration, Idefics3Processor
 
 from gazeguard.comics import COLOURS
 from gazeguard.lab.model import (
@@ -227,11 +227,12 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = build_processor()
+    state = out / "state.safetensors"
+    # An interrupted run goes on with its own vocabulary, whatever the lessons of this version would teach a new one.
+    processor = AutoProcessor.from_pretrained(out) if state.exists() else build_processor()
     learner = Learner(build_model(processor, width, layers), processor).to(device).train()
     learner.model.set_attn_implementation({"vision_config": "eager"})  # on CPUs the faster one to train at this size
     optimizer = torch.optim.AdamW(learner.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
-    state = out / "state.safetensors"
     step = load_state(state, learner, optimizer) if state.exists() else 0
     for group in optimizer.param_groups:
         group["initial_lr"] = learning_rate
