@@ -36,8 +36,8 @@ Figure = dict[str, Any]
 
 def figure(value: float, interval: tuple[float, float] | None = None) -> Figure:
     """One figure; ``interval`` is its 95 % interval, or None for what has none."""
-    ci = None if interval is None else [round(float(edge), 4) for edge in interval]
-    return {"value": round(float(value), 4), "ci": ci}
+    ci = None if interval is None else [float(f"{edge:.4g}") for edge in interval]
+    return {"value": float(f"{value:.4g}"), "ci": ci}
 
 
 def over_images(count: int, statistic: Callable[[NDArray[np.int64]], float], seed: int = 0) -> Figure:
@@ -108,6 +108,6 @@ def write(out: Path, figures: dict[str, Figure], quick: bool, ids: Sequence[str]
     out.write_text(json.dumps({"figures": figures, "meta": told}, indent=1) + "\n", encoding="utf-8")
     table = Table("figure", "value", "95 % interval", title=str(out))
     for key, made in figures.items():
-        low_high = "" if made["ci"] is None else f"{made['ci'][0]:.3f} to {made['ci'][1]:.3f}"
-        table.add_row(key, f"{made['value']:.3f}", low_high)
+        low_high = "" if made["ci"] is None else f"{made['ci'][0]:.4g} to {made['ci'][1]:.4g}"
+        table.add_row(key, f"{made['value']:.4g}", low_high)
     Console(stderr=True).print(table)

@@ -31,8 +31,8 @@ def table(name: str, patterns: list[str]) -> str:
     for pattern in patterns:
         for key, made in result["figures"].items():
             if fnmatchcase(key, pattern):
-                ci = "" if made["ci"] is None else f"{made['ci'][0]:.3f} to {made['ci'][1]:.3f}"
-                lines.append(f"| `{key}` | {made['value']:.3f} | {ci} |")
+                ci = "" if made["ci"] is None else f"{made['ci'][0]:.4g} to {made['ci'][1]:.4g}"
+                lines.append(f"| `{key}` | {made['value']:.4g} | {ci} |")
     meta = result["meta"]
     lines += ["", f"`python -m evals.{name}`, {meta['date']}, weights {meta['lab_weights']}, torch {meta['torch']}.", ""]
     return "\n".join(lines)

@@ -92,14 +92,17 @@ def draw_strips(n: int, seed: int = 0, panels: int = MAX_PANELS, size: tuple[int
 def _draw_strip(rng: random.Random, panels: int, size: tuple[int, int]) -> Strip:
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
+    paper = tuple(rng.randint(232, 255) for _ in range(3))
     boxes = panel_boxes(panels, size)
     nouns = iter(rng.sample(list(GLYPHS), len(GLYPHS)))
     narration, spans = "", []
     side_x, side_y = size[0] // 6, size[1] // 6  # a panel holds two pictographs abreast and three on top of each other
+    line = max(1, min(size) // 144)
     for ordinal, (x0, y0, x1, y1) in zip(ORDINALS, boxes, strict=False):
-        pen.rectangle((x0 + 3, y0 + 3, x1 - 5, y1 - 5), fill=(246, 246, 240), outline=(90, 90, 90), width=3)
+        frame = (x0 + line, y0 + line, x1 - line - 1, y1 - line - 1)
+        pen.rectangle(frame, fill=paper, outline=(90, 90, 90), width=line)
         said = []
-        for row in sorted(rng.sample(range(3), rng.randint(1, 3))):
+        for row in sorted(rng.sample(range(3), rng.choice((1, 2, 2, 3)))):
             noun, colour = next(nouns), rng.choice(list(COLOURS))
             where = (x0 + rng.randint(0, 2) * side_x // 2, y0 + row * side_y)
             image.paste(COLOURS[colour], where, glyph(noun, (side_x, side_y)))

@@ -14,7 +14,7 @@ from sklearn.metrics import precision_recall_curve
 from sklearn.preprocessing import StandardScaler
 
 from gazeguard import features
-from gazeguard.errors import MismatchError
+from gazeguard.errors import InputError, MismatchError
 from gazeguard.heads import GazeHeads, read_json
 
 FILE_NAME = "detector.json"
@@ -83,7 +83,15 @@ class Detector(BaseModel):
         )
 
     def with_threshold(self, x: NDArray[np.float64], invented: NDArray[np.bool_]) -> Detector:
-        """The same detector with the threshold of the best F1 on validation data."""
+        """The same detector with the threshold of the best F1 on validation data.
+
+        Raises `InputError` when nothing in them is invented, or everything.
+        """
+        if invented.all() or not invented.any():
+            raise InputError(
+                f"{int(invented.sum())} of {len(invented)} validation phrases are invented; a threshold needs both kinds. "
+                "Take more captions."
+            )
         precision, recall, thresholds = precision_recall_curve(invented, self.risk(x))
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         return self.model_copy(update={"threshold": float(thresholds[np.argmax(f1[:-1])])})

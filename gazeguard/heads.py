@@ -231,7 +231,7 @@ def gap(scores: NDArray[np.floating[Any]]) -> int:
     """How many heads stand out: the place of the largest drop in the ranked scores, at most `MAX_SHARE` of them."""
     ranked = np.sort(scores)[::-1]
     most = max(1, int(len(ranked) * MAX_SHARE))
-    return int(np.argmax(ranked[:most] - ranked[1 : most + 1])) + 1
+    return int(np.argmax(ranked[:most] - np.append(ranked, 0.0)[1 : most + 1])) + 1
 
 
 def _choose(model: PreTrainedModel, heads: Sequence[Head], matrices: dict[str, NDArray[np.float32]]) -> GazeHeads:

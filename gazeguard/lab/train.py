@@ -262,8 +262,8 @@ def train(
                 log.write(json.dumps(row) + "\n")
                 log.flush()
             if (step % save_every == 0 and not encoder_only) or step == steps:
+                save_checkpoint(learner.model, processor, out)  # first: a state is resumed with the processor beside it
                 save_state(state, learner, optimizer, step)
-                save_checkpoint(learner.model, processor, out)
 
 
 if __name__ == "__main__":
