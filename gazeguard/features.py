@@ -91,5 +91,7 @@ def features(trace: GazeTrace, phrases: Sequence[Phrase]) -> NDArray[np.float64]
 def _agreement(where: NDArray[np.float64]) -> float:
     """Mean over pairs of heads of the overlap of their distributions (H, N); 1 for a single head."""
     h = len(where)
-    overlaps = [np.minimum(where[i], where[j]).sum() for i in range(h) for j in range(i)]
-    return float(np.mean(overlaps)) if overlaps else 1.0
+    if h == 1:
+        return 1.0
+    overlaps = np.minimum(where[:, None], where[None]).sum(-1)  # (H, H)
+    return float((overlaps.sum() - np.trace(overlaps)) / (h * (h - 1)))

@@ -275,15 +275,18 @@ class GazeGuard:
         columns = features.names(trace.heads)
         x = features.features(trace, phrases)[:, [columns.index(name) for name in self.detector.names]]
         threshold = self.detector.threshold if self.policy.threshold == "detector" else self.policy.threshold
+        risks = self.detector.risk(x)
+        flagged = risks >= threshold
+        reasons = iter(self.detector.reasons(x[flagged]))
         findings = tuple(
             Finding(
                 phrase=phrase,
                 risk=float(risk),
-                flagged=bool(risk >= threshold),
-                reasons=reasons if risk >= threshold else (),
+                flagged=bool(flag),
+                reasons=next(reasons) if flag else (),
                 box=gaze_box(trace, trace.tokens(phrase.head.start, phrase.head.end)),
             )
-            for phrase, risk, reasons in zip(phrases, self.detector.risk(x), self.detector.reasons(x), strict=True)
+            for phrase, risk, flag in zip(phrases, risks, flagged, strict=True)
         )
         doubtful = [finding.phrase.text for finding in findings if finding.flagged]
         if doubtful:

@@ -170,7 +170,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[NDArray[
 def decode(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int64]) -> tuple[str, NDArray[np.int64]]:
     """The text of ``ids`` (T,) and the characters that each covers (T, 2).
 
-    A token's characters are what it adds to the text of the eight tokens before it, so that the cost grows with T and a
+    A token's characters are what it adds to the text of the few tokens before it, so that the cost grows with T and a
     tokenizer's rules about leading spaces are respected. Tokens that together make one character share it.
     """
 
@@ -180,10 +180,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int64]) -> tuple[
     whole = text(ids)
     special = set(tokenizer.all_special_ids)
     offsets = np.zeros((len(ids), 2), np.int64)
-    at = 0
+    at, start, before = 0, 0, 0  # before: the length of the text of ids[start:i]
     for i, token in enumerate(ids.tolist()):
-        window = ids[max(0, i - 8) : i + 1]
-        end = min(len(whole), at + max(0, len(text(window)) - len(text(window[:-1]))))
+        if i - start == 16:
+            start = i - 4
+            before = len(text(ids[start:i]))
+        now = len(text(ids[start : i + 1]))
+        end = min(len(whole), at + max(0, now - before))
+        before = now
         shared = end == at and at > 0 and token not in special
         offsets[i] = (at - 1 if shared else at, end)
         at = end

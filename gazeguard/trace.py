@@ -85,8 +85,10 @@ class GazeTrace:
 
     def tokens(self, start: int, end: int) -> range:
         """The tokens that cover any of the characters ``start`` to ``end`` of the text; empty when none does."""
-        hit = np.flatnonzero((self.offsets[:, 0] < end) & (self.offsets[:, 1] > start))
-        return range(int(hit[0]), int(hit[-1]) + 1) if len(hit) else range(0)
+        # Neither column ever falls, so the tokens are found by bisection.
+        first = int(np.searchsorted(self.offsets[:, 1], start, side="right"))
+        last = int(np.searchsorted(self.offsets[:, 0], end, side="left"))
+        return range(first, last) if first < last else range(0)
 
     def save(self, path: str | Path) -> None:
         """Write the trace as one safetensors file."""

@@ -39,7 +39,7 @@ def test_demo_counts_are_the_truth(tmp_path):
     result = run(app, ["demo", "--out", str(tmp_path), "--pictures", "4"])
     page = (tmp_path / "replay.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.S).group(1))
-    captions = [entry["caption"] for entry in data["entries"]]
+    captions = [entry["report"]["caption"] for entry in data]
     named = [mentions(sample.picture, text) for sample, text in zip(lab.samples("test", 4), captions, strict=True)]
     total, invented = sum(map(len, named)), sum(not m.present for found in named for m in found)
     assert f"{total} things named, {invented} of them not in the picture" in " ".join(result.stdout.split())
