@@ -95,12 +95,16 @@ class GazeGuard:
     # ------------------------------------------------------------------------------------------------------- live
 
     def generate(self, **arguments: Any) -> Any:
-        """`model.generate` with the same arguments and the same result; ``reports`` then holds what was seen."""
-        streamer = arguments.pop("streamer", None)
+        """`model.generate` with the same arguments and the same result; ``reports`` then holds what was seen.
+
+        picture_sizes: for each prompt the (width, height) of its pictures, if gazed boxes are wanted in their pixels; by
+        default boxes are in pixels of what the processor made of them
+        """
+        own = {name: arguments.pop(name, None) for name in ("streamer", "picture_sizes")}
         for name in ("assistant_model", "custom_generate"):
             if arguments.get(name) is not None:
                 raise UnsupportedError(f"GazeGuard cannot watch generate(..., {name}=...). Leave {name} out.")
-        return type(self.model).generate(self.model, **arguments, custom_generate=partial(self, streamer=streamer))
+        return type(self.model).generate(self.model, **arguments, custom_generate=partial(self, **own))
 
     @contextmanager
     def watch(self) -> Iterator[GazeGuard]:
@@ -122,6 +126,7 @@ class GazeGuard:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         streamer: Any = None,
+        picture_sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
         **model_kwargs: Any,
     ) -> Any:
         """The decode loop that ``generate(custom_generate=guard)`` runs: transformers' own, watched."""
@@ -134,7 +139,10 @@ class GazeGuard:
         if input_ids.shape[1] == 0:
             raise InputError("The prompt has no token ids: generate got inputs_embeds alone. Pass input_ids.")
         mask = model_kwargs.get("attention_mask")
-        grids = grids_of(model, self.processor, model_kwargs, input_ids, mask)
+        if picture_sizes is not None:  # several captions per prompt: each prompt's rows follow each other
+            copies = input_ids.shape[0] // len(picture_sizes)
+            picture_sizes = [sizes for sizes in picture_sizes for _ in range(copies)]
+        grids = grids_of(model, self.processor, model_kwargs, input_ids, mask, picture_sizes)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         with self.tap as tap:
@@ -166,8 +174,9 @@ class GazeGuard:
 
     def caption(self, image: Any, prompt: str = DEFAULT_PROMPT, **arguments: Any) -> Report:
         """Write and watch one caption of a picture (a path or a PIL image); ``arguments`` go to ``generate``."""
-        batch = encode(self.model, self.processor, [load_image(image)], [prompt])
-        self.generate(**batch.inputs, **{"max_new_tokens": 256, **arguments})
+        picture = load_image(image)
+        batch = encode(self.model, self.processor, [picture], [prompt])
+        self.generate(**batch.inputs, **{"max_new_tokens": 256, "picture_sizes": [[picture.size]], **arguments})
         return self.reports[0]
 
     # ----------------------------------------------------------------------------------------------------- replay

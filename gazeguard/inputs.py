@@ -240,5 +240,9 @@ def _processed_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], share: M
         patch = model.config.vision_config.patch_size
         return [(int(w) * patch, int(h) * patch) for _, h, w in share["image_grid_thw"]]
     pixels = inputs.get("pixel_values")
-    shape = (1, 1) if pixels is None else tuple(pixels.shape[-2:])
-    return [(int(shape[1]), int(shape[0]))] * runs
+    if pixels is not None and pixels.ndim >= 4:
+        return [(int(pixels.shape[-1]), int(pixels.shape[-2]))] * runs
+    # generate has turned the pixels into features already; most encoders take one square size
+    side = getattr(getattr(model.config, "vision_config", None), "image_size", 1)
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return [(int(width), int(height))] * runs

@@ -156,10 +156,29 @@ def test_boxes_are_in_pixels_of_the_picture_that_was_given(guard):
     sample = SAMPLES[1]
     small = guard.check(sample.image, sample.turns[0].answer)
     large = guard.check(sample.image.resize((288, 288), 0), sample.turns[0].answer)
-    assert small.trace.grid.sizes, large.trace.grid.sizes == (((144, 144),), ((288, 288),))
+    assert (small.trace.grid.sizes, large.trace.grid.sizes) == (((144, 144),), ((288, 288),))
     for one, two in zip(small.findings, large.findings, strict=True):
-        assert max(two.box) <= 288
+        assert two.box[2] - two.box[0] > 23, "a cell of the large picture is 24 pixels wide"
         assert one.box == pytest.approx(tuple(edge / 2 for edge in two.box), abs=30)
+
+
+@pytest.mark.parametrize("side", [144, 288])
+def test_live_boxes_are_where_replay_sees_them(guard, side):
+    """A generated caption's boxes are in the same pixels as those of its check, whatever the picture's size."""
+    picture = SAMPLES[1].image.resize((side, side), 0)
+    live = guard.caption(picture, SAMPLES[1].prompt, do_sample=False)
+    replayed = guard.check(picture, live.caption, SAMPLES[1].prompt)
+    assert live.trace.grid.sizes == ((side, side),)
+    assert [finding.box for finding in live.findings] == [finding.box for finding in replayed.findings]
+
+
+def test_boxes_of_a_bare_generate_are_in_the_processors_pixels(guard):
+    """Without sizes the boxes are those of a picture as the processor made it, for several captions per prompt, too."""
+    guard.generate(**batch_of(guard, num_return_sequences=2, do_sample=True))
+    assert {report.trace.grid.sizes for report in guard.reports} == {((144, 144),)}
+    inputs = batch_of(guard, num_return_sequences=2, do_sample=True)
+    guard.generate(**inputs, picture_sizes=[[(10 * i, 20)] for i in range(1, 7)])
+    assert [report.trace.grid.sizes[0][0] for report in guard.reports] == [10 * i for i in range(1, 7) for _ in (0, 1)]
 
 
 # -------------------------------------------------------------------------------------------------------- unchecked
