@@ -57,6 +57,7 @@ class GazeGuard:
     heads:    `GazeHeads` or a file of them; by default ``heads.json`` in the model's own folder
     detector: `Detector`, or a file or folder of one; by default ``detector.json`` in the model's own folder, where its
               own heads are used, too. Without one everything is watched, but nothing is judged: every verdict is *unchecked*.
+    grid:     where the cells of every prompt lie, for a model whose layout no rule of `gazeguard.grid` knows
 
     After each call ``reports`` holds one `Report` per written caption.
     Raises `UnsupportedError` for a model that cannot be watched, `MismatchError` for heads or a detector of another one.
@@ -69,9 +70,10 @@ class GazeGuard:
         policy: str | Path | Policy = "mark",
         heads: GazeHeads | str | Path | None = None,
         detector: Detector | str | Path | None = None,
+        grid: ImageGrid | None = None,
     ) -> None:
         image_token_id(model)
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.grid = model, processor, grid
         self.policy = policy if isinstance(policy, Mark | Rerank) else load_policy(policy)
         self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.load(heads or self._own(HEADS_FILE))
         self.heads.check_model(model)
@@ -94,7 +96,7 @@ class GazeGuard:
 
     # ------------------------------------------------------------------------------------------------------- live
 
-    def generate(self, **arguments: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, **arguments: Any) -> Any:
         """`model.generate` with the same arguments and the same result; ``reports`` then holds what was seen.
 
         picture_sizes: for each prompt the (width, height) of its pictures, if gazed boxes are wanted in their pixels; by
@@ -104,7 +106,7 @@ class GazeGuard:
         for name in ("assistant_model", "custom_generate"):
             if arguments.get(name) is not None:
                 raise UnsupportedError(f"GazeGuard cannot watch generate(..., {name}=...). Leave {name} out.")
-        return type(self.model).generate(self.model, **arguments, custom_generate=partial(self, **own))
+        return type(self.model).generate(self.model, inputs, **arguments, custom_generate=partial(self, **own))
 
     @contextmanager
     def watch(self) -> Iterator[GazeGuard]:
@@ -142,7 +144,7 @@ class GazeGuard:
         if picture_sizes is not None:  # several captions per prompt: each prompt's rows follow each other
             copies = input_ids.shape[0] // len(picture_sizes)
             picture_sizes = [sizes for sizes in picture_sizes for _ in range(copies)]
-        grids = grids_of(model, self.processor, model_kwargs, input_ids, mask, picture_sizes)
+        grids = grids_of(model, self.processor, model_kwargs, input_ids, mask, picture_sizes, self.grid)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         with self.tap as tap:
@@ -222,7 +224,7 @@ class GazeGuard:
             rest = [i for i in todo if i not in long]
             return long | (self._replay(rest, pictures, captions, prompt) if rest else {})
         sizes = [[pictures[i].size] for i in todo]
-        grids = grids_of(self.model, self.processor, batch.inputs, batch.prompt_ids, batch.prompt_mask, sizes)
+        grids = grids_of(self.model, self.processor, batch.inputs, batch.prompt_ids, batch.prompt_mask, sizes, self.grid)
         with self.tap as tap:
             tap.begin(Prompts.of(batch.prompt_ids, batch.prompt_mask, image_token_id(self.model)))
             self.model(**model_inputs(self.model, batch.inputs), use_cache=False)

@@ -133,10 +133,12 @@ def find_heads(
     strips: Sequence[Strip] | None = None,
     batch_size: int = 8,
     progress: bool = True,
+    grid: ImageGrid | None = None,
 ) -> GazeHeads:
     """Score every head of ``model`` on comic strips and choose the gaze heads.
 
     strips: defaults to 48 drawn pages of six panels; all must have the same number of panels, at least two
+    grid:   where the cells of every prompt lie, for a model whose layout no rule of `gazeguard.grid` knows
     Raises `UnsupportedError` when the model cannot be watched, or when no head follows the words: the best head must hold
     twice the chance share of its panel attention on the panel being described.
     """
@@ -152,38 +154,47 @@ def find_heads(
     groups = [strips[i : i + batch_size] for i in range(0, len(strips), batch_size)]
     with torch.no_grad(), Tap(model, heads) as tap:
         for group in track(groups, "finding gaze heads", console=Console(stderr=True), disable=not progress):
-            matrices["narration"] += _narrations(tap, model, processor, group)
-            matrices["query"] += _queries(tap, model, processor, group)
+            matrices["narration"] += _narrations(tap, model, processor, group, grid)
+            matrices["query"] += _queries(tap, model, processor, group, grid)
     return _choose(model, heads, {name: np.stack(values) for name, values in matrices.items()})
 
 
-def _narrations(tap: Tap, model: PreTrainedModel, processor: ProcessorMixin, strips: Sequence[Strip]) -> list[Any]:
+def _narrations(
+    tap: Tap, model: PreTrainedModel, processor: ProcessorMixin, strips: Sequence[Strip], known: ImageGrid | None
+) -> list[Any]:
     """For each strip (H, said panel, attended panel): mean mass of the rows that predict a panel's words."""
     batch = encode(model, processor, [s.image for s in strips], [s.prompt for s in strips], [s.narration for s in strips])
-    gaze = _gaze_on_panels(tap, model, processor, batch, strips)  # (batch, T, H, panels)
+    gaze = _gaze_on_panels(tap, model, processor, batch, strips, known)  # (batch, T, H, panels)
     return [
         np.stack([row[: len(told)][_tokens(told, span)].mean(0) for span in strip.spans], axis=1)
         for row, told, strip in zip(gaze, batch.offsets, strips, strict=True)
     ]
 
 
-def _queries(tap: Tap, model: PreTrainedModel, processor: ProcessorMixin, strips: Sequence[Strip]) -> list[Any]:
+def _queries(
+    tap: Tap, model: PreTrainedModel, processor: ProcessorMixin, strips: Sequence[Strip], known: ImageGrid | None
+) -> list[Any]:
     """For each strip (H, asked panel, attended panel): mass of the prompt's last row."""
     matrices = []
     for strip in strips:
         count = len(strip.questions)
         batch = encode(model, processor, [strip.image] * count, list(strip.questions))
-        matrices.append(_gaze_on_panels(tap, model, processor, batch, [strip] * count)[:, 0].transpose(1, 0, 2))
+        matrices.append(_gaze_on_panels(tap, model, processor, batch, [strip] * count, known)[:, 0].transpose(1, 0, 2))
     return matrices
 
 
 def _gaze_on_panels(
-    tap: Tap, model: PreTrainedModel, processor: ProcessorMixin, batch: Any, strips: Sequence[Strip]
+    tap: Tap,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    batch: Any,
+    strips: Sequence[Strip],
+    known: ImageGrid | None,
 ) -> NDArray[np.float32]:
     """(batch, T, H, panels): attention mass on each panel, summed on the model's device."""
     ids, mask = batch.prompt_ids, batch.prompt_mask
     prompts = Prompts.of(ids, mask, image_token_id(model))
-    grids = grids_of(model, processor, batch.inputs, ids, mask, [[strip.image.size] for strip in strips])
+    grids = grids_of(model, processor, batch.inputs, ids, mask, [[strip.image.size] for strip in strips], known)
     regions = torch.zeros(len(strips), prompts.columns.shape[1], len(strips[0].panels))
     for row, (grid, strip) in enumerate(zip(grids, strips, strict=True)):
         regions[row, : len(grid)] = torch.from_numpy(panel_shares(grid, strip))

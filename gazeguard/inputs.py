@@ -10,7 +10,7 @@ import inspect
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +201,12 @@ def grids_of(
     ids: Tensor,
     mask: Tensor | None,
     sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+    known: ImageGrid | None = None,
 ) -> list[ImageGrid]:
     """The image grid of every row of a batch of prompts (batch, P).
 
     sizes: for each row the (width, height) in pixels of its pictures; by default what the processor made of them
+    known: the grid of every row, for a layout that no rule knows
     Raises `InputError` for a row without a picture, `UnsupportedError` for a layout that no rule knows.
     """
     token = image_token_id(model)
@@ -222,6 +224,9 @@ def grids_of(
                 f"Row {number} of the batch has no image token (id {token}): the picture did not reach the prompt. Put an "
                 'image into the message, {"type": "image", "image": ...}, and pass the processor\'s output whole.'
             )
+        if known is not None:
+            grids.append(_fitted(known, sum(length for _, length in runs), sizes[number] if sizes is not None else None))
+            continue
         share: dict[str, Any] = {}
         if thw is not None:
             left, mine = sum(length for _, length in runs), []
@@ -232,6 +237,16 @@ def grids_of(
         given = sizes[number] if sizes is not None else _processed_sizes(model, inputs, share, len(runs))
         grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor)))
     return grids
+
+
+def _fitted(known: ImageGrid, cells: int, sizes: Sequence[tuple[int, int]] | None) -> ImageGrid:
+    """A grid that the caller knows, for a prompt with so many image tokens and, if given, pictures of these sizes."""
+    if len(known) != cells:
+        raise InputError(
+            f"The grid that was passed has {len(known)} cells, but the prompt has {cells} image tokens. "
+            "Pass one box per image token, or no grid for a layout that GazeGuard knows."
+        )
+    return known if sizes is None else replace(known, sizes=tuple(sizes))
 
 
 def _processed_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], share: Mapping[str, Any], runs: int) -> Any:

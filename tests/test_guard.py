@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from gazeguard import lab
 from gazeguard.detector import Detector
 from gazeguard.errors import InputError, MismatchError, UnsupportedError
+from gazeguard.grid import ImageGrid
 from gazeguard.guard import GazeGuard
 from gazeguard.heads import GazeHeads
 from gazeguard.inputs import encode
@@ -81,7 +82,9 @@ def test_three_ways_in_are_one(guard):
     with guard.watch() as same:
         assert same is guard
         watched = guard.model.generate(**inputs)
-    traces = [report.trace for report in guard.reports]
+        traces = [report.trace for report in guard.reports]
+        positional = dict(inputs)
+        assert torch.equal(guard.model.generate(positional.pop("input_ids"), **positional), ids)
     handed = guard.model.generate(**inputs, custom_generate=guard)
     assert torch.equal(ids, watched)
     assert torch.equal(ids, handed)
@@ -179,6 +182,18 @@ def test_boxes_of_a_bare_generate_are_in_the_processors_pixels(guard):
     inputs = batch_of(guard, num_return_sequences=2, do_sample=True)
     guard.generate(**inputs, picture_sizes=[[(10 * i, 20)] for i in range(1, 7)])
     assert [report.trace.grid.sizes[0][0] for report in guard.reports] == [10 * i for i in range(1, 7) for _ in (0, 1)]
+
+
+def test_a_grid_that_the_caller_knows_takes_the_place_of_the_rules(guard):
+    """The same grid gives the same trace; another number of cells is refused with both numbers."""
+    sample = SAMPLES[1]
+    own = GazeGuard(guard.model, guard.processor, grid=ImageGrid.regular(12, 12, (1, 1)))
+    one, two = (g.check(sample.image, sample.turns[0].answer) for g in (guard, own))
+    assert_same_trace(one.trace, two.trace, 0)
+    assert [f.box for f in one.findings] == [f.box for f in two.findings]
+    short = GazeGuard(guard.model, guard.processor, grid=ImageGrid.regular(3, 3, (1, 1)))
+    with pytest.raises(InputError, match="has 9 cells, but the prompt has 144 image tokens"):
+        short.caption(sample.image)
 
 
 # -------------------------------------------------------------------------------------------------------- unchecked
