@@ -31,12 +31,12 @@ ORDER_BINS = (0, 1, 2, 3, 4, 6, 8, 99)
 
 def scores(table: Table, detector: Detector, text_only: Detector) -> dict[str, NDArray[np.float64]]:
     """Every score, higher for more likely invented."""
-    columns = features.names(detector.heads)
-    column = {name: table.x[:, columns.index(name)] for name in (*features.TEXT_FEATURES, *features.GAZE_FEATURES)}
+    plain = ("readout", "surprise", "entropy", "position")
+    column = dict(zip(plain, features.pick(table.x, detector.heads, plain).T, strict=True))
     return {
         "detector": detector.risk(table.x),
         "readout": -column["readout"],
-        "text_only": text_only.risk(table.x[:, [columns.index(name) for name in text_only.names]]),
+        "text_only": text_only.risk(features.pick(table.x, detector.heads, text_only.names)),
         "surprise": column["surprise"],
         "entropy": column["entropy"],
         "position": column["position"],
@@ -50,8 +50,8 @@ def random_heads(guard: GazeGuard, samples: Sequence[lab.Sample], reports: Seque
     listener = GazeGuard(guard.model, guard.processor, heads=everything)
     readouts = []
     for start in range(0, len(samples), 25):
-        group = range(start, min(start + 25, len(samples)))
-        replayed = listener.check_all([samples[i].image for i in group], [reports[i].caption for i in group])
+        group, told = samples[start : start + 25], reports[start : start + 25]
+        replayed = listener.check_all([s.image for s in group], [r.caption for r in told], [s.prompt for s in group])
         readouts += [report.trace.readout for report in replayed]
     at = [
         readouts[number][reports[number].trace.tokens(m.phrase.head.start, m.phrase.head.end).start]

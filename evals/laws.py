@@ -30,12 +30,10 @@ def main(out: Out, quick: Quick = False) -> None:
         torch.manual_seed(SEED)
         same += (guard.generate(**asked) == plain).all(dim=1).tolist()
         live = guard.reports
-        for prompt in set(prompts):
-            rows = [i for i, own in enumerate(prompts) if own == prompt]
-            replayed = guard.check_all([images[i] for i in rows], [live[i].caption for i in rows], prompt)
-            for i, replay in zip(rows, replayed, strict=True):
-                for name, found in differences.items():
-                    found.append(float(np.abs(getattr(replay.trace, name) - getattr(live[i].trace, name)).max()))
+        replayed = guard.check_all(images, [report.caption for report in live], prompts)
+        for replay, report in zip(replayed, live, strict=True):
+            for name, found in differences.items():
+                found.append(float(np.abs(getattr(replay.trace, name) - getattr(report.trace, name)).max()))
     figures = {"mark_ids_identical": figure(np.mean(same)), "captions": figure(len(same))}
     figures |= {f"live_replay_{name}_difference": figure(max(found)) for name, found in differences.items()}
     write(out, figures, quick, [sample.id for sample in samples], seed=SEED)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -35,7 +36,7 @@ class RerankProcessor(LogitsProcessor):
             hidden[:, None].expand(-1, count, -1),
             directions,
         ).sum(-1)
-        plausible = top - top[:, :1] >= torch.log(torch.tensor(self.policy.plausible, device=scores.device))
+        plausible = top - top[:, :1] >= math.log(self.policy.plausible)
         mean = (looked * plausible).sum(-1, keepdim=True) / plausible.sum(-1, keepdim=True)
         moved = top + self.policy.strength * (looked - mean) * plausible
         return scores.scatter(-1, words, moved.to(scores.dtype))

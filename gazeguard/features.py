@@ -88,6 +88,12 @@ def features(trace: GazeTrace, phrases: Sequence[Phrase]) -> NDArray[np.float64]
     return rows
 
 
+def pick(x: NDArray[np.float64], heads: Sequence[tuple[int, int]], wanted: Sequence[str]) -> NDArray[np.float64]:
+    """Some of the columns of `features`, by name: (phrases, len(wanted))."""
+    columns = names(heads)
+    return x[:, [columns.index(name) for name in wanted]]
+
+
 def _agreement(where: NDArray[np.float64]) -> float:
     """Mean over pairs of heads of the overlap of their distributions (H, N); 1 for a single head."""
     h = len(where)

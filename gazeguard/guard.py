@@ -30,7 +30,7 @@ from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
 from gazeguard.inputs import decode, encode, grids_of, image_token_id, load_image, model_inputs
-from gazeguard.phrases import chunk
+from gazeguard.phrases import things
 from gazeguard.policy import Mark, Policy, Rerank, load_policy
 from gazeguard.report import Finding, Report, Verdict, gaze_box
 from gazeguard.tap import Prompts, Rows, Tap, judge_words
@@ -191,8 +191,14 @@ class GazeGuard:
         return self.check_all([image], [caption], prompt)[0]
 
     @torch.no_grad()
-    def check_all(self, images: Sequence[Any], captions: Sequence[str], prompt: str = DEFAULT_PROMPT) -> list[Report]:
-        """`check` for a batch of pictures with one caption each, in one pass; a row that cannot be used is *unchecked*."""
+    def check_all(
+        self, images: Sequence[Any], captions: Sequence[str], prompt: str | Sequence[str] = DEFAULT_PROMPT
+    ) -> list[Report]:
+        """`check` for a batch of pictures with one caption each, in one pass; a row that cannot be used is *unchecked*.
+
+        prompt: what every caption answers, or one prompt per caption
+        """
+        prompts = [prompt] * len(captions) if isinstance(prompt, str) else prompt
         reports: dict[int, Report] = {}
         pictures: dict[int, Image.Image] = {}
         for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -204,15 +210,15 @@ class GazeGuard:
                 reports[i] = self._unchecked(caption, str(error))
         todo = [i for i in pictures if i not in reports]
         if todo:
-            reports |= self._replay(todo, pictures, captions, prompt)
+            reports |= self._replay(todo, pictures, captions, prompts)
         return [reports[i] for i in range(len(captions))]
 
     def _replay(
-        self, todo: Sequence[int], pictures: Mapping[int, Image.Image], captions: Sequence[str], prompt: str
+        self, todo: Sequence[int], pictures: Mapping[int, Image.Image], captions: Sequence[str], prompts: Sequence[str]
     ) -> dict[int, Report]:
         """Reports of the rows ``todo``, from one teacher-forced pass over those that fit into the context."""
         told = [captions[i] for i in todo]
-        batch = encode(self.model, self.processor, [pictures[i] for i in todo], [prompt] * len(todo), told)
+        batch = encode(self.model, self.processor, [pictures[i] for i in todo], [prompts[i] for i in todo], told)
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
         lengths = [batch.prompt_ids.shape[1] + len(ids) for ids in batch.caption_ids]
         long = {
@@ -222,7 +228,7 @@ class GazeGuard:
         }
         if long:
             rest = [i for i in todo if i not in long]
-            return long | (self._replay(rest, pictures, captions, prompt) if rest else {})
+            return long | (self._replay(rest, pictures, captions, prompts) if rest else {})
         sizes = [[pictures[i].size] for i in todo]
         grids = grids_of(self.model, self.processor, batch.inputs, batch.prompt_ids, batch.prompt_mask, sizes, self.grid)
         with self.tap as tap:
@@ -278,13 +284,12 @@ class GazeGuard:
             return self._unchecked(trace.text, "the caption is empty")
         if trace.shares[..., SHARES.index("picture")].max() < UNSEEN:
             return self._unchecked(trace.text, "the gaze heads never looked at the picture", trace)
-        phrases = [phrase for phrase in chunk(trace.text) if phrase.kind == "object"]
+        phrases = things(trace.text)
         if not phrases:
             return self._unchecked(trace.text, "the caption names nothing that could be checked", trace)
         if self.detector is None:
             return self._unchecked(trace.text, "no detector is fitted for this model", trace)
-        columns = features.names(trace.heads)
-        x = features.features(trace, phrases)[:, [columns.index(name) for name in self.detector.names]]
+        x = features.pick(features.features(trace, phrases), trace.heads, self.detector.names)
         threshold = self.detector.threshold if self.policy.threshold == "detector" else self.policy.threshold
         risks = self.detector.risk(x)
         flagged = risks >= threshold

@@ -270,6 +270,11 @@ def _classes(caption: str, tokens: list[re.Match[str]]) -> str:
     return classes
 
 
+def things(caption: str) -> list[Phrase]:
+    """The object phrases of a caption, in order: what can be in a picture or not."""
+    return [phrase for phrase in chunk(caption) if phrase.kind == "object"]
+
+
 def chunk(caption: str) -> list[Phrase]:
     """The phrases of a caption, sorted by their start; they never overlap. No words or no nouns give ``[]``."""
     tokens = list(_TOKEN.finditer(caption))

@@ -391,10 +391,10 @@ def readout(backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: T
         directions = directions - directions.mean(-1, keepdim=True)
     parts = []
     for layer in sorted({layer for layer, _ in heads}):
-        weight = backbone.projection(layer).weight.float()  # (width, heads * width per head)
+        chosen = [head for la, head in heads if la == layer]
         per_head = output.shape[-1]
-        back = (directions @ weight).unflatten(-1, (-1, per_head))  # (..., all heads, width per head)
-        parts.append(back[..., [head for la, head in heads if la == layer], :])
+        weight = backbone.projection(layer).weight.unflatten(1, (-1, per_head))[:, chosen].float().flatten(1)
+        parts.append((directions @ weight).unflatten(-1, (-1, per_head)))  # (..., chosen heads, width per head)
     return (torch.cat(parts, dim=-2) * output).sum(-1)
 
 

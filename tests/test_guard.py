@@ -73,6 +73,9 @@ def test_a_padded_batch_equals_its_single_rows(guard):
     replayed = guard.check_all([s.image for s in SAMPLES], captions)
     for report, sample, caption in zip(replayed, SAMPLES, captions, strict=True):
         assert_same_trace(guard.check(sample.image, caption).trace, report.trace)
+    answered = guard.check_all([s.image for s in SAMPLES], captions, [s.prompt for s in SAMPLES])
+    for report, sample, caption in zip(answered, SAMPLES, captions, strict=True):
+        assert_same_trace(guard.check(sample.image, caption, sample.prompt).trace, report.trace)
 
 
 def test_three_ways_in_are_one(guard):

@@ -24,21 +24,19 @@ from gazeguard.guard import HEADS_FILE, GazeGuard
 from gazeguard.heads import find_heads
 from gazeguard.inputs import encode
 from gazeguard.lab.truth import Mention, mentions
-from gazeguard.phrases import chunk
+from gazeguard.phrases import things
 from gazeguard.report import Report
 
 TEXT_ONLY = "text-only"  # folder of the detector that knows the words but not the gaze
 
 
-def write_captions(
-    guard: GazeGuard, samples: Sequence[lab.Sample], do_sample: bool, batch_size: int = 25, **arguments: object
-) -> list[Report]:
+def write_captions(guard: GazeGuard, samples: Sequence[lab.Sample], do_sample: bool, batch_size: int = 25) -> list[Report]:
     """One guarded caption per sample, greedy or sampled at temperature 1."""
     reports: list[Report] = []
     groups = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
     for group in track(groups, "writing captions", console=Console(stderr=True), transient=True):
         batch = encode(guard.model, guard.processor, [s.image for s in group], [s.prompt for s in group])
-        guard.generate(**batch.inputs, **{"max_new_tokens": 200, "do_sample": do_sample, **arguments})
+        guard.generate(**batch.inputs, max_new_tokens=200, do_sample=do_sample)
         reports += guard.reports
     return reports
 
@@ -69,9 +67,9 @@ def tabulate(samples: Sequence[lab.Sample], reports: Sequence[Report]) -> Table:
         named = mentions(sample.picture, report.caption)
         if report.trace is None or not named:
             continue
-        things = [phrase for phrase in chunk(report.caption) if phrase.kind == "object"]
-        kept = [things.index(mention.phrase) for mention in named]
-        rows.append(features.features(report.trace, things)[kept])
+        phrases = things(report.caption)
+        kept = [phrases.index(mention.phrase) for mention in named]
+        rows.append(features.features(report.trace, phrases)[kept])
         image += [number] * len(named)
         found += named
     return Table(np.concatenate(rows), np.array(image), tuple(found))
@@ -96,9 +94,8 @@ def fit(
     heads.save(checkpoint / HEADS_FILE)
     guard = GazeGuard(model, processor, heads=heads)
     learnt, held_out = (captions_of(guard, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2)))
-    columns = features.names(heads.heads)
-    for names, folder in ((columns, checkpoint), (features.TEXT_FEATURES, checkpoint / TEXT_ONLY)):
-        x, x_held_out = (table.x[table.clear][:, [columns.index(name) for name in names]] for table in (learnt, held_out))
+    for names, folder in ((features.names(heads.heads), checkpoint), (features.TEXT_FEATURES, checkpoint / TEXT_ONLY)):
+        x, x_held_out = (features.pick(table.x[table.clear], heads.heads, names) for table in (learnt, held_out))
         detector = Detector.fit(x, learnt.invented[learnt.clear], heads, names)
         detector.with_threshold(x_held_out, held_out.invented[held_out.clear]).save_pretrained(folder)
 
