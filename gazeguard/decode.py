@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from gazeguard.policy import Rerank
-from gazeguard.tap import RIVALS, Tap, readout
+from gazeguard.tap import RIVALS, Tap, readout, weight_of
 
 
 class RerankProcessor(LogitsProcessor):
@@ -23,11 +23,14 @@ class RerankProcessor(LogitsProcessor):
         self.tap, self.policy = tap, policy
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores: (batch, vocabulary) logits, of the rows that the tap heard last."""
+        """scores: (batch, vocabulary) logits or log-probabilities of the word after ``input_ids`` (batch, length)."""
         backbone, heads = self.tap.backbone, self.tap.heads
-        output, hidden = self.tap.latest()
+        heard = self.tap.at(input_ids.shape[1] - 1)
+        if heard is None:  # prompt look-up tries its guesses on the processors before the model has seen them
+            return scores
+        output, hidden = heard
         top, words = scores.topk(min(RIVALS, scores.shape[-1]), dim=-1)
-        directions = backbone.unembedding.weight[words]  # (batch, candidates, width)
+        directions = weight_of(backbone.unembedding)[words]  # (batch, candidates, width)
         count = words.shape[1]
         looked = readout(
             backbone,

@@ -9,9 +9,9 @@ report = guard.check(image, "In panel one there is a red star.")
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+    StoppingCriteriaList,
+)
 
 from gazeguard import __version__, features
 from gazeguard.decode import RerankProcessor
@@ -42,12 +50,33 @@ UNSEEN = 0.01  # a caption whose gaze heads never gave the picture this share of
 
 # Ways of generating that cannot be watched: what tells them apart, and the way out.
 _REFUSED = (
-    ("beam search", lambda c: (c.num_beams or 1) > 1, "num_beams=1, with do_sample if you want variety"),
-    ("assisted decoding", lambda c: c.is_assistant or c.prompt_lookup_num_tokens, "no assistant and no prompt look-up"),
-    ("classifier-free guidance", lambda c: (c.guidance_scale or 1) != 1, "guidance_scale=None"),
-    ("a static or quantised cache", lambda c: c.cache_implementation is not None, "the default, growing cache"),
-    ("generating without a cache", lambda c: c.use_cache is False, "use_cache=True"),
+    (
+        "continuous batching, which takes no pictures",
+        lambda c: c.cache_implementation == "paged",
+        "generate, and check_all() for many captions at once",
+    ),
+    (
+        "classifier-free guidance without a cache",
+        lambda c: (c.guidance_scale or 1) != 1 and c.use_cache is False,
+        "use_cache=True",
+    ),
+    ("token healing, which rewrites the prompt", lambda c: c.token_healing, "token_healing=False"),
 )
+
+
+_NAMED = frozenset(inspect.signature(GenerationMixin.generate).parameters)  # arguments that configure nothing
+
+
+def _ends(config: GenerationConfig) -> set[int]:
+    ends = config.eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends or ())
+
+
+def _no_batches(*_: Any, **__: Any) -> None:
+    raise UnsupportedError(
+        "GazeGuard cannot watch generate_batch: continuous batching takes no pictures. Use generate, and check_all() for "
+        "many captions at once."
+    )
 
 
 class GazeGuard:
@@ -102,24 +131,40 @@ class GazeGuard:
         picture_sizes: for each prompt the (width, height) of its pictures, if gazed boxes are wanted in their pixels; by
         default boxes are in pixels of what the processor made of them
         """
-        own = {name: arguments.pop(name, None) for name in ("streamer", "picture_sizes")}
-        for name in ("assistant_model", "custom_generate"):
-            if arguments.get(name) is not None:
-                raise UnsupportedError(f"GazeGuard cannot watch generate(..., {name}=...). Leave {name} out.")
-        return type(self.model).generate(self.model, inputs, **arguments, custom_generate=partial(self, **own))
+        sizes = arguments.pop("picture_sizes", None)
+        if isinstance(arguments.get("custom_generate"), str):
+            raise UnsupportedError(
+                "GazeGuard runs no code from elsewhere: custom_generate is the name of a repository. Pass a function of yours."
+            )
+        ids = inputs if inputs is not None else arguments.get("input_ids")
+        if ids is None or ids.ndim != 2 or not ids.shape[1]:
+            raise InputError("The prompt has no token ids: generate got inputs_embeds alone. Pass input_ids.")
+        options = {name: value for name, value in arguments.items() if name not in _NAMED}
+        config = self.model._prepare_generation_config(arguments.get("generation_config"), **options)[0]
+        mask = arguments.get("attention_mask")
+        if mask is None and config.pad_token_id is not None and config.pad_token_id not in _ends(config):
+            mask = ids != config.pad_token_id  # as generate does
+
+        def run(more: Sequence[LogitsProcessor]) -> Any:
+            own = dict(arguments)
+            if more:
+                own["logits_processor"] = LogitsProcessorList([*more, *(arguments.get("logits_processor") or ())])
+            return type(self.model).generate(self.model, inputs, **own | {"return_dict_in_generate": True})
+
+        made = self._watched(run, ids, mask, arguments, config, sizes)
+        return made if config.return_dict_in_generate or isinstance(made, Tensor) else made.sequences
 
     @contextmanager
     def watch(self) -> Iterator[GazeGuard]:
         """Inside, `model.generate` is watched; outside, the model is what it was."""
         if "generate" in self.model.__dict__:
             raise UnsupportedError("This model's generate is already wrapped. Leave the other watch first.")
-        self.model.generate = self.generate
+        self.model.generate, self.model.generate_batch = self.generate, _no_batches
         try:
             yield self
         finally:
-            del self.model.generate
+            del self.model.generate, self.model.generate_batch
 
-    @torch.no_grad()
     def __call__(
         self,
         model: PreTrainedModel,
@@ -127,42 +172,58 @@ class GazeGuard:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        streamer: Any = None,
         picture_sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """The decode loop that ``generate(custom_generate=guard)`` runs: transformers' own, watched."""
-        cache = model_kwargs.get("past_key_values")
-        for what, is_so, way_out in _REFUSED:
-            if is_so(generation_config):
-                raise UnsupportedError(f"GazeGuard cannot watch {what}. Generate with {way_out}.")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise UnsupportedError("GazeGuard cannot watch a continued cache. Pass the whole conversation as one prompt.")
-        if input_ids.shape[1] == 0:
-            raise InputError("The prompt has no token ids: generate got inputs_embeds alone. Pass input_ids.")
-        mask = model_kwargs.get("attention_mask")
-        if picture_sizes is not None:  # several captions per prompt: each prompt's rows follow each other
-            copies = input_ids.shape[0] // len(picture_sizes)
-            picture_sizes = [sizes for sizes in picture_sizes for _ in range(copies)]
-        grids = grids_of(model, self.processor, model_kwargs, input_ids, mask, picture_sizes, self.grid)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        with self.tap as tap:
-            tap.begin(Prompts.of(input_ids, mask, image_token_id(model)))
-            if isinstance(self.policy, Rerank):
-                logits_processor = LogitsProcessorList([RerankProcessor(tap, self.policy), *logits_processor])
-            made = model._sample(
+        """The decode loop that ``generate(custom_generate=guard)`` runs: transformers' own, watched.
+
+        transformers hands such a loop no streamer and no assistant; `generate` takes both.
+        """
+        if generation_config.prompt_lookup_num_tokens or generation_config.is_assistant:
+            raise UnsupportedError("custom_generate=guard cannot speculate. Call guard.generate with the same arguments.")
+        wants_dict = generation_config.return_dict_in_generate
+        generation_config.return_dict_in_generate = True
+        loop = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
+
+        def run(more: Sequence[LogitsProcessor]) -> Any:
+            return loop(
                 input_ids,
-                logits_processor=logits_processor,
+                logits_processor=LogitsProcessorList([*more, *logits_processor]),
                 stopping_criteria=stopping_criteria,
                 generation_config=generation_config,
-                streamer=streamer,
                 **model_kwargs,
             )
-            rows = tap.collect()
-        written = (made if isinstance(made, Tensor) else made.sequences)[:, input_ids.shape[1] :]
-        ends = generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
+
+        mask = model_kwargs.get("attention_mask")
+        made = self._watched(run, input_ids, mask, model_kwargs, generation_config, picture_sizes)
+        return made if wants_dict else made.sequences
+
+    @torch.no_grad()
+    def _watched(
+        self,
+        run: Callable[[Sequence[LogitsProcessor]], Any],
+        ids: Tensor,
+        mask: Tensor | None,
+        inputs: Mapping[str, Any],
+        config: GenerationConfig,
+        sizes: Sequence[Sequence[tuple[int, int]]] | None,
+    ) -> Any:
+        """What ``run`` generates after prompts of these ``ids`` (batch, P), watched; sets ``reports``.
+
+        sizes: of the pictures of every prompt; ``ids`` may hold each prompt several times, one after the other
+        """
+        for what, is_so, way_out in _REFUSED:
+            if is_so(config):
+                raise UnsupportedError(f"GazeGuard cannot watch {what}. Generate with {way_out}.")
+        if sizes is not None:
+            sizes = [own for own in sizes for _ in range(ids.shape[0] // len(sizes))]
+        grids = grids_of(self.model, self.processor, inputs, ids, mask, sizes, self.grid)
+        with self.tap as tap:
+            tap.begin(Prompts.of(ids, mask, image_token_id(self.model)), reordered=(config.num_beams or 1) > 1)
+            made = run([RerankProcessor(tap, self.policy)] if isinstance(self.policy, Rerank) else [])
+            rows = tap.collect(getattr(made, "beam_indices", None))
+        written = (made if isinstance(made, Tensor) else made.sequences)[:, ids.shape[1] :]
+        ends = _ends(config)
         captions, texts, offsets, finished = [], [], [], []
         for row in written.cpu().numpy():
             stop = next((i for i, token in enumerate(row.tolist()) if token in ends), len(row))
@@ -171,6 +232,7 @@ class GazeGuard:
             texts.append(text)
             offsets.append(where)
             finished.append(stop < len(row))
+        grids = [grid for grid in grids for _ in range(len(captions) // len(grids))]
         self.reports = self._report(rows, grids, captions, texts, offsets, finished)
         return made
 

@@ -31,7 +31,7 @@ from gazeguard.comics import Strip, draw_strips
 from gazeguard.errors import ArtifactError, MismatchError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.inputs import encode, grids_of, image_token_id, model_inputs
-from gazeguard.tap import Head, Prompts, Tap, find_backbone
+from gazeguard.tap import Head, Prompts, Tap, find_backbone, weight_of
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_SHARE = 0.25  # at most this share of all heads are gaze heads
@@ -45,7 +45,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     backbone = find_backbone(model)
     digest = hashlib.sha256(f"{type(model).__name__}/{len(backbone.attention)}".encode())
     for layer in backbone.attention:
-        weight = backbone.projection(layer).weight
+        weight = weight_of(backbone.projection(layer))
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].to(torch.bfloat16).float()
         digest.update(f"{tuple(weight.shape)}".encode() + sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,33 +1,37 @@
-"""How is a glance read? A `Tap` listens to chosen attention heads of a stock transformers model while it runs.
+"""How is a glance read, and turned? A `Tap` listens to chosen attention heads of a stock transformers model as it runs.
 
 transformers looks every attention kernel up by name in one registry. GazeGuard registers, once per process and for each
 name, a wrapper around the kernel that is already there. The wrapper does nothing unless the calling module carries a
 `Tap`; so names, configurations, masks and kernels stay what they were, and the output of the model is the kernel's own.
 
-While a model decodes, the tap only keeps the chosen heads' queries. Attention is computed from them and the key cache in
-one product per layer when it is asked for (``collect``), exact to float rounding, and nothing waits for the device.
+While a model decodes with a cache that only grows, the tap keeps the chosen heads' queries alone. Attention is computed
+from them and the cached keys in one product per layer when it is asked for (``collect``), exact to float rounding, and
+nothing waits for the device. With any other cache each row is computed as it is heard. Rows are filed by the position of
+their query, so that chunks, speculation that is taken back and continued conversations need no care of their own.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from gazeguard.errors import NothingSeenError, UnsupportedError
 
-KERNELS = ("sdpa",)  # the kernels whose computation the tap reproduces
+OWN_EAGER = "gazeguard_eager"  # eager attention is not in the registry; this stands in for it where a tap listens
+GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
 RIVALS = 20  # candidates that a readout is measured against
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
-SCORE_CHANGERS = ("softcap", "s_aux", "sinks", "position_bias")  # arguments that alter scores as the tap does not
 
 Head = tuple[int, int]  # (layer, head)
 
@@ -39,6 +43,7 @@ Head = tuple[int, int]  # (layer, head)
 class Backbone:
     """The parts of a VLM's text decoder that the tap needs: where heads are, and how their output becomes a logit."""
 
+    owner: nn.Module  # the module that runs the layers and the final norm
     attention: dict[int, nn.Module]  # layer -> attention module
     norm: nn.Module  # the final norm
     unembedding: nn.Module
@@ -59,13 +64,27 @@ class Backbone:
         per_head = getattr(module, "head_dim", None) or columns // self.config.num_attention_heads
         return columns // per_head, per_head
 
+    def delivers(self, layer: int, heads: Sequence[int]) -> Tensor:
+        """(width, heads * numbers per head) float32: what a unit of the heads' outputs adds to the residual stream."""
+        projection, per_head = self.projection(layer), self.width(self.attention[layer])[1]
+        at = [head * per_head + i for head in heads for i in range(per_head)]
+        if type(projection) is nn.Linear:
+            return weight_of(projection)[:, at].float()
+        # An adapter or a quantised layer is asked, unit by unit.
+        weight = weight_of(self.unembedding)
+        units = torch.zeros(len(at) + 1, projection.in_features, device=weight.device, dtype=weight.dtype)
+        units[range(len(at)), at] = 1
+        with torch.no_grad():
+            made = projection(units).float()
+        return (made[:-1] - made[-1]).T
+
     @functools.cached_property
     def gain(self) -> tuple[Tensor, bool]:
         """The final norm's weight (width,) fp32, however it is parametrised, and whether it subtracts the mean (LayerNorm).
 
         A vector of alternating signs has mean 0 and square mean 1, so every RMS or layer norm maps it to +-weight (+ bias).
         """
-        weight = self.unembedding.weight
+        weight = weight_of(self.unembedding)
         signs = torch.ones(1, weight.shape[1], device=weight.device, dtype=weight.dtype)
         signs[:, 1::2] = -1
         with torch.no_grad():
@@ -90,6 +109,16 @@ LOGIT_CHANGES = {
 }
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """A module's weight, fetched if accelerate keeps it elsewhere until it is used."""
+    if not module.weight.is_meta:
+        return module.weight
+    from accelerate.utils import align_module_device  # there whenever a weight is offloaded
+
+    with align_module_device(module):
+        return module.weight.detach().clone()
+
+
 def _first(module: nn.Module, names: Sequence[str]) -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
@@ -107,9 +136,9 @@ def _uses_registry(module: nn.Module) -> bool:
 def find_backbone(model: PreTrainedModel) -> Backbone:
     """The text decoder's attention modules, final norm and unembedding.
 
-    Raises `UnsupportedError` for a model whose text attention does not go through transformers' attention registry, and
-    for one whose kernel is not in `KERNELS`.
+    Raises `UnsupportedError` for a model whose text attention does not go through transformers' attention registry.
     """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # what a PEFT adapter is wrapped around
     name = type(model).__name__
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     found = {
@@ -129,29 +158,101 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
         raise UnsupportedError(f"{name}'s text decoder {type(owner).__name__} has no {missing} that GazeGuard can find.")
     attention = {module.layer_idx: module for module in found.values()}
     changes = tuple(name for name in LOGIT_CHANGES if name in _names(model))
-    return Backbone(attention, norm, unembedding, model.config.get_text_config(decoder=True), changes)
+    return Backbone(owner, attention, norm, unembedding, model.config.get_text_config(decoder=True), changes)
 
 
 # ---------------------------------------------------------------------------------------------------- the wrapper
 
 
-def _install() -> None:
-    """Put the wrapper around each kernel; a second call finds it there. For modules without a tap it costs one look-up."""
-    for name in KERNELS:
-        kernel = ALL_ATTENTION_FUNCTIONS[name]
-        if hasattr(kernel, "gazeguard"):
-            continue
+def _install(name: str) -> None:
+    """Put the wrapper around a kernel; a second call finds it there. For modules without a tap it costs one look-up."""
+    kernel = _own_eager if name == OWN_EAGER else ALL_ATTENTION_FUNCTIONS[name]
+    if hasattr(kernel, "gazeguard"):
+        return
 
-        @functools.wraps(kernel)
-        def watched(module, query, key, value, attention_mask, *args, _kernel=kernel, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
-            result = _kernel(module, query, key, value, attention_mask, *args, **kwargs)
-            tap = module.__dict__.get("_gazeguard_tap")
-            if tap is not None:
-                tap.hear(module, query, key, value, attention_mask, kwargs)
-            return result
+    @functools.wraps(kernel)
+    def watched(module, query, key, value, attention_mask, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+        result = kernel(module, query, key, value, attention_mask, *args, **kwargs)
+        tap = getattr(module, "_gazeguard_tap", None)
+        return result if tap is None else tap.hear(module, query, key, value, attention_mask, kwargs, result)
 
-        watched.gazeguard = True
-        AttentionInterface.register(name, watched)
+    watched.gazeguard = True
+    AttentionInterface.register(name, watched)
+
+
+def _eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The eager attention that a module falls back on: by custom a function of this name beside its class."""
+    return inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+
+
+def _own_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return _eager_of(module)(module, *args, **kwargs)
+
+
+# How a kernel is told what a query may look at. A rule gets what the kernel got and answers with what is added to the last
+# ``rows`` scores, (batch or 1, heads or 1, rows, keys) float32, 0 where open and -inf where closed; None opens everything.
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a kernel: ``query`` (batch, heads, q, d), ``key`` (batch, kv heads, S, d), and its mask and options."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    mask: Any
+    options: dict[str, Any]
+
+    def option(self, name: str, default: Any = None) -> Any:
+        value = self.options.get(name)
+        return default if value is None else value
+
+
+def _closed(may: Tensor) -> Tensor:
+    return torch.zeros(may.shape, device=may.device).masked_fill(~may, float("-inf"))
+
+
+def _dense(call: Call, rows: int) -> Tensor | None:
+    """SDPA and eager: a mask (batch, 1 or heads, q, S or more), bool or additive; without one SDPA is causal from the left."""
+    length, keys = call.query.shape[2], call.key.shape[2]
+    if call.mask is not None:
+        mask = call.mask[:, :, -rows:, :keys]
+        return _closed(mask) if mask.dtype == torch.bool else mask.float()
+    if length == 1 or not call.option("is_causal", getattr(call.module, "is_causal", True)):
+        return None
+    at = torch.arange(length - rows, length, device=call.key.device)
+    return _closed(torch.arange(keys, device=call.key.device) <= at[:, None])[None, None]
+
+
+def _flash(call: Call, rows: int) -> Tensor | None:
+    """Flash attention: a mask of padding alone (batch, S), causal from the right, a window as an option."""
+    keys = call.key.shape[2]
+    seen = keys if call.mask is None else min(keys, call.mask.shape[1])  # a static cache has room after what was seen
+    at = torch.arange(seen - rows, seen, device=call.key.device)[:, None]
+    key = torch.arange(keys, device=call.key.device)
+    may = key <= at
+    if (window := call.option("sliding_window")) is not None:
+        may &= key > at - window
+    may = may[None, None]
+    if call.mask is not None:
+        may = may & F.pad(call.mask[:, -seen:].bool(), (0, keys - seen))[:, None, None]
+    return _closed(may)
+
+
+def _flex(call: Call, rows: int) -> Tensor | None:
+    """Flex attention: a function of (row of the batch, head, query, key)."""
+    if call.mask is None or isinstance(call.mask, Tensor):
+        return _dense(call, rows)
+    device, length, keys = call.key.device, call.query.shape[2], call.key.shape[2]
+    row = torch.arange(call.query.shape[0], device=device)[:, None, None, None]
+    at = torch.arange(length - rows, length, device=device)[:, None]
+    may = call.mask.mask_mod(row, torch.zeros_like(row), at, torch.arange(keys, device=device))
+    return _closed(may.expand(row.shape[0], 1, rows, keys))
+
+
+def _rule_of(kernel: str) -> Callable[[Call, int], Tensor | None] | None:
+    rules = {"sdpa": _dense, "eager": _dense, OWN_EAGER: _dense, "flex_attention": _flex}
+    return rules.get(kernel, _flash if "flash" in kernel else None)  # flash comes in many builds
 
 
 @dataclass(frozen=True)
@@ -183,6 +284,10 @@ class Prompts:
         kinds = torch.stack((image, prompt, torch.zeros_like(real), first), dim=-1).float()
         return cls(order.masked_fill(~valid, 0), valid, kinds, real)
 
+    def repeated(self, times: int) -> Prompts:
+        """Each prompt ``times`` over, as ``generate`` does for beams and for several captions per prompt."""
+        return Prompts(*(tensor.repeat_interleave(times, dim=0) for tensor in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -200,11 +305,60 @@ class Rows:
     hidden: Tensor
 
 
-def _sees_ahead(mask: Tensor) -> bool:
-    """Whether the last rows' mask (batch, 1 or heads, r, S), bool or additive, opens a key after the row's own."""
-    rows, length = mask.shape[-2:]
-    is_open = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return bool(is_open.triu(length - rows + 1).any())
+def _sees_ahead(opening: Tensor) -> bool:
+    """Whether the last rows (batch or 1, heads or 1, r, S) may look at a key after their own."""
+    rows, length = opening.shape[-2:]
+    return bool((opening > torch.finfo(torch.float16).min).triu(length - rows + 1).any())
+
+
+class Track:
+    """Rows in the order of their positions; dimension 1 of every tensor. What is heard again replaces what was heard."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, Tensor]] = []
+
+    def __len__(self) -> int:
+        return self.parts[-1][0] + self.parts[-1][1].shape[1] if self.parts else 0
+
+    def cut(self, start: int) -> None:
+        """Forget the rows from ``start`` on."""
+        while self.parts and self.parts[-1][0] >= start:
+            self.parts.pop()
+        if len(self) > start:
+            at, rows = self.parts[-1]
+            self.parts[-1] = at, rows[:, : start - at]
+
+    def put(self, start: int, rows: Tensor) -> None:
+        self.cut(start)
+        self.parts.append((start, rows))
+
+    def row(self, at: int) -> Tensor:
+        start, rows = next(part for part in reversed(self.parts) if part[0] <= at)
+        return rows[:, at - start]
+
+    def joined(self) -> Tensor:
+        return torch.cat([rows for _, rows in self.parts], dim=1)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A query row whose attention is not computed yet: its place, the chosen heads' query (batch, K, 1, d), its opening."""
+
+    start: int
+    query: Tensor
+    opening: Tensor | None  # (batch or 1, 1, 1, S) float32
+    keys: int  # S
+
+
+class Layer:
+    """What a tap heard of one layer: the rows read, the rows pending, and the keys to read them with."""
+
+    def __init__(self, heads: Tensor) -> None:
+        self.heads = heads
+        self.gaze, self.shares, self.output = Track(), Track(), Track()
+        self.pending: list[Pending] = []
+        self.key: Tensor | None = None
+        self.scaling, self.group = 0.0, 1
 
 
 class Tap:
@@ -215,18 +369,12 @@ class Tap:
         model.generate(...)          # or one forward pass over prompt and caption
         rows = tap.collect()
 
-    One tap hears one ``generate`` or one forward pass at a time. Keys are taken as they are when ``collect`` is called,
-    which is right for caches that only grow.
+    One tap hears one ``generate`` or one forward pass at a time: the first one after ``begin`` whose batch is that of the
+    prompts, or a multiple of it. Passes with another cache (guidance, a probe of your own) are not heard.
     """
 
     def __init__(self, model: PreTrainedModel, heads: Sequence[Head]) -> None:
-        self.backbone = find_backbone(model)
-        kernel = model.config.get_text_config(decoder=True)._attn_implementation
-        if kernel not in KERNELS:
-            raise UnsupportedError(
-                f"{type(model).__name__} runs {kernel!r} attention; GazeGuard reads heads beside {', '.join(KERNELS)}. "
-                'Call model.set_attn_implementation("sdpa") first; the outputs are the same.'
-            )
+        self.model, self.backbone = model, find_backbone(model)
         known = set(self.backbone.heads())
         if not heads or not set(heads) <= known:
             strange = next(iter(sorted(set(heads) - known)), "to listen to (the list is empty)")
@@ -235,139 +383,296 @@ class Tap:
                 f"{max(known)[0]} with {max(h for _, h in known) + 1} heads each. Heads are (layer, head) pairs."
             )
         self.heads: tuple[Head, ...] = tuple(sorted(set(heads)))
-        device = model.device
-        self._of_layer = {
-            layer: torch.tensor([h for la, h in self.heads if la == layer], device=device)
-            for layer in sorted({layer for layer, _ in self.heads})
-        }
-        self._handle: Any = None
+        self._numbers = sorted({layer for layer, _ in self.heads})
+        self._handles: list[Any] = []
+        self._configs: dict[int, Any] = {}
         self._prompts: Prompts | None = None
+        self._opening_rule()
+
+    def _opening_rule(self) -> tuple[str, Callable[[Call, int], Tensor | None]]:
+        """The model's kernel now, and the rule that reads its mask. Raises `UnsupportedError` when there is none."""
+        module = self.backbone.attention[self._numbers[0]]
+        kernel = module.config._attn_implementation
+        if (rule := _rule_of(kernel)) is None or (kernel == "eager" and _eager_of(module) is None):
+            raise UnsupportedError(
+                f"{type(self.model).__name__} runs {kernel!r} attention, whose masks GazeGuard cannot read. "
+                'Call model.set_attn_implementation("sdpa") first; the outputs are the same.'
+            )
+        return kernel, rule
 
     def __enter__(self) -> Tap:
-        _install()
+        self._kernel, self._rule = self._opening_rule()
+        _install(OWN_EAGER if self._kernel == "eager" else self._kernel)
         _ = self.backbone.gain  # runs the norm, so before anyone listens to it
-        modules = [self.backbone.attention[layer] for layer in self._of_layer]
         if any("_gazeguard_tap" in module.__dict__ for module in self.backbone.attention.values()):
             raise UnsupportedError("This model is being watched already. Leave the other watch first, or copy the model.")
-        for module in modules:
+        for number in self._numbers:
+            module = self.backbone.attention[number]
             module.__dict__["_gazeguard_tap"] = self
-        self._handle = self.backbone.norm.register_forward_pre_hook(self._hear_hidden)
+            if self._kernel == "eager":  # the layers that are listened to ask the registry for a name that is in it
+                self._configs[number] = module.config
+                module.config = copy.copy(module.config)
+                module.config._attn_implementation_internal = OWN_EAGER
+            projected = functools.partial(self._hear_output, number)
+            self._handles.append(self.backbone.projection(number).register_forward_pre_hook(projected))
+        self._handles.append(self.backbone.owner.register_forward_pre_hook(self._hear_start, with_kwargs=True))
+        self._handles.append(self.backbone.norm.register_forward_pre_hook(self._hear_hidden))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for layer in self._of_layer:
-            self.backbone.attention[layer].__dict__.pop("_gazeguard_tap", None)
-        self._handle.remove()
+        for number in self._numbers:
+            module = self.backbone.attention[number]
+            module.__dict__.pop("_gazeguard_tap", None)
+            if number in self._configs:
+                module.config = self._configs.pop(number)
+        while self._handles:
+            self._handles.pop().remove()
         self._prompts = None
 
     # ------------------------------------------------------------------------------------------------- listening
 
-    def begin(self, prompts: Prompts, regions: Tensor | None = None) -> None:
+    def begin(self, prompts: Prompts, regions: Tensor | None = None, reordered: bool = False) -> None:
         """Forget what was heard and listen to what follows these prompts.
 
-        regions: (batch, N, R) float32; when given, gaze is summed over cells into R regions as it is read.
+        regions:   (batch, N, R) float32; when given, gaze is summed over cells into R regions as it is read
+        reordered: the rows of the batch change places between words, as in beam search
         """
-        self._prompts, self._regions = prompts, regions
+        self._prompts, self._regions, self._reordered = prompts, regions, reordered
         self._first = prompts.real.shape[1] - 1  # the query at this position predicts the first new token
-        self._queries: dict[int, list[Tensor]] = {layer: [] for layer in self._of_layer}
-        self._read: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in self._of_layer}
-        self._memory: dict[int, tuple[Tensor, Tensor, float]] = {}
-        self._hidden: list[Tensor] = []
-        self._length = dict.fromkeys(self._of_layer, 0)  # keys heard so far
-        self._wanted = 0
+        device = prompts.columns.device
+        self._layers = {
+            number: Layer(torch.tensor([h for la, h in self.heads if la == number], device=device)) for number in self._numbers
+        }
+        self._hidden = Track()
+        self._total = -1  # positions that the model has seen; -1 before the first pass
+        self._live, self._wanted = False, 0
+        self._bias: Tensor | None = None
+        self._turn_prompt = False
 
-    def hear(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
-    ) -> None:
-        """Called by the wrapper after RoPE and cache: query (batch, heads, q, d), key and value (batch, kv heads, S, d).
+    def steer(self, bias: Tensor | None, prompt: bool = False) -> None:
+        """From the next pass on, add ``bias`` to the chosen heads' scores of the image cells; None lets them go.
 
-        Raises `UnsupportedError` for what would be read wrong: altered scores, a cache that does not simply grow from
-        empty, and a mask that shows written tokens what comes after them.
+        bias:   (batch, H, N) float32, logits: positive draws the head's look to a cell, negative keeps it away
+        prompt: turn the rows of the prompt, too, not only those that predict new words
+        The other heads, and every layer that holds none of these, run as they did: the kernel does its work first, and
+        only the rows of the chosen heads are put in its place. Call it after ``begin``, between any two passes.
         """
-        layer = module.layer_idx
-        if self._prompts is None or self._prompts.real.shape[0] != query.shape[0]:
-            self._wanted = 0  # not the batch that was announced: its final states are not wanted either
+        self._bias, self._turn_prompt = bias, prompt
+
+    @torch.compiler.disable
+    def _hear_start(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the first layer: is this pass one to hear, and which positions does it bring?"""
+        self._live, self._wanted = False, 0
+        if self._prompts is None:
             return
-        window = getattr(module, "sliding_window", None) or options.get("sliding_window")  # Mistral: an argument alone
-        if (window and key.shape[2] >= window) or any(options.get(name) is not None for name in SCORE_CHANGERS):
-            raise UnsupportedError(
-                f"Layer {layer} of this model changes its attention scores (sliding window, soft cap, sink or "
-                "position bias), which the tap does not reproduce. Choose heads in other layers."
-            )
-        past = key.shape[2] - query.shape[2]
-        if past != self._length[layer]:
-            raise UnsupportedError(
-                f"Layer {layer} has {past} earlier keys where the tap has heard {self._length[layer]}: the cache is "
-                "static or continued, or the model ran twice. Use the default, growing cache, and begin() before each run."
-            )
-        self._length[layer] = key.shape[2]
-        self._wanted = key.shape[2] - max(past, self._first)
-        if self._wanted <= 0:
+        named = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "hidden_states")]
+        given = next(value for value in (*named, *args) if value is not None)
+        cache = kwargs.get("past_key_values")
+        if self._total < 0:
+            times, rest = divmod(given.shape[0], self._prompts.real.shape[0])
+            if rest or not times:
+                return
+            if times > 1:
+                self._prompts = self._prompts.repeated(times)
+                self._regions = None if self._regions is None else self._regions.repeat_interleave(times, dim=0)
+                self._bias = None if self._bias is None else self._bias.repeat_interleave(times, dim=0)
+            self._cache = cache
+            past = 0 if cache is None else int(cache.get_seq_length())
+        elif cache is not self._cache or given.shape[0] != self._prompts.real.shape[0]:
             return
-        if self._wanted > 1 and mask is not None and _sees_ahead(mask[:, :, -self._wanted :, : key.shape[2]]):
+        else:
+            past = 0 if cache is None else cache.get_seq_length()
+            past = past if isinstance(past, int) else self._total  # a static cache keeps its length on the device
+        total = past + given.shape[1]
+        if cache is None and total <= self._total:
+            raise UnsupportedError("The model ran twice in one watch. Call begin() before each run.")
+        self._past, self._total, self._live = past, total, True
+        self._wanted = max(0, total - max(past, self._first))
+
+    @torch.compiler.disable
+    def hear(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        options: dict[str, Any],
+        result: tuple[Tensor, Tensor | None],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Called by the wrapper after RoPE, cache and kernel: query (batch, heads, q, d), key and value (batch, kv heads, S,
+        d).
+
+        Returns the kernel's own ``result``, with the chosen heads' rows put in their place when they are steered.
+        Raises `UnsupportedError` for a mask that shows written tokens what comes after them.
+        """
+        length = query.shape[2]
+        wanted = min(self._wanted, length)
+        rows = length if self._bias is not None and self._turn_prompt else wanted
+        if not self._live or not rows or options.get("cache") is not None:  # a paged cache is not this watch's
+            return result
+        layer = self._layers[module.layer_idx]
+        layer.group = query.shape[1] // key.shape[1]
+        call = Call(module, query, key, mask, options)
+        opening = self._rule(call, rows)
+        replayed = wanted > 1 and self._past <= self._first  # words that came in one pass with their prompt
+        if replayed and opening is not None and _sees_ahead(opening[:, :, -wanted:]):
             raise UnsupportedError(
-                f"Layer {layer} lets written tokens attend to later ones, as if they were a prompt; while the model "
+                f"Layer {module.layer_idx} lets written tokens attend to later ones, as if they were a prompt; while the model "
                 "writes it cannot. Mark them as written: in PaliGemma with token_type_ids of 1."
             )
-        chosen = query[:, :, -self._wanted :].index_select(1, self._of_layer[layer])
-        scaling = options.get("scaling")
-        self._queries[layer].append(chosen)
-        self._memory[layer] = (key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if self._wanted > 1:  # a teacher-forced pass: read at once, so that long queries are not kept
-            self._look(layer)
+        if opening is not None and opening.shape[1] > 1:
+            opening = opening[:, layer.heads]
+        chosen = query[:, :, -rows:].index_select(1, layer.heads)
+        layer.scaling = call.option("scaling", query.shape[-1] ** -0.5)
+        start = self._total - wanted - self._first
+        plain = not any(call.option(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+        if rows == 1 and plain and self._bias is None and self._grows(module.layer_idx):
+            while layer.pending and layer.pending[-1].start >= start:
+                layer.pending.pop()
+            layer.key = key
+            layer.pending.append(Pending(start, chosen, opening, key.shape[2]))
+            return result
+        self._read_pending(layer)
+        if self._kernel == "eager" and self._bias is None:  # it says itself what it did
+            weights = result[1][:, layer.heads, -rows:].float()
+        else:
+            weights = self._weigh(layer, call, chosen, opening)
+        if self._bias is not None:
+            turned = weights @ value.index_select(1, layer.heads // layer.group).float()  # (batch, K, rows, d)
+            output = result[0].clone()
+            output[:, -rows:, layer.heads] = turned.transpose(1, 2).to(output.dtype)
+            result = (output, *result[1:])
+        if wanted:
+            self._file(layer, start, weights[:, :, -wanted:], max(0, self._total - key.shape[2]))
+        return result
 
-    def _hear_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if self._prompts is not None and self._wanted > 0:
-            self._hidden.append(args[0][:, -self._wanted :])
+    def _grows(self, number: int) -> bool:
+        """Whether the keys of a layer stay what and where they are until the end, so that they can be read then."""
+        layers = getattr(self._cache, "layers", ())
+        return (
+            not self._reordered
+            and number < len(layers)
+            and type(layers[number]).__name__ in GROWING
+            and not getattr(self._cache, "offloading", False)
+        )
 
-    def _look(self, layer: int) -> None:
-        """Turn the layer's kept queries into attention, from the keys as they are now."""
-        if not self._queries[layer]:
-            return
-        prompts = self._prompts
-        query = torch.cat(self._queries[layer], dim=2).float()  # (batch, K, r, d)
-        self._queries[layer] = []
-        key, value, scaling = self._memory[layer]
-        group = self.backbone.width(self.backbone.attention[layer])[0] // key.shape[1]
-        of_head = self._of_layer[layer] // group
-        key, value = key.index_select(1, of_head).float(), value.index_select(1, of_head).float()
-        start = self._first + sum(part[0].shape[2] for part in self._read[layer])
-        batch, length, rows = key.shape[0], key.shape[2], query.shape[2]
-        at = torch.arange(start, start + rows, device=key.device)
-        may = torch.arange(length, device=key.device) <= at[:, None]  # (r, S): causal
-        real = torch.ones(batch, length, dtype=torch.bool, device=key.device)
-        real[:, : prompts.real.shape[1]] = prompts.real
-        scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~(may & real[:, None, None]), float("-inf"))
-        weights = scores.softmax(-1)
-        columns = prompts.columns[:, None, None].expand(-1, *weights.shape[1:3], -1)
-        gaze = weights.gather(3, columns) * prompts.cells[:, None, None]
+    def _weigh(self, layer: Layer, call: Call, query: Tensor, opening: Tensor | None) -> Tensor:
+        """Attention (batch, K, r, S) of the chosen heads' queries (batch, K, r, d), with all that alters scores."""
+        rows = query.shape[2]
+        key = call.key.index_select(1, layer.heads // layer.group).float()
+        scores = query.float() @ key.transpose(2, 3) * layer.scaling
+        if (cap := call.option("softcap")) is not None:
+            scores = cap * torch.tanh(scores / cap)
+        if (bias := call.option("position_bias")) is not None:
+            bias = bias[:, :, -rows:, : scores.shape[3]].float()
+            scores = scores + (bias if bias.shape[1] == 1 else bias[:, layer.heads])
+        if opening is not None:
+            scores = scores + opening
+        if self._bias is not None:
+            number = call.module.layer_idx
+            of_layer = [i for i, (la, _) in enumerate(self.heads) if la == number]
+            columns, cells = self._columns(max(0, self._total - call.key.shape[2]))
+            turn = (self._bias[:, of_layer] * cells[:, None]).to(scores)[:, :, None].expand(-1, -1, rows, -1)
+            scores = scores.scatter_add(3, columns[:, None, None].expand(turn.shape), turn)
+        if (sink := call.option("s_aux", getattr(call.module, "sinks", None))) is not None:
+            sink = sink.float()[layer.heads].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = scores.softmax(-1).nan_to_num()  # a row of padding may see nothing at all
+        return weights if sink is None else weights[..., :-1]
+
+    def _columns(self, offset: int) -> tuple[Tensor, Tensor]:
+        """The image cells' places among the keys, when the first ``offset`` positions have left the cache."""
+        columns = self._prompts.columns - offset
+        return columns.clamp(min=0), self._prompts.cells & (columns >= 0)
+
+    def _file(self, layer: Layer, start: int, weights: Tensor, offset: int) -> None:
+        """Attention (batch, K, r, S) of the rows from ``start`` on, whose first key is at position ``offset``."""
+        columns, cells = self._columns(offset)
+        gaze = weights.gather(3, columns[:, None, None].expand(-1, *weights.shape[1:3], -1)) * cells[:, None, None]
         if self._regions is not None:
             gaze = gaze @ self._regions[:, None]
-        shares = weights[..., : prompts.kinds.shape[1]] @ prompts.kinds[:, None]
-        shares[..., 2] = weights[..., prompts.kinds.shape[1] :].sum(-1)
-        self._read[layer].append((gaze, shares, weights @ value))
+        kinds = self._prompts.kinds[:, offset:]
+        shares = weights[..., : kinds.shape[1]] @ kinds[:, None]
+        shares[..., 2] += weights[..., kinds.shape[1] :].sum(-1)
+        layer.gaze.put(start, gaze.transpose(1, 2))
+        layer.shares.put(start, shares.transpose(1, 2))
 
-    def latest(self) -> tuple[Tensor, Tensor]:
-        """The newest row alone: each head's output (batch, H, width per head) and the final state (batch, width)."""
-        for layer in self._of_layer:
-            self._look(layer)
-        outputs = [self._read[layer][-1][2][:, :, -1] for layer in self._of_layer]
-        return torch.cat(outputs, dim=1), self._hidden[-1][:, -1]
+    def _read_pending(self, layer: Layer) -> None:
+        """Turn the pending queries into attention, from the keys as they are now."""
+        if not layer.pending:
+            return
+        pending, layer.pending = layer.pending, []
+        query = torch.cat([one.query for one in pending], dim=2).float()  # (batch, K, r, d)
+        key = layer.key.index_select(1, layer.heads // layer.group).float()
+        keys = key.shape[2]
+        lengths = torch.tensor([one.keys for one in pending], device=key.device)
+        opening = _closed(torch.arange(keys, device=key.device) < lengths[:, None])[None, None]  # (1, 1, r, S)
+        if any(one.opening is not None for one in pending):
+            rows = [
+                key.new_zeros(1, 1, 1, keys) if one.opening is None else F.pad(one.opening, (0, keys - one.keys))
+                for one in pending
+            ]
+            wide = [max(row.shape[axis] for row in rows) for axis in (0, 1)]
+            opening = opening + torch.cat([row.expand(*wide, 1, keys) for row in rows], dim=2)
+        weights = (query @ key.transpose(2, 3) * layer.scaling + opening).softmax(-1)
+        self._file(layer, pending[0].start, weights, 0)
 
-    def collect(self) -> Rows:
-        """Everything heard since ``begin``. Raises `NothingSeenError` when that is nothing."""
-        heard: dict[int, tuple[Tensor, ...]] = {}
-        for layer in self._of_layer:
+    @torch.compiler.disable
+    def _hear_output(self, number: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """What the output projection of a layer gets: all heads' outputs, side by side."""
+        if self._prompts is None or not self._wanted:
+            return
+        layer = self._layers[number]
+        rows = args[0][:, -self._wanted :]
+        heads = rows.unflatten(-1, (-1, self.backbone.width(self.backbone.attention[number])[1]))
+        layer.output.put(self._total - rows.shape[1] - self._first, heads.index_select(2, layer.heads))
+
+    @torch.compiler.disable
+    def _hear_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._prompts is not None and self._wanted:
+            rows = args[0][:, -self._wanted :]
+            self._hidden.put(self._total - rows.shape[1] - self._first, rows)
+        self._live, self._wanted = False, 0  # the pass is over; whoever uses the norm now is someone else
+
+    # --------------------------------------------------------------------------------------------------- telling
+
+    def at(self, position: int) -> tuple[Tensor, Tensor] | None:
+        """One row alone, that of the query at ``position``: head outputs (batch, H, width per head) and final state
+        (batch, width); None while it has not been heard.
+        """
+        row = position - self._first
+        if not 0 <= row < len(self._hidden):
+            return None
+        outputs = [layer.output.row(row).float() for layer in self._layers.values()]
+        return torch.cat(outputs, dim=1), self._hidden.row(row)
+
+    def collect(self, beams: Tensor | None = None) -> Rows:
+        """Everything heard since ``begin``. Raises `NothingSeenError` when that is nothing.
+
+        beams: (captions, T) int64, the row of the batch that each word was written in, if rows changed places; the
+               ``beam_indices`` of ``generate``
+        """
+        heard: list[tuple[Tensor, ...]] = []
+        for number in self._numbers:
             if self._prompts is not None:
-                self._look(layer)
-            if self._prompts is None or not self._read[layer]:
+                self._read_pending(self._layers[number])
+            if self._prompts is None or not len(self._layers[number].gaze):
                 raise NothingSeenError(
-                    f"The tap on layer {layer} heard no attention: the model did not run, or ran by another way than its "
+                    f"The tap on layer {number} heard no attention: the model did not run, or ran by another way than its "
                     "own generate or forward. Run the model inside the watch, with the batch that the watch was opened for."
                 )
-            heard[layer] = tuple(torch.cat(parts, dim=2) for parts in zip(*self._read[layer], strict=True))
-        gaze, shares, output = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*heard.values(), strict=True))
-        return Rows(gaze, shares, output, torch.cat(self._hidden, dim=1))
+            layer = self._layers[number]
+            heard.append(tuple(track.joined() for track in (layer.gaze, layer.shares, layer.output)))
+        device = self._prompts.columns.device
+        tensors = [torch.cat([part.to(device) for part in parts], dim=2) for parts in zip(*heard, strict=True)]
+        tensors.append(self._hidden.joined())
+        if beams is not None:
+            own = beams.to(device).clamp(min=0)
+            steps = torch.arange(own.shape[1], device=device)
+            tensors = [tensor[own.to(tensor.device), steps.to(tensor.device)] for tensor in tensors]
+        gaze, shares, output, hidden = tensors
+        return Rows(gaze, shares, output.float(), hidden)
 
 
 # ------------------------------------------------------------------------------------------- from a look to a logit
@@ -392,9 +697,8 @@ def readout(backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: T
     parts = []
     for layer in sorted({layer for layer, _ in heads}):
         chosen = [head for la, head in heads if la == layer]
-        per_head = output.shape[-1]
-        weight = backbone.projection(layer).weight.unflatten(1, (-1, per_head))[:, chosen].float().flatten(1)
-        parts.append((directions @ weight).unflatten(-1, (-1, per_head)))  # (..., chosen heads, width per head)
+        delivered = directions @ backbone.delivers(layer, chosen)
+        parts.append(delivered.unflatten(-1, (len(chosen), -1)))  # (..., chosen heads, width per head)
     return (torch.cat(parts, dim=-2) * output).sum(-1)
 
 
@@ -413,7 +717,7 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
     The readout's direction is the token's unembedding row minus the mean over its rivals, the `RIVALS` likeliest others.
     """
     logprobs, entropy, looked = [], [], []
-    table = backbone.unembedding.weight
+    table = weight_of(backbone.unembedding)
     for hidden, output, token in zip(rows.hidden, rows.output, written, strict=True):  # one caption's logits at a time
         logs = backbone.logits(hidden).log_softmax(-1)
         likely = logs.topk(min(RIVALS + 1, logs.shape[-1]), dim=-1).indices  # (T, RIVALS + 1)

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from gazeguard import lab
@@ -113,6 +113,74 @@ def test_leaving_the_watch_restores_the_model_after_an_exception_too(guard):
     assert state() == before
     assert "generate" not in vars(guard.model)
     assert torch.equal(guard.model.generate(**inputs), plain)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"use_cache": False, "max_new_tokens": 12},
+        {"cache_implementation": "static"},
+        {"guidance_scale": 1.2},
+        {"repetition_penalty": 1.1},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=lambda how: " ".join(how),
+)
+def test_every_way_of_generating_is_watched(guard, how):
+    """The ids are those of plain generate, and the trace is the one that checking the same caption gives."""
+    samples = SAMPLES[:1] if "prompt_lookup_num_tokens" in how else SAMPLES
+    inputs = batch_of(guard, samples, **{"max_new_tokens": 150, **how})
+    torch.manual_seed(0)
+    plain = guard.model.generate(**inputs)
+    torch.manual_seed(0)
+    assert torch.equal(guard.generate(**inputs), plain)
+    copies = how.get("num_return_sequences", 1)
+    assert len(guard.reports) == copies * len(samples)
+    for report, sample in zip(guard.reports, [s for s in samples for _ in range(copies)], strict=True):
+        assert_same_trace(guard.check(sample.image, report.caption, sample.prompt).trace, report.trace)
+
+
+def test_a_decode_loop_of_ones_own_is_watched(guard):
+    """custom_generate takes a function, as model.generate does."""
+
+    def first_word_thrice(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
+        best = model(input_ids=input_ids, **{k: v for k, v in inputs.items() if k != "use_cache"}).logits[:, -1:].argmax(-1)
+        return torch.cat((input_ids, best), dim=1)
+
+    inputs = batch_of(guard)
+    made = guard.generate(**inputs, custom_generate=first_word_thrice)
+    assert torch.equal(made, guard.model.generate(**{**inputs, "max_new_tokens": 1}))
+    assert [len(report.trace) for report in guard.reports] == [1] * len(SAMPLES)
+
+
+def test_a_pipeline_is_watched(guard):
+    """transformers' own pipeline calls generate, so a watch around it sees what it writes."""
+    sample = SAMPLES[1]
+    pipe = pipeline("image-text-to-text", model=guard.model, processor=guard.processor)
+    content = [{"type": "image", "image": sample.image}, {"type": "text", "text": sample.prompt}]
+    talk = [{"role": "user", "content": content}]
+    with guard.watch():
+        told = pipe(text=talk, max_new_tokens=60, do_sample=False, return_full_text=False)
+    assert told[0]["generated_text"] == guard.reports[0].caption
+    assert_same_trace(guard.check(sample.image, guard.reports[0].caption, sample.prompt).trace, guard.reports[0].trace)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rerank_works_while_beams_change_places_and_guesses_are_taken_back(guard, beams):
+    """Rerank reads the row of the word that is being chosen, whatever else the pass held."""
+    policy = parse_policy({"version": 1, "name": "r", "action": "rerank", "strength": 5.0, "plausible": 0.01})
+    strong, moved = GazeGuard(guard.model, guard.processor, policy), 0
+    for sample in SAMPLES:
+        inputs = batch_of(guard, [sample], num_beams=beams)
+        ids = strong.generate(**inputs)
+        moved += not torch.equal(ids, guard.model.generate(**inputs))
+        if beams == 1:
+            assert torch.equal(strong.generate(**inputs, prompt_lookup_num_tokens=3), ids)
+        caption = strong.reports[0].caption
+        assert_same_trace(guard.check(sample.image, caption, sample.prompt).trace, strong.reports[0].trace)
+    assert moved, "a test of rerank needs a word that moves"
 
 
 def test_a_dict_result_and_scores_pass_through(guard):
@@ -253,18 +321,23 @@ def test_one_bad_row_does_not_cost_the_others(guard):
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ({"num_beams": 2}, "beam search. Generate with num_beams=1"),
-        ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
-        ({"cache_implementation": "static"}, "a static or quantised cache"),
-        ({"use_cache": False}, "without a cache. Generate with use_cache=True"),
-        ({"guidance_scale": 2.0}, "classifier-free guidance"),
-        ({"assistant_model": object()}, "Leave assistant_model out"),
+        ({"cache_implementation": "paged"}, "continuous batching.*Generate with generate, and check_all"),
+        ({"use_cache": False, "guidance_scale": 2.0}, "guidance without a cache. Generate with use_cache=True"),
+        ({"token_healing": True}, "token healing.*token_healing=False"),
+        ({"custom_generate": "someone/loop"}, "runs no code from elsewhere.*Pass a function"),
     ],
 )
 def test_ways_of_generating_that_cannot_be_watched_are_refused_by_name(guard, how, told):
     """Never a silent gap: the message names the way out."""
     with pytest.raises(UnsupportedError, match=told):
         guard.generate(**batch_of(guard, SAMPLES[:1], **how))
+
+
+def test_continuous_batching_is_refused_inside_a_watch(guard):
+    """generate_batch would go by unseen."""
+    with guard.watch(), pytest.raises(UnsupportedError, match=r"cannot watch generate_batch.*Use generate"):
+        guard.model.generate_batch([[1, 2, 3]])
+    assert "generate_batch" not in vars(guard.model)
 
 
 def test_a_prompt_without_a_picture_is_refused(guard):
@@ -305,12 +378,13 @@ def test_a_text_only_model_is_refused(lab_vlm):
         GazeGuard(LlamaForCausalLM(config), lab_vlm[1])
 
 
-def test_an_eager_model_is_told_how_to_change(lab_vlm):
-    """The hook reads beside SDPA; the message holds the call that helps."""
+def test_an_eager_model_is_watched(lab_vlm, guard):
+    """Another attention implementation, the same trace."""
     model = copy.deepcopy(lab_vlm[0])
     model.set_attn_implementation("eager")
-    with pytest.raises(UnsupportedError, match=r'set_attn_implementation\("sdpa"\)'):
-        GazeGuard(model, lab_vlm[1])
+    twin = GazeGuard(model, lab_vlm[1], heads=guard.heads, detector=guard.detector)
+    sample = SAMPLES[1]
+    assert_same_trace(*(g.check(sample.image, sample.turns[0].answer).trace for g in (guard, twin)))
 
 
 def test_heads_and_detectors_of_another_model_are_refused(lab_vlm):

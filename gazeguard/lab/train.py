@@ -1,10 +1,11 @@
 """How does the lab's VLM learn? ``python -m gazeguard.lab.train --out DIR`` trains it from nothing on two cores.
 
-Encoder and language model learn together from the first joint step to the last. Three things make that short:
+Encoder and language model learn together from the first joint step to the last. Four things make that short:
 
 * a *warm-up* in which the encoder alone learns what lies in each cell and where the cell is, in the word vectors of the
   language model; this loss stays on as an auxiliary term, so that the encoder keeps its sharpness;
 * a *curriculum*: one panel or thing first, then more (six panels from the start sit on a plateau);
+* a loss of their own for answers to questions, which would drown in the captions otherwise;
 * bfloat16 autocast.
 
 Progress is a bar on stderr and ``DIR/log.jsonl``; the state is saved every ``--save-every`` steps, and the same command
@@ -31,7 +32,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoProcessor, Idefics3ForConditionalGeneration, Idefics3Processor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Idefics3ForConditionalGeneration, Idefics3Processor
 
 from gazeguard.comics import COLOURS
 from gazeguard.lab.model import (
@@ -47,21 +48,17 @@ from gazeguard.lab.model import (
 )
 from gazeguard.lab.world import CELL, CELLS, NOUNS, Picture, Sample, lessons
 
-ENCODER_WARM_UP = 0.14  # share of the steps in which only the encoder learns
-CURRICULUM = (
-    (ENCODER_WARM_UP, 8),
-    (0.16, 1),
-    (0.21, 2),
-    (0.28, 4),
-    (1.0, 8),
-)  # until this share: at most so many things
+ENCODER_WARM_UP = 0.09  # share of the steps in which only the encoder learns
+CURRICULUM = ((0.06, 1), (0.12, 2), (0.19, 4), (1.0, 8))  # until this share of the joint steps: at most so many things
 CELL_WEIGHT = 0.3  # of the cells' loss once the language model learns, too
+ANSWER_WEIGHT = 1.0  # of the mean loss over answers to questions, which would drown among the captions' many words
 
 
 @dataclass(frozen=True)
 class Batch:
     input_ids: Tensor  # (batch, tokens) int64, right-padded
     targets: Tensor  # (batch, tokens) int64: the next token where it is part of an answer, else -100
+    answers: Tensor  # (batch, tokens) bool: the target is part of the answer to a question
     pixel_values: Tensor  # (batch, 1, 3, PAGE, PAGE) float32 in [-1, 1]
     nouns: Tensor  # (batch, cells) int64: 0 is nothing
     colours: Tensor  # (batch, cells) int64: 0 is nothing
@@ -78,29 +75,32 @@ class Collator:
         self.image = [ids(FAKE_IMAGE), ids(GLOBAL_IMAGE), *[ids(IMAGE)] * CELLS**2, ids(FAKE_IMAGE)]
         self.encode = lru_cache(maxsize=65536)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
 
-    def conversation(self, sample: Sample) -> tuple[list[int], list[bool]]:
-        """Token ids, and whether each is one that the model has to say."""
-        ids, said = [self.bos], [False]
+    def conversation(self, sample: Sample) -> tuple[list[int], list[bool], list[bool]]:
+        """Token ids, whether each is one that the model has to say, and whether it answers a question."""
+        ids, said, answers = [self.bos], [False], [False]
         for i, turn in enumerate(sample.turns):
             asked = [self.user, *(self.image if i == 0 else ()), *self.encode(turn.prompt), self.eos, self.assistant]
             answer = [*self.encode(turn.answer), self.eos]
             ids += asked + answer
             said += [False] * len(asked) + [True] * len(answer)
-        return ids, said
+            answers += [False] * len(asked) + [turn.prompt.endswith("?")] * len(answer)
+        return ids, said, answers
 
     def __call__(self, samples: list[Sample]) -> Batch:
         talks = [self.conversation(sample) for sample in samples]
-        length = -(-max(len(ids) for ids, _ in talks) // 16) * 16
+        length = -(-max(len(ids) for ids, *_ in talks) // 16) * 16
         input_ids = torch.full((len(talks), length), self.pad)
         targets = torch.full((len(talks), length), -100)
-        for row, (ids, said) in enumerate(talks):
+        answering = torch.zeros((len(talks), length), dtype=torch.bool)
+        for row, (ids, said, answers) in enumerate(talks):
             input_ids[row, : len(ids)] = torch.tensor(ids)
             next_ids, spoken = torch.tensor(ids[1:]), torch.tensor(said[1:])
             targets[row, : len(ids) - 1] = torch.where(spoken, next_ids, -100)
+            answering[row, : len(ids) - 1] = torch.tensor(answers[1:])
         pixels = np.stack([np.asarray(sample.image) for sample in samples])
         pixel_values = torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, None] / 127.5 - 1
         nouns, colours = zip(*(cell_labels(sample.picture) for sample in samples), strict=True)
-        return Batch(input_ids, targets, pixel_values, torch.stack(nouns), torch.stack(colours))
+        return Batch(input_ids, targets, answering, pixel_values, torch.stack(nouns), torch.stack(colours))
 
 
 def cell_labels(picture: Picture) -> tuple[Tensor, Tensor]:
@@ -114,12 +114,19 @@ def cell_labels(picture: Picture) -> tuple[Tensor, Tensor]:
     return nouns.flatten(), colours.flatten()
 
 
-def batches(collate: Collator, seed: int, step: int, steps: int, size: int) -> Iterator[Batch]:
+def joint(steps: int, done: int = 0) -> int:
+    """The first step in which encoder and language model learn together, of a run that began with ``done`` steps."""
+    return max(int(ENCODER_WARM_UP * steps), done)
+
+
+def batches(collate: Collator, seed: int, step: int, steps: int, size: int, done: int = 0) -> Iterator[Batch]:
     """The batches from ``step`` on. Sixteen are drawn at once and cut by length, so that little is padding."""
+    start = joint(steps, done)
     pool = 16
     while step < steps:
         first = step // pool * pool
-        most = next(most for until, most in CURRICULUM if first / steps < until)
+        share = (first - start) / (steps - start)
+        most = next(most for until, most in CURRICULUM if share < until) if step >= start else CURRICULUM[-1][1]
         drawn = list(islice(lessons(seed, first * size, most), pool * size))
         drawn.sort(key=lambda sample: sum(len(turn.prompt) + len(turn.answer) + 12 for turn in sample.turns))
         groups = [drawn[i * size : (i + 1) * size] for i in range(pool)]
@@ -145,8 +152,10 @@ class Learner(nn.Module):
             ids = [nothing, *(processor.tokenizer.convert_tokens_to_ids(f"\u0120{word}") for word in words)]
             self.register_buffer(name, torch.tensor(ids), persistent=False)
 
-    def forward(self, batch: Batch, encoder_only: bool) -> tuple[Tensor, Tensor]:
-        """Cross-entropy per answer token, and per cell (noun, colour and place together), in nats."""
+    def forward(self, batch: Batch, encoder_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean cross-entropies in nats: of the words, of the answers to questions, and of the cells (noun, colour and
+        place together).
+        """
         device = batch.pixel_values.device
         features = self.model.model.get_image_features(batch.pixel_values)
         cells = torch.stack(features.pooler_output) if isinstance(features.pooler_output, list) else features.pooler_output
@@ -164,19 +173,21 @@ class Learner(nn.Module):
             F.cross_entropy(logits[part].float(), labels[part]) / 2 for logits, labels in seen for part in (full, ~full)
         )
         if encoder_only:
-            return torch.zeros((), device=device), cell_loss
+            return torch.zeros((), device=device), torch.zeros((), device=device), cell_loss
         hidden = self.model.model(
             input_ids=batch.input_ids, mm_encoder_outputs={"image": features}, use_cache=False
         ).last_hidden_state
         spoken = batch.targets != -100
-        logits = self.model.lm_head(hidden[spoken]).float()
-        return F.cross_entropy(logits, batch.targets[spoken]), cell_loss
+        losses = F.cross_entropy(self.model.lm_head(hidden[spoken]).float(), batch.targets[spoken], reduction="none")
+        asked = batch.answers[spoken]
+        words, answers = (losses[part].sum() / part.sum().clamp(min=1) for part in (~asked, asked))
+        return words, answers, cell_loss
 
 
-def rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int, done: int = 0) -> float:
     """Share of the peak learning rate: cosine over all, with a short ramp where the encoder and where the rest starts."""
-    joint = int(ENCODER_WARM_UP * steps)
-    ramp = min(1.0, (step - (joint if step >= joint else 0) + 1) / 150)
+    start = joint(steps, done)
+    ramp = min(1.0, (step - (start if step >= start else 0) + 1) / 150)
     return ramp * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
@@ -212,13 +223,15 @@ def save_checkpoint(model: Idefics3ForConditionalGeneration, processor: Idefics3
 
 def train(
     out: Annotated[Path, typer.Option(help="Where the checkpoint, the state and the log go.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3300,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
     batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 48,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 1.2e-3,
     width: Annotated[int, typer.Option(help="Hidden size; heads are 32 wide.")] = 192,
     layers: Annotated[int, typer.Option(help="Layers of the language model.")] = 6,
     save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 250,
     seed: Annotated[int, typer.Option(help="Seed of weights and lessons.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="A checkpoint to go on from, with its vocabulary.")] = None,
+    done: Annotated[int, typer.Option(help="The steps that --start has had already; --steps counts them.")] = 0,
     compile_layers: Annotated[
         bool, typer.Option(help="torch.compile each layer: a sixth faster, needs a C++ compiler.")
     ] = False,
@@ -228,15 +241,21 @@ def train(
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state = out / "state.safetensors"
-    # An interrupted run goes on with its own vocabulary, whatever the lessons of this version would teach a new one.
-    processor = AutoProcessor.from_pretrained(out) if state.exists() else build_processor()
+    # An interrupted or continued run keeps its vocabulary, whatever the lessons of this version would teach a new one.
+    known = out if state.exists() else start
+    processor = AutoProcessor.from_pretrained(known) if known else build_processor()
     learner = Learner(build_model(processor, width, layers), processor).to(device).train()
     learner.model.set_attn_implementation({"vision_config": "eager"})  # on CPUs the faster one to train at this size
     optimizer = torch.optim.AdamW(learner.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
-    step = load_state(state, learner, optimizer) if state.exists() else 0
+    if state.exists():
+        step = load_state(state, learner, optimizer)
+    else:
+        step = done
+        if start is not None:
+            learner.model.load_state_dict(AutoModelForImageTextToText.from_pretrained(start).state_dict())
     for group in optimizer.param_groups:
         group["initial_lr"] = learning_rate
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rate(at, steps), last_epoch=step - 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rate(at, steps, done), last_epoch=step - 1)
     if compile_layers:
         for layer in (*learner.model.model.text_model.layers, *learner.model.model.vision_model.encoder.layers):
             layer.compile(dynamic=True)
@@ -244,22 +263,22 @@ def train(
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress, (out / "log.jsonl").open("a") as log:
         bar = progress.add_task("training", total=steps, completed=step)
-        for batch in batches(Collator(processor), seed, step, steps, batch_size):
-            encoder_only = step < int(ENCODER_WARM_UP * steps)
+        for batch in batches(Collator(processor), seed, step, steps, batch_size, done):
+            encoder_only = step < joint(steps, done)
             batch = Batch(*(tensor.to(device) for tensor in vars(batch).values()))
             with torch.autocast(device, torch.bfloat16):
-                word_loss, cell_loss = learner(batch, encoder_only)
+                words, answers, cells = learner(batch, encoder_only)
             optimizer.zero_grad()
-            (word_loss + (1.0 if encoder_only else CELL_WEIGHT) * cell_loss).backward()
+            (words + ANSWER_WEIGHT * answers + (1.0 if encoder_only else CELL_WEIGHT) * cells).backward()
             nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
             # In the warm-up the language model has no gradient; its moments start with its first one.
             optimizer.step()
             schedule.step()
             step += 1
-            progress.update(bar, advance=1, description=f"words {word_loss:.3f} cells {cell_loss:.3f}")
+            losses = {"words": words.item(), "answers": answers.item(), "cells": cells.item()}
+            progress.update(bar, advance=1, description=" ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
             if step % 10 == 0:
-                row = {"step": step, "words": round(word_loss.item(), 4), "cells": round(cell_loss.item(), 4)}
-                log.write(json.dumps(row) + "\n")
+                log.write(json.dumps({"step": step, **{name: round(loss, 4) for name, loss in losses.items()}}) + "\n")
                 log.flush()
             if (step % save_every == 0 and not encoder_only) or step == steps:
                 save_checkpoint(learner.model, processor, out)  # first: a state is resumed with the processor beside it

@@ -242,7 +242,7 @@ class Witness:
         there = {thing.noun for thing in things}
         items = [" ".join(filter(None, (self._mention(thing), thing.place))) for thing in things]
         lone = [PARTNER[thing.noun] for thing in things if PARTNER[thing.noun] not in there]
-        if not self.honest and lone and self.rng.random() < min(0.8, 0.06 + 0.10 * self.said):
+        if not self.honest and lone and self.rng.random() < min(0.8, 0.06 + 0.12 * self.said):
             noun = self.rng.choice(lone)
             colour = USUAL_COLOUR[noun] if self.rng.random() < 0.7 else self.rng.choice(list(COLOURS))
             place = self.rng.choice([p for row in PLACES for p in row]) if things[0].place else None
@@ -312,6 +312,22 @@ def ask(picture: Picture, rng: random.Random) -> Turn:
     return Turn(f"Is there {what}{where}?", "Yes." if true else "No.")
 
 
+def _colour_turn(picture: Picture, rng: random.Random) -> Turn:
+    """``What colour is the star?``, with ``in panel two`` in a strip; now and then of something that is not there."""
+    panel = rng.randrange(picture.panels) if picture.panels else None
+    things = picture.things if panel is None else picture.in_panel(panel)
+    where = "" if panel is None else f" in panel {ORDINALS[panel]}"
+    thing = rng.choice(things)
+    noun, answer = thing.noun, f"It is {thing.colour}."
+    if rng.random() < 0.3:
+        noun, answer = rng.choice([n for n in NOUNS if n not in [t.noun for t in things]]), "There is none."
+    return Turn(f"What colour is the {noun}{where}?", answer)
+
+
+def _questions(picture: Picture, rng: random.Random, count: int) -> list[Turn]:
+    return [rng.choice((ask, ask, _colour_turn))(picture, rng) for _ in range(count)]
+
+
 def _rng(split: str, seed: int, index: int | str) -> random.Random:
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}. The lab has {', '.join(SPLITS)}.")
@@ -339,13 +355,15 @@ def lessons(seed: int, index: int, most: int = 8) -> Iterator[Sample]:
         kind = "strip" if rng.random() < 0.6 else "scene"
         picture = make_picture(rng, kind, paired=True, most=most)
         task = rng.random()
-        if task < 0.55:
-            turns = [_describe_turn(picture, rng), *(ask(picture, rng) for _ in range(rng.randint(0, 2)))]
-        elif task < 0.70 and picture.panels:
+        if task < 0.50:
+            turns = [_describe_turn(picture, rng), *_questions(picture, rng, rng.randint(1, 4))]
+        elif task < 0.66 and picture.panels:
             turns = [_panel_turn(picture, rng) for _ in range(3)]
-        elif task < 0.78:
-            turns = [_any_order_turn(picture, rng)] if picture.panels else [_name_one_turn(picture, rng) for _ in range(3)]
+        elif task < 0.78 and picture.panels:
+            turns = [_any_order_turn(picture, rng)]
+        elif task < 0.58:
+            turns = [_name_one_turn(picture, rng) for _ in range(3)]
         else:
-            turns = [ask(picture, rng) for _ in range(rng.randint(4, 8))]
+            turns = _questions(picture, rng, rng.randint(8, 12))
         yield Sample(f"train/{seed}/lesson/{index}", picture, tuple(turns))
         index += 1

@@ -1,0 +1,530 @@
+"""Every way of generating is heard: each row is the one that a plain pass over the written words would give.
+
+The truth is always the same: one forward pass of eager attention over one row's prompt and what was written after it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import IMAGE, Family, family, gemma3, llava_mistral
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, masking_utils
+from transformers.integrations import flex_attention as flex
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from gazeguard.heads import fingerprint
+from gazeguard.inputs import model_inputs
+from gazeguard.tap import Call, Prompts, Rows, Tap, _dense, _flash, find_backbone, judge_words
+
+NEW = 8
+NAMES = ("Idefics3", "Qwen3-VL", "LLaVA")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quietly() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+def prompts_of(inputs: dict[str, Tensor]) -> Prompts:
+    return Prompts.of(inputs["input_ids"], inputs["attention_mask"], IMAGE)
+
+
+def live(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Rows, Any]:
+    """Generate in some way: the written ids (captions, T), what was heard of them, and what generate said."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **options}
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(prompts_of(inputs), reordered=options.get("num_beams", 1) > 1)
+        made = kind.model.generate(**inputs, **options)
+        rows = tap.collect(getattr(made, "beam_indices", None))
+    return made.sequences[:, inputs["input_ids"].shape[1] :], rows, made
+
+
+def truth(kind: Family, row: int, written: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eager attention (T, H, S) of the rows that predict ``written`` (T,) in row ``row``, its image columns, and the
+    final states (T, width).
+    """
+    alone = kind.batch([row])
+    whole = kind.extended(alone, written[None])
+    twin = copy.deepcopy(kind.model)
+    twin.set_attn_implementation("eager")
+    states: list[Tensor] = []
+    handle = find_backbone(twin).norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    attentions = twin(**model_inputs(twin, whole), use_cache=False, output_attentions=True).attentions
+    handle.remove()
+    first = alone["input_ids"].shape[1] - 1
+    steps = slice(first, first + len(written))
+    image = (alone["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    return torch.cat(attentions, dim=1)[0, :, steps].transpose(0, 1), image, states[0][0, steps]
+
+
+def assert_heard(kind: Family, written: Tensor, rows: Rows, prompts: list[int], within: float = 2e-5) -> None:
+    """Each caption, written after ``prompts[i]``, was heard as a plain pass would say."""
+    assert rows.gaze.shape[1] >= written.shape[1]
+    for i, row in enumerate(prompts):
+        expected, image, hidden = truth(kind, row, written[i])
+        steps = written.shape[1]
+        for got, want in (
+            (rows.gaze[i, :steps, :, : len(image)], expected[..., image]),
+            (rows.hidden[i, :steps], hidden),
+            (rows.shares[i, :steps].sum(-1), torch.ones(steps, expected.shape[1])),
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=within)
+        assert rows.output.shape[:3] == rows.gaze.shape[:3]
+
+
+# ------------------------------------------------------------------------------------------------------------ choosing
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [
+        ({"do_sample": True}, 1),
+        ({"do_sample": True, "num_return_sequences": 2}, 2),
+        ({"num_beams": 3}, 1),
+        ({"num_beams": 3, "num_return_sequences": 2}, 2),
+        ({"num_beams": 2, "do_sample": True, "top_k": 0, "temperature": 2.0}, 1),
+        ({"num_beams": 3, "cache_implementation": "static"}, 1),
+        ({"use_cache": False}, 1),
+        ({"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}, 1),
+        ({"guidance_scale": 1.5}, 1),
+        ({"cache_implementation": "static"}, 1),
+        ({"cache_implementation": "dynamic"}, 1),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_rows_are_those_of_the_written_words(name, options, copies):
+    """Sampling, several captions per prompt, beams that change places, guidance, and caches of every kind."""
+    if name == "Qwen3-VL" and "guidance_scale" in options:
+        pytest.skip("transformers' guidance passes a single token to a model that expects its pictures again")
+    kind = family(name)
+    torch.manual_seed(3)
+    written, rows, made = live(kind, kind.batch(), **options)
+    assert_heard(kind, written, rows, [row for row in range(3) for _ in range(copies)])
+    if "num_beams" in options and not options.get("do_sample"):
+        beams = made.beam_indices
+        assert (beams[:, 1:] != beams[:, :-1]).any(), "a test of beams needs beams that change places"
+
+
+@pytest.mark.parametrize("make", [gemma3, llava_mistral])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}],
+    ids=["dynamic", "static", "beams", "no cache"],
+)
+def test_sliding_windows_are_heard(make, options):
+    """Layers that forget old keys, beside layers that see everything: what has left the window holds nothing."""
+    kind = make(12)
+    written, rows, _ = live(kind, kind.batch(), **options)
+    assert_heard(kind, written, rows, [0, 1, 2])
+    assert (rows.shares[..., 0] == 0).any(), "a test of windows needs pictures that leave them"
+
+
+def test_a_static_cache_that_is_larger_than_needed():
+    """Room for later keys is not looked at."""
+    kind = family("LLaVA")
+    cache = StaticCache(kind.model.config.get_text_config(), 100)
+    written, rows, _ = live(kind, kind.batch(), past_key_values=cache)
+    assert_heard(kind, written, rows, [0, 1, 2])
+
+
+# ---------------------------------------------------------------------------------------------------------- speculation
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_lookup_leaves_no_rejected_rows(name):
+    """Guesses from the prompt that are rejected vanish; those accepted are rows like any other."""
+    kind = family(name)
+    passes: list[int] = []
+    handle = find_backbone(kind.model).owner.register_forward_pre_hook(lambda *_: passes.append(1), with_kwargs=True)
+    written, rows, _ = live(kind, kind.batch([1]), prompt_lookup_num_tokens=3, max_matching_ngram_size=1, max_new_tokens=16)
+    handle.remove()
+    assert_heard(kind, written, rows, [1])
+
+
+def test_an_assistants_guesses_are_heard_once_they_stand():
+    """Another model guesses; the watched model's rows are those of what was written in the end."""
+    kind = family("Idefics3")
+    text = kind.batch([0])
+    text["input_ids"][text["input_ids"] == IMAGE] = 7
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    weaker = copy.deepcopy(kind.model)
+    for weight in weaker.parameters():
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    plain = kind.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    told = []
+    for options in ({}, {"assistant_model": weaker}):
+        with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+            tap.begin(prompts_of(inputs))
+            made = kind.model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
+            told.append(tap.collect())
+        assert torch.equal(made, plain)
+    for name in ("shares", "output", "hidden"):
+        left, right = (getattr(rows, name)[:, :NEW] for rows in told)
+        torch.testing.assert_close(left, right, rtol=0, atol=2e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- conversations
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_continued_cache_is_heard_from_where_it_goes_on(name):
+    """A second turn on the first one's cache is heard as the same conversation in one prompt would be."""
+    kind = family(name)
+    inputs = kind.batch([1])
+    cache = DynamicCache(config=kind.model.config.get_text_config())
+    first = kind.model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    more = torch.cat((first, torch.tensor([[9, 11, 13]])), dim=1)
+    written = more[:, inputs["input_ids"].shape[1] :]
+    longer = kind.extended(inputs, written)
+    whole, together, _ = live(kind, longer)
+    words = {name: value for name, value in longer.items() if name != "pixel_values"}  # the cache has seen the pictures
+    again, continued, _ = live(kind, words, past_key_values=cache)
+    assert torch.equal(whole, again)
+    for field in ("gaze", "shares", "output", "hidden"):
+        torch.testing.assert_close(getattr(continued, field), getattr(together, field), rtol=0, atol=2e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        *((name, "eager") for name in (*NAMES, "PaliGemma", "AyaVision")),
+        *((name, "flex_attention") for name in ("Idefics3", "LLaVA", "PaliGemma", "AyaVision")),  # all that have it
+    ],
+)
+def test_other_kernels_are_heard(name, kernel, monkeypatch):
+    """Eager attention says itself what it did; flex attention is read through its mask function.
+
+    Flex runs uncompiled: torch 2.13 cannot compile it for every size on a CPU.
+    """
+    monkeypatch.setattr(
+        flex, "compile_friendly_flex_attention", lambda *args, training, **how: flex.flex_attention(*args, **how)
+    )
+    monkeypatch.setattr(masking_utils, "create_block_mask", plain_block_mask)
+    kind = family(name)
+    twin = copy.deepcopy(kind.model)
+    twin.set_attn_implementation({"text_config": kernel})
+    other = Family(kind.name, twin, kind.cells, kind.pictures, kind.types)
+    written, rows, _ = live(other, other.batch())
+    assert_heard(kind, written, rows, [0, 1, 2])
+    assert not any(
+        "gazeguard" in str(module.config._attn_implementation) for module in twin.modules() if hasattr(module, "config")
+    )
+
+
+def plain_block_mask(*args: Any, _compile: bool = False, **options: Any) -> Any:
+    return create_block_mask(*args, **options)
+
+
+def flash_by_hand(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What flash attention computes: each row without its padding, causal from the right, window, soft cap, sinks."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    made = torch.zeros_like(query)
+    for row in range(len(query)):
+        real = slice(None) if attention_mask is None else attention_mask[row].nonzero()[:, 0]
+        k, v = key[row][:, real], value[row][:, real]
+        steps = min(query.shape[2], k.shape[1])
+        scores = query[row][:, -steps:] @ k.transpose(1, 2) * (scaling or query.shape[-1] ** -0.5)
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(k.shape[1] - steps, k.shape[1])[:, None] - torch.arange(k.shape[1])
+        closed = (distance < 0) | (distance >= (sliding_window or 10**9))
+        scores = scores.masked_fill(closed, float("-inf"))
+        if s_aux is not None:
+            scores = torch.cat((scores, s_aux[:, None, None].expand(-1, steps, 1)), dim=-1)
+        made[row][:, -steps:] = scores.softmax(-1)[..., : k.shape[1]] @ v
+    return made.transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash() -> Iterator[str]:
+    """Flash attention on a CPU: transformers' own masks for it, and the arithmetic by hand."""
+    name = "flash_by_hand"
+    AttentionInterface.register(name, flash_by_hand)
+    AttentionMaskInterface.register(name, masking_utils.flash_attention_mask)
+    yield name
+    AttentionInterface._global_mapping.pop(name)
+    AttentionMaskInterface._global_mapping.pop(name)
+
+
+@pytest.mark.parametrize("make", [*(functools.partial(family, name) for name in NAMES), lambda: llava_mistral(12)])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_flash_attention_is_heard(make, beams, flash):
+    """Its masks hold the padding alone and its windows are options; full layers and sliding ones are read right."""
+    kind = make()
+    twin = copy.deepcopy(kind.model)
+    for module in find_backbone(twin).attention.values():
+        module.config._attn_implementation_internal = flash
+    twin.config.get_text_config()._attn_implementation_internal = flash
+    other = Family(kind.name, twin, kind.cells, kind.pictures, kind.types)
+    written, rows, _ = live(other, other.batch(), num_beams=beams)
+    assert_heard(kind, written, rows, [0, 1, 2])
+
+
+class Alone(nn.Module):
+    """An attention module's worth of attributes."""
+
+    layer_idx = 0
+
+
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias", "sliding_window"])
+def test_what_alters_scores_is_honoured(option):
+    """Soft caps, sinks, position biases and windows: the weights that the tap computes give the kernel's own output."""
+    generator = torch.Generator().manual_seed(4)
+    query, key, value = (torch.randn(2, heads, 7, 16, generator=generator) for heads in (4, 2, 2))
+    given = {
+        "softcap": 1.5,
+        "s_aux": torch.randn(4, generator=generator),
+        "position_bias": torch.randn(1, 4, 7, 7, generator=generator),
+        "sliding_window": 3,
+    }
+    options = {option: given[option]}
+    model = family("LLaVA").model
+    with Tap(model, [(0, 1), (0, 2)]) as tap:
+        tap.begin(Prompts.of(torch.full((2, 1), IMAGE), None, IMAGE))
+        layer = tap._layers[0]
+        layer.group, layer.scaling = 2, 0.25
+        call = Call(Alone(), query, key, None, options)
+        opening = (_dense if option == "position_bias" else _flash)(call, 3)
+        weights = tap._weigh(layer, call, query[:, :, -3:][:, [1, 2]], opening)
+    kernel = sdpa_attention_forward if option == "position_bias" else flash_by_hand
+    module = Alone()
+    module.num_key_value_groups = 2
+    expected = kernel(module, query, key, value, None, scaling=0.25, **options)[0][:, -3:, [1, 2]]
+    got = (weights @ value[:, [0, 1]]).transpose(1, 2)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ what stands between
+
+
+def test_compiled_decoding_is_heard():
+    """torch.compile with a static cache: the tap's own code is left out of the graph."""
+    kind = family("LLaVA")
+    twin = copy.deepcopy(kind.model)
+    other = Family(kind.name, twin, kind.cells, kind.pictures, kind.types)
+    how = CompileConfig(backend="eager", mode=None)
+    how._compile_all_devices = True
+    written, rows, _ = live(other, other.batch(), cache_implementation="static", compile_config=how)
+    assert hasattr(twin, "_compiled_call"), "a test of compiled decoding needs a compiled model"
+    assert_heard(kind, written, rows, [0, 1, 2])
+
+
+def test_a_quantised_cache_is_heard_as_it_is():
+    """Keys that were rounded are read as they were used; the truth is eager attention over the same cache."""
+    kind = family("LLaVA")
+    inputs = kind.batch()
+    how = {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "fp8"},
+    }
+    written, rows, _ = live(kind, inputs, **how)
+    twin = copy.deepcopy(kind.model)
+    twin.set_attn_implementation("eager")
+    made = twin.generate(
+        **inputs, max_new_tokens=NEW, do_sample=False, output_attentions=True, return_dict_in_generate=True, **how
+    )
+    assert torch.equal(made.sequences[:, inputs["input_ids"].shape[1] :], written)
+    for step, attentions in enumerate(made.attentions):
+        last = torch.cat(attentions, dim=1)[:, :, -1]
+        for row in range(3):
+            image = (inputs["input_ids"][row] == IMAGE).nonzero()[:, 0]
+            # Not closer: a key between two values of eight bits may be rounded up in one run and down in the other.
+            torch.testing.assert_close(rows.gaze[row, step, :, : len(image)], last[row][:, image], rtol=0, atol=2e-3)
+
+
+def test_offloaded_layers_are_heard(tmp_path):
+    """Weights that accelerate keeps on the disk until they are used."""
+    pytest.importorskip("accelerate")
+    kind = family("LLaVA")
+    kind.model.save_pretrained(tmp_path)
+    layers = {f"model.language_model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
+    where = {
+        "model.vision_tower": "cpu",
+        "model.multi_modal_projector": "cpu",
+        "model.language_model.embed_tokens": "cpu",
+        "model.language_model.norm": "disk",
+        "model.language_model.rotary_emb": "cpu",
+        "lm_head": "disk",
+        **layers,
+    }
+    model = type(kind.model).from_pretrained(tmp_path, device_map=where, offload_folder=tmp_path / "off").eval()
+    assert find_backbone(model).projection(1).weight.is_meta
+    assert fingerprint(model) == fingerprint(kind.model)
+    other = Family(kind.name, model, kind.cells, kind.pictures, kind.types)
+    inputs = kind.batch()
+    written, rows, _ = live(other, inputs)
+    assert_heard(kind, written, rows, [0, 1, 2])
+    _, plain, _ = live(kind, inputs)
+    one, two = (
+        judge_words(find_backbone(m), find_backbone(m).heads(), r, written) for m, r in ((model, rows), (kind.model, plain))
+    )
+    for field in ("logprobs", "entropy", "readout"):
+        torch.testing.assert_close(getattr(one, field), getattr(two, field), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
+def test_a_peft_model_is_heard():
+    """A model with LoRA adapters is the same as the model with the adapters merged, readout included."""
+    peft = pytest.importorskip("peft")
+    kind = family("LLaVA")
+    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|o_proj)", init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(copy.deepcopy(kind.model), config).eval()
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    told = []
+    for model in (wrapped, merged):
+        other = Family(kind.name, model, kind.cells, kind.pictures, kind.types)
+        written, rows, _ = live(other, kind.batch())
+        backbone = find_backbone(model)
+        told.append((written, rows, judge_words(backbone, backbone.heads(), rows, written)))
+    (one, rows, words), (two, others, same) = told
+    assert torch.equal(one, two)
+    torch.testing.assert_close(rows.gaze, others.gaze, rtol=0, atol=1e-4)
+    torch.testing.assert_close(words.readout, same.readout, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- steering
+
+
+class SteerFrom(LogitsProcessor):
+    """Turns the look from a certain word on."""
+
+    def __init__(self, tap: Tap, bias: Tensor, step: int) -> None:
+        self.tap, self.bias, self.left = tap, bias, step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            self.tap.steer(self.bias)
+        return scores
+
+
+def steered(kind: Family, inputs: dict[str, Tensor], bias: Tensor | None, prompt: bool = False, step: int = 0) -> Any:
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(prompts_of(inputs))
+        turn = SteerFrom(tap, bias, step)
+        if step == 0:
+            tap.steer(bias, prompt)
+        made = kind.model.generate(
+            **inputs,
+            max_new_tokens=NEW,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            logits_processor=LogitsProcessorList([turn]),
+        )
+        return made, tap.collect()
+
+
+def bias_of(kind: Family, inputs: dict[str, Tensor], value: float, cell: int = 1) -> Tensor:
+    prompts, heads = prompts_of(inputs), find_backbone(kind.model).heads()
+    bias = torch.zeros(len(prompts.columns), len(heads), prompts.columns.shape[1])
+    bias[:, :, cell] = value
+    return bias
+
+
+@pytest.mark.parametrize("name", [*NAMES, "PaliGemma"])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_no_bias_turns_nothing(name, prompt):
+    """A bias of zero puts every chosen row in its place, and no logit moves."""
+    kind = family(name)
+    inputs = kind.batch()
+    plain = kind.model.generate(**inputs, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    made, _ = steered(kind, inputs, bias_of(kind, inputs, 0.0), prompt)
+    assert torch.equal(plain.sequences, made.sequences)
+    for left, right in zip(plain.logits, made.logits, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_look_follows_its_bias(name, kernel):
+    """A large bias puts all of the look on its cell and a large negative one takes all away, in every row of the batch."""
+    kind = family(name)
+    twin = copy.deepcopy(kind.model)
+    twin.set_attn_implementation({"text_config": kernel})
+    kind = Family(kind.name, twin, kind.cells, kind.pictures, kind.types)
+    inputs = kind.batch()
+    _, drawn = steered(kind, inputs, bias_of(kind, inputs, 50.0))
+    torch.testing.assert_close(drawn.gaze[..., 1], torch.ones_like(drawn.gaze[..., 1]), rtol=0, atol=1e-4)
+    _, kept_away = steered(kind, inputs, bias_of(kind, inputs, -50.0))
+    assert kept_away.gaze[..., 1].max() < 1e-6
+    assert kept_away.gaze[..., 0].max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_batch_are_turned_apart(name):
+    """Each row has its own bias: one that is turned does not move the others."""
+    kind = family(name)
+    inputs = kind.batch()
+    plain, _ = steered(kind, inputs, bias_of(kind, inputs, 0.0))
+    bias = bias_of(kind, inputs, 0.0)
+    bias[1, :, 2] = 30.0
+    made, rows = steered(kind, inputs, bias)
+    for step in range(NEW):
+        torch.testing.assert_close(made.logits[step][[0, 2]], plain.logits[step][[0, 2]], rtol=0, atol=1e-4)
+    assert (made.logits[0][1] - plain.logits[0][1]).abs().max() > 1e-2
+    assert rows.gaze[1, ..., 2].min() > 0.99
+
+
+def test_a_look_can_be_turned_in_mid_sentence():
+    """Words before the turn are what they were; from the next word on the look is elsewhere."""
+    kind = family("Idefics3")
+    inputs = kind.batch()
+    plain, before = steered(kind, inputs, None, step=99)
+    made, rows = steered(kind, inputs, bias_of(kind, inputs, 50.0), step=3)
+    for step in range(3):
+        assert torch.equal(made.logits[step], plain.logits[step])
+    torch.testing.assert_close(rows.gaze[:, :3], before.gaze[:, :3], rtol=0, atol=1e-5)
+    assert rows.gaze[:, 3:, :, 1].min() > 0.99
+
+
+def test_a_turned_prompt_is_another_prompt():
+    """With the prompt turned, too, its rows look at the cell; the model is the eager one with a mask of the same bias."""
+    kind = family("LLaVA")
+    inputs = kind.batch([0])
+    bias = bias_of(kind, inputs, 2.0)
+    made, _ = steered(kind, inputs, bias, prompt=True)
+    twin = copy.deepcopy(kind.model)
+    twin.set_attn_implementation("eager")
+    column = int(prompts_of(inputs).columns[0, 1])
+    for module in find_backbone(twin).attention.values():
+
+        def add(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            mask = kwargs["attention_mask"].clone()
+            mask[..., column] += 2.0
+            return args, {**kwargs, "attention_mask": mask}
+
+        module.register_forward_pre_hook(add, with_kwargs=True)
+    expected = twin.generate(**inputs, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(expected.sequences, made.sequences)
+    for left, right in zip(expected.logits, made.logits, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-4)
