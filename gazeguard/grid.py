@@ -6,12 +6,15 @@ no modes: a tile's cells have the tile's boxes, a thumbnail's cells cover the pi
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers.image_processing_utils import select_best_resolution
 
 from gazeguard.errors import InputError, UnsupportedError
 
@@ -75,6 +78,11 @@ def _lattice(rows: int, columns: int, view: Box = (0.0, 0.0, 1.0, 1.0)) -> NDArr
     return np.stack((x[left], y[top], x[left + 1], y[top + 1]), axis=1).astype(np.float32)
 
 
+def _nowhere(count: int) -> NDArray[np.float32]:
+    """(count, 4) float32 boxes of tokens that have no place."""
+    return np.full((count, 4), np.nan, np.float32)
+
+
 # --------------------------------------------------------------------------------------------- one rule per layout
 # A rule gets the run lengths of image tokens, the prompt's ids, the processor's output, the processor and the pictures'
 # sizes, and says the box of every image token and which picture it belongs to, or None when it does not apply.
@@ -128,6 +136,94 @@ def _tagged_tiles(prompt: Prompt) -> Layout | None:
     return np.concatenate(boxes), np.concatenate(images)
 
 
+def _any_resolution(prompt: Prompt) -> Layout | None:
+    """LLaVA-NeXT and -OneVision: the whole picture first, then a finer map without its padding, a newline after each row."""
+    config, given = prompt.model.config, prompt.inputs.get("image_sizes")
+    if given is None or getattr(config, "image_grid_pinpoints", None) is None:
+        return None
+    patch, side = config.vision_config.patch_size, config.vision_config.image_size // config.vision_config.patch_size
+    count = sum(length for _, length in prompt.runs)
+    pictures = np.asarray(given).reshape(-1, 2).tolist()
+    boxes = []
+    for height, width in pictures:
+        if count == len(pictures) * (side**2 + 1):  # OneVision with several pictures: none has a map
+            boxes.append(np.concatenate((_lattice(side, side), _nowhere(1))))
+            continue
+        canvas = select_best_resolution((height, width), config.image_grid_pinpoints)
+        lines, columns = (edge // config.vision_config.image_size * side for edge in canvas)
+        # As the processor pads and unpad_image cuts: the shorter way is centred, and half of what is too much goes each side.
+        if width / height > columns / lines:
+            real = min(math.ceil(height * canvas[1] / width), canvas[0]) / patch  # cells that the picture fills
+            cut = (lines - int(round(height * columns / width, 7))) // 2
+            view = (0.0, (cut - (lines - real) / 2) / real, 1.0, (lines - cut - (lines - real) / 2) / real)
+            lines -= 2 * cut
+        else:
+            real = min(math.ceil(width * canvas[0] / height), canvas[1]) / patch
+            cut = (columns - int(round(width * lines / height, 7))) // 2
+            view = ((cut - (columns - real) / 2) / real, 0.0, (columns - cut - (columns - real) / 2) / real, 1.0)
+            columns -= 2 * cut
+        if most := str(getattr(config, "vision_aspect_ratio", "")).removeprefix("anyres_max_"):
+            ratio = math.sqrt(lines * columns / (int(most) * side**2))
+            if ratio > 1.1:
+                lines, columns = int(lines // ratio), int(columns // ratio)
+        fine = np.clip(_lattice(lines, columns, view), 0, 1).reshape(lines, columns, 4)
+        newlines = _nowhere(lines).reshape(lines, 1, 4)
+        boxes += [np.concatenate((_lattice(side, side), np.concatenate((fine, newlines), axis=1).reshape(-1, 4)))]
+    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+
+
+def _pixel_sizes(prompt: Prompt) -> Layout | None:
+    """Pixtral towers (Mistral3, LightOnOCR): ``image_sizes`` in pixels, cut into patches and merged; other ids end rows."""
+    config, given = prompt.model.config, prompt.inputs.get("image_sizes")
+    if given is None:
+        return None
+    edge = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+    boxes = [_lattice(height // edge, width // edge) for height, width in np.asarray(given).reshape(-1, 2).tolist()]
+    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+
+
+def _tiled_canvas(prompt: Prompt) -> Layout | None:
+    """InternVL, Aya and Cohere2 Vision, GOT-OCR2: square tiles of a canvas that suits the picture's shape, the whole one last.
+
+    Which canvas, the image processor's own function says; it needs the picture's original size.
+    """
+    images = getattr(prompt.processor, "image_processor", None)
+    canvas = getattr(sys.modules.get(type(images).__module__), "get_optimal_tiled_canvas", None)
+    if canvas is None:
+        return None
+    tile = images.size["height"], images.size["width"]
+    shapes = [  # (columns, rows) of each picture
+        canvas((height, width), tile, images.min_patches, images.max_patches) if images.crop_to_patches else (1, 1)
+        for width, height in prompt.sizes
+    ]
+    tiles = sum(columns * rows + (columns * rows > 1) for columns, rows in shapes)
+    side = round((sum(length for _, length in prompt.runs) / tiles) ** 0.5)
+    boxes = []
+    for columns, rows in shapes:
+        views = [
+            (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        if len(views) > 1:
+            views.append((0.0, 0.0, 1.0, 1.0))
+        boxes.append(np.concatenate([_lattice(side, side, view) for view in views]))
+    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+
+
+# Models whose image tokens are the answers of a resampler: each has seen all of the picture, and none has a place.
+LATENTS = ("aria", "blip-2", "idefics2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5")
+
+
+def _latents(prompt: Prompt) -> Layout | None:
+    """Resamplers: mass and readout can be read, regions cannot."""
+    if prompt.model.config.model_type not in LATENTS:
+        return None
+    count = sum(length for _, length in prompt.runs)
+    pictures = max(1, len(prompt.sizes))
+    return _nowhere(count), np.arange(count) * pictures // max(1, count)
+
+
 def _one_square_per_picture(prompt: Prompt) -> Layout | None:
     """LLaVA and every other model that turns each picture into one run of n x n tokens; a centre crop is undone."""
     if len(prompt.runs) != len(prompt.sizes) or any(round(n**0.5) ** 2 != n for _, n in prompt.runs):
@@ -151,7 +247,15 @@ def _centre_crop(processor: Any, size: tuple[int, int]) -> Box:
     return (lost_x, lost_y, 1 - lost_x, 1 - lost_y)
 
 
-RULES: tuple[Rule, ...] = (_thw, _tagged_tiles, _one_square_per_picture)
+RULES: tuple[Rule, ...] = (
+    _latents,
+    _thw,
+    _any_resolution,
+    _pixel_sizes,
+    _tiled_canvas,
+    _tagged_tiles,
+    _one_square_per_picture,
+)
 
 
 def image_cells(ids: NDArray[np.int64], image_token_id: int) -> tuple[tuple[int, int], ...]:
@@ -174,7 +278,8 @@ def find_grid(prompt: Prompt) -> ImageGrid:
         if len(boxes) != count:
             raise UnsupportedError(
                 f"The prompt has {count} image tokens, but {rule.__name__.lstrip('_')} expects {len(boxes)}: "
-                f"{type(prompt.model).__name__} lays its cells out in a way that is not known. Pass grid=ImageGrid(...)."
+                f"{type(prompt.model).__name__} lays its cells out in a way that is not known, or from the pictures' original "
+                "sizes. Pass picture_sizes= to generate, or grid=ImageGrid(...)."
             )
         return ImageGrid(boxes, image.astype(np.int64), prompt.sizes)
     lengths = ", ".join(str(length) for _, length in prompt.runs)

@@ -234,9 +234,20 @@ def grids_of(
                 mine.append(picture)
                 left -= int(picture.prod()) // merge**2
             share["image_grid_thw"] = np.stack(mine) if mine else np.zeros((0, 3), np.int64)
+        if "image_sizes" in inputs:
+            share["image_sizes"] = np.asarray(inputs["image_sizes"].cpu())[_pictures_of(number, len(rows), inputs, sizes)]
         given = sizes[number] if sizes is not None else _processed_sizes(model, inputs, share, len(runs))
         grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor)))
     return grids
+
+
+def _pictures_of(number: int, rows: int, inputs: Mapping[str, Any], sizes: Sequence[Sequence[tuple[int, int]]] | None) -> slice:
+    """Which pictures of a batch belong to a row: as many as it has sizes, or an equal share when nobody said."""
+    if sizes is not None:
+        start = sum(len(own) for own in sizes[:number])
+        return slice(start, start + len(sizes[number]))
+    each = len(inputs["image_sizes"]) // rows
+    return slice(number * each, (number + 1) * each)
 
 
 def _fitted(known: ImageGrid, cells: int, sizes: Sequence[tuple[int, int]] | None) -> ImageGrid:
@@ -251,6 +262,8 @@ def _fitted(known: ImageGrid, cells: int, sizes: Sequence[tuple[int, int]] | Non
 
 def _processed_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], share: Mapping[str, Any], runs: int) -> Any:
     """(width, height) of each picture as the vision encoder sees it, for callers who kept no original."""
+    if "image_sizes" in share:
+        return [(int(width), int(height)) for height, width in share["image_sizes"]]
     if "image_grid_thw" in share:
         patch = model.config.vision_config.patch_size
         return [(int(w) * patch, int(h) * patch) for _, h, w in share["image_grid_thw"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -14,7 +15,13 @@ from labkit import processor
 from PIL import Image
 from transformers import AddedToken, Idefics3Processor, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from gazeguard.errors import InputError, UnsupportedError
@@ -86,7 +93,7 @@ def test_runs_are_unbroken_complete_and_as_long_as_can_be(mask):
 def prompt_of(made, sizes, used, token: int, merge: int = 1) -> Prompt:
     ids = made["input_ids"][0].numpy()
     vision = SimpleNamespace(spatial_merge_size=merge)
-    model = SimpleNamespace(config=SimpleNamespace(vision_config=vision))
+    model = SimpleNamespace(config=SimpleNamespace(vision_config=vision, model_type="any"))
     return Prompt(ids, image_cells(ids, token), dict(made), tuple(sizes), model, used)
 
 
@@ -186,6 +193,121 @@ def test_centre_crop(size):
     check_cells(grid, size, lambda image: patches(run(image)["pixel_values"], 14), [slice(0, 36)])
 
 
+PINPOINTS = [[48, 96], [96, 48], [96, 96], [48, 144], [144, 48]]
+
+
+@pytest.mark.parametrize("size", [(96, 48), (300, 200), (90, 400), (100, 97), (31, 190)])
+@pytest.mark.parametrize("family", ["next", "onevision", "onevision, shrunk"])
+def test_any_resolution(size, family):
+    """The processor's real tiles, packed by the model's own function: a square lights the token whose box holds it."""
+    next_one = family == "next"
+    kind = LlavaNextImageProcessorPil if next_one else LlavaOnevisionImageProcessorPil
+    edges = {"shortest_edge": 48} if next_one else {"height": 48, "width": 48}
+    crop = {"crop_size": {"height": 48, "width": 48}} if next_one else {}
+    used = kind(size=edges, image_grid_pinpoints=PINPOINTS, resample=2, **crop)
+    vision = SimpleNamespace(image_size=48, patch_size=4)
+    most = {"next": {}, "onevision": {"vision_aspect_ratio": "anyres_max_9"}}.get(
+        family, {"vision_aspect_ratio": "anyres_max_1"}
+    )
+    config = SimpleNamespace(vision_config=vision, image_grid_pinpoints=PINPOINTS, model_type="llava", **most)
+    model, newline = SimpleNamespace(config=config), torch.full((1,), -1e9)
+
+    def packed(image):
+        made = used(images=[image], return_tensors="pt")
+        tiles = torch.from_numpy(patches(made["pixel_values"][0], 4)).reshape(-1, 144, 1)
+        if next_one:
+            features, _ = LlavaNextModel.pack_image_features(model, [tiles], made["image_sizes"], "default", newline)
+        else:
+            ratio = most["vision_aspect_ratio"]
+            features, _ = LlavaOnevisionModel.pack_image_features(model, [tiles], made["image_sizes"], newline, ratio)
+        return made, features[0][:, 0].numpy()
+
+    made, features = packed(Image.new("RGB", size))
+    made["input_ids"] = torch.tensor([[1, *[7] * len(features), 1]])
+    prompt = prompt_of(made, [size], None, 7)
+    grid = find_grid(replace(prompt, model=model))
+    newlines = features < -1e8
+    np.testing.assert_array_equal(np.isnan(grid.boxes[:, 0]), newlines)
+    assert newlines.sum() > 0
+    real = np.flatnonzero(~newlines)
+    for view in (real[:144], real[144:]):
+        width = grid.boxes[view, 2] - grid.boxes[view, 0]
+        height = grid.boxes[view, 3] - grid.boxes[view, 1]
+        assert (width * height).sum() == pytest.approx(1, abs=0.04), "unpadding may cut a line of the picture, too"
+        for cell in view[[3, len(view) // 3, len(view) // 2 + 1, -4]]:
+            x0, y0, x1, y1 = grid.pixels(cell)
+            picture = lit(size, (x0 - (x1 - x0) / 3, y0 - (y1 - y0) / 3, x1 + (x1 - x0) / 3, y1 + (y1 - y0) / 3))
+            values = packed(picture)[1][view]
+            assert values[list(view).index(cell)] >= values.max() - 0.25 * abs(values.max() - values.min())
+            assert abs(int(view[values.argmax()]) - cell) <= 1
+
+
+def test_several_pictures_of_onevision_have_no_finer_map():
+    """Each is one square and one newline."""
+    vision = SimpleNamespace(image_size=48, patch_size=4)
+    config = SimpleNamespace(vision_config=vision, image_grid_pinpoints=PINPOINTS, model_type="llava_onevision")
+    made = {"input_ids": torch.tensor([[1, *[7] * 290, 1]]), "image_sizes": torch.tensor([[50, 60], [70, 80]])}
+    grid = find_grid(replace(prompt_of(made, [(60, 50), (80, 70)], None, 7), model=SimpleNamespace(config=config)))
+    assert np.flatnonzero(np.isnan(grid.boxes[:, 0])).tolist() == [144, 289]
+    assert np.bincount(grid.image).tolist() == [145, 145]
+
+
+@pytest.mark.parametrize("size", [(112, 112), (300, 200), (90, 400)])
+def test_pictures_in_their_own_size(size):
+    """Pixtral: ``image_sizes`` in pixels after the resize; a token is two by two patches."""
+    used = PixtralImageProcessorPil(size={"longest_edge": 224}, patch_size={"height": 28, "width": 28})
+    made = used(images=[Image.new("RGB", size)], return_tensors="pt")
+    height, width = made["image_sizes"][0].tolist()
+    row = [*[7] * (width // 28), 8]
+    made["input_ids"] = torch.tensor([[1, *row * (height // 28), 1]])
+    prompt = prompt_of(made, [size], None, 7)
+    config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=14), spatial_merge_size=2, model_type="mistral3")
+    grid = find_grid(replace(prompt, model=SimpleNamespace(config=config)))
+    np.testing.assert_allclose(grid.overlap((0, 0, *size)), 1, atol=1e-3)
+
+    def brightness(image):
+        return patches(used(images=[image], return_tensors="pt")["pixel_values"], 28)
+
+    check_cells(grid, size, brightness, [slice(0, len(grid))])
+
+
+@pytest.mark.parametrize(("size", "tiles"), [((100, 100), 1), ((300, 200), 6), ((90, 400), 5), ((56, 150), 3)])
+def test_tiles_of_a_canvas(size, tiles):
+    """InternVL and its relatives: tiles of the canvas that the image processor chose, the whole picture last."""
+    used = GotOcr2ImageProcessorPil(
+        size={"height": 48, "width": 48}, crop_to_patches=tiles > 1, min_patches=1, max_patches=6, do_center_crop=False
+    )
+
+    def run(image):
+        return used(images=[image], return_tensors="pt")["pixel_values"]
+
+    count = len(run(Image.new("RGB", size)))
+    made = {"input_ids": torch.tensor([[1, *[7] * (count * 144), 1]])}
+    prompt = prompt_of(made, [size], SimpleNamespace(image_processor=used), 7)
+    grid = find_grid(prompt)
+    assert len(grid) == (tiles + (tiles > 1)) * 144
+    views = [slice(0, tiles * 144)] + ([slice(tiles * 144, (tiles + 1) * 144)] if tiles > 1 else [])
+    check_cells(grid, size, lambda image: patches(run(image), 4), views)
+
+
+def test_a_canvas_needs_the_pictures_own_size():
+    """Without it the number of tiles does not fit, and the message says what to pass."""
+    used = GotOcr2ImageProcessorPil(size={"height": 48, "width": 48}, crop_to_patches=True, min_patches=1, max_patches=6)
+    made = {"input_ids": torch.tensor([[1, *[7] * (7 * 144), 1]])}
+    with pytest.raises(UnsupportedError, match=r"original sizes\. Pass picture_sizes= to generate, or grid="):
+        find_grid(prompt_of(made, [(48, 48)], SimpleNamespace(image_processor=used), 7))
+
+
+def test_answers_of_a_resampler_have_no_place():
+    """The tokens of a Q-Former or perceiver have seen everything; no box holds any of them."""
+    made = {"input_ids": torch.tensor([[1, *[7] * 32, 1]])}
+    config = SimpleNamespace(model_type="blip-2")
+    grid = find_grid(replace(prompt_of(made, [(40, 30)], None, 7), model=SimpleNamespace(config=config)))
+    assert len(grid) == 32
+    assert np.isnan(grid.boxes).all()
+    assert not grid.overlap((0, 0, 40, 30)).any()
+
+
 @pytest.mark.parametrize("size", [(300, 200), (90, 400)])
 def test_patches_merged_two_by_two(size):
     """Qwen-VL: ``image_grid_thw`` counts patches; a token is two by two of them, which come next to each other."""
@@ -224,5 +346,5 @@ def test_an_unknown_layout_says_what_was_found_and_the_way_out():
 
 def test_a_layout_that_does_not_add_up_is_refused():
     made = {"input_ids": torch.tensor([[7] * 5]), "image_grid_thw": [[1, 4, 4]]}
-    with pytest.raises(UnsupportedError, match=r"has 5 image tokens, but thw expects 4: SimpleNamespace .*Pass grid="):
+    with pytest.raises(UnsupportedError, match=r"has 5 image tokens, but thw expects 4: SimpleNamespace .* or grid="):
         find_grid(prompt_of(made, [(8, 8)], None, 7, merge=2))

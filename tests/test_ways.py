@@ -5,6 +5,7 @@ The truth is always the same: one forward pass of eager attention over one row's
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from families import IMAGE, Family, family, gemma3, llava_mistral
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, masking_utils
 from transformers.integrations import flex_attention as flex
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -528,3 +530,45 @@ def test_a_turned_prompt_is_another_prompt():
     assert torch.equal(expected.sequences, made.sequences)
     for left, right in zip(expected.logits, made.logits, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------- cost
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device, or carry a tensor from one to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        moved = name == "_to_copy" and (kwargs or {}).get("device") is not None
+        if moved or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def counted(own: Any, waits: Waits) -> Any:
+    """A method of the tap whose waiting is counted, but for that of the first pass."""
+
+    def method(tap: Tap, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.nullcontext() if tap._total < 0 else waits:
+            return own(tap, *args, **kwargs)
+
+    return method
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=["", "beams", "static"])
+def test_the_tap_never_waits_for_the_device(name, options, monkeypatch):
+    """No tensor is turned into a number or moved inside the tap while words are written; only the first pass may."""
+    kind, waits = family(name), Waits()
+    for own in ("_hear_start", "hear", "_hear_output", "_hear_hidden"):
+        monkeypatch.setattr(Tap, own, counted(getattr(Tap, own), waits))
+    live(kind, kind.batch(), **options)
+    assert waits.found == []
+    with waits:
+        torch.ones(1).item()
+    assert waits.found == ["_local_scalar_dense"], "a test of waiting must see it"

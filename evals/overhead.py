@@ -1,0 +1,262 @@
+"""What does the tap cost? Time and peak memory of generating in several ways, as ratios to plain SDPA generate.
+
+All ways write the same number of tokens; each repeat runs every way once, in turning order, in one process. ``null`` is
+plain over plain: the noise of the machine. The interval of a time ratio is its range over the repeats. The models other
+than the lab's have random weights, which cost what trained ones cost:
+
+* ``lab``: the VLM that ships with the package;
+* ``middle``: a LLaVA class, 12 layers 512 wide, 576 image tokens (figures without a prefix: the worse of batch 1 and 8);
+* ``qwen3-vl-8b`` and ``llava-7b``: full size in bfloat16, 2,000-token prompts; need a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers as tf
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from evals.common import Figure, Out, Quick, figure, write
+from gazeguard import lab
+from gazeguard.inputs import encode, image_token_id
+from gazeguard.tap import Prompts, Tap, find_backbone, judge_words
+
+HEADS = 12  # gaze heads that are heard, as the source paper finds in models of 7 billion parameters
+SEED = 500
+Model = tuple[tf.PreTrainedModel, dict[str, Tensor]]
+
+
+# -------------------------------------------------------------------------------------------------------- the models
+
+
+def small(batch: int, new: int, device: str) -> Model:
+    """The lab's VLM."""
+    model, processor = lab.load()
+    samples = lab.samples("test", batch, SEED)
+    made = encode(model, processor, [s.image for s in samples], [s.prompt for s in samples])
+    return model.to(device), {name: value.to(device) for name, value in made.inputs.items()}
+
+
+def _llava(text: dict[str, Any], vision: dict[str, Any], batch: int, length: int, device: str, dtype: torch.dtype) -> Model:
+    """A LLaVA with random weights, and prompts of ``length`` tokens around one picture."""
+    size, patch = vision["image_size"], vision["patch_size"]
+    config = tf.LlavaConfig(
+        text_config={"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, **text},
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 512, **vision},
+        image_token_index=32000,
+    )
+    with torch.device(device):
+        model = tf.LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
+    cells = (size // patch) ** 2
+    ids = torch.randint(10, 30000, (batch, length), generator=torch.Generator().manual_seed(SEED))
+    ids[:, 5 : 5 + cells] = 32000
+    pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(SEED)).to(dtype)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    return model, {name: value.to(device) for name, value in given.items()}
+
+
+def middle(batch: int, new: int, device: str) -> Model:
+    """Twelve layers, 512 wide, 576 image tokens."""
+    text = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12, "num_attention_heads": 8}
+    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 336, "patch_size": 14}
+    return _llava(text | {"num_key_value_heads": 8}, vision, batch, 608, device, torch.float32)
+
+
+def llava_7b(batch: int, new: int, device: str) -> Model:
+    """LLaVA-1.5-7B's sizes, bfloat16."""
+    text = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision |= {"image_size": 336, "patch_size": 14}
+    return _llava(text, vision, batch, 2000, device, torch.bfloat16)
+
+
+def qwen3_vl_8b(batch: int, new: int, device: str) -> Model:
+    """Qwen3-VL-8B's sizes, bfloat16; a picture of 1,024 cells."""
+    config = tf.Qwen3VLConfig(
+        text_config={
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+        },
+        vision_config={"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096},
+    )
+    with torch.device(device):
+        model = tf.Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
+    ids = torch.randint(10, 30000, (batch, 2000), generator=torch.Generator().manual_seed(SEED))
+    ids[:, 4], ids[:, 5 : 5 + 1024], ids[:, 5 + 1024] = config.vision_start_token_id, config.image_token_id, 151653
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config.image_token_id).long(),
+        "pixel_values": torch.randn(batch * 4096, 3 * 2 * 16 * 16, dtype=torch.bfloat16),
+        "image_grid_thw": torch.tensor([[1, 64, 64]] * batch),
+    }
+    return model, {name: value.to(device) for name, value in given.items()}
+
+
+MODELS: dict[str, tuple[Callable[[int, int, str], Model], tuple[int, ...]]] = {  # how to make it, batch sizes
+    "lab": (small, (1, 8)),
+    "middle": (middle, (1, 8)),
+    "llava-7b": (llava_7b, (1, 16)),
+    "qwen3-vl-8b": (qwen3_vl_8b, (1, 16)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- the ways
+
+
+class SecondPass(tf.LogitsProcessor):
+    """What contrastive decoding (VCD and its relatives) does at each word: a second pass, over a picture of noise."""
+
+    def __init__(self, model: tf.PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+        self.model = model
+        self.inputs = inputs | {"pixel_values": torch.randn_like(inputs["pixel_values"])}
+        self.cache = tf.DynamicCache(config=model.config.get_text_config())
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.cache.get_seq_length():
+            made = self.model(input_ids=input_ids[:, -1:], past_key_values=self.cache, use_cache=True)
+        else:
+            made = self.model(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return scores + 1.0 * (scores - made.logits[:, -1].float())
+
+
+def ways(model: tf.PreTrainedModel, inputs: dict[str, Tensor], new: int) -> dict[str, Callable[[], object]]:
+    """Everything that is timed, by name."""
+    every = find_backbone(model).heads()
+    last = {layer for layer, _ in every[-3 * len(every) // 4 :]}
+    heads = [head for head in every if head[0] in last][::2][:HEADS]
+    prompts = Prompts.of(inputs["input_ids"], inputs["attention_mask"], image_token_id(model))
+    bias = torch.zeros(len(prompts.columns), len(heads), prompts.columns.shape[1], device=prompts.columns.device)
+    bias[..., :10] = 5.0
+
+    def write_words(attention: str = "sdpa", **options: Any) -> Tensor:
+        if model.config.get_text_config()._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        made = model.generate(
+            **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, return_dict_in_generate=True, **options
+        )
+        return made.sequences[:, inputs["input_ids"].shape[1] :]
+
+    def tapped(judge: bool = False, turn: bool = False) -> None:
+        with torch.no_grad(), Tap(model, heads) as tap:
+            tap.begin(prompts)
+            if turn:
+                tap.steer(bias)
+            written = write_words()
+            rows = tap.collect()
+            if judge:
+                judge_words(tap.backbone, tap.heads, rows, written)
+
+    def second_pass() -> None:
+        write_words(logits_processor=tf.LogitsProcessorList([SecondPass(model, inputs)]))
+
+    return {
+        "plain": write_words,
+        "null": write_words,
+        "tap": tapped,
+        "tap_readout": lambda: tapped(judge=True),
+        "tap_steering": lambda: tapped(turn=True),
+        "eager": lambda: write_words("eager"),
+        "eager_output_attentions": lambda: write_words("eager", output_attentions=True),
+        "second_pass": second_pass,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- the measures
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """The most memory that the process (or the GPU's allocator) held during a run, model included."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    run()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def main(
+    out: Out,
+    quick: Quick = False,
+    models: Annotated[str, typer.Option(help=f"Which, by comma: {', '.join(MODELS)}.")] = "lab,middle",
+    new: Annotated[int, typer.Option(help="Tokens to write.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Runs of every way.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure what the tap costs beside plain generate, and what others cost."""
+    new, repeats = (16, 2) if quick else (new, repeats)
+    figures: dict[str, Figure] = {}
+    with Progress(console=Console(stderr=True)) as progress:
+        for name in models.split(","):
+            make, batches = MODELS[name]
+            for batch in batches[:1] if quick else batches:
+                torch.manual_seed(SEED)
+                model, inputs = make(batch, new, device)
+                runs = ways(model, inputs, new)
+                names = list(runs)
+                bar = progress.add_task(f"{name}, batch {batch}", total=(repeats + 2) * len(runs))
+                times: dict[str, list[float]] = {way: [] for way in runs}
+                peaks: dict[str, int] = {}
+                for run in runs.values():
+                    run()  # so that nothing is met for the first time while it is measured
+                    progress.advance(bar)
+                for repeat in range(repeats):
+                    for i in range(len(names)):
+                        way = names[(i + repeat) % len(names)]
+                        times[way].append(seconds(runs[way], device))
+                        progress.advance(bar)
+                for way, run in runs.items():
+                    peaks[way] = peak_bytes(run, device)
+                    progress.advance(bar)
+                for way in names[1:]:
+                    ratios = [a / b for a, b in zip(times[way], times["plain"], strict=True)]
+                    figures[f"{name}_{way}_time_ratio_batch_{batch}"] = figure(
+                        statistics.median(ratios), (min(ratios), max(ratios))
+                    )
+                    figures[f"{name}_{way}_memory_ratio_batch_{batch}"] = figure(peaks[way] / peaks["plain"])
+                per_second = [batch * new / t for t in times["plain"]]
+                figures[f"{name}_plain_tokens_per_second_batch_{batch}"] = figure(
+                    statistics.median(per_second), (min(per_second), max(per_second))
+                )
+                del model, inputs, runs
+    for way in ("tap", "tap_readout", "tap_steering", "eager", "eager_output_attentions", "second_pass"):
+        for measure in ("time", "memory"):
+            found = [figures[key] for key in figures if key.startswith(f"middle_{way}_{measure}_ratio")]
+            if found:
+                figures[f"{way}_{measure}_ratio"] = max(found, key=lambda made: made["value"])
+    machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    write(out, figures, quick, seed=SEED, new_tokens=new, repeats=repeats, machine=machine, heads=HEADS)
+
+
+if __name__ == "__main__":
+    typer.run(main)
