@@ -1,4 +1,4 @@
-"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``heads``.
+"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``heads``, ``doctor``.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 nothing was flagged, 1 something was flagged,
 2 something could not be checked or the call was wrong.
@@ -212,6 +212,27 @@ def heads(
         out.print(
             f"{len(found.heads)} of {len(found.all_heads)} heads; both halves of the strips agree on {found.split_half:.0%}"
         )
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id of a model. [default: the lab's own]")] = None,
+    image: Annotated[str | None, typer.Option("--image", help="A picture to try it on. [default: a drawn comic strip]")] = None,
+) -> None:
+    """Examine whether watching works for a model: exit code 0 when every check passes, 1 when one fails."""
+    with _errors():
+        from gazeguard.comics import draw_strips
+        from gazeguard.doctor import examine
+        from gazeguard.inputs import encode, load_image
+
+        loaded, processor = _load(model)
+        picture = load_image(image) if image else draw_strips(1)[0].image
+        inputs = encode(loaded, processor, [picture], ["Describe the picture."]).inputs
+        with err.status("examining"):
+            checks = examine(loaded, processor, inputs, [[picture.size]])
+        for check in checks:
+            out.print(Text.assemble(("works " if check.ok else "FAILS ", "green" if check.ok else "bold red"), str(check)))
+    raise typer.Exit(0 if all(check.ok for check in checks) else 1)
 
 
 if __name__ == "__main__":

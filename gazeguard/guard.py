@@ -34,6 +34,7 @@ from gazeguard import __version__, features
 from gazeguard.decode import RerankProcessor
 from gazeguard.detector import FILE_NAME as DETECTOR_FILE
 from gazeguard.detector import Detector
+from gazeguard.doctor import Check, examine
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
@@ -299,6 +300,10 @@ class GazeGuard:
             rows = tap.collect()
         done = self._report(rows, grids, batch.caption_ids, told, batch.offsets, [True] * len(todo))
         return dict(zip(todo, done, strict=True))
+
+    def verify(self, inputs: Mapping[str, Any]) -> list[Check]:
+        """Does watching work for this model? Measured on a batch as the processor makes it: see `gazeguard.doctor`."""
+        return examine(self.model, self.processor, inputs, heads=self.tap.heads, known=self.grid)
 
     # ---------------------------------------------------------------------------------------------------- judging
 

@@ -128,18 +128,26 @@ def encode(
     if not captions:
         return Encoded(inputs, ids, mask)
     told = [tokenize(processor.tokenizer, caption) for caption in captions]
-    length = max(len(caption_ids) for caption_ids, _ in told)
+    whole = followed_by(model, inputs, [caption_ids for caption_ids, _ in told])
+    return Encoded(whole, ids, mask, *map(tuple, zip(*told, strict=True)))
+
+
+def followed_by(model: PreTrainedModel, inputs: Mapping[str, Any], written: Sequence[NDArray[np.int64]]) -> dict[str, Any]:
+    """A batch of prompts, each followed by what was written after it, (T,) ids per row; padded on the right."""
+    ids = inputs["input_ids"]
+    length = max(len(own) for own in written)
+    made = dict(inputs)
     for name, value in inputs.items():
         # Everything that runs along the sequence (mask, token types) goes on with it; a caption is plain text. In
         # PaliGemma type 0 is the prompt, which attends both ways, and 1 is what is written after it.
         if isinstance(value, Tensor) and value.shape == ids.shape:
             kind = int(name == "token_type_ids" and model.config.model_type == "paligemma")
-            inputs[name] = torch.cat((value, value.new_full((len(told), length), kind)), dim=1)
-    for row, (caption_ids, _) in enumerate(told):
-        end = ids.shape[1] + len(caption_ids)
-        inputs["input_ids"][row, ids.shape[1] : end] = torch.from_numpy(caption_ids).to(model.device)
-        inputs["attention_mask"][row, ids.shape[1] : end] = 1
-    return Encoded(inputs, ids, mask, *map(tuple, zip(*told, strict=True)))
+            made[name] = torch.cat((value, value.new_full((len(written), length), kind)), dim=1)
+    for row, own in enumerate(written):
+        end = ids.shape[1] + len(own)
+        made["input_ids"][row, ids.shape[1] : end] = torch.from_numpy(own).to(ids.device)
+        made["attention_mask"][row, ids.shape[1] : end] = 1
+    return made
 
 
 def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:

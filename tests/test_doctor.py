@@ -1,0 +1,106 @@
+"""Does the doctor tell a model that is read right from one that is not, and leave it as it was?"""
+
+import copy
+import re
+
+import pytest
+import torch
+from families import IMAGE, family, gemma3, git, llava_mistral
+from typer.testing import CliRunner
+
+from gazeguard import lab, tap
+from gazeguard.cli import app
+from gazeguard.doctor import examine
+from gazeguard.grid import ImageGrid
+from gazeguard.inputs import encode
+
+NAMES = (
+    "the text decoder's heads are found",
+    "the picture's cells are found",
+    "watching changes no logit",
+    "the tap reads what eager attention does",
+    "padding moves nothing",
+)
+
+
+def examined(kind, rows=(0,)):
+    inputs = kind.batch(rows)
+    cells = int((inputs["input_ids"][0] == IMAGE).sum())
+    return examine(kind.model, None, inputs, known=ImageGrid.regular(1, cells, (16, 16)))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: family("LLaVA"), lambda: family("Qwen3-VL"), lambda: gemma3(12), lambda: llava_mistral(12)]
+)
+def test_a_model_that_is_read_right_passes(make):
+    """Every check passes, with what was measured; the attention implementation is what it was."""
+    kind = make()
+    before = {type(m).__name__: m.config._attn_implementation for m in kind.model.modules() if hasattr(m, "config")}
+    checks = examined(kind)
+    assert [check.name for check in checks] == list(NAMES)
+    assert all(check.ok for check in checks), "\n".join(map(str, checks))
+    assert "logits apart by 0" in checks[2].told
+    assert before == {type(m).__name__: m.config._attn_implementation for m in kind.model.modules() if hasattr(m, "config")}
+
+
+def test_a_batch_with_padding_is_examined_as_it_is():
+    """Rows of different length, as the processor would pad them."""
+    kind = family("Idefics3")
+    inputs = kind.batch()
+    checks = examine(kind.model, None, inputs)
+    assert [check.name for check in checks if not check.ok] == ["the picture's cells are found"], "no processor, no layout"
+
+
+def test_scores_that_the_tap_does_not_know_are_found(monkeypatch):
+    """A family that does something unknown to its scores: the tap's numbers are not the model's, and the check says so."""
+    monkeypatch.setattr(tap, "_dense", lambda call, rows: None)
+    kind = family("LLaVA")
+    true_rule = tap._rule_of
+    monkeypatch.setattr(tap, "_rule_of", lambda kernel: (lambda call, rows: None) if kernel == "sdpa" else true_rule(kernel))
+    inputs = kind.batch()
+    checks = {check.name: check for check in examine(kind.model, None, inputs)}
+    assert not checks[NAMES[3]].ok
+    assert re.search(r"attention apart by 0\.\d", checks[NAMES[3]].told)
+    assert checks[NAMES[2]].ok
+
+
+def test_a_model_that_padding_moves_is_found():
+    """A model that forgets its mask reads its padding."""
+    twin = copy.deepcopy(family("LLaVA").model)
+    inner = twin.model.language_model
+    forward = inner.forward
+
+    def careless(*args, attention_mask=None, **kwargs):
+        return forward(*args, **kwargs)
+
+    inner.forward = careless
+    kind = copy.copy(family("LLaVA"))
+    object.__setattr__(kind, "model", twin)
+    checks = {check.name: check for check in examined(kind)}
+    assert not checks[NAMES[4]].ok
+    assert "padding in front, attention apart by 0." in checks[NAMES[4]].told
+
+
+def test_a_model_that_cannot_be_watched_says_why():
+    """The first check fails with the reason, and nothing else is tried."""
+    checks = examine(git(), None, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+    assert [check.ok for check in checks] == [False]
+    assert "has no text attention that GazeGuard can watch" in checks[0].told
+
+
+def test_a_guard_verifies_itself(guard):
+    """On the lab's own model, in words."""
+    sample = lab.samples("test", 1)[0]
+    inputs = encode(guard.model, guard.processor, [sample.image], [sample.prompt]).inputs
+    checks = guard.verify(inputs)
+    assert all(check.ok for check in checks)
+    assert "144 tokens, 144 with a place, over 100% of the width and 100% of the height" in checks[1].told
+
+
+def test_the_command_examines_the_labs_model():
+    """Five lines, exit code 0."""
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert [line.split(":")[0] for line in result.stdout.splitlines() if line.startswith("works ")] == [
+        f"works {name}" for name in NAMES
+    ]
