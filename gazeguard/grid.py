@@ -103,19 +103,50 @@ class Prompt:
     processor: Any
 
 
-def _thw(prompt: Prompt) -> Layout | None:
-    """Qwen-VL and its many relatives: ``image_grid_thw`` in patches, merged ``spatial_merge_size`` to a side."""
-    grids = prompt.inputs.get("image_grid_thw")
+def patches_of(model: Any, inputs: Mapping[str, Any]) -> list[NDArray[np.float32]] | None:
+    """The boxes of every picture of a batch whose sizes the processor told in patches, or None when it did not.
+
+    Qwen-VL and its many relatives tell (frames, height, width), Nemotron-H (height, width); patches are merged to a side
+    that each family keeps under a name of its own.
+    """
+    grids = inputs.get("image_grid_thw", inputs.get("image_grid_hw"))
     if grids is None:
         return None
-    merge = getattr(prompt.model.config.vision_config, "spatial_merge_size", 1)
-    boxes = [_lattice(h // merge, w // merge) for _, h, w in np.asarray(grids).tolist()]
+    vision = getattr(model.config, "vision_config", None)
+    names = ("spatial_merge_size", "merge_size", "merge_kernel_size")
+    merge = next((getattr(vision, name) for name in names if getattr(vision, name, None) is not None), 1)
+    merge = merge[0] if isinstance(merge, (list, tuple)) else merge
+    if (ratio := getattr(model.config, "downsample_ratio", None)) is not None:
+        merge = round(1 / ratio)
+    merged = np.full(len(grids), 1 if model.config.model_type in GRID_OF_CELLS else merge)
+    merged = np.asarray(inputs.get("image_merge_sizes", merged))
+    made = []
+    for (*frames, height, width), side in zip(np.asarray(grids).tolist(), merged.tolist(), strict=True):
+        boxes = np.tile(_lattice(height // side, width // side), (*frames, 1) if frames else (1, 1))
+        if model.config.model_type == "hunyuan_vl":  # a newline after each row, and a token before and after the picture
+            rows = boxes.reshape(height // side, -1, 4)
+            boxes = np.concatenate((rows, _nowhere(len(rows))[:, None]), axis=1).reshape(-1, 4)
+            boxes = np.concatenate((_nowhere(1), boxes, _nowhere(1)))
+        made.append(boxes)
+    return made
+
+
+GRID_OF_CELLS = ("inkling2", "inkling2_mm_model")  # their ``image_grid_thw`` counts merged cells
+
+
+def _thw(prompt: Prompt) -> Layout | None:
+    """Pictures whose sizes the processor told in patches: see `patches_of`."""
+    boxes = patches_of(prompt.model, prompt.inputs)
+    if boxes is None:
+        return None
     return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
 
 
 def _tagged_tiles(prompt: Prompt) -> Layout | None:
     """Idefics3, SmolVLM: ``<row_i_col_j>`` before each tile's run, the whole picture last as ``<global-img>``."""
-    tokenizer = prompt.processor.tokenizer
+    tokenizer = getattr(prompt.processor, "tokenizer", None)
+    if tokenizer is None:
+        return None
     whole = tokenizer.convert_tokens_to_ids("<global-img>")
     tags = [tokenizer.convert_ids_to_tokens(int(prompt.ids[start - 1])) if start else "" for start, _ in prompt.runs]
     if whole in (None, tokenizer.unk_token_id) or "<global-img>" not in tags:
@@ -175,7 +206,7 @@ def _any_resolution(prompt: Prompt) -> Layout | None:
 def _pixel_sizes(prompt: Prompt) -> Layout | None:
     """Pixtral towers (Mistral3, LightOnOCR): ``image_sizes`` in pixels, cut into patches and merged; other ids end rows."""
     config, given = prompt.model.config, prompt.inputs.get("image_sizes")
-    if given is None:
+    if given is None or not hasattr(config, "vision_config"):
         return None
     edge = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
     boxes = [_lattice(height // edge, width // edge) for height, width in np.asarray(given).reshape(-1, 2).tolist()]

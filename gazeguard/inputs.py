@@ -22,8 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from gazeguard.errors import InputError, UnsupportedError
-from gazeguard.grid import ImageGrid, Prompt, find_grid, image_cells
+from gazeguard.grid import ImageGrid, Prompt, find_grid, image_cells, patches_of
 
+# What processors tell of each picture, one row per picture of the batch.
+PER_PICTURE = ("image_grid_thw", "image_grid_hw", "image_merge_sizes", "image_sizes")
 MAX_IMAGE_BYTES = 64 * 2**20
 
 
@@ -79,7 +81,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def image_token_id(model: PreTrainedModel) -> int:
     """The id that marks image cells in the prompt. Raises `UnsupportedError` for a model that has none."""
-    for name in ("image_token_id", "image_token_index"):
+    for name in ("image_token_id", "image_token_index", "video_token_id", "video_token_index"):
         if (value := getattr(model.config, name, None)) is not None:
             return int(value)
     raise UnsupportedError(
@@ -220,9 +222,8 @@ def grids_of(
     token = image_token_id(model)
     rows = ids.cpu().numpy()
     real = np.ones_like(rows, bool) if mask is None else mask.cpu().numpy().astype(bool)
-    thw = inputs.get("image_grid_thw")
-    pictures = iter(() if thw is None else np.asarray(thw.cpu()))
-    merge = getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", 1)
+    told = {name: np.asarray(inputs[name].cpu()) for name in PER_PICTURE if inputs.get(name) is not None}
+    patches = iter(enumerate(patches_of(model, told) or ()))
     grids = []
     for number, (row, is_real) in enumerate(zip(rows, real, strict=True)):
         own = row[is_real]
@@ -236,25 +237,25 @@ def grids_of(
             grids.append(_fitted(known, sum(length for _, length in runs), sizes[number] if sizes is not None else None))
             continue
         share: dict[str, Any] = {}
-        if thw is not None:
+        if patches_of(model, told) is not None:
             left, mine = sum(length for _, length in runs), []
-            while left > 0 and (picture := next(pictures, None)) is not None:
-                mine.append(picture)
-                left -= int(picture.prod()) // merge**2
-            share["image_grid_thw"] = np.stack(mine) if mine else np.zeros((0, 3), np.int64)
-        if "image_sizes" in inputs:
-            share["image_sizes"] = np.asarray(inputs["image_sizes"].cpu())[_pictures_of(number, len(rows), inputs, sizes)]
+            while left > 0 and (picture := next(patches, None)) is not None:
+                mine.append(picture[0])
+                left -= len(picture[1])
+            share = {name: value[mine] for name, value in told.items()}
+        elif "image_sizes" in told:
+            share["image_sizes"] = told["image_sizes"][_pictures_of(number, len(rows), len(told["image_sizes"]), sizes)]
         given = sizes[number] if sizes is not None else _processed_sizes(model, inputs, share, len(runs))
         grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor)))
     return grids
 
 
-def _pictures_of(number: int, rows: int, inputs: Mapping[str, Any], sizes: Sequence[Sequence[tuple[int, int]]] | None) -> slice:
+def _pictures_of(number: int, rows: int, pictures: int, sizes: Sequence[Sequence[tuple[int, int]]] | None) -> slice:
     """Which pictures of a batch belong to a row: as many as it has sizes, or an equal share when nobody said."""
     if sizes is not None:
         start = sum(len(own) for own in sizes[:number])
         return slice(start, start + len(sizes[number]))
-    each = len(inputs["image_sizes"]) // rows
+    each = pictures // rows
     return slice(number * each, (number + 1) * each)
 
 

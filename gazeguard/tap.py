@@ -1,8 +1,9 @@
 """How is a glance read, and turned? A `Tap` listens to chosen attention heads of a stock transformers model as it runs.
 
-transformers looks every attention kernel up by name in one registry. GazeGuard registers, once per process and for each
-name, a wrapper around the kernel that is already there. The wrapper does nothing unless the calling module carries a
-`Tap`; so names, configurations, masks and kernels stay what they were, and the output of the model is the kernel's own.
+transformers looks every attention kernel up by name in one registry (eager attention beside the module's class).
+GazeGuard puts there, once per process and kernel, a wrapper around the kernel that it finds. The wrapper does nothing
+unless the calling module carries a `Tap`; so names, configurations, masks and kernels stay what they were, and the output
+of the model is the kernel's own.
 
 While a model decodes with a cache that only grows, the tap keeps the chosen heads' queries alone. Attention is computed
 from them and the cached keys in one product per layer when it is asked for (``collect``), exact to float rounding, and
@@ -12,7 +13,6 @@ their query, so that chunks, speculation that is taken back and continued conver
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -27,11 +27,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from gazeguard.errors import NothingSeenError, UnsupportedError
 
-OWN_EAGER = "gazeguard_eager"  # eager attention is not in the registry; this stands in for it where a tap listens
+EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
 RIVALS = 20  # candidates that a readout is measured against
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
-FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
+FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "embedding_norm", "norm_f")
 
 Head = tuple[int, int]  # (layer, head)
 
@@ -48,7 +48,7 @@ class Backbone:
     norm: nn.Module  # the final norm
     unembedding: nn.Module
     config: Any  # the text configuration
-    logit_changes: tuple[str, ...] = ()  # those of `LOGIT_CHANGES` that this model's forward makes
+    logit_changes: tuple[LogitChange, ...] = ()  # those of `LOGIT_CHANGES` that this model's forward makes
 
     def heads(self) -> list[Head]:
         """Every head that can be watched, in order."""
@@ -61,7 +61,7 @@ class Backbone:
     def width(self, module: nn.Module) -> tuple[int, int]:
         """(heads, numbers per head) of an attention module's output."""
         columns = _first(module, OUTPUT_PROJECTIONS).in_features
-        per_head = getattr(module, "head_dim", None) or columns // self.config.num_attention_heads
+        per_head = _first(module, ("v_head_dim", "head_dim")) or columns // self.config.num_attention_heads
         return columns // per_head, per_head
 
     def delivers(self, layer: int, heads: Sequence[int]) -> Tensor:
@@ -94,19 +94,38 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model says after the last layer's ``hidden`` (..., width): logits (..., vocabulary), fp32."""
         logits = self.unembedding(self.norm(hidden)).float()
-        for name in self.logit_changes:
-            if (value := getattr(self.config, name, None)) is not None:
-                logits = LOGIT_CHANGES[name](logits, value)
+        for made in self.logit_changes:
+            if (value := getattr(self.config, made.key, None)) is not None:
+                logits = made.change(logits, value, self.config.model_type)
         return logits
 
 
-# What some families do to logits after the unembedding, by the name of the configuration key. A class may have the key
-# and not follow it (Aya Vision around Cohere2), so only what its forward names is done.
-LOGIT_CHANGES = {
-    "final_logit_softcapping": lambda logits, value: value * torch.tanh(logits / value),
-    "logit_scale": lambda logits, value: logits * value,
-    "logits_scaling": lambda logits, value: logits / value,
-}
+@dataclass(frozen=True)
+class LogitChange:
+    """What some families do to logits after the unembedding: the name that their forward uses, the key of the text
+    configuration that holds the value, and what is done with it.
+    """
+
+    name: str
+    key: str
+    change: Callable[[Tensor, Any, str], Tensor]  # logits, value, model type of the text configuration
+
+
+# In the order in which they are done. A class may have the key and not follow it (Aya Vision around Cohere2), so only
+# what its forward names is done.
+LOGIT_CHANGES = (
+    LogitChange("logit_scale", "logit_scale", lambda logits, value, _: logits * value),
+    LogitChange("output_multiplier", "output_multiplier", lambda logits, value, _: logits * value),
+    LogitChange(  # Granite divides, HyperCLOVAX multiplies
+        "logits_scaling", "logits_scaling", lambda logits, value, kind: logits * value ** (1 if kind == "hyperclovax" else -1)
+    ),
+    LogitChange("logits_mup_width_multiplier", "logits_mup_width_multiplier", lambda logits, value, _: logits / value),
+    *(
+        LogitChange(name, "final_logit_softcapping", lambda logits, value, _: value * torch.tanh(logits / value))
+        for name in ("final_logit_softcapping", "logit_softcap")
+    ),
+    LogitChange("unpadded_vocab_size", "unpadded_vocab_size", lambda logits, value, _: logits[..., :value]),
+)
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -141,10 +160,21 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # what a PEFT adapter is wrapped around
     name = type(model).__name__
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{name} is an encoder-decoder: prompt and picture are in its encoder, where no column stands for a place in the "
+            "prompt. GazeGuard hears decoders whose prompt holds the picture."
+        )
+    candidates = {path: module for path, module in decoder.named_modules() if hasattr(module, "layer_idx")}
+    if across := next((path for path in candidates if "cross" in path), None):
+        raise UnsupportedError(
+            f"{name} takes its pictures in through cross-attention ({across}), which GazeGuard does not hear: its prompt "
+            "holds no image cells. Use a model whose pictures are tokens of the prompt."
+        )
     found = {
         path: module
-        for path, module in decoder.named_modules()
-        if hasattr(module, "layer_idx") and _uses_registry(module) and _first(module, OUTPUT_PROJECTIONS) is not None
+        for path, module in candidates.items()
+        if _uses_registry(module) and _first(module, OUTPUT_PROJECTIONS) is not None
     }
     if not found:
         raise UnsupportedError(
@@ -152,23 +182,27 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
             "registry. Models that compute attention by themselves (BLIP, GIT) or run remote code are not supported."
         )
     owner = decoder.get_submodule(next(iter(found)).rpartition("layers.")[0].rstrip("."))
-    norm, unembedding = _first(owner, FINAL_NORMS), model.get_output_embeddings()
+    norm, unembedding = _first(owner, FINAL_NORMS), model.get_output_embeddings() or decoder.get_output_embeddings()
     if norm is None or unembedding is None:
         missing = "a final norm" if norm is None else "an output embedding"
         raise UnsupportedError(f"{name}'s text decoder {type(owner).__name__} has no {missing} that GazeGuard can find.")
     attention = {module.layer_idx: module for module in found.values()}
-    changes = tuple(name for name in LOGIT_CHANGES if name in _names(model))
+    if len(attention) < len(found):
+        raise UnsupportedError(
+            f"{name} has several attention modules under one layer number ({', '.join(list(found)[:3])}, ...), and GazeGuard "
+            "cannot tell which of them looks at the picture."
+        )
+    changes = tuple(made for made in LOGIT_CHANGES if made.name in _names(model))
     return Backbone(owner, attention, norm, unembedding, model.config.get_text_config(decoder=True), changes)
 
 
 # ---------------------------------------------------------------------------------------------------- the wrapper
 
 
-def _install(name: str) -> None:
-    """Put the wrapper around a kernel; a second call finds it there. For modules without a tap it costs one look-up."""
-    kernel = _own_eager if name == OWN_EAGER else ALL_ATTENTION_FUNCTIONS[name]
+def _watched(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel with the wrapper around it; for modules without a tap it costs one look-up."""
     if hasattr(kernel, "gazeguard"):
-        return
+        return kernel
 
     @functools.wraps(kernel)
     def watched(module, query, key, value, attention_mask, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
@@ -177,16 +211,20 @@ def _install(name: str) -> None:
         return result if tap is None else tap.hear(module, query, key, value, attention_mask, kwargs, result)
 
     watched.gazeguard = True
-    AttentionInterface.register(name, watched)
+    return watched
 
 
-def _eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The eager attention that a module falls back on: by custom a function of this name beside its class."""
-    return inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+def _install(kernel: str, module: nn.Module) -> None:
+    """Put the wrapper where ``module`` looks its kernel up; a second call finds it there."""
+    if kernel == "eager":  # not in the registry: by custom a function of this name beside the module's class
+        _scope(module)[EAGER] = _watched(_scope(module)[EAGER])
+    else:
+        AttentionInterface.register(kernel, _watched(ALL_ATTENTION_FUNCTIONS[kernel]))
 
 
-def _own_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    return _eager_of(module)(module, *args, **kwargs)
+def _scope(module: nn.Module) -> dict[str, Any]:
+    """The globals that a module's forward sees."""
+    return inspect.unwrap(type(module).forward).__globals__
 
 
 # How a kernel is told what a query may look at. A rule gets what the kernel got and answers with what is added to the last
@@ -251,7 +289,7 @@ def _flex(call: Call, rows: int) -> Tensor | None:
 
 
 def _rule_of(kernel: str) -> Callable[[Call, int], Tensor | None] | None:
-    rules = {"sdpa": _dense, "eager": _dense, OWN_EAGER: _dense, "flex_attention": _flex}
+    rules = {"sdpa": _dense, "eager": _dense, "flex_attention": _flex}
     return rules.get(kernel, _flash if "flash" in kernel else None)  # flash comes in many builds
 
 
@@ -295,7 +333,8 @@ class Rows:
 
     gaze:   (batch, T, H, N or R) float32, attention on each image cell, or on each region when regions were asked for
     shares: (batch, T, H, 4) float32, attention on `gazeguard.trace.SHARES`
-    output: (batch, T, H, width per head) float32, each head's output before the output projection
+    output: (batch, T, H, width per head) float32, each head's output before the output projection; zeros after a narrow
+            head's own width where layers differ
     hidden: (batch, T, model width), the last layer's state before the final norm, in the model's dtype
     """
 
@@ -309,6 +348,12 @@ def _sees_ahead(opening: Tensor) -> bool:
     """Whether the last rows (batch or 1, heads or 1, r, S) may look at a key after their own."""
     rows, length = opening.shape[-2:]
     return bool((opening > torch.finfo(torch.float16).min).triu(length - rows + 1).any())
+
+
+def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The parts along ``dim``, each filled up with zeros to the widest: in Gemma4 some layers have wider heads."""
+    widest = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (0, widest - part.shape[-1])) for part in parts], dim=dim)
 
 
 class Track:
@@ -385,7 +430,6 @@ class Tap:
         self.heads: tuple[Head, ...] = tuple(sorted(set(heads)))
         self._numbers = sorted({layer for layer, _ in self.heads})
         self._handles: list[Any] = []
-        self._configs: dict[int, Any] = {}
         self._prompts: Prompts | None = None
         self._opening_rule()
 
@@ -393,7 +437,7 @@ class Tap:
         """The model's kernel now, and the rule that reads its mask. Raises `UnsupportedError` when there is none."""
         module = self.backbone.attention[self._numbers[0]]
         kernel = module.config._attn_implementation
-        if (rule := _rule_of(kernel)) is None or (kernel == "eager" and _eager_of(module) is None):
+        if (rule := _rule_of(kernel)) is None or (kernel == "eager" and EAGER not in _scope(module)):
             raise UnsupportedError(
                 f"{type(self.model).__name__} runs {kernel!r} attention, whose masks GazeGuard cannot read. "
                 'Call model.set_attn_implementation("sdpa") first; the outputs are the same.'
@@ -402,17 +446,13 @@ class Tap:
 
     def __enter__(self) -> Tap:
         self._kernel, self._rule = self._opening_rule()
-        _install(OWN_EAGER if self._kernel == "eager" else self._kernel)
         _ = self.backbone.gain  # runs the norm, so before anyone listens to it
         if any("_gazeguard_tap" in module.__dict__ for module in self.backbone.attention.values()):
             raise UnsupportedError("This model is being watched already. Leave the other watch first, or copy the model.")
         for number in self._numbers:
             module = self.backbone.attention[number]
             module.__dict__["_gazeguard_tap"] = self
-            if self._kernel == "eager":  # the layers that are listened to ask the registry for a name that is in it
-                self._configs[number] = module.config
-                module.config = copy.copy(module.config)
-                module.config._attn_implementation_internal = OWN_EAGER
+            _install(self._kernel, module)
             projected = functools.partial(self._hear_output, number)
             self._handles.append(self.backbone.projection(number).register_forward_pre_hook(projected))
         self._handles.append(self.backbone.owner.register_forward_pre_hook(self._hear_start, with_kwargs=True))
@@ -421,10 +461,7 @@ class Tap:
 
     def __exit__(self, *_: object) -> None:
         for number in self._numbers:
-            module = self.backbone.attention[number]
-            module.__dict__.pop("_gazeguard_tap", None)
-            if number in self._configs:
-                module.config = self._configs.pop(number)
+            self.backbone.attention[number].__dict__.pop("_gazeguard_tap", None)
         while self._handles:
             self._handles.pop().remove()
         self._prompts = None
@@ -526,7 +563,7 @@ class Tap:
         chosen = query[:, :, -rows:].index_select(1, layer.heads)
         layer.scaling = call.option("scaling", query.shape[-1] ** -0.5)
         start = self._total - wanted - self._first
-        plain = not any(call.option(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+        plain = not any(call.option(name) is not None for name in ("softcap", "s_aux", "sinks", "position_bias"))
         if rows == 1 and plain and self._bias is None and self._grows(module.layer_idx):
             while layer.pending and layer.pending[-1].start >= start:
                 layer.pending.pop()
@@ -544,8 +581,14 @@ class Tap:
             output[:, -rows:, layer.heads] = turned.transpose(1, 2).to(output.dtype)
             result = (output, *result[1:])
         if wanted:
-            self._file(layer, start, weights[:, :, -wanted:], max(0, self._total - key.shape[2]))
+            self._file(layer, start, weights[:, :, -wanted:], self._gone(module.layer_idx, key.shape[2]))
         return result
+
+    def _gone(self, number: int, keys: int) -> int:
+        """How many positions have left a layer's cache of so many keys, from the first on."""
+        layers = getattr(self._cache, "layers", ())
+        keeps_prompt = number < len(layers) and hasattr(layers[number], "prefill_length")  # what goes was written
+        return 0 if keeps_prompt else max(0, self._total - keys)
 
     def _grows(self, number: int) -> bool:
         """Whether the keys of a layer stay what and where they are until the end, so that they can be read then."""
@@ -572,12 +615,13 @@ class Tap:
         if self._bias is not None:
             number = call.module.layer_idx
             of_layer = [i for i, (la, _) in enumerate(self.heads) if la == number]
-            columns, cells = self._columns(max(0, self._total - call.key.shape[2]))
+            columns, cells = self._columns(self._gone(number, call.key.shape[2]))
             turn = (self._bias[:, of_layer] * cells[:, None]).to(scores)[:, :, None].expand(-1, -1, rows, -1)
             scores = scores.scatter_add(3, columns[:, None, None].expand(turn.shape), turn)
-        if (sink := call.option("s_aux", getattr(call.module, "sinks", None))) is not None:
-            sink = sink.float()[layer.heads].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-            scores = torch.cat((scores, sink), dim=-1)
+        sink = call.option("s_aux", call.option("sinks", getattr(call.module, "sinks", None)))
+        if sink is not None:  # one per head, or one per row and head
+            sink = sink.view(1, -1, 1, 1) if sink.ndim == 1 else sink[:, :, -rows:]
+            scores = torch.cat((scores, sink.float()[:, layer.heads].expand(*scores.shape[:3], 1)), dim=-1)
         weights = scores.softmax(-1).nan_to_num()  # a row of padding may see nothing at all
         return weights if sink is None else weights[..., :-1]
 
@@ -645,7 +689,7 @@ class Tap:
         if not 0 <= row < len(self._hidden):
             return None
         outputs = [layer.output.row(row).float() for layer in self._layers.values()]
-        return torch.cat(outputs, dim=1), self._hidden.row(row)
+        return _side_by_side(outputs, dim=1), self._hidden.row(row)
 
     def collect(self, beams: Tensor | None = None) -> Rows:
         """Everything heard since ``begin``. Raises `NothingSeenError` when that is nothing.
@@ -665,7 +709,7 @@ class Tap:
             layer = self._layers[number]
             heard.append(tuple(track.joined() for track in (layer.gaze, layer.shares, layer.output)))
         device = self._prompts.columns.device
-        tensors = [torch.cat([part.to(device) for part in parts], dim=2) for parts in zip(*heard, strict=True)]
+        tensors = [_side_by_side([part.to(device) for part in parts], dim=2) for parts in zip(*heard, strict=True)]
         tensors.append(self._hidden.joined())
         if beams is not None:
             own = beams.to(device).clamp(min=0)
@@ -699,7 +743,7 @@ def readout(backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: T
         chosen = [head for la, head in heads if la == layer]
         delivered = directions @ backbone.delivers(layer, chosen)
         parts.append(delivered.unflatten(-1, (len(chosen), -1)))  # (..., chosen heads, width per head)
-    return (torch.cat(parts, dim=-2) * output).sum(-1)
+    return (_side_by_side(parts, dim=-2) * output).sum(-1)
 
 
 @dataclass(frozen=True)

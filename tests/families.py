@@ -303,6 +303,19 @@ MAKERS: dict[str, Callable[[], Family]] = {
 }
 
 
+LAYOUTS: dict[str, str] = {
+    "Idefics3": "tiles by tags, row by row, the whole picture last",
+    "SmolVLM": "tiles by tags, row by row, the whole picture last",
+    "LLaVA": "one square per picture, row by row",
+    "Qwen2.5-VL": "h/2 x w/2 from image_grid_thw, row by row",
+    "Qwen3-VL": "h/2 x w/2 from image_grid_thw, row by row",
+    "InternVL": "tiles of a canvas, row by row, the whole picture last",
+    "Mistral3": "h x w from image_sizes, another token after each row",
+    "PaliGemma": "one square per picture, row by row",
+    "AyaVision": "tiles of a canvas, each a run of its own, the whole picture last",
+}
+
+
 @functools.cache
 def family(name: str) -> Family:
     """The family of this name, made once. Tests leave its model as they found it, or make their own."""

@@ -1,0 +1,44 @@
+"""The laws on every family of vision-language models that transformers has and that can be built here."""
+
+from collections.abc import Iterator
+
+import pytest
+from zoo import EXCEPTIONS, LAWS, LAYOUTS, MAKERS, OTHERS, quietly
+
+from gazeguard.errors import UnsupportedError
+from gazeguard.inputs import image_token_id
+from gazeguard.tap import find_backbone
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quietly() -> Iterator[None]:
+    with quietly():
+        yield
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_the_family_keeps_the_law(name, law):
+    if (name, law.__name__) in EXCEPTIONS:
+        with pytest.raises(AssertionError):  # what is known not to be so is not so
+            law(name)
+    else:
+        law(name)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_cannot_be_watched_is_refused_by_name(name):
+    """Encoder-decoders, cross-attention readers, classes with attention of their own, models without an image token."""
+    model = OTHERS[name]().model
+
+    def meet() -> None:
+        image_token_id(model)
+        find_backbone(model)
+
+    with pytest.raises(UnsupportedError, match=type(model).__name__):
+        meet()
+
+
+def test_there_are_sixty_families_and_each_layout_is_told():
+    assert len(MAKERS) >= 60
+    assert set(LAYOUTS) == set(MAKERS)

@@ -1,0 +1,267 @@
+"""What do the laws say of every family? ``python tests/zoo.py --out FILE`` examines them all and writes the table.
+
+A family is a tiny model of a real transformers class (`families.py` and the files beside it). The laws are those of
+`gazeguard.trace`, as far as they need no processor.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import families
+import families_grids
+import families_others
+import families_tiles
+import numpy as np
+import torch
+import transformers
+import typer
+from families import Family
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from gazeguard.errors import GazeGuardError, NothingSeenError, UnsupportedError
+from gazeguard.inputs import grids_of, image_token_id, model_inputs
+from gazeguard.tap import Prompts, Rows, Tap, find_backbone
+
+NEW = 6
+GROUPS = (families, families_grids, families_tiles, families_others)
+MAKERS: dict[str, Callable[[], Family]] = {name: make for group in GROUPS for name, make in group.MAKERS.items()}
+MAKERS |= {"Gemma3": lambda: families.gemma3(12), "LLaVA (Mistral)": lambda: families.llava_mistral(12)}  # sliding windows
+LAYOUTS: dict[str, str] = {name: told for group in GROUPS for name, told in group.LAYOUTS.items()}
+LAYOUTS |= dict.fromkeys(("Gemma3", "LLaVA (Mistral)"), "one square per picture, row by row")
+
+
+def prompts_of(kind: Family, inputs: dict[str, Tensor]) -> Prompts:
+    return Prompts.of(inputs["input_ids"], inputs["attention_mask"], kind.image_token)
+
+
+def write(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Any:
+    how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **options}
+    return model.generate(**inputs, **how, output_logits=True, return_dict_in_generate=True)
+
+
+def heard(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], run: Callable[[], Any]) -> tuple[Any, Rows]:
+    """What ``run`` returned, and what a tap on all heads heard of it."""
+    with Tap(model, find_backbone(model).heads()) as tap:
+        tap.begin(prompts_of(kind, inputs))
+        return run(), tap.collect()
+
+
+def replayed(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], written: Tensor) -> Rows:
+    whole = kind.extended(inputs, written)
+    rows = heard(kind, model, inputs, lambda: model(**model_inputs(model, whole), use_cache=False))[1]
+    return Rows(*(tensor[:, : written.shape[1]] for tensor in vars(rows).values()))
+
+
+@cache
+def story(name: str) -> tuple[Family, dict[str, Tensor], Tensor, Any, Rows]:
+    """The family, a padded batch, the words written after it, what generate said, and what was heard."""
+    kind = MAKERS[name]()
+    inputs = kind.batch()
+    made, rows = heard(kind, kind.model, inputs, lambda: write(kind.model, inputs))
+    return kind, inputs, made.sequences[:, -NEW:], made, rows
+
+
+def close(left: Rows, right: Rows, within: float, fields: tuple[str, ...] = ("gaze", "shares", "output")) -> None:
+    for field in fields:
+        torch.testing.assert_close(getattr(left, field), getattr(right, field), rtol=1e-4, atol=within, msg=lambda m: m[:300])
+
+
+# ------------------------------------------------------------------------------------------------------------- the laws
+
+
+def reads_as_eager(name: str) -> None:
+    """(a) Row t is the query that predicted token t: the eager model's own weights, row by row."""
+    kind, inputs, written, _, rows = story(name)
+    twin = copy.deepcopy(kind.model)
+    twin.set_attn_implementation("eager")
+    close(rows, replayed(kind, twin, inputs, written), 1e-5, ("gaze", "shares"))
+    assert rows.gaze.max() > 0.05, "a test of looks needs a look"
+
+
+def replay_is_live(name: str) -> None:
+    """(b) One teacher-forced pass hears what was heard live."""
+    kind, inputs, written, _, rows = story(name)
+    close(rows, replayed(kind, kind.model, inputs, written), 1e-5)
+
+
+def changes_no_logit(name: str) -> None:
+    """(c) With and without the tap, words and logits are the same to the last bit."""
+    kind, inputs, written, made, _ = story(name)
+    plain = write(kind.model, inputs)
+    assert torch.equal(plain.sequences[:, -NEW:], written)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, made.logits, strict=True))
+
+
+def padding_moves_nothing(name: str) -> None:
+    """(d) A row of a left-padded batch is heard as it is alone."""
+    kind, _, written, _, rows = story(name)
+    for row in range(3):
+        alone = kind.batch([row])
+        made, own = heard(kind, kind.model, alone, lambda alone=alone: write(kind.model, alone))
+        assert torch.equal(made.sequences[0, -NEW:], written[row])
+        cells = own.gaze.shape[-1]
+        part = Rows(rows.gaze[row : row + 1, ..., :cells], *(t[row : row + 1] for t in (rows.shares, rows.output, rows.hidden)))
+        close(own, part, 1e-4)
+
+
+def hidden_becomes_logits(name: str) -> None:
+    """The heard states, normed and unembedded, are the model's own logits: so are log-probability and readout."""
+    kind, _, _, made, rows = story(name)
+    logits = find_backbone(kind.model).logits(rows.hidden)
+    torch.testing.assert_close(logits, torch.stack(made.logits, dim=1).float(), rtol=1e-4, atol=1e-4, msg=lambda m: m[:300])
+
+
+def cells_are_found(name: str) -> None:
+    """A rule says where each image cell lies, or that it lies nowhere, or the layout is refused with the way out."""
+    kind, inputs, *_ = story(name)
+    try:
+        grids = grids_of(kind.model, None, inputs, inputs["input_ids"], inputs["attention_mask"])
+    except UnsupportedError as error:
+        if "grid=ImageGrid(...)" in str(error):
+            return
+        raise
+    cells = (inputs["input_ids"] == kind.image_token).sum(1).tolist()
+    assert [len(grid) for grid in grids] == cells
+
+
+def leaves_nothing_behind(name: str) -> None:
+    """(f) After an exception every module has the attributes and hooks that it had."""
+    kind, inputs, *_ = story(name)
+
+    def shape() -> list[Any]:
+        return [(set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in kind.model.modules()]
+
+    def stumble() -> None:
+        write(kind.model, inputs)
+        raise KeyError("stumbled")
+
+    before = shape()
+    try:
+        heard(kind, kind.model, inputs, stumble)
+    except KeyError:
+        assert shape() == before
+    else:
+        raise AssertionError("it did not stumble")
+
+
+def silence_is_an_error(name: str) -> None:
+    """(i) A tap that heard nothing raises."""
+    kind, inputs, *_ = story(name)
+    try:
+        heard(kind, kind.model, inputs, lambda: None)
+    except NothingSeenError:
+        return
+    raise AssertionError("silence went by")
+
+
+LAWS = (
+    reads_as_eager,
+    replay_is_live,
+    changes_no_logit,
+    padding_moves_nothing,
+    leaves_nothing_behind,
+    silence_is_an_error,
+    hidden_becomes_logits,
+    cells_are_found,
+)
+# What is known not to be so, and why.
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("Chameleon", "hidden_becomes_logits"): "its forward forbids the image codes after the unembedding; others are right",
+}
+OTHERS = families_others.OTHERS  # models whose words see the picture by a way that is refused
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """One thread, so that sums are made in one order, and no gradients."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+NOT_TRIED = {  # keys of the mapping that cannot be built here, or write no text word by word
+    "diffusion_gemma": "writes in blocks, not word by word",
+    "evolla": "reads proteins",
+    "gemma3n": "its tower needs timm",
+    "perception_lm": "its tower needs timm",
+    "pi0": "moves robots, writes no text",
+}
+
+
+def examined(name: str) -> dict[str, Any]:
+    """What is so of one family."""
+    kept: dict[str, bool | str] = {}
+    for law in LAWS:
+        try:
+            law(name)
+            kept[law.__name__] = True
+        except (AssertionError, GazeGuardError) as error:
+            kept[law.__name__] = EXCEPTIONS.get((name, law.__name__), str(error).strip().splitlines()[0])
+    kind, inputs, *_ = story(name)
+    try:
+        find = grids_of(kind.model, None, inputs, inputs["input_ids"], inputs["attention_mask"])
+        grid = "found" if not np.isnan(find[0].boxes).all() else "no places: the answers of a resampler"
+    except UnsupportedError:
+        grid = "pass grid=, or the processor finds it"
+    return {
+        "model_type": kind.model.config.model_type,
+        "class": type(kind.model).__name__,
+        "layout": LAYOUTS[name],
+        "grid": grid,
+        "laws": kept,
+    }
+
+
+def refused(name: str) -> dict[str, str]:
+    """Why a model cannot be watched."""
+    model = OTHERS[name]().model
+    try:
+        image_token_id(model)
+        find_backbone(model)
+    except UnsupportedError as error:
+        return {"model_type": model.config.model_type, "class": type(model).__name__, "why": str(error)}
+    raise AssertionError(f"{name} was not refused")
+
+
+def main(out: Annotated[Path, typer.Option(help="The JSON file to write.")]) -> None:
+    """Examine every family of the installed transformers, and write what is so."""
+    warnings.simplefilter("ignore")
+    told: dict[str, Any] = {}
+    with quietly():
+        for name in track(MAKERS, "examining", console=Console(stderr=True)):
+            told[name] = examined(name)
+            story.cache_clear()
+        no = {name: refused(name) for name in OTHERS}
+    seen = {row["model_type"] for row in (*told.values(), *no.values())} | set(NOT_TRIED)
+    meta = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "laws": [law.__name__ for law in LAWS],
+        "mapping": sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        "not_examined": sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - seen),
+    }
+    made = {"families": told, "refused": no, "not_tried": NOT_TRIED, "meta": meta}
+    out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    good = sum(all(value is True for value in row["laws"].values()) for row in told.values())
+    print(f"{good} of {len(told)} families keep all of {len(LAWS)} laws; not examined: {meta['not_examined']}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    typer.run(main)
