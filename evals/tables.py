@@ -2,7 +2,7 @@
 
 A table stands between ``<!-- table NAME: PATTERN... -->`` and ``<!-- end -->``: the figures of ``evals/results/NAME.json``
 whose keys match one of the patterns, in the order of the patterns. The demo's real output stands between
-``<!-- demo -->`` and ``<!-- end demo -->``.
+``<!-- demo -->`` and ``<!-- end demo -->``. ``evals/results/families.md`` is made whole.
 """
 
 from __future__ import annotations
@@ -43,6 +43,31 @@ def renewed(text: str) -> str:
     return TABLE.sub(lambda found: f"{found[1]}{table(found[2], found[3].split())}{found[4]}", text)
 
 
+def families() -> str:
+    """What ``tests/zoo.py`` saw of every family of vision-language models, as a page."""
+    result = json.loads((ROOT / "evals" / "results" / "families.json").read_text(encoding="utf-8"))
+    meta, laws = result["meta"], result["meta"]["laws"]
+    lines = [
+        "# Families of vision-language models",
+        "",
+        "What the laws say of a tiny model of each real class, with random weights, in transformers "
+        f"{meta['transformers']} (torch {meta['torch']}, {meta['date']}): `python tests/zoo.py --out "
+        "evals/results/families.json`, then `python -m evals.tables`. The laws: " + ", ".join(f"`{law}`" for law in laws) + ".",
+        "",
+        "| family | class | image tokens of one picture | grid | laws |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in sorted(result["families"].items(), key=lambda item: item[0].lower()):
+        broken = {law: why for law, why in row["laws"].items() if why is not True}
+        kept = "; ".join(f"not `{law}`: {why}" for law, why in broken.items()) or "all"
+        lines.append(f"| {name} | `{row['class']}` | {row['layout']} | {row['grid']} | {kept} |".replace("|img", "\\|img"))
+    lines += ["", "Refused by name:", "", "| model | class | why |", "|---|---|---|"]
+    lines += [f"| {name} | `{row['class']}` | {row['why']} |" for name, row in result["refused"].items()]
+    rest = {**result["not_tried"], **dict.fromkeys(meta["not_examined"], "no tiny model has been made of it")}
+    lines += ["", "Not tried: " + "; ".join(f"`{key}` ({why})" for key, why in sorted(rest.items())) + "."]
+    return "\n".join(lines) + "\n"
+
+
 def demo() -> str:
     """What ``gazeguard demo --pictures 4`` prints."""
     with tempfile.TemporaryDirectory() as folder:
@@ -54,6 +79,7 @@ def demo() -> str:
 
 def main() -> None:
     """Renew the tables in the documents."""
+    (ROOT / "evals" / "results" / "families.md").write_text(families(), encoding="utf-8")
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         if DEMO.search(text):

@@ -101,6 +101,7 @@ class Prompt:
     sizes: tuple[tuple[int, int], ...]  # (width, height) of each picture, pixels
     model: Any
     processor: Any
+    own_sizes: bool = True  # the sizes are the pictures' own, not those of what the processor made of them
 
 
 def patches_of(model: Any, inputs: Mapping[str, Any]) -> list[NDArray[np.float32]] | None:
@@ -220,7 +221,7 @@ def _tiled_canvas(prompt: Prompt) -> Layout | None:
     """
     images = getattr(prompt.processor, "image_processor", None)
     canvas = getattr(sys.modules.get(type(images).__module__), "get_optimal_tiled_canvas", None)
-    if canvas is None:
+    if canvas is None or (images.crop_to_patches and not prompt.own_sizes):
         return None
     tile = images.size["height"], images.size["width"]
     shapes = [  # (columns, rows) of each picture
@@ -255,8 +256,35 @@ def _latents(prompt: Prompt) -> Layout | None:
     return _nowhere(count), np.arange(count) * pictures // max(1, count)
 
 
+# Models that may turn a picture into a square number of tokens that are no square: tiles in one run, pictures in their own
+# shape, several views. A rule above may know them (some by their processor); where none does, they are refused.
+NO_SQUARE = (
+    "deepseek_ocr2",
+    "gemma4",
+    "gemma4_unified",
+    "got_ocr2",
+    "internvl",
+    "lfm2_vl",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "molmo2",
+    "pp_chart2table",
+    "qianfan_ocr",
+    "step3p7",
+    "unlimited_ocr",
+)
+
+
+# Models whose tiles are runs of their own, so that several runs need not be several pictures.
+TILE_RUNS = ("aya_vision", "cohere2_vision", "llama4", "ovis2")
+
+
 def _one_square_per_picture(prompt: Prompt) -> Layout | None:
     """LLaVA and every other model that turns each picture into one run of n x n tokens; a centre crop is undone."""
+    kind = prompt.model.config.model_type
+    if kind in NO_SQUARE or (kind in TILE_RUNS and len(prompt.runs) > 1):
+        return None
     if len(prompt.runs) != len(prompt.sizes) or any(round(n**0.5) ** 2 != n for _, n in prompt.runs):
         return None
     boxes = []
@@ -316,5 +344,6 @@ def find_grid(prompt: Prompt) -> ImageGrid:
     lengths = ", ".join(str(length) for _, length in prompt.runs)
     raise UnsupportedError(
         f"No rule says where the {count} image tokens of {type(prompt.model).__name__} lie in the picture "
-        f"(runs of {lengths} tokens for {len(prompt.sizes)} pictures). Pass grid=ImageGrid(...) with one box per token."
+        f"(runs of {lengths} tokens for {len(prompt.sizes)} pictures). Pass picture_sizes= to generate if the pictures' own "
+        "sizes are missing, or grid=ImageGrid(...) with one box per token."
     )

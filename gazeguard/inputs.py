@@ -246,7 +246,7 @@ def grids_of(
         elif "image_sizes" in told:
             share["image_sizes"] = told["image_sizes"][_pictures_of(number, len(rows), len(told["image_sizes"]), sizes)]
         given = sizes[number] if sizes is not None else _processed_sizes(model, inputs, share, len(runs))
-        grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor)))
+        grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor, sizes is not None)))
     return grids
 
 

@@ -298,6 +298,26 @@ def test_a_canvas_needs_the_pictures_own_size():
         find_grid(prompt_of(made, [(48, 48)], SimpleNamespace(image_processor=used), 7))
 
 
+def test_a_square_number_of_tokens_need_not_be_a_square():
+    """Four tiles of 64 tokens are 256 tokens, too: a model that may have them is refused, not guessed at."""
+    made = {"input_ids": torch.tensor([[1, *[7] * 256, 1]])}
+    prompt = prompt_of(made, [(40, 30)], None, 7)
+    assert len(find_grid(prompt)) == 256
+    config = SimpleNamespace(model_type="internvl", vision_config=SimpleNamespace())
+    with pytest.raises(UnsupportedError, match=r"No rule says where .* or grid=ImageGrid"):
+        find_grid(replace(prompt, model=SimpleNamespace(config=config)))
+
+
+def test_tiles_are_not_taken_for_pictures():
+    """Without the pictures' own sizes nobody knows how many tiles each has: refused, with what to pass."""
+    used = GotOcr2ImageProcessorPil(size={"height": 48, "width": 48}, crop_to_patches=True, min_patches=1, max_patches=6)
+    tiles = [token for _ in range(3) for token in (*[7] * 144, 8)]
+    prompt = prompt_of({"input_ids": torch.tensor([[1, *tiles]])}, [(48, 48)] * 3, SimpleNamespace(image_processor=used), 7)
+    config = SimpleNamespace(model_type="aya_vision", vision_config=SimpleNamespace())
+    with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
+        find_grid(replace(prompt, model=SimpleNamespace(config=config), own_sizes=False))
+
+
 def test_answers_of_a_resampler_have_no_place():
     """The tokens of a Q-Former or perceiver have seen everything; no box holds any of them."""
     made = {"input_ids": torch.tensor([[1, *[7] * 32, 1]])}
@@ -340,7 +360,8 @@ def test_an_unknown_layout_says_what_was_found_and_the_way_out():
         find_grid(prompt)
     assert str(caught.value) == (
         "No rule says where the 5 image tokens of SimpleNamespace lie in the picture (runs of 3, 2 tokens for 1 "
-        "pictures). Pass grid=ImageGrid(...) with one box per token."
+        "pictures). Pass picture_sizes= to generate if the pictures' own sizes are missing, or grid=ImageGrid(...) with one box "
+        "per token."
     )
 
 
