@@ -360,8 +360,8 @@ def test_an_unknown_layout_says_what_was_found_and_the_way_out():
         find_grid(prompt)
     assert str(caught.value) == (
         "No rule says where the 5 image tokens of SimpleNamespace lie in the picture (runs of 3, 2 tokens for 1 "
-        "pictures). Pass picture_sizes= to generate if the pictures' own sizes are missing, or grid=ImageGrid(...) with one box "
-        "per token."
+        "pictures). Pass picture_sizes= to generate if the pictures' own sizes are missing, or grid=ImageGrid(...) with one "
+        "box per token."
     )
 
 
