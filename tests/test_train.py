@@ -10,6 +10,7 @@ from itertools import islice
 import pytest
 import torch
 from labkit import processor
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from gazeguard.comics import COLOURS
@@ -48,6 +49,18 @@ def test_the_collator_says_what_processor_and_chat_template_say(collate):
         assert torch.equal(targets[:-1][spoken[:-1]], batch.input_ids[row, 1:][spoken[:-1]])
         end = processor().tokenizer.eos_token
         assert processor().tokenizer.decode(targets[spoken]) == "".join(turn.answer + end for turn in sample.turns)
+
+
+def test_answers_to_questions_have_a_loss_of_their_own(collate):
+    """The answers' targets are marked, ends included; those of descriptions are not."""
+    made = list(islice(lessons(0, 0), 12))
+    batch = collate(made)
+    end = processor().tokenizer.eos_token
+    for row, sample in enumerate(made):
+        asked = "".join(turn.answer + end for turn in sample.turns if turn.prompt.endswith("?"))
+        assert processor().tokenizer.decode(batch.targets[row][batch.answers[row]]) == asked
+    assert batch.answers.any()
+    assert (batch.targets[~batch.answers] != -100).any()
 
 
 def equal(a, b) -> bool:
@@ -124,17 +137,30 @@ def test_an_interrupted_training_goes_on_bitwise(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped", "whole"]
 
 
+def test_a_finished_run_can_be_continued(tmp_path):
+    """--start takes weights and vocabulary of another run, whose steps are counted; there is no second warm-up."""
+    run = partial(train, batch_size=2, width=32, layers=2, save_every=6)
+    run(tmp_path / "first", steps=10)
+    run(tmp_path / "second", steps=14, start=tmp_path / "first", done=10, learning_rate=0.0)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first), "without a learning rate nothing moves"
+    assert int(load_file(tmp_path / "second" / "state.safetensors")["step"]) == 14
+    run(tmp_path / "third", steps=14, start=tmp_path / "first", done=10)
+    third = load_file(tmp_path / "third" / "model.safetensors")
+    assert any(not torch.equal(first[name], third[name]) for name in first if "text_model.layers" in name)
+
+
 def test_the_encoder_alone_learns_in_the_warm_up(collate):
     """Then no gradient reaches the language model's layers; afterwards it reaches everything."""
     taught = learner()
     batch = collate(list(islice(lessons(0, 0), 2)))
-    _, cells = taught(batch, encoder_only=True)
+    *_, cells = taught(batch, encoder_only=True)
     cells.backward()
     layers = [p for name, p in taught.named_parameters() if "text_model.layers" in name]
     assert layers
     assert all(p.grad is None for p in layers)
-    words, cells = taught(batch, encoder_only=False)
-    (words + cells).backward()
+    words, answers, cells = taught(batch, encoder_only=False)
+    (words + answers + cells).backward()
     assert all(p.grad is not None for p in taught.parameters())
 
 

@@ -126,7 +126,7 @@ def batches(collate: Collator, seed: int, step: int, steps: int, size: int, done
     while step < steps:
         first = step // pool * pool
         share = (first - start) / (steps - start)
-        most = next(most for until, most in CURRICULUM if share < until) if step >= start else CURRICULUM[-1][1]
+        most = next(most for until, most in CURRICULUM if share < until) if first + pool > start else CURRICULUM[-1][1]
         drawn = list(islice(lessons(seed, first * size, most), pool * size))
         drawn.sort(key=lambda sample: sum(len(turn.prompt) + len(turn.answer) + 12 for turn in sample.turns))
         groups = [drawn[i * size : (i + 1) * size] for i in range(pool)]
