@@ -13,10 +13,18 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pytest -m "not slow"
 
+# The same tests with the oldest transformers that pyproject.toml admits.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-oldest/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable . transformers==5.20.0
+	$(VENV)-oldest/bin/pip install --quiet --constraint $(CONSTRAINTS) --group dev
+	$(VENV)-oldest/bin/pytest -m "not slow"
+
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade "pip>=25.1"
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test test-oldest

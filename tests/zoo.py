@@ -182,6 +182,11 @@ LAWS = (
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("Chameleon", "hidden_becomes_logits"): "its forward forbids the image codes after the unembedding; others are right",
 }
+# Classes that transformers 5.20, the oldest that the package admits, lacks or runs wrongly by itself.
+SINCE_5_23 = (
+    *("Dots3", "GraniteDocling", "Inkling2", "Lfm3-VL", "MiniCPM-OCR", "Mistral-Large-4"),
+    *("Fuyu", "MiniMax-M3-VL", "Qwen2.5-Omni", "Qwen3-Omni", "VideoLLaVA", "VipLlava"),
+)
 OTHERS = families_others.OTHERS  # models whose words see the picture by a way that is refused
 
 
