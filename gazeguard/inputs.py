@@ -180,14 +180,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[NDArray[
 def decode(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int64]) -> tuple[str, NDArray[np.int64]]:
     """The text of ``ids`` (T,) and the characters that each covers (T, 2).
 
-    A token's characters are what it adds to the text of the few tokens before it, so that the cost grows with T and a
-    tokenizer's rules about leading spaces are respected. Tokens that together make one character share it.
+    A fast tokenizer that turns the text into the same ids again says it itself. Otherwise a token's characters are what it
+    adds to the text of the few tokens before it, so that the cost grows with T and a tokenizer's rules about leading spaces
+    are respected. Tokens that together make one character share it.
     """
 
     def text(part: NDArray[np.int64]) -> str:
         return tokenizer.decode(part.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     whole = text(ids)
+    if tokenizer.is_fast:
+        again, offsets = tokenize(tokenizer, whole)
+        if np.array_equal(again, ids):
+            return whole, offsets
     special = set(tokenizer.all_special_ids)
     offsets = np.zeros((len(ids), 2), np.int64)
     at, start, before = 0, 0, 0  # before: the length of the text of ids[start:i]
