@@ -205,10 +205,20 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def worst(figures: dict[str, Figure]) -> dict[str, Figure]:
+    """For each way of the middle model the larger ratio of its batch sizes, under a name of its own."""
+    found: dict[str, list[Figure]] = {}
+    for key, made in figures.items():
+        if key.startswith("middle_") and "_ratio_batch_" in key:
+            found.setdefault(key.removeprefix("middle_").rpartition("_batch_")[0], []).append(made)
+    return {key: max(each, key=lambda made: made["value"]) for key, each in found.items()}
+
+
 def main(
     out: Out,
     quick: Quick = False,
     models: Annotated[str, typer.Option(help=f"Which, by comma: {', '.join(MODELS)}.")] = "lab,middle",
+    batches: Annotated[str, typer.Option(help="Batch sizes, by comma. [default: each model's own]")] = "",
     new: Annotated[int, typer.Option(help="Tokens to write.")] = 128,
     repeats: Annotated[int, typer.Option(help="Runs of every way.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -216,10 +226,12 @@ def main(
     """Measure what the tap costs beside plain generate, and what others cost."""
     new, repeats = (16, 2) if quick else (new, repeats)
     figures: dict[str, Figure] = {}
+    machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     with Progress(console=Console(stderr=True)) as progress:
         for name in models.split(","):
-            make, batches = MODELS[name]
-            for batch in batches[:1] if quick else batches:
+            make, own = MODELS[name]
+            sizes = [int(size) for size in batches.split(",")] if batches else own
+            for batch in sizes[:1] if quick else sizes:
                 torch.manual_seed(SEED)
                 model, inputs = make(batch, new, device)
                 runs = ways(model, inputs, new)
@@ -249,13 +261,8 @@ def main(
                     statistics.median(per_second), (min(per_second), max(per_second))
                 )
                 del model, inputs, runs
-    for way in ("tap", "tap_readout", "tap_steering", "eager", "eager_output_attentions", "second_pass"):
-        for measure in ("time", "memory"):
-            found = [figures[key] for key in figures if key.startswith(f"middle_{way}_{measure}_ratio")]
-            if found:
-                figures[f"{way}_{measure}_ratio"] = max(found, key=lambda made: made["value"])
-    machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    write(out, figures, quick, seed=SEED, new_tokens=new, repeats=repeats, machine=machine, heads=HEADS)
+                # Written after each, so that a long run that is stopped has something to show.
+                write(out, figures | worst(figures), quick, seed=SEED, new_tokens=new, repeats=repeats, machine=machine)
 
 
 if __name__ == "__main__":
