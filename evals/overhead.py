@@ -224,7 +224,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure what the tap costs beside plain generate, and what others cost."""
-    new, repeats = (16, 2) if quick else (new, repeats)
+    new, repeats = (8, 1) if quick else (new, repeats)
     figures: dict[str, Figure] = {}
     machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     with Progress(console=Console(stderr=True)) as progress:

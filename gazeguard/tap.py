@@ -29,6 +29,7 @@ from gazeguard.errors import NothingSeenError, UnsupportedError
 
 EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
+LOGITS_AT_ONCE = 2**19  # numbers, of the words that are judged together
 RIVALS = 20  # candidates that a readout is measured against
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "embedding_norm", "norm_f")
@@ -760,14 +761,20 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
 
     The readout's direction is the token's unembedding row minus the mean over its rivals, the `RIVALS` likeliest others.
     """
-    logprobs, entropy, looked = [], [], []
     table = weight_of(backbone.unembedding)
-    for hidden, output, token in zip(rows.hidden, rows.output, written, strict=True):  # one caption's logits at a time
+
+    def judged(hidden: Tensor, output: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logs = backbone.logits(hidden).log_softmax(-1)
-        likely = logs.topk(min(RIVALS + 1, logs.shape[-1]), dim=-1).indices  # (T, RIVALS + 1)
+        likely = logs.topk(min(RIVALS + 1, logs.shape[-1]), dim=-1).indices  # (words, RIVALS + 1)
         rival = (likely != token[:, None]).float()
         rivals = (table[likely].float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
-        logprobs.append(logs.gather(-1, token[:, None])[:, 0])
-        entropy.append(-(logs.exp() * logs.clamp(min=-1e9)).sum(-1))
-        looked.append(readout(backbone, heads, output, hidden, table[token].float() - rivals))
-    return Words(torch.stack(logprobs), torch.stack(entropy), torch.stack(looked))
+        entropy = -(logs.exp() * logs.clamp(min=-1e9)).sum(-1)
+        looked = readout(backbone, heads, output, hidden, table[token].float() - rivals)
+        return logs.gather(-1, token[:, None])[:, 0], entropy, looked
+
+    # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.
+    flat = (rows.hidden.flatten(0, 1), rows.output.flatten(0, 1), written.flatten())
+    few = max(1, LOGITS_AT_ONCE // len(table))
+    parts = [judged(*part) for part in zip(*(tensor.split(few) for tensor in flat), strict=True)]
+    logprobs, entropy, looked = (torch.cat(own).unflatten(0, written.shape) for own in zip(*parts, strict=True))
+    return Words(logprobs, entropy, looked)

@@ -70,6 +70,7 @@ def test_the_first_draw_is_every_image_once():
         ("gaze_heads", ["gaze_head_mass", "best_other_mass", "split_half"]),
         ("detection", ["auroc_readout_sampled", "auroc_detector_sampled", "auroc_text_only_sampled"]),
         ("cost", ["time_ratio_mark_batch_1"]),
+        ("overhead", ["tap_readout_time_ratio", "tap_readout_memory_ratio", "eager_output_attentions_time_ratio"]),
         ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
     ],
 )
