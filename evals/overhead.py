@@ -1,7 +1,7 @@
 """What does the tap cost? Time and peak memory of generating in several ways, as ratios to plain SDPA generate.
 
 All ways write the same number of tokens; each repeat runs every way once, in turning order, in one process. ``null`` is
-plain over plain: the noise of the machine. The interval of a time ratio is its range over the repeats. The models other
+plain over plain: the noise of the machine. A ratio is the median over the repeats, its interval their range. The models other
 than the lab's have random weights, which cost what trained ones cost:
 
 * ``lab``: the VLM that ships with the package;
@@ -182,27 +182,22 @@ def ways(model: tf.PreTrainedModel, inputs: dict[str, Tensor], new: int) -> dict
 # ------------------------------------------------------------------------------------------------------- the measures
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most memory that the process (or the GPU's allocator) held during a run, model included."""
+def measured(run: Callable[[], object], device: str) -> tuple[float, int]:
+    """Seconds of a run, and the most bytes that the process (or the GPU's allocator) held meanwhile, model included."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    start = time.perf_counter()
     run()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated()
+    taken = time.perf_counter() - start
+    return taken, int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def worst(figures: dict[str, Figure]) -> dict[str, Figure]:
@@ -236,26 +231,24 @@ def main(
                 model, inputs = make(batch, new, device)
                 runs = ways(model, inputs, new)
                 names = list(runs)
-                bar = progress.add_task(f"{name}, batch {batch}", total=(repeats + 2) * len(runs))
+                bar = progress.add_task(f"{name}, batch {batch}", total=(repeats + 1) * len(runs))
                 times: dict[str, list[float]] = {way: [] for way in runs}
-                peaks: dict[str, int] = {}
+                peaks: dict[str, list[int]] = {way: [] for way in runs}
                 for run in runs.values():
                     run()  # so that nothing is met for the first time while it is measured
                     progress.advance(bar)
                 for repeat in range(repeats):
                     for i in range(len(names)):
                         way = names[(i + repeat) % len(names)]
-                        times[way].append(seconds(runs[way], device))
+                        taken, held = measured(runs[way], device)
+                        times[way].append(taken)
+                        peaks[way].append(held)
                         progress.advance(bar)
-                for way, run in runs.items():
-                    peaks[way] = peak_bytes(run, device)
-                    progress.advance(bar)
                 for way in names[1:]:
-                    ratios = [a / b for a, b in zip(times[way], times["plain"], strict=True)]
-                    figures[f"{name}_{way}_time_ratio_batch_{batch}"] = figure(
-                        statistics.median(ratios), (min(ratios), max(ratios))
-                    )
-                    figures[f"{name}_{way}_memory_ratio_batch_{batch}"] = figure(peaks[way] / peaks["plain"])
+                    for measure, found in (("time", times), ("memory", peaks)):
+                        ratios = [a / b for a, b in zip(found[way], found["plain"], strict=True)]
+                        spread = (min(ratios), max(ratios))
+                        figures[f"{name}_{way}_{measure}_ratio_batch_{batch}"] = figure(statistics.median(ratios), spread)
                 per_second = [batch * new / t for t in times["plain"]]
                 figures[f"{name}_plain_tokens_per_second_batch_{batch}"] = figure(
                     statistics.median(per_second), (min(per_second), max(per_second))

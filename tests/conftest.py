@@ -1,5 +1,6 @@
 """The lab's own model, loaded once, on one thread: real, small, and the same in every test."""
 
+import families
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +11,13 @@ from gazeguard.guard import GazeGuard
 torch.set_num_threads(1)
 settings.register_profile("gazeguard", deadline=None)  # a busy machine is no failure
 settings.load_profile("gazeguard")
+
+
+@pytest.fixture(scope="module")
+def quietly():
+    """For a whole module: one thread and no gradients."""
+    with families.quietly():
+        yield
 
 
 @pytest.fixture(scope="session")

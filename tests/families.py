@@ -8,7 +8,8 @@ seed: queries and keys large enough for peaky attention, norms and biases away f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,6 +315,16 @@ LAYOUTS: dict[str, str] = {
     "PaliGemma": "one square per picture, row by row",
     "AyaVision": "tiles of a canvas, each a run of its own, the whole picture last",
 }
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """One thread, so that sums are made in one order, and no gradients."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache

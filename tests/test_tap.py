@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,7 @@ NEW = 8
 every_family = pytest.mark.parametrize("name", list(MAKERS))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quietly() -> Iterator[None]:
-    """One thread, so that sums are made in one order, and no gradients."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quietly")
 
 
 # ------------------------------------------------------------------------------------------------- ways to run a model

@@ -31,13 +31,7 @@ NEW = 8
 NAMES = ("Idefics3", "Qwen3-VL", "LLaVA")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quietly() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quietly")
 
 
 def prompts_of(inputs: dict[str, Tensor]) -> Prompts:

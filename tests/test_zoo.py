@@ -1,21 +1,15 @@
 """The laws on every family of vision-language models that transformers has and that can be built here."""
 
-from collections.abc import Iterator
-
 import pytest
 import transformers
 from packaging.version import Version
-from zoo import EXCEPTIONS, LAWS, LAYOUTS, MAKERS, OTHERS, SINCE_5_23, quietly
+from zoo import EXCEPTIONS, LAWS, LAYOUTS, MAKERS, OTHERS, SINCE_5_23
 
 from gazeguard.errors import UnsupportedError
 from gazeguard.inputs import image_token_id
 from gazeguard.tap import find_backbone
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quietly() -> Iterator[None]:
-    with quietly():
-        yield
+pytestmark = pytest.mark.usefixtures("quietly")
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -10,8 +10,7 @@ import copy
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 import typer
-from families import Family
+from families import Family, quietly
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -188,16 +187,6 @@ SINCE_5_23 = (
     *("Fuyu", "MiniMax-M3-VL", "Qwen2.5-Omni", "Qwen3-Omni", "VideoLLaVA", "VipLlava"),
 )
 OTHERS = families_others.OTHERS  # models whose words see the picture by a way that is refused
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """One thread, so that sums are made in one order, and no gradients."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
 
 
 NOT_TRIED = {  # keys of the mapping that cannot be built here, or write no text word by word
