@@ -42,6 +42,7 @@ from gazeguard.inputs import decode, encode, grids_of, image_token_id, load_imag
 from gazeguard.phrases import things
 from gazeguard.policy import Mark, Policy, Rerank, load_policy
 from gazeguard.report import Finding, Report, Verdict, gaze_box
+from gazeguard.steer import STRENGTH, Look, Mode, Target
 from gazeguard.tap import Prompts, Rows, Tap, judge_words
 from gazeguard.trace import SHARES, GazeTrace
 
@@ -114,6 +115,7 @@ class GazeGuard:
             self.detector.check_heads(self.heads)
         self.tap = Tap(model, self.heads.heads)
         self.reports: list[Report] = []
+        self._look: Look | None = None
 
     def _own(self, name: str) -> Path:
         path = Path(self.model.name_or_path) / name
@@ -221,6 +223,8 @@ class GazeGuard:
         grids = grids_of(self.model, self.processor, inputs, ids, mask, sizes, self.grid)
         with self.tap as tap:
             tap.begin(Prompts.of(ids, mask, image_token_id(self.model)), reordered=(config.num_beams or 1) > 1)
+            if self._look is not None:
+                self._look.steer(tap, grids)
             made = run([RerankProcessor(tap, self.policy)] if isinstance(self.policy, Rerank) else [])
             rows = tap.collect(getattr(made, "beam_indices", None))
         written = (made if isinstance(made, Tensor) else made.sequences)[:, ids.shape[1] :]
@@ -236,6 +240,28 @@ class GazeGuard:
         grids = [grid for grid in grids for _ in range(len(captions) // len(grids))]
         self.reports = self._report(rows, grids, captions, texts, offsets, finished)
         return made
+
+    @contextmanager
+    def look_at(
+        self,
+        targets: Target | Sequence[Target],
+        strength: float = STRENGTH,
+        mode: Mode = "both",
+        prompt: bool = True,
+        image: int = 0,
+    ) -> Iterator[GazeGuard]:
+        """Inside, the gaze heads look where they are told, in whatever this guard generates or checks: see `Look`.
+
+        with guard.look_at((0, 0, 200, 150)):
+            guard.generate(**inputs, picture_sizes=[[picture.size]])
+        with guard.look_at({0: left, 20: right}):  # from the 20th new token on, the other one
+            guard.caption(picture, "Describe a panel.")
+        """
+        before, self._look = self._look, Look(targets, strength, mode, prompt, image)
+        try:
+            yield self
+        finally:
+            self._look = before
 
     def caption(self, image: Any, prompt: str = DEFAULT_PROMPT, **arguments: Any) -> Report:
         """Write and watch one caption of a picture (a path or a PIL image); ``arguments`` go to ``generate``."""
@@ -296,6 +322,8 @@ class GazeGuard:
         grids = grids_of(self.model, self.processor, batch.inputs, batch.prompt_ids, batch.prompt_mask, sizes, self.grid)
         with self.tap as tap:
             tap.begin(Prompts.of(batch.prompt_ids, batch.prompt_mask, image_token_id(self.model)))
+            if self._look is not None:
+                self._look.steer(tap, grids)
             self.model(**model_inputs(self.model, batch.inputs), use_cache=False)
             rows = tap.collect()
         done = self._report(rows, grids, batch.caption_ids, told, batch.offsets, [True] * len(todo))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -484,18 +485,27 @@ class Tap:
         self._hidden = Track()
         self._total = -1  # positions that the model has seen; -1 before the first pass
         self._live, self._wanted = False, 0
-        self._bias: Tensor | None = None
-        self._turn_prompt = False
+        self._turns: dict[int, Tensor | None] = {}
 
-    def steer(self, bias: Tensor | None, prompt: bool = False) -> None:
-        """From the next pass on, add ``bias`` to the chosen heads' scores of the image cells; None lets them go.
+    def steer(self, bias: Tensor | None, prompt: bool = False, start: int | None = None) -> None:
+        """Add ``bias`` to the chosen heads' scores of the image cells from a row on; None lets them go.
 
         bias:   (batch, H, N) float32, logits: positive draws the head's look to a cell, negative keeps it away
         prompt: turn the rows of the prompt, too, not only those that predict new words
+        start:  the first new token whose row is turned, counted from 0; by default the first of the next pass
         The other heads, and every layer that holds none of these, run as they did: the kernel does its work first, and
-        only the rows of the chosen heads are put in its place. Call it after ``begin``, between any two passes.
+        only the rows of the chosen heads are put in its place. Call it after ``begin``, between any two passes; what is
+        called for a later token stays until a call for one later still.
         """
-        self._bias, self._turn_prompt = bias, prompt
+        row = max(0, self._total - self._first) if start is None else start
+        self._turns[-self._first if prompt else row] = bias
+
+    def _turned(self, rows: int) -> list[tuple[slice, Tensor]]:
+        """Which of the pass's last ``rows`` rows are turned, and by which bias."""
+        end = self._total - self._first
+        begin, starts = end - rows, sorted(self._turns)
+        parts = [(max(at, begin), min(until, end), self._turns[at]) for at, until in itertools.pairwise([*starts, end])]
+        return [(slice(at - begin, until - begin), bias) for at, until, bias in parts if bias is not None and at < until]
 
     @torch.compiler.disable
     def _hear_start(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -513,7 +523,9 @@ class Tap:
             if times > 1:
                 self._prompts = self._prompts.repeated(times)
                 self._regions = None if self._regions is None else self._regions.repeat_interleave(times, dim=0)
-                self._bias = None if self._bias is None else self._bias.repeat_interleave(times, dim=0)
+                self._turns = {
+                    at: None if bias is None else bias.repeat_interleave(times, dim=0) for at, bias in self._turns.items()
+                }
             self._cache = cache
             past = 0 if cache is None else int(cache.get_seq_length())
         elif cache is not self._cache or given.shape[0] != self._prompts.real.shape[0]:
@@ -546,7 +558,7 @@ class Tap:
         """
         length = query.shape[2]
         wanted = min(self._wanted, length)
-        rows = length if self._bias is not None and self._turn_prompt else wanted
+        rows = length if min(self._turns, default=0) < 0 else wanted
         if not self._live or not rows or options.get("cache") is not None:  # a paged cache is not this watch's
             return result
         layer = self._layers[module.layer_idx]
@@ -565,21 +577,24 @@ class Tap:
         layer.scaling = call.option("scaling", query.shape[-1] ** -0.5)
         start = self._total - wanted - self._first
         plain = not any(call.option(name) is not None for name in ("softcap", "s_aux", "sinks", "position_bias"))
-        if rows == 1 and plain and self._bias is None and self._grows(module.layer_idx):
+        turned = self._turned(rows)
+        if rows == 1 and plain and not turned and self._grows(module.layer_idx):
             while layer.pending and layer.pending[-1].start >= start:
                 layer.pending.pop()
             layer.key = key
             layer.pending.append(Pending(start, chosen, opening, key.shape[2]))
             return result
         self._read_pending(layer)
-        if self._kernel == "eager" and self._bias is None:  # it says itself what it did
+        if self._kernel == "eager" and not turned:  # it says itself what it did
             weights = result[1][:, layer.heads, -rows:].float()
         else:
-            weights = self._weigh(layer, call, chosen, opening)
-        if self._bias is not None:
-            turned = weights @ value.index_select(1, layer.heads // layer.group).float()  # (batch, K, rows, d)
+            weights = self._weigh(layer, call, chosen, opening, turned)
+        if turned:
+            values = value.index_select(1, layer.heads // layer.group).float()
             output = result[0].clone()
-            output[:, -rows:, layer.heads] = turned.transpose(1, 2).to(output.dtype)
+            for at, _ in turned:
+                made = weights[:, :, at] @ values  # (batch, K, r, d)
+                output[:, length - rows :][:, at, layer.heads] = made.transpose(1, 2).to(output.dtype)
             result = (output, *result[1:])
         if wanted:
             self._file(layer, start, weights[:, :, -wanted:], self._gone(module.layer_idx, key.shape[2]))
@@ -601,8 +616,13 @@ class Tap:
             and not getattr(self._cache, "offloading", False)
         )
 
-    def _weigh(self, layer: Layer, call: Call, query: Tensor, opening: Tensor | None) -> Tensor:
-        """Attention (batch, K, r, S) of the chosen heads' queries (batch, K, r, d), with all that alters scores."""
+    def _weigh(
+        self, layer: Layer, call: Call, query: Tensor, opening: Tensor | None, turned: Sequence[tuple[slice, Tensor]]
+    ) -> Tensor:
+        """Attention (batch, K, r, S) of the chosen heads' queries (batch, K, r, d), with all that alters scores.
+
+        turned: which of the rows are steered, by a bias (batch, H, N)
+        """
         rows = query.shape[2]
         key = call.key.index_select(1, layer.heads // layer.group).float()
         scores = query.float() @ key.transpose(2, 3) * layer.scaling
@@ -613,12 +633,12 @@ class Tap:
             scores = scores + (bias if bias.shape[1] == 1 else bias[:, layer.heads])
         if opening is not None:
             scores = scores + opening
-        if self._bias is not None:
+        for at, bias in turned:
             number = call.module.layer_idx
             of_layer = [i for i, (la, _) in enumerate(self.heads) if la == number]
             columns, cells = self._columns(self._gone(number, call.key.shape[2]))
-            turn = (self._bias[:, of_layer] * cells[:, None]).to(scores)[:, :, None].expand(-1, -1, rows, -1)
-            scores = scores.scatter_add(3, columns[:, None, None].expand(turn.shape), turn)
+            turn = (bias[:, of_layer] * cells[:, None]).to(scores)[:, :, None].expand(-1, -1, at.stop - at.start, -1)
+            scores[:, :, at] = scores[:, :, at].scatter_add(3, columns[:, None, None].expand(turn.shape), turn)
         sink = call.option("s_aux", call.option("sinks", getattr(call.module, "sinks", None)))
         if sink is not None:  # one per head, or one per row and head
             sink = sink.view(1, -1, 1, 1) if sink.ndim == 1 else sink[:, :, -rows:]

@@ -14,7 +14,7 @@ import gazeguard
 ROOT = Path(gazeguard.__file__).parent
 # From the ground up.
 ORDER = (
-    "errors", "grid", "trace", "inputs", "tap", "doctor", "comics", "heads", "phrases", "features", "detector", "policy",
+    "errors", "grid", "trace", "inputs", "tap", "steer", "doctor", "comics", "heads", "phrases", "features", "detector", "policy",
     "report", "decode", "guard", "filter", "lab", "cli",
 )  # fmt: skip
 EXEMPT = {"__init__", "__main__", "lab.__init__"}

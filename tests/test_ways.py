@@ -309,7 +309,7 @@ def test_what_alters_scores_is_honoured(option):
         layer.group, layer.scaling = 2, 0.25
         call = Call(Alone(), query, key, None, options)
         opening = (_dense if option == "position_bias" else _flash)(call, 3)
-        weights = tap._weigh(layer, call, query[:, :, -3:][:, [1, 2]], opening)
+        weights = tap._weigh(layer, call, query[:, :, -3:][:, [1, 2]], opening, [])
     kernel = sdpa_attention_forward if option == "position_bias" else flash_by_hand
     module = Alone()
     module.num_key_value_groups = 2
