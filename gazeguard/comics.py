@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gazeguard.errors import InputError
+from gazeguard.inputs import load_image
 
 COLOURS = {
     "red": (214, 36, 36),
@@ -72,46 +77,197 @@ class Strip:
     questions: tuple[str, ...]
 
 
-def panel_boxes(panels: int, size: tuple[int, int]) -> tuple[Box, ...]:
-    """The first ``panels`` slots of a page of two rows of three, ``size`` = (width, height) pixels."""
-    width, height = size[0] // 3, size[1] // 2
-    slots = (divmod(panel, 3) for panel in range(panels))
+PLACES = (
+    ("at the top left", "at the top", "at the top right"),
+    ("on the left", "in the middle", "on the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+Style = Literal["page", "strip", "scene"]
+SIZES: dict[Style, tuple[int, int]] = {"page": (576, 576), "strip": (1152, 192), "scene": (576, 576)}
+
+
+def panel_boxes(panels: int, size: tuple[int, int], columns: int = 3, rows: int = 2) -> tuple[Box, ...]:
+    """The first ``panels`` slots of a page of two rows of three (or so many), ``size`` = (width, height) pixels."""
+    width, height = size[0] // columns, size[1] // rows
+    slots = (divmod(panel, columns) for panel in range(panels))
     return tuple((c * width, r * height, (c + 1) * width, (r + 1) * height) for r, c in slots)
 
 
-def draw_strips(n: int, seed: int = 0, panels: int = MAX_PANELS, size: tuple[int, int] = (576, 576)) -> list[Strip]:
-    """``n`` pages of ``panels`` panels with one to three coloured pictographs each, no two alike on a page.
+def draw_strips(
+    n: int, seed: int = 0, panels: int = MAX_PANELS, size: tuple[int, int] | None = None, style: Style = "page"
+) -> list[Strip]:
+    """``n`` strips of ``panels`` panels with coloured pictographs, no two alike in a strip.
 
-    The same arguments give the same pages on every machine.
+    size:  (width, height) in pixels; by default 576 x 576, which processors that crop to a square keep whole, and 1152 x
+           192 for one row
+    style: ``page``, two rows of three panels with one to three pictographs each; ``strip``, the same in one row; ``scene``,
+           one pictograph in each of ``panels`` places of a single picture, whose boxes are the panels
+    The same arguments give the same strips on every machine. Raises `InputError` for numbers that cannot be drawn.
     """
+    if style not in SIZES:
+        raise InputError(f"There is no style {style!r} of strips. Choose one of {', '.join(SIZES)}.")
     if not 2 <= panels <= MAX_PANELS:
-        raise ValueError(f"A strip has 2 to {MAX_PANELS} panels, not {panels}.")
-    return [_draw_strip(random.Random(f"gazeguard-comics/{seed}/{index}"), panels, size) for index in range(n)]
+        raise InputError(f"A strip has 2 to {MAX_PANELS} panels, not {panels}.")
+    size = size or SIZES[style]
+    if min(size) < 48:
+        raise InputError(f"A strip of {size[0]} x {size[1]} pixels is too small to draw on; both need at least 48.")
+    if style == "scene":
+        return [_draw_scene(random.Random(f"gazeguard-comics/scene/{seed}/{index}"), panels, size) for index in range(n)]
+    layout = (3, 2) if style == "page" else (panels, 1)
+    return [_draw_strip(random.Random(f"gazeguard-comics/{seed}/{index}"), panels, size, layout) for index in range(n)]
 
 
-def _draw_strip(rng: random.Random, panels: int, size: tuple[int, int]) -> Strip:
+def _draw_strip(rng: random.Random, panels: int, size: tuple[int, int], layout: tuple[int, int]) -> Strip:
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
     paper = tuple(rng.randint(232, 255) for _ in range(3))
-    boxes = panel_boxes(panels, size)
+    boxes = panel_boxes(panels, size, *layout)
     nouns = iter(rng.sample(list(GLYPHS), len(GLYPHS)))
-    narration, spans = "", []
-    side_x, side_y = size[0] // 6, size[1] // 6  # a panel holds two pictographs abreast and three on top of each other
     line = max(1, min(size) // 144)
-    for ordinal, (x0, y0, x1, y1) in zip(ORDINALS, boxes, strict=False):
+    told = []
+    for x0, y0, x1, y1 in boxes:
         frame = (x0 + line, y0 + line, x1 - line - 1, y1 - line - 1)
         pen.rectangle(frame, fill=paper, outline=(90, 90, 90), width=line)
+        side_x, side_y = (x1 - x0) // 2, (y1 - y0) // 3  # a panel holds two pictographs abreast, three on top of each other
         said = []
         for row in sorted(rng.sample(range(3), rng.choice((1, 2, 2, 3)))):
             noun, colour = next(nouns), rng.choice(list(COLOURS))
             where = (x0 + rng.randint(0, 2) * side_x // 2, y0 + row * side_y)
             image.paste(COLOURS[colour], where, glyph(noun, (side_x, side_y)))
             said.append(a_phrase(colour, noun))
-        narration += f"{' ' if narration else ''}In panel {ordinal} there is "
-        spans.append((len(narration), len(narration) + len(join(said))))
-        narration += f"{join(said)}."
+        told.append(join(said))
+    leads = [f"In panel {ordinal} there is " for ordinal in ORDINALS]
     questions = tuple(f"Describe panel {ordinal}." for ordinal in ORDINALS[:panels])
-    return Strip(image, boxes, narration, tuple(spans), "Describe all panels.", questions)
+    return Strip(image, boxes, *_narrated(leads, told, "."), "Describe all panels.", questions)
+
+
+def _draw_scene(rng: random.Random, panels: int, size: tuple[int, int]) -> Strip:
+    image = Image.new("RGB", size, tuple(rng.randint(232, 255) for _ in range(3)))
+    slots = sorted(rng.sample(range(9), panels))
+    third, told, boxes = (size[0] // 3, size[1] // 3), [], []
+    for slot, noun in zip(slots, rng.sample(list(GLYPHS), panels), strict=True):
+        row, column = divmod(slot, 3)
+        side = tuple(edge * 2 // 3 for edge in third)
+        x, y = (at * edge + rng.randint(0, edge - own) for at, edge, own in zip((column, row), third, side, strict=True))
+        colour = rng.choice(list(COLOURS))
+        image.paste(COLOURS[colour], (x, y), glyph(noun, side))
+        boxes.append((x, y, x + side[0], y + side[1]))
+        told.append(f"{a_phrase(colour, noun)} {PLACES[row][column]}")
+    leads = ["There is ", *[", "] * (panels - 2), " and "]
+    questions = tuple(f"What is {PLACES[slot // 3][slot % 3]}?" for slot in slots)
+    return Strip(image, tuple(boxes), *_narrated(leads, told, "", "."), "Describe the picture.", questions)
+
+
+def _narrated(leads: Sequence[str], told: Sequence[str], after: str, end: str = "") -> tuple[str, tuple[tuple[int, int], ...]]:
+    """What is told of each panel, one after the other, and the characters of each."""
+    text, spans = "", []
+    for lead, words in zip(leads, told, strict=False):
+        text += f"{' ' if text and after else ''}{lead}"
+        spans.append((len(text), len(text) + len(words)))
+        text += f"{words}{after}"
+    return text + end, tuple(spans)
+
+
+# ------------------------------------------------------------------------------------------------ a user's own strips
+
+HEIGHT = 256  # pixels, of panels that are put side by side (Gandikota & Bau 2026, section 3)
+MAX_PANEL_FILES, MAX_TEXT_BYTES, MAX_JSON_BYTES = 64, 2**13, 2**20
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class _Panel(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    box: tuple[int, int, int, int]
+    text: str = Field(default="", max_length=2000)
+
+
+class _Page(BaseModel):
+    """One picture and the boxes in it, as a JSON file beside the picture says it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: str = Field(max_length=255)
+    panels: tuple[_Panel, ...] = Field(min_length=2, max_length=MAX_PANEL_FILES)
+
+
+def load_strips(folder: str | Path) -> list[Strip]:
+    """A user's own strips: every folder in ``folder`` that holds one picture per panel, and every ``.json`` file in it.
+
+    A folder's pictures are put side by side in the order of their names, with a thin gap; ``NAME.txt`` beside ``NAME.png``
+    says what is in the panel. A JSON file is ``{"image": "page.png", "panels": [{"box": [x0, y0, x1, y1], "text": "..."}]}``;
+    the picture lies in the same folder. A strip whose panels all have texts can be narrated; others are only asked about.
+    Raises `InputError` with the file and what is wrong with it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder. Give one that holds a folder per comic, or JSON files beside pictures.")
+    strips = [_from_folder(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+    strips += [_from_json(path) for path in sorted(folder.glob("*.json"))]
+    if not strips:
+        raise InputError(f"{folder} holds no strips: neither folders with one picture per panel nor JSON files.")
+    return strips
+
+
+def _from_folder(folder: Path) -> Strip:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    if not 2 <= len(files) <= MAX_PANEL_FILES:
+        raise InputError(f"{folder} holds {len(files)} pictures; a strip has 2 to {MAX_PANEL_FILES} panels, one picture each.")
+    images = [load_image(path) for path in files]
+    images = [image.resize((max(1, round(image.width * HEIGHT / image.height)), HEIGHT)) for image in images]
+    page = Image.new("RGB", (sum(image.width for image in images), HEIGHT), "white")
+    boxes, at = [], 0
+    for image in images:
+        page.paste(image, (at, 0))
+        boxes.append((at, 0, at + image.width, HEIGHT))
+        at += image.width
+    pen = ImageDraw.Draw(page)
+    for x0, *_ in boxes[1:]:
+        pen.rectangle((x0 - 3, 0, x0 + 2, HEIGHT), fill="white")
+    return _own_strip(page, boxes, [_words(path.with_suffix(".txt")) for path in files], "from left to right")
+
+
+def _words(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise InputError(f"{path} is larger than {MAX_TEXT_BYTES} bytes, more than one says of a panel.")
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def _from_json(path: Path) -> Strip:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(f"{path} is larger than {MAX_JSON_BYTES} bytes, more than any page of panels.")
+    try:
+        page = _Page.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise InputError(f"{path} does not describe a page: {where}: {first['msg']}.") from error
+    if Path(page.image).name != page.image:
+        raise InputError(f"{path} names the picture {page.image!r}; give the name of a file beside it.")
+    image = load_image(path.parent / page.image)
+    for number, panel in enumerate(page.panels):
+        x0, y0, x1, y1 = panel.box
+        if not (0 <= x0 < x1 <= image.width and 0 <= y0 < y1 <= image.height):
+            raise InputError(
+                f"{path}: panel {number} is {panel.box}, which is no box of a {image.width} x {image.height} picture."
+            )
+    return _own_strip(image, [panel.box for panel in page.panels], [panel.text.strip() for panel in page.panels], "in order")
+
+
+def _own_strip(image: Image.Image, boxes: Sequence[Box], told: Sequence[str], order: str) -> Strip:
+    count = len(boxes)
+    questions = tuple(
+        f"The picture has {count} panels. What is in panel {number} of {count}, counted {order}? Answer briefly."
+        for number in range(1, count + 1)
+    )
+    leads = [f"Panel {number}: " for number in range(1, count + 1)]
+    narration, spans = _narrated(leads, [words.rstrip(".") for words in told], ".") if all(told) else ("", ())
+    return Strip(image, tuple(boxes), narration, spans, f"Describe every panel of the picture {order}.", questions)
 
 
 def a_phrase(*words: str) -> str:

@@ -108,6 +108,8 @@ class GazeGuard:
         self.policy = policy if isinstance(policy, Mark | Rerank) else load_policy(policy)
         self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.load(heads or self._own(HEADS_FILE))
         self.heads.check_model(model)
+        if self.heads.unusable:
+            raise UnsupportedError(self.heads.unusable)
         if detector is None and heads is None and (own := Path(model.name_or_path) / DETECTOR_FILE).is_file():
             detector = own
         self.detector = Detector.from_pretrained(detector) if isinstance(detector, str | Path) else detector

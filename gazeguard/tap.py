@@ -333,7 +333,7 @@ class Prompts:
 class Rows:
     """What was heard: for each row b and each t, the query that predicted token P + t. Tensors on the model's device.
 
-    gaze:   (batch, T, H, N or R) float32, attention on each image cell, or on each region when regions were asked for
+    gaze:   (batch, T, H, N) float32, attention on each image cell
     shares: (batch, T, H, 4) float32, attention on `gazeguard.trace.SHARES`
     output: (batch, T, H, width per head) float32, each head's output before the output projection; zeros after a narrow
             head's own width where layers differ
@@ -470,13 +470,15 @@ class Tap:
 
     # ------------------------------------------------------------------------------------------------- listening
 
-    def begin(self, prompts: Prompts, regions: Tensor | None = None, reordered: bool = False) -> None:
+    def begin(self, prompts: Prompts, reduce: Callable[[Tensor], Tensor] | None = None, reordered: bool = False) -> None:
         """Forget what was heard and listen to what follows these prompts.
 
-        regions:   (batch, N, R) float32; when given, gaze is summed over cells into R regions as it is read
+        reduce:    what is kept of a layer's gaze (batch, K, r, N) float32 on the image cells, read r rows at a time: any
+                   tensor (a, K, b, c). Only this is kept then, for `looks` to give; it makes all heads of a large model
+                   affordable
         reordered: the rows of the batch change places between words, as in beam search
         """
-        self._prompts, self._regions, self._reordered = prompts, regions, reordered
+        self._prompts, self._reduce, self._reordered = prompts, reduce, reordered
         self._first = prompts.real.shape[1] - 1  # the query at this position predicts the first new token
         device = prompts.columns.device
         self._layers = {
@@ -522,7 +524,6 @@ class Tap:
                 return
             if times > 1:
                 self._prompts = self._prompts.repeated(times)
-                self._regions = None if self._regions is None else self._regions.repeat_interleave(times, dim=0)
                 self._turns = {
                     at: None if bias is None else bias.repeat_interleave(times, dim=0) for at, bias in self._turns.items()
                 }
@@ -655,8 +656,9 @@ class Tap:
         """Attention (batch, K, r, S) of the rows from ``start`` on, whose first key is at position ``offset``."""
         columns, cells = self._columns(offset)
         gaze = weights.gather(3, columns[:, None, None].expand(-1, *weights.shape[1:3], -1)) * cells[:, None, None]
-        if self._regions is not None:
-            gaze = gaze @ self._regions[:, None]
+        if self._reduce is not None:
+            layer.gaze.put(start, self._reduce(gaze).transpose(1, 2))
+            return
         kinds = self._prompts.kinds[:, offset:]
         shares = weights[..., : kinds.shape[1]] @ kinds[:, None]
         shares[..., 2] += weights[..., kinds.shape[1] :].sum(-1)
@@ -686,7 +688,7 @@ class Tap:
     @torch.compiler.disable
     def _hear_output(self, number: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """What the output projection of a layer gets: all heads' outputs, side by side."""
-        if self._prompts is None or not self._wanted:
+        if self._prompts is None or not self._wanted or self._reduce is not None:
             return
         layer = self._layers[number]
         rows = args[0][:, -self._wanted :]
@@ -712,13 +714,8 @@ class Tap:
         outputs = [layer.output.row(row).float() for layer in self._layers.values()]
         return _side_by_side(outputs, dim=1), self._hidden.row(row)
 
-    def collect(self, beams: Tensor | None = None) -> Rows:
-        """Everything heard since ``begin``. Raises `NothingSeenError` when that is nothing.
-
-        beams: (captions, T) int64, the row of the batch that each word was written in, if rows changed places; the
-               ``beam_indices`` of ``generate``
-        """
-        heard: list[tuple[Tensor, ...]] = []
+    def _heard(self) -> list[Layer]:
+        """The layers, with everything read. Raises `NothingSeenError` when one heard nothing."""
         for number in self._numbers:
             if self._prompts is not None:
                 self._read_pending(self._layers[number])
@@ -727,8 +724,20 @@ class Tap:
                     f"The tap on layer {number} heard no attention: the model did not run, or ran by another way than its "
                     "own generate or forward. Run the model inside the watch, with the batch that the watch was opened for."
                 )
-            layer = self._layers[number]
-            heard.append(tuple(track.joined() for track in (layer.gaze, layer.shares, layer.output)))
+        return list(self._layers.values())
+
+    def looks(self) -> Tensor:
+        """What ``reduce`` kept of the heads' gaze: (a, b, H, c). Raises `NothingSeenError` when nothing was heard."""
+        device = self.model.device
+        return torch.cat([layer.gaze.joined().to(device) for layer in self._heard()], dim=2)
+
+    def collect(self, beams: Tensor | None = None) -> Rows:
+        """Everything heard since ``begin``. Raises `NothingSeenError` when that is nothing.
+
+        beams: (captions, T) int64, the row of the batch that each word was written in, if rows changed places; the
+               ``beam_indices`` of ``generate``
+        """
+        heard = [tuple(track.joined() for track in (la.gaze, la.shares, la.output)) for la in self._heard()]
         device = self._prompts.columns.device
         tensors = [_side_by_side([part.to(device) for part in parts], dim=2) for parts in zip(*heard, strict=True)]
         tensors.append(self._hidden.joined())

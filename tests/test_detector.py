@@ -24,7 +24,8 @@ ALL = tuple((layer, head) for layer in range(2) for head in range(4))
 
 
 def gaze_heads(heads=((1, 0), (1, 2)), model="0123456789abcdef") -> GazeHeads:
-    score = Score(mass=(0.1,) * 8, selectivity=(0.1,) * 8, contrast=(0.0,) * 8, null_mass=(0.1,) * 8)
+    figures = ("mass", "selectivity", "contrast", "routing", "null_mass", "sinks")
+    score = Score(**dict.fromkeys(figures, (0.1,) * 8), matrix=())
     return GazeHeads(
         model=model, model_class="M", heads=heads, all_heads=ALL, narration=score, query=score, strips=4, panels=6,
         split_half=1,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +15,12 @@ from hypothesis import strategies as st
 from labkit import ANYTHING, processor, untrained
 from pydantic import ValidationError
 
+from gazeguard import heads as heads_module
+from gazeguard import lab
 from gazeguard.comics import draw_strips
-from gazeguard.errors import ArtifactError, MismatchError, UnsupportedError
+from gazeguard.errors import ArtifactError, InputError, MismatchError, UnsupportedError
 from gazeguard.grid import ImageGrid
+from gazeguard.guard import GazeGuard
 from gazeguard.heads import (
     MAX_FILE_BYTES,
     MAX_SHARE,
@@ -23,11 +28,13 @@ from gazeguard.heads import (
     Score,
     _choose,
     _score,
+    _without_sinks,
     contrast,
     find_heads,
     fingerprint,
     gap,
     panel_shares,
+    settled,
 )
 from gazeguard.lab.model import build_model
 
@@ -41,10 +48,16 @@ def looking(mass: float) -> np.ndarray:
 
 
 def strips(*heads: np.ndarray, n: int = 10, noise: float = 0.0) -> np.ndarray:
-    """(strips, H, said, attended)"""
+    """(strips, H, said, attended + 1), nothing on sinks"""
     rng = np.random.default_rng(0)
     made = np.stack([np.stack(heads)] * n).astype(np.float32)
-    return made + noise * rng.random(made.shape, np.float32)
+    return np.pad(made + noise * rng.random(made.shape, np.float32), ((0, 0), (0, 0), (0, 0), (0, 1)))
+
+
+def figures(**own: tuple[float, ...]) -> Score:
+    """A score of four heads; what is not given is 0.1 for each."""
+    names = ("mass", "selectivity", "contrast", "routing", "null_mass", "sinks")
+    return Score(**dict.fromkeys(names, (0.1,) * 4) | {"matrix": ((0.7, 0.1), (0.2, 0.6))} | own)
 
 
 HEADS = GazeHeads(
@@ -52,8 +65,8 @@ HEADS = GazeHeads(
     model_class="M",
     heads=((0, 1), (1, 0)),
     all_heads=((0, 0), (0, 1), (1, 0), (1, 1)),
-    narration=Score(mass=(0.1, 0.8, 0.7, 0.2), selectivity=(0.2,) * 4, contrast=(0.0,) * 4, null_mass=(0.1,) * 4),
-    query=Score(mass=(0.3, 0.4, 0.5, 0.6), selectivity=(0.2,) * 4, contrast=(0.0,) * 4, null_mass=(0.1,) * 4),
+    narration=figures(mass=(0.1, 0.8, 0.7, 0.2), contrast=(0.1, 0.8, 0.7, 0.2)),
+    query=figures(mass=(0.3, 0.4, 0.5, 0.6), selectivity=(0.4, 0.3, 0.2, 0.1)),
     strips=4,
     panels=6,
     split_half=1,
@@ -83,6 +96,10 @@ def test_the_scores_of_known_matrices():
     assert score.selectivity == pytest.approx((1 / 1.3, 0.25), abs=1e-5)
     assert score.contrast == pytest.approx((0.54, 0), abs=1e-5)
     assert score.null_mass == pytest.approx((0.6 * (1 + 0.3) / 4, 0.05), abs=0.02)
+    assert score.routing == pytest.approx((1, 1 / PANELS)), "a head that likes all alike is right for the first panel"
+    assert score.sinks == (0, 0)
+    chosen = _score(strips(looking(0.6), np.array(FLAT)), np.random.default_rng(0), [0])
+    np.testing.assert_allclose(chosen.matrix, looking(0.6), atol=1e-6)
 
 
 def test_the_null_keeps_a_head_that_likes_one_panel_whatever_is_said():
@@ -136,24 +153,139 @@ def test_the_planted_heads_are_chosen():
 
 
 def test_no_usable_gaze_heads_is_a_result():
-    """When the best head is near chance, that is said, with its figures."""
+    """Heads near chance are chosen all the same, with their figures and the verdict; a guard refuses them."""
     flat = strips(*[np.array(FLAT)] * 4, noise=0.01)
-    with pytest.raises(UnsupportedError) as caught:
-        _choose(untrained(), ((0, 0), (0, 1), (1, 0), (1, 1)), {"narration": flat, "query": flat})
-    assert str(caught.value).startswith("No usable gaze heads: the best head of Idefics3ForConditionalGeneration, (")
-    assert ", holds 0.25 of its panel attention on the panel being described, where chance is 0.25." in str(caught.value)
+    found = _choose(untrained(), ((0, 0), (0, 1), (1, 0), (1, 1)), {"narration": flat, "query": flat})
+    assert re.fullmatch(
+        r"No usable gaze heads: the best 1 of 4 heads look most at the panel that is being described in \d+% of the cases "
+        r"\(chance 25%, needed 62%\) and hold 2\d% of their panel attention on it \(chance 25%, needed 50%\)\. Where this "
+        r"model looks cannot be read from these strips\.",
+        found.unusable,
+    )
+    with pytest.raises(UnsupportedError, match="No usable gaze heads: the best 1 of 4"):
+        GazeGuard(untrained(), processor(), heads=found)
+
+
+def test_heads_fixed_in_space_are_no_gaze_heads():
+    """A head that holds much on the last panel is right once in so many; the gate tells it from one that follows."""
+    fixed = np.full((PANELS, PANELS), 0.05)
+    fixed[:, -1] += np.linspace(0.6, 0.9, PANELS)  # and a little more when that panel is said, so that its contrast is positive
+    found = _choose(untrained(), ((0, 0), (0, 1), (1, 0), (1, 1)), {"query": strips(fixed, *[np.array(FLAT)] * 3)})
+    assert found.heads == ((0, 0),)
+    assert "in 25% of the cases" in found.unusable
+    assert found.ranked_by == "query"
+    with pytest.raises(InputError, match="strips without words, so they have no narration score"):
+        found.score("narration")
+
+
+def test_sinks_are_found_and_left_out():
+    """A cell that gets much whatever is said is taken out; one that gets much when its panel is said stays."""
+    regions = torch.zeros(1, 30, 3)
+    for panel in range(3):
+        regions[0, panel * 10 : panel * 10 + 10, panel] = 1
+    looked = torch.full((1, 2, 3, 30), 0.001)
+    looked[0, 0, :, 4] = 0.5  # head 0: a sink in the first panel
+    for panel in range(3):
+        looked[0, 1, panel, panel * 10] = 0.5  # head 1: a gaze
+    made = _without_sinks(looked, regions)
+    torch.testing.assert_close(made[0, 0, :, 3], torch.full((3,), 0.5))
+    torch.testing.assert_close(made[0, 0, :, :3], torch.tensor([[0.009, 0.01, 0.01]] * 3))
+    torch.testing.assert_close(made[0, 1, :, 3], torch.zeros(3))
+    torch.testing.assert_close(made[0, 1, :, :3].diagonal(), torch.full((3,), 0.509))
+
+
+def test_a_search_ends_when_the_choice_no_longer_changes():
+    """Not before 24 strips, and not while the halves disagree."""
+    clear = strips(looking(0.8), *[np.array(FLAT)] * 7, n=32, noise=0.01)
+    assert [settled(clear[:n]) for n in (8, 16, 24, 32)] == [False, False, True, True]
+    torn = clear.copy()
+    torn[::2, 1, :, :PANELS] += 2 * looking(0.8).astype(np.float32)
+    torn[::2, 0, :, :PANELS] = 0
+    assert not settled(torn)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(lab_vlm, tmp_path, monkeypatch):
+    """Killed in the second batch, it shows only what is left, and finds what an unbroken search finds."""
+    pages, keep = draw_strips(6, size=(144, 144)), tmp_path / "search.safetensors"
+    whole = find_heads(*lab_vlm, pages, batch_size=2, progress=False)
+    shown = []
+    real = heads_module._queries
+
+    def failing(show):
+        shown.append(len(show.strips))
+        if len(shown) == 2:
+            raise Interrupted
+        return real(show)
+
+    monkeypatch.setattr(heads_module, "_queries", failing)
+    with pytest.raises(Interrupted):
+        find_heads(*lab_vlm, pages, batch_size=2, progress=False, keep=keep)
+    assert find_heads(*lab_vlm, pages, batch_size=2, progress=False, keep=keep) == whole
+    assert len(shown) == 4, "one before, one that failed, two after"
+    with pytest.raises(MismatchError, match="holds a search with another model or other strips"):
+        find_heads(*lab_vlm, pages[:4], batch_size=2, progress=False, keep=keep)
+    keep.write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match=r"is no interrupted search for heads \(.*\)\. Delete it"):
+        find_heads(*lab_vlm, pages, batch_size=2, progress=False, keep=keep)
+
+
+def test_the_lab_narrates_in_stairs(lab_vlm):
+    """The shipped file's own staircase: the strongest panel is the one that is being described, nearly always."""
+    heads = GazeHeads.load(lab.checkpoint_path() / "heads.json")
+    described = [step for step in heads.staircase if step.said is not None]
+    assert "".join(step.text for step in heads.staircase).startswith("In panel one there is a")
+    assert np.mean([np.argmax(step.looked) == step.said for step in described]) > 0.8
+    assert heads.unusable == ""
+    assert heads.split_half == 1
+
+
+@pytest.mark.parametrize("style", ["strip", "scene"])
+def test_heads_are_found_with_other_styles_of_strips(lab_vlm, style):
+    """One row of panels, which the lab's model has never seen, and boxes in scenes: the search runs, and says what it sees."""
+    model, own = lab_vlm
+    found = find_heads(model, own, draw_strips(4, panels=4, style=style, size=(144, 144)), progress=False)
+    assert (found.panels, found.strips) == (4, 4)
+    assert found.narration.mass != found.query.mass
+
+
+def test_strips_without_words_are_asked_about(lab_vlm):
+    silent = [replace(strip, narration="", spans=()) for strip in draw_strips(2, size=(144, 144))]
+    found = find_heads(*lab_vlm, silent, progress=False)
+    assert (found.narration, found.ranked_by, found.staircase) == (None, "query", ())
+    assert found.ranking() == found.ranking("query")
+
+
+def test_panels_that_the_model_cannot_see_are_refused():
+    """A crop that takes half of a panel away, and panels smaller than two cells."""
+    (strip,) = draw_strips(1, size=(144, 144))
+    with pytest.raises(InputError, match=r"The model sees \d+% of panel 1: its processor cuts the 144 x 144 picture"):
+        panel_shares(ImageGrid.regular(12, 12, (144, 144), view=(0.2, 0.0, 0.8, 1.0)), strip)
+    with pytest.raises(InputError, match=r"Panel 1 of 6 has 1\.5 image cells; telling panels apart needs 2 each"):
+        panel_shares(ImageGrid.regular(3, 3, (144, 144)), strip)
+
+
+def test_panels_of_unlike_area_count_alike(lab_vlm):
+    """A head that looks evenly at the picture has no contrast, however large the panels are."""
+    regions = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])
+    weighed = regions * (regions.sum(0).mean() / regions.sum(0))
+    made = _without_sinks(torch.full((1, 1, 2, 4), 0.25), weighed[None])
+    torch.testing.assert_close(made[0, 0, :, 0], made[0, 0, :, 1])
 
 
 @pytest.mark.parametrize("pages", [[], draw_strips(1), [*draw_strips(1, panels=2), *draw_strips(1, panels=3)]], ids=len)
 def test_too_few_or_unlike_strips_are_refused(pages):
-    with pytest.raises(ArtifactError, match=r"needs at least two strips with the same number of panels.*got \d strips"):
+    with pytest.raises(InputError, match=r"needs at least two strips with the same number of panels.*got \d strips"):
         find_heads(untrained(), processor(), pages, progress=False)
 
 
 def test_an_untrained_model_has_no_gaze_heads():
     """The real way from strips to a verdict: nothing to find, and it is said."""
-    with pytest.raises(UnsupportedError, match="No usable gaze heads"):
-        find_heads(untrained(), processor(), draw_strips(3, size=(144, 144)), progress=False)
+    found = find_heads(untrained(), processor(), draw_strips(3, size=(144, 144)), progress=False)
+    assert found.unusable.startswith("No usable gaze heads")
 
 
 def test_panels_share_out_the_cells():
@@ -176,6 +308,17 @@ def test_json_keeps_every_figure(tmp_path):
 def test_mass_is_looked_up_by_head():
     assert HEADS.mass([(1, 0), (0, 1)]).tolist() == [0.7, 0.8]
     assert HEADS.mass([(1, 1)], "query").tolist() == [0.6]
+
+
+def test_rankings_and_controls():
+    """Best first, by either score and any figure; a matched set has as many heads of every layer, and no gaze head."""
+    assert HEADS.ranking() == ((0, 1), (1, 0), (1, 1), (0, 0))
+    assert HEADS.ranking("query", "selectivity") == ((0, 0), (0, 1), (1, 0), (1, 1))
+    assert HEADS.ranking("query", "mass")[0] == (1, 1)
+    assert HEADS.matched(np.random.default_rng(0)) == ((0, 0), (1, 1))
+    assert HEADS.with_heads([(1, 1)]).heads == ((1, 1),)
+    many = HEADS.model_copy(update={"heads": ((0, 0), (0, 1))})
+    assert len(many.matched(np.random.default_rng(0))) == 2, "a layer that is short is made up for by the next"
 
 
 def test_gaze_heads_cannot_be_changed():

@@ -480,19 +480,19 @@ def test_readout_is_relative_to_the_rivals():
 
 
 @every_family
-def test_regions_are_sums_of_cells(name):
-    """Gaze read by regions is the gaze on cells times the regions, live and replayed."""
+def test_what_gaze_is_reduced_to_is_made_of_the_gaze(name):
+    """Gaze summed over regions as it is read is the gaze on cells times the regions, live and replayed."""
     kind, told = family(name), story(name)
     cells = told.rows.gaze.shape[-1]
     regions = torch.rand(3, cells, 5, generator=torch.Generator().manual_seed(1))
     expected = told.rows.gaze @ regions[:, None]
     with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(announce(told.inputs), regions)
+        tap.begin(announce(told.inputs), lambda gaze: gaze @ regions[:, None])
         generate(kind.model, told.inputs)
-        close(tap.collect().gaze, expected, 1e-5)
-        tap.begin(announce(told.inputs), regions)
+        close(tap.looks(), expected, 1e-5)
+        tap.begin(announce(told.inputs), lambda gaze: gaze @ regions[:, None])
         forward(kind.model, kind.extended(told.inputs, told.written))
-        close(tap.collect().gaze[:, :NEW], expected, 1e-5)
+        close(tap.looks()[:, :NEW], expected, 1e-5)
 
 
 @every_family

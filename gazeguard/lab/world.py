@@ -24,7 +24,7 @@ from typing import Literal
 
 from PIL import Image, ImageDraw
 
-from gazeguard.comics import COLOURS, MAX_PANELS, ORDINALS, Box, a_phrase, glyph, join, panel_boxes
+from gazeguard.comics import COLOURS, MAX_PANELS, ORDINALS, PLACES, Box, a_phrase, glyph, join, panel_boxes
 
 PAGE = 144  # pixels, both ways
 CELL = 12  # pixels; things lie in slots of 2 x 2 cells, anywhere on the lattice
@@ -50,11 +50,6 @@ PAIRS = (
 USUAL_COLOUR = {noun: colour for pair in PAIRS for noun, colour in pair}
 PARTNER = {a: b for (x, _), (y, _) in PAIRS for a, b in ((x, y), (y, x))}
 NOUNS = tuple(USUAL_COLOUR)
-PLACES = (
-    ("at the top left", "at the top", "at the top right"),
-    ("on the left", "in the middle", "on the right"),
-    ("at the bottom left", "at the bottom", "at the bottom right"),
-)
 
 
 @dataclass(frozen=True, slots=True)
