@@ -79,6 +79,8 @@ class Look:
                 f"{len(schedules)} targets were given for {len(grids)} prompts. Give one for all, or one per prompt in order."
             )
         schedules *= len(grids) // len(schedules)
+        if not 0 <= self.image < min(len(grid.sizes) for grid in grids):
+            raise InputError(f"There is no picture {self.image} in the prompt. Pictures are counted from 0.")
         for step in sorted({step for schedule in schedules for step in schedule}):
             boxes = [schedule[max(at)] if (at := [s for s in schedule if s <= step]) else None for schedule in schedules]
             bias = self._bias(boxes, grids) if any(boxes) else None

@@ -1,0 +1,177 @@
+"""Do the gaze heads look where they are told, when they are told, and nowhere else?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gazeguard import lab
+from gazeguard.errors import InputError
+from gazeguard.grid import ImageGrid
+from gazeguard.inputs import encode
+from gazeguard.steer import Look, cells_in
+
+GRID = ImageGrid.regular(12, 12, (144, 144))
+STRIPS = [sample for sample in lab.samples("validation", 60, 5, "strip") if sample.picture.panels == 6][:3]
+LEFT, RIGHT = STRIPS[0].picture.panel_box(0), STRIPS[0].picture.panel_box(5)
+PAGE = (0.0, 0.0, 144.0, 144.0)
+
+
+def written(guard, samples=STRIPS, prompt="Describe a panel.", look=None, **options) -> list[list[int]]:
+    """New ids of every row, under ``look`` (arguments of look_at) or unwatched when that is None."""
+    batch = encode(guard.model, guard.processor, [s.image for s in samples], [prompt] * len(samples))
+    own = {"max_new_tokens": 16, "do_sample": False, **options}
+    if look is None:
+        made = guard.model.generate(**batch.inputs, **own)
+    else:
+        with guard.look_at(*look[:1], **dict(zip(("strength", "mode", "prompt"), look[1:], strict=False))):
+            made = guard.generate(**batch.inputs, **own, picture_sizes=[[s.image.size] for s in samples])
+    return made[:, batch.prompt_ids.shape[1] :].tolist()
+
+
+def mass_in(report, box, rows=slice(None)) -> float:
+    return float(report.trace.gaze[rows, :, cells_in(report.trace.grid, box)].sum(-1).mean())
+
+
+# ------------------------------------------------------------------------------------------------------------ targets
+
+
+@given(st.floats(0, 143), st.floats(0, 143), st.floats(0.5, 144), st.floats(0.5, 144))
+def test_a_box_has_cells(x, y, width, height):
+    """Every box on the page has at least one cell; each of them touches it, and those that lie in it are all there."""
+    box = (x, y, min(144.0, x + width), min(144.0, y + height))
+    inside = cells_in(GRID, box)
+    share = GRID.overlap(box)
+    assert inside.any()
+    assert (share[inside] > 0).all()
+    assert inside[share > 0.5].all()
+
+
+def test_a_box_beside_the_picture_is_refused():
+    with pytest.raises(InputError, match=r"The box \(200, 0, 300, 50\) touches no image cell of its picture"):
+        cells_in(GRID, (200, 0, 300, 50))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"targets": (0, 0, 10, 10), "mode": "stare"},
+            "no way .stare. to look at something",
+        ),
+        ({"targets": (0, 0, 10, 10), "strength": 1e4}, "A strength of 10000.0 is not between 0 and 50"),
+        ({"targets": (0, 0, 10, 10), "strength": 0}, "A strength of 0 is not between 0 and 50"),
+        ({"targets": (0, 0, 10, 10), "strength": float("nan")}, "A strength of nan is not"),
+        ({"targets": (10, 0, 10, 10)}, "A target is a box"),
+        ({"targets": (0, 0, 10)}, "A target is a box"),
+        ({"targets": [(0, 0, 10, 10), (0, 0, float("nan"), 10)]}, "A target is a box"),
+        ({"targets": {-1: None}}, "keys are numbers of new tokens, 0 or more, not -1"),
+        ({"targets": {"0": None}}, "keys are numbers of new tokens, 0 or more, not '0'"),
+    ],
+    ids=str,
+)
+def test_what_is_no_target_is_refused(given, told):
+    with pytest.raises(InputError, match=told):
+        Look(**given)
+
+
+def test_as_many_targets_as_prompts(guard):
+    with pytest.raises(InputError, match="2 targets were given for 3 prompts"):
+        written(guard, look=([LEFT, RIGHT],))
+    with pytest.raises(InputError, match="There is no picture 1 in the prompt"), guard.look_at(LEFT, image=1):
+        guard.caption(STRIPS[0].image)
+
+
+# --------------------------------------------------------------------------------------------------------------- laws
+
+
+def test_no_target_changes_nothing(guard):
+    """None, and a schedule of None, write the very tokens of plain generate; and so does what comes after the watch."""
+    plain = written(guard)
+    assert written(guard, look=(None,)) == plain
+    assert written(guard, look=({0: None, 5: None},)) == plain
+    with pytest.raises(RuntimeError, match="stop"), guard.look_at(LEFT):
+        raise RuntimeError("stop")
+    batch = encode(guard.model, guard.processor, [s.image for s in STRIPS], ["Describe a panel."] * 3)
+    again = guard.generate(**batch.inputs, max_new_tokens=16, do_sample=False)[:, batch.prompt_ids.shape[1] :]
+    assert again.tolist() == plain
+
+
+@pytest.mark.parametrize("mode", ["both", "boost", "suppress"])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_the_look_goes_where_it_is_told(guard, mode, prompt):
+    """Whatever the mode, far more of the heads' attention is on the target than when nobody steers."""
+    written(guard, look=(None,))
+    before = [mass_in(report, RIGHT) for report in guard.reports]
+    written(guard, look=(RIGHT, 5.0, mode, prompt))
+    after = [mass_in(report, RIGHT) for report in guard.reports]
+    assert min(after) > 0.4
+    assert all(a > 1.5 * b for a, b in zip(after, before, strict=True))
+
+
+def test_the_answer_follows_the_look(guard):
+    """In the lab, "Describe a panel." is answered with the panel that is looked at."""
+    for panel in range(6):
+        written(guard, look=([sample.picture.panel_box(panel) for sample in STRIPS],), max_new_tokens=24)
+        for sample, report in zip(STRIPS, guard.reports, strict=True):
+            first = report.findings[0].phrase
+            noun = report.caption[first.head.start : first.head.end]
+            assert noun in {thing.noun for thing in sample.picture.in_panel(panel)}, (sample.id, panel, report.caption)
+
+
+def test_every_row_has_its_own_target(guard):
+    """A batch with three targets, one of them None, writes what the rows write alone."""
+    targets = [LEFT, None, {0: RIGHT, 6: LEFT}]
+    together = written(guard, look=(targets,))
+    for row, target in enumerate(targets):
+        alone = written(guard, [STRIPS[row]], look=([target],))[0]
+        assert alone == together[row][: len(alone)]
+
+
+def test_a_schedule_holds_from_its_token_on(guard):
+    """Before the first entry nothing differs from plain generate; after each, the look is there at once."""
+    plain = written(guard, prompt="Describe all panels.")
+    turned = written(guard, prompt="Describe all panels.", look=({4: LEFT, 9: RIGHT},))
+    assert [row[:4] for row in turned] == [row[:4] for row in plain]
+    for report in guard.reports:
+        assert mass_in(report, LEFT, slice(4, 9)) > 0.5 > mass_in(report, LEFT, slice(9, 16))
+        assert mass_in(report, RIGHT, slice(9, 16)) > 0.5 > mass_in(report, RIGHT, slice(4, 9))
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_a_replay_under_the_same_look_sees_the_same(guard, prompt):
+    """Law (b) holds for steered captions, too: row by row, with a schedule."""
+    with guard.look_at({0: LEFT, 7: RIGHT}, prompt=prompt):
+        live = guard.caption(STRIPS[0].image, "Describe a panel.", max_new_tokens=16, do_sample=False)
+        replay = guard.check(STRIPS[0].image, live.caption, "Describe a panel.")
+    steps = len(replay.trace)
+    np.testing.assert_allclose(replay.trace.gaze, live.trace.gaze[:steps], atol=1e-4)
+    np.testing.assert_allclose(replay.trace.logprobs, live.trace.logprobs[:steps], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_every_way_of_generating_can_be_turned(guard, way):
+    """Beams, several captions per prompt, other caches and speculation look at the target."""
+    torch.manual_seed(0)
+    samples = STRIPS[:1] if "prompt_lookup_num_tokens" in way else STRIPS
+    written(guard, samples, look=(RIGHT,), **way)
+    assert all(mass_in(report, RIGHT) > 0.4 for report in guard.reports)
+
+
+def test_speculation_writes_what_plain_decoding_writes(guard):
+    """A schedule counts tokens, not passes: with guesses that are taken back, the words are the same."""
+    look = ({0: LEFT, 7: RIGHT},)
+    assert written(guard, STRIPS[:1], look=look) == written(guard, STRIPS[:1], look=look, prompt_lookup_num_tokens=3)
