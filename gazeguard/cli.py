@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from gazeguard.errors import GazeGuardError, InputError
@@ -196,22 +197,52 @@ def check(
 
 @app.command()
 def heads(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a vision-language model.")],
-    file: Annotated[Path, typer.Option("--out", help="Where the gaze heads go.")] = Path("heads.json"),
-    strips: Annotated[int, typer.Option(min=2, help="How many comic strips to show it.")] = 48,
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a vision-language model; or the word show.")],
+    shown: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="After show: a file of gaze heads.")] = None,
+    file: Annotated[Path, typer.Option("--out", help="Where the gaze heads go, and beside it their picture.")] = Path(
+        "heads.json"
+    ),
+    material: Annotated[
+        str, typer.Option("--material", help="page, strip or scene, drawn; or a folder of your own comics.")
+    ] = "page",
+    strips: Annotated[int, typer.Option(min=2, help="At most so many are shown to the model.")] = 48,
+    panels: Annotated[int, typer.Option(min=2, max=6, help="Panels of a drawn strip.")] = 6,
+    keep: Annotated[Path | None, typer.Option(help="Keep what was seen here, so that the same command can go on.")] = None,
 ) -> None:
-    """Find a model's gaze heads with drawn comic strips."""
-    with _errors():
-        from gazeguard.comics import draw_strips
-        from gazeguard.heads import find_heads
+    """Find a model's gaze heads with comic strips, or show FILE: gazeguard heads show heads.json.
 
-        found = find_heads(*_load(model), draw_strips(strips))
-        found.save(file)
-        for head, mass in zip(found.heads, found.mass(found.heads), strict=True):
-            out.print(f"layer {head[0]:2} head {head[1]:2}: {mass:.2f} of its attention on the panel being described")
+    Exit code 1 when no head follows the words, so that the model has no usable gaze heads.
+    """
+    with _errors():
+        from gazeguard.heads import GazeHeads, find_heads
+        from gazeguard.plots import draw_heads
+
+        if model == "show":
+            if shown is None:
+                raise InputError("Say which file to show: gazeguard heads show heads.json")
+            found = GazeHeads.load(shown)
+        else:
+            from gazeguard.comics import SIZES, draw_strips, load_strips
+
+            drawn = material in SIZES
+            pages = draw_strips(strips, panels=panels, style=material) if drawn else load_strips(material)[:strips]
+            found = find_heads(*_load(model), pages, keep=keep)
+            found.save(file)
+        picture = file.with_suffix(".png")
+        draw_heads(found).savefig(picture, dpi=110)
+        score, where = found.score(), {head: i for i, head in enumerate(found.all_heads)}
+        table = Table("layer", "head", "mass on the said panel", "shuffled", "looks most at the said panel", box=None)
+        for layer, head in found.heads:
+            i = where[layer, head]
+            table.add_row(f"{layer}", f"{head}", f"{score.mass[i]:.2f}", f"{score.null_mass[i]:.2f}", f"{score.routing[i]:.0%}")
+        out.print(table)
         out.print(
-            f"{len(found.heads)} of {len(found.all_heads)} heads; both halves of the strips agree on {found.split_half:.0%}"
+            f"{len(found.heads)} of {len(found.all_heads)} heads, ranked by {found.ranked_by} over {found.strips} strips."
         )
+        out.print(f"Both halves of the strips agree on {found.split_half:.0%} of them. Picture: {escape(str(picture))}")
+        if found.unusable:
+            out.print(Text(found.unusable, style="bold red"))
+    raise typer.Exit(FLAGGED if found.unusable else 0)
 
 
 @app.command()

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from gazeguard import lab
@@ -95,8 +96,28 @@ def test_heads_are_found_and_kept(tmp_path):
     file = tmp_path / "heads.json"
     result = run(app, ["heads", str(lab.checkpoint_path()), "--out", str(file), "--strips", "8"])
     assert result.exit_code == 0, result.output
-    assert re.search(r"layer +\d+ head +\d+: 0\.\d+", result.stdout)
+    assert "5 of 36 heads, ranked by narration over 8 strips." in result.stdout
     assert json.loads(file.read_text())["heads"]
+    with Image.open(file.with_suffix(".png")) as drawn:
+        assert drawn.width > drawn.height > 400
+    again = run(app, ["heads", "show", str(file), "--out", str(tmp_path / "again.json")])
+    assert again.exit_code == 0, again.output
+    assert again.stdout.replace("again.png", "heads.png") == result.stdout
+    assert (tmp_path / "again.png").read_bytes() == file.with_suffix(".png").read_bytes()
+
+
+def test_own_comics_find_heads_and_unusable_ones_are_said(tmp_path):
+    """A folder of comics without words: ranked by questions, which the lab's model does not follow. Exit code 1, figures."""
+    for comic in "ab":
+        (tmp_path / comic).mkdir()
+        for number in range(3):
+            Image.new("RGB", (80, 80), (80 * number, 0, 0)).save(tmp_path / comic / f"{number}.png")
+    file = tmp_path / "heads.json"
+    result = run(app, ["heads", str(lab.checkpoint_path()), "--out", str(file), "--material", str(tmp_path)])
+    assert result.exit_code == 1, result.output
+    assert "ranked by query over 2 strips" in result.stdout
+    assert "No usable gaze heads" in result.stdout
+    assert run(app, ["heads", "show"]).exit_code == 2
 
 
 def test_help_names_every_command_and_the_exit_codes():

@@ -14,8 +14,8 @@ import gazeguard
 ROOT = Path(gazeguard.__file__).parent
 # From the ground up.
 ORDER = (
-    "errors", "grid", "trace", "inputs", "tap", "steer", "doctor", "comics", "heads", "phrases", "features", "detector",
-    "policy", "report", "decode", "guard", "filter", "lab", "cli",
+    "errors", "grid", "trace", "inputs", "tap", "steer", "doctor", "comics", "heads", "plots", "phrases", "features",
+    "detector", "policy", "report", "decode", "guard", "filter", "lab", "cli",
 )  # fmt: skip
 EXEMPT = {"__init__", "__main__", "lab.__init__"}
 

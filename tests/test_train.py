@@ -102,10 +102,10 @@ def test_cells_are_marked_with_what_lies_in_them():
 
 @pytest.mark.parametrize("steps", [3, 200, 6000])
 def test_the_rate_is_a_share_that_ramps_twice_and_ends_low(steps):
-    rates = [rate(step, steps) for step in range(steps)]
+    joint = int(Learner.warm_up * steps)
+    rates = [rate(step, steps, joint) for step in range(steps)]
     assert all(0 < share <= 1 for share in rates)
     assert rates[-1] < 0.06 or steps < 100
-    joint = int(training.ENCODER_WARM_UP * steps)
     if joint > 10:
         assert rates[joint] < rates[joint - 1] / 5  # the language model starts slowly
         assert rates[joint] < rates[joint + 20]

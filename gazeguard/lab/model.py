@@ -1,6 +1,7 @@
-"""What is the lab's VLM made of? A stock Idefics3 class at the scale of a laptop, and its processor, from nothing.
+"""What are the lab's VLMs made of? Stock classes at the scale of a laptop, and their processors, from nothing.
 
 One 144 x 144 page is cut into 12 x 12 patches of 12 pixels, each of which becomes one image token of the language model.
+The VLM that ships is of the Idefics3 class; the second one, of the LLaVA class, is there for comparison.
 """
 
 from __future__ import annotations
@@ -8,7 +9,16 @@ from __future__ import annotations
 from itertools import islice
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, PreTrainedTokenizerFast
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from gazeguard.lab.world import CELL, CELLS, PAGE, lessons
@@ -54,37 +64,71 @@ def build_processor() -> Idefics3Processor:
 
 def build_model(processor: Idefics3Processor, width: int = 192, layers: int = 6) -> Idefics3ForConditionalGeneration:
     """The untrained model for this processor's vocabulary: heads are 32 wide, the encoder has two thirds of the layers."""
-    tokenizer = processor.tokenizer
-    heads = width // 32
-    special = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
     config = Idefics3Config(
-        text_config={
-            "model_type": "llama",
-            "vocab_size": len(tokenizer),
-            "hidden_size": width,
-            "intermediate_size": width * 8 // 3,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": True,
-            **special,
-        },
-        vision_config={
-            "hidden_size": width,
-            "intermediate_size": width * 8 // 3,
-            "num_hidden_layers": layers * 2 // 3,
-            "num_attention_heads": heads,
-            "image_size": PAGE,
-            "patch_size": CELL,
-        },
+        text_config={"model_type": "llama", **_text(processor.tokenizer, width, layers)},
+        vision_config=_vision(width, layers),
         scale_factor=1,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        tie_word_embeddings=True,
-        **special,
+        **_tokens(processor.tokenizer),
     )
     return Idefics3ForConditionalGeneration(config)
+
+
+def build_llava_processor() -> LlavaProcessor:
+    """The same words and chat template with CLIP's PIL image processor, told to leave pixels between -1 and 1."""
+    page = {"height": PAGE, "width": PAGE}
+    half = [0.5] * 3
+    images = CLIPImageProcessorPil(size=page, crop_size=page, image_mean=half, image_std=half)
+    tokenizer = build_processor().tokenizer
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=CELL,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's class token, which "default" drops
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_llava(processor: LlavaProcessor, width: int = 192, layers: int = 6) -> LlavaForConditionalGeneration:
+    """The untrained second model: a CLIP tower, a projector and the same language model as the first one's."""
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **_text(processor.tokenizer, width, layers)},
+        vision_config={"model_type": "clip_vision_model", **_vision(width, layers)},
+        vision_feature_layer=-1,
+        **_tokens(processor.tokenizer),
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+
+
+def _tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | bool]:
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    return {"image_token_id": image, "tie_word_embeddings": True, **_special(tokenizer)}
+
+
+def _text(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> dict[str, int | bool]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": width * 8 // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "num_key_value_heads": width // 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        **_special(tokenizer),
+    }
+
+
+def _vision(width: int, layers: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": width * 8 // 3,
+        "num_hidden_layers": layers * 2 // 3,
+        "num_attention_heads": width // 32,
+        "image_size": PAGE,
+        "patch_size": CELL,
+    }

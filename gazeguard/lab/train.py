@@ -14,15 +14,17 @@ resumes from it. Everything is seeded; the lessons are drawn on the fly and neve
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -32,7 +34,16 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, AutoProcessor, Idefics3ForConditionalGeneration, Idefics3Processor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from gazeguard.comics import COLOURS
 from gazeguard.lab.model import (
@@ -43,12 +54,13 @@ from gazeguard.lab.model import (
     GLOBAL_IMAGE,
     IMAGE,
     USER,
+    build_llava,
+    build_llava_processor,
     build_model,
     build_processor,
 )
-from gazeguard.lab.world import CELL, CELLS, NOUNS, Picture, Sample, lessons
+from gazeguard.lab.world import CELL, CELLS, NOUNS, Picture, Sample, lessons, tales
 
-ENCODER_WARM_UP = 0.09  # share of the steps in which only the encoder learns
 CURRICULUM = ((0.06, 1), (0.12, 2), (0.19, 4), (1.0, 8))  # until this share of the joint steps: at most so many things
 CELL_WEIGHT = 0.3  # of the cells' loss once the language model learns, too
 ANSWER_WEIGHT = 1.0  # of the mean loss over answers to questions, which would drown among the captions' many words
@@ -67,12 +79,14 @@ class Batch:
 class Collator:
     """Turns conversations into tensors, as the processor and its chat template would (a test compares them)."""
 
-    def __init__(self, processor: Idefics3Processor) -> None:
+    def __init__(self, processor: Idefics3Processor | LlavaProcessor) -> None:
         tokenizer = processor.tokenizer
         ids = tokenizer.convert_tokens_to_ids
         self.pad = tokenizer.pad_token_id
         self.bos, self.eos, self.user, self.assistant = map(ids, (BOS, EOS, USER, ASSISTANT))
-        self.image = [ids(FAKE_IMAGE), ids(GLOBAL_IMAGE), *[ids(IMAGE)] * CELLS**2, ids(FAKE_IMAGE)]
+        framed = isinstance(processor, Idefics3Processor)
+        before, after = ([ids(FAKE_IMAGE), ids(GLOBAL_IMAGE)], [ids(FAKE_IMAGE)]) if framed else ([], [])
+        self.image = [*before, *[ids(IMAGE)] * CELLS**2, *after]
         self.encode = lru_cache(maxsize=65536)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
 
     def conversation(self, sample: Sample) -> tuple[list[int], list[bool], list[bool]]:
@@ -114,20 +128,18 @@ def cell_labels(picture: Picture) -> tuple[Tensor, Tensor]:
     return nouns.flatten(), colours.flatten()
 
 
-def joint(steps: int, done: int = 0) -> int:
-    """The first step in which encoder and language model learn together, of a run that began with ``done`` steps."""
-    return max(int(ENCODER_WARM_UP * steps), done)
-
-
-def batches(collate: Collator, seed: int, step: int, steps: int, size: int, done: int = 0) -> Iterator[Batch]:
-    """The batches from ``step`` on. Sixteen are drawn at once and cut by length, so that little is padding."""
-    start = joint(steps, done)
+def batches(
+    collate: Collator, seed: int, step: int, steps: int, size: int, start: int = 0, draw: Callable[..., Any] = lessons
+) -> Iterator[Batch]:
+    """The batches from ``step`` on, of what ``draw`` gives; the curriculum begins at step ``start``. Sixteen are drawn at once
+    and cut by length, so that little is padding.
+    """
     pool = 16
     while step < steps:
         first = step // pool * pool
         share = (first - start) / (steps - start)
         most = next(most for until, most in CURRICULUM if share < until) if first + pool > start else CURRICULUM[-1][1]
-        drawn = list(islice(lessons(seed, first * size, most), pool * size))
+        drawn = list(islice(draw(seed, first * size, most), pool * size))
         drawn.sort(key=lambda sample: sum(len(turn.prompt) + len(turn.answer) + 12 for turn in sample.turns))
         groups = [drawn[i * size : (i + 1) * size] for i in range(pool)]
         random.Random(first).shuffle(groups)
@@ -142,6 +154,9 @@ class Learner(nn.Module):
     What lies in a cell is read through the model's own final norm and unembedding, as one reads a word: so the encoder
     learns to hand over pictures in the language model's word vectors, and to name a thing is to copy what is looked at.
     """
+
+    build_processor, build_model = staticmethod(build_processor), staticmethod(build_model)
+    lessons, warm_up = staticmethod(lessons), 0.09  # share of the steps in which only the encoder learns
 
     def __init__(self, model: Idefics3ForConditionalGeneration, processor: Idefics3Processor) -> None:
         super().__init__()
@@ -167,26 +182,70 @@ class Learner(nn.Module):
             (words[..., self.colours], batch.colours),
             (self.place_probe(cells), places),
         )
-        # Full cells and empty ones count alike: most are empty, and would hide that the full ones are not yet known.
-        full = batch.nouns > 0
-        cell_loss = sum(
-            F.cross_entropy(logits[part].float(), labels[part]) / 2 for logits, labels in seen for part in (full, ~full)
-        )
+        cell_loss = loss_of_cells(seen, batch.nouns > 0)
         if encoder_only:
             return torch.zeros((), device=device), torch.zeros((), device=device), cell_loss
         hidden = self.model.model(
             input_ids=batch.input_ids, mm_encoder_outputs={"image": features}, use_cache=False
         ).last_hidden_state
-        spoken = batch.targets != -100
-        losses = F.cross_entropy(self.model.lm_head(hidden[spoken]).float(), batch.targets[spoken], reduction="none")
-        asked = batch.answers[spoken]
-        words, answers = (losses[part].sum() / part.sum().clamp(min=1) for part in (~asked, asked))
-        return words, answers, cell_loss
+        return *losses_of_words(self.model.lm_head, hidden, batch), cell_loss
 
 
-def rate(step: int, steps: int, done: int = 0) -> float:
-    """Share of the peak learning rate: cosine over all, with a short ramp where the encoder and where the rest starts."""
-    start = joint(steps, done)
+class FrozenLearner(nn.Module):
+    """A model whose encoder learns alone, what lies in each cell, by a probe that is thrown away; then it is left as it is,
+    and the rest learns to use it.
+    """
+
+    build_processor, build_model = staticmethod(build_llava_processor), staticmethod(build_llava)
+    lessons, warm_up = staticmethod(tales), 0.25
+
+    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+        super().__init__()
+        self.model = model
+        self.kinds = [len(NOUNS) + 1, len(COLOURS) + 1, CELLS**2]
+        self.probe = nn.Linear(model.config.vision_config.hidden_size, sum(self.kinds))
+
+    def forward(self, batch: Batch, encoder_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Learner`; once the encoder is frozen, the cells' loss is 0."""
+        device = batch.pixel_values.device
+        with torch.set_grad_enabled(encoder_only):
+            cells = self.model.model.vision_tower(batch.pixel_values[:, 0]).last_hidden_state[:, 1:]
+        if encoder_only:
+            places = torch.arange(CELLS**2, device=device).expand_as(batch.nouns)
+            seen = zip(self.probe(cells).split(self.kinds, dim=-1), (batch.nouns, batch.colours, places), strict=True)
+            return torch.zeros((), device=device), torch.zeros((), device=device), loss_of_cells(tuple(seen), batch.nouns > 0)
+        words = self.model.model.get_input_embeddings()(batch.input_ids)
+        picture = (batch.input_ids == self.model.config.image_token_id)[..., None]
+        projected = self.model.model.multi_modal_projector(cells).to(words.dtype)
+        hidden = self.model.model.language_model(
+            inputs_embeds=words.masked_scatter(picture, projected), use_cache=False
+        ).last_hidden_state
+        return *losses_of_words(self.model.lm_head, hidden, batch), torch.zeros((), device=device)
+
+
+LEARNERS = {"idefics3": Learner, "llava": FrozenLearner}
+
+
+def loss_of_cells(seen: Sequence[tuple[Tensor, Tensor]], full: Tensor) -> Tensor:
+    """Mean cross-entropy of (logits, labels) pairs over cells; full ones and empty ones count alike: most are empty, and
+    would hide that the full ones are not yet known.
+    """
+    return sum(F.cross_entropy(logits[part].float(), labels[part]) / 2 for logits, labels in seen for part in (full, ~full))
+
+
+def losses_of_words(unembedding: nn.Module, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropies of the words and of the answers to questions, from the last states (batch, tokens, width)."""
+    spoken = batch.targets != -100
+    losses = F.cross_entropy(unembedding(hidden[spoken]).float(), batch.targets[spoken], reduction="none")
+    asked = batch.answers[spoken]
+    words, answers = (losses[part].sum() / part.sum().clamp(min=1) for part in (~asked, asked))
+    return words, answers
+
+
+def rate(step: int, steps: int, start: int = 0) -> float:
+    """Share of the peak learning rate: cosine over all, with a short ramp at the first step and at ``start``, where the rest
+    of the model begins to learn.
+    """
     ramp = min(1.0, (step - (start if step >= start else 0) + 1) / 150)
     return ramp * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
@@ -209,9 +268,9 @@ def load_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -
     return int(tensors["step"])
 
 
-def save_checkpoint(model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, out: Path) -> None:
+def save_checkpoint(model: PreTrainedModel, processor: ProcessorMixin, out: Path) -> None:
     """An ordinary checkpoint directory: fp16 on disk, but asking to be loaded as fp32, which CPUs are fast at."""
-    halved = build_model(processor, model.config.text_config.hidden_size, model.config.text_config.num_hidden_layers)
+    halved = type(model)(copy.deepcopy(model.config))
     halved.load_state_dict(model.state_dict())
     halved.half().save_pretrained(out)
     processor.save_pretrained(out)
@@ -232,19 +291,26 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of weights and lessons.")] = 0,
     start: Annotated[Path | None, typer.Option(help="A checkpoint to go on from, with its vocabulary.")] = None,
     done: Annotated[int, typer.Option(help="The steps that --start has had already; --steps counts them.")] = 0,
+    kind: Annotated[str, typer.Option(help="idefics3, which ships; or llava, whose encoder learns first and is frozen.")] = (
+        "idefics3"
+    ),
     compile_layers: Annotated[
         bool, typer.Option(help="torch.compile each layer: a sixth faster, needs a C++ compiler.")
     ] = False,
 ) -> None:
     """Train the lab's VLM, or go on where an interrupted run stopped."""
+    if kind not in LEARNERS:
+        raise typer.BadParameter(f"{kind!r} is none of {', '.join(LEARNERS)}.")
+    lab = LEARNERS[kind]
+    joint = max(int(lab.warm_up * steps), done)  # the first step in which the language model learns
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state = out / "state.safetensors"
     # An interrupted or continued run keeps its vocabulary, whatever the lessons of this version would teach a new one.
     known = out if state.exists() else start
-    processor = AutoProcessor.from_pretrained(known) if known else build_processor()
-    learner = Learner(build_model(processor, width, layers), processor).to(device).train()
+    processor = AutoProcessor.from_pretrained(known) if known else lab.build_processor()
+    learner = lab(lab.build_model(processor, width, layers), processor).to(device).train()
     learner.model.set_attn_implementation({"vision_config": "eager"})  # on CPUs the faster one to train at this size
     optimizer = torch.optim.AdamW(learner.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
     if state.exists():
@@ -255,16 +321,16 @@ def train(
             learner.model.load_state_dict(AutoModelForImageTextToText.from_pretrained(start).state_dict())
     for group in optimizer.param_groups:
         group["initial_lr"] = learning_rate
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rate(at, steps, done), last_epoch=step - 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rate(at, steps, joint), last_epoch=step - 1)
     if compile_layers:
-        for layer in (*learner.model.model.text_model.layers, *learner.model.model.vision_model.encoder.layers):
+        for layer in (layers for path, layers in learner.model.named_modules() if re.fullmatch(r".*\.layers\.\d+", path)):
             layer.compile(dynamic=True)
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress, (out / "log.jsonl").open("a") as log:
         bar = progress.add_task("training", total=steps, completed=step)
-        for batch in batches(Collator(processor), seed, step, steps, batch_size, done):
-            encoder_only = step < joint(steps, done)
+        for batch in batches(Collator(processor), seed, step, steps, batch_size, joint, lab.lessons):
+            encoder_only = step < joint
             batch = Batch(*(tensor.to(device) for tensor in vars(batch).values()))
             with torch.autocast(device, torch.bfloat16):
                 words, answers, cells = learner(batch, encoder_only)

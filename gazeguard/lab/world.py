@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image, ImageDraw
@@ -317,6 +317,13 @@ def _colour_turn(picture: Picture, rng: random.Random) -> Turn:
     if rng.random() < 0.3:
         noun, answer = rng.choice([n for n in NOUNS if n not in [t.noun for t in things]]), "There is none."
     return Turn(f"What colour is the {noun}{where}?", answer)
+
+
+def tales(seed: int, index: int, most: int = 8) -> Iterator[Sample]:
+    """`lessons` without the questions: descriptions alone."""
+    for sample in lessons(seed, index, most):
+        if told := tuple(turn for turn in sample.turns if not turn.prompt.endswith("?")):
+            yield replace(sample, turns=told)
 
 
 def _questions(picture: Picture, rng: random.Random, count: int) -> list[Turn]:
