@@ -30,8 +30,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from gazeguard.comics import Strip, draw_strips
 from gazeguard.errors import ArtifactError, MismatchError, UnsupportedError
 from gazeguard.grid import ImageGrid
-from gazeguard.inputs import encode, grids_of, image_token_id, model_inputs
-from gazeguard.tap import Head, Prompts, Tap, find_backbone, weight_of
+from gazeguard.inputs import encode, grids_of, model_inputs
+from gazeguard.tap import Head, Prompts, Tap, find_backbone, keys_of, weight_of
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_SHARE = 0.25  # at most this share of all heads are gaze heads
@@ -192,9 +192,9 @@ def _gaze_on_panels(
     known: ImageGrid | None,
 ) -> NDArray[np.float32]:
     """(batch, T, H, panels): attention mass on each panel, summed on the model's device."""
-    ids, mask = batch.prompt_ids, batch.prompt_mask
-    prompts = Prompts.of(ids, mask, image_token_id(model))
-    grids = grids_of(model, processor, batch.inputs, ids, mask, [[strip.image.size] for strip in strips], known)
+    keys = keys_of(model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
+    prompts = Prompts.of(*keys)
+    grids = grids_of(model, processor, batch.inputs, keys.ids, keys.mask, [[strip.image.size] for strip in strips], known)
     regions = torch.zeros(len(strips), prompts.columns.shape[1], len(strips[0].panels))
     for row, (grid, strip) in enumerate(zip(grids, strips, strict=True)):
         regions[row, : len(grid)] = torch.from_numpy(panel_shares(grid, strip))

@@ -9,15 +9,18 @@ While a model decodes with a cache that only grows, the tap keeps the chosen hea
 from them and the cached keys in one product per layer when it is asked for (``collect``), exact to float rounding, and
 nothing waits for the device. With any other cache each row is computed as it is heard. Rows are filed by the position of
 their query, so that chunks, speculation that is taken back and continued conversations need no care of their own.
+
+In most models the picture is part of the prompt, and its cells are keys of every layer's self-attention. `LOOKS` tells the
+other ways: modules of their own, whose keys are the picture or what an encoder made of picture and prompt.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from gazeguard.errors import NothingSeenError, UnsupportedError
+from gazeguard.errors import InputError, NothingSeenError, UnsupportedError
+from gazeguard.inputs import decoder_prompt, image_token_id
 
 EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
@@ -35,6 +39,84 @@ OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "embedding_norm", "norm_f")
 
 Head = tuple[int, int]  # (layer, head)
+
+
+# -------------------------------------------------------------------------------------- where words look at the picture
+
+
+class Keys(NamedTuple):
+    """What the words written after a batch of prompts look among, as `Prompts.of` takes it.
+
+    ids:   (batch, S) int64, one per key; the image token where a key is an image cell
+    mask:  (batch, S), 0 for keys that no word may look at; None when there are none
+    image: the image token
+    last:  the position, among all that the decoder reads, of the query that predicts the first written token
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    image: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """A way in which words see pictures that are not part of what their decoder reads.
+
+    families:    the model types that look in this way
+    modules:     how the paths of those attention modules of the decoder end that look
+    keys:        (model, processor's output, prompt ids (batch, P), mask or None) -> ids and mask of the keys (batch, S)
+    gate:        the layer's parameter whose tanh scales the module's output
+    after_words: the decoder's own tokens are keys, too, in front of the others
+    """
+
+    families: tuple[str, ...]
+    modules: str
+    keys: Callable[[PreTrainedModel, Mapping[str, Any], Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    gate: str = ""
+    after_words: bool = False
+
+
+def _encoded_prompt(_: Any, __: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The encoder's states are the keys: one per token of the prompt, which holds the picture."""
+    return ids, mask
+
+
+def _tiles(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+    """The cells of every tile of every picture of the row are the keys, each tile's class cell first."""
+    may = inputs.get("cross_attention_mask")  # (batch, P or more, pictures, tiles)
+    if may is None:
+        raise InputError(
+            f"{type(model).__name__} got no cross_attention_mask, which says where each row's pictures are. Put an image into "
+            "every message, and pass the processor's output whole."
+        )
+    vision = model.config.vision_config
+    seen = may[:, : ids.shape[1]].flatten(2).bool().any(1)  # tiles that are only padding are closed to every word
+    seen = seen.repeat_interleave((vision.image_size // vision.patch_size) ** 2 + 1, dim=1)
+    return torch.full_like(seen, image_token_id(model), dtype=ids.dtype), seen
+
+
+LOOKS = (
+    Look(("florence2",), "encoder_attn", _encoded_prompt),
+    Look(("t5gemma2",), "self_attn", _encoded_prompt, after_words=True),
+    Look(("mllama",), "cross_attn", _tiles, gate="cross_attn_attn_gate"),
+)
+
+
+def look_of(model: PreTrainedModel) -> Look | None:
+    """How the model's words see the picture; None when it is part of the prompt that they continue."""
+    return next((look for look in LOOKS if model.config.model_type in look.families), None)
+
+
+def keys_of(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Keys:
+    """What words look among that are written after prompts of these ``ids`` (batch, P); ``inputs`` is the whole batch.
+
+    Raises `UnsupportedError` for a model without an image token, `InputError` for a batch that does not tell the picture.
+    """
+    look = look_of(model)
+    keys, seen = (ids, mask) if look is None else look.keys(model, inputs, ids, mask)
+    read = decoder_prompt(model, inputs) if model.config.is_encoder_decoder else ids
+    return Keys(keys, seen, image_token_id(model), read.shape[1] - 1)
 
 
 # ------------------------------------------------------------------------------------------------ the parts of a model
@@ -50,6 +132,9 @@ class Backbone:
     unembedding: nn.Module
     config: Any  # the text configuration
     logit_changes: tuple[LogitChange, ...] = ()  # those of `LOGIT_CHANGES` that this model's forward makes
+    look: Look | None = None  # None when the picture is part of the prompt
+    gated: Mapping[int, nn.Module] = field(default_factory=dict)  # layer -> the module that holds its gate
+    sums: bool = True  # the last state is the sum of what all modules delivered; not where each sum is normed anew
 
     def heads(self) -> list[Head]:
         """Every head that can be watched, in order."""
@@ -69,15 +154,16 @@ class Backbone:
         """(width, heads * numbers per head) float32: what a unit of the heads' outputs adds to the residual stream."""
         projection, per_head = self.projection(layer), self.width(self.attention[layer])[1]
         at = [head * per_head + i for head in heads for i in range(per_head)]
+        gate = weight_of(self.gated[layer], self.look.gate).float().tanh().view(-1, 1) if layer in self.gated else 1
         if type(projection) is nn.Linear:
-            return weight_of(projection)[:, at].float()
+            return weight_of(projection)[:, at].float() * gate
         # An adapter or a quantised layer is asked, unit by unit.
         weight = weight_of(self.unembedding)
         units = torch.zeros(len(at) + 1, projection.in_features, device=weight.device, dtype=weight.dtype)
         units[range(len(at)), at] = 1
         with torch.no_grad():
             made = projection(units).float()
-        return (made[:-1] - made[-1]).T
+        return (made[:-1] - made[-1]).T * gate
 
     @functools.cached_property
     def gain(self) -> tuple[Tensor, bool]:
@@ -129,14 +215,14 @@ LOGIT_CHANGES = (
 )
 
 
-def weight_of(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """A module's weight, fetched if accelerate keeps it elsewhere until it is used."""
-    if not module.weight.is_meta:
-        return module.weight
+    if not getattr(module, name).is_meta:
+        return getattr(module, name)
     from accelerate.utils import align_module_device  # there whenever a weight is offloaded
 
     with align_module_device(module):
-        return module.weight.detach().clone()
+        return getattr(module, name).detach().clone()
 
 
 def _first(module: nn.Module, names: Sequence[str]) -> Any:
@@ -161,16 +247,21 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # what a PEFT adapter is wrapped around
     name = type(model).__name__
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if model.config.is_encoder_decoder:
+    look = look_of(model)
+    if look is None and model.config.is_encoder_decoder:
         raise UnsupportedError(
-            f"{name} is an encoder-decoder: prompt and picture are in its encoder, where no column stands for a place in the "
-            "prompt. GazeGuard hears decoders whose prompt holds the picture."
+            f"{name} is an encoder-decoder, and GazeGuard does not know where the picture lies among its encoder's states. "
+            f"Use {_families(True)}, or a model whose pictures are tokens of the prompt."
         )
-    candidates = {path: module for path, module in decoder.named_modules() if hasattr(module, "layer_idx")}
-    if across := next((path for path in candidates if "cross" in path), None):
+    candidates = {
+        path: module
+        for path, module in decoder.named_modules()
+        if hasattr(module, "layer_idx") and (look is None or path.endswith(look.modules))
+    }
+    if look is None and (across := next((path for path in candidates if "cross" in path), None)):
         raise UnsupportedError(
-            f"{name} takes its pictures in through cross-attention ({across}), which GazeGuard does not hear: its prompt "
-            "holds no image cells. Use a model whose pictures are tokens of the prompt."
+            f"{name} takes its pictures in through cross-attention ({across}), and GazeGuard does not know how they lie there. "
+            f"Use {_families(False)}, or a model whose pictures are tokens of the prompt."
         )
     found = {
         path: module
@@ -184,6 +275,9 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
         )
     owner = decoder.get_submodule(next(iter(found)).rpartition("layers.")[0].rstrip("."))
     norm, unembedding = _first(owner, FINAL_NORMS), model.get_output_embeddings() or decoder.get_output_embeddings()
+    sums = norm is not None
+    if not sums and look is not None:  # BART: the last layer's own norm is the last, and every sum before it was normed, too
+        norm = _first(owner.layers[-1], FINAL_NORMS)
     if norm is None or unembedding is None:
         missing = "a final norm" if norm is None else "an output embedding"
         raise UnsupportedError(f"{name}'s text decoder {type(owner).__name__} has no {missing} that GazeGuard can find.")
@@ -194,7 +288,17 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
             "cannot tell which of them looks at the picture."
         )
     changes = tuple(made for made in LOGIT_CHANGES if made.name in _names(model))
-    return Backbone(owner, attention, norm, unembedding, model.config.get_text_config(decoder=True), changes)
+    gated = {}
+    if look is not None and look.gate:
+        gated = {module.layer_idx: decoder.get_submodule(path.rpartition(".")[0]) for path, module in found.items()}
+    config = model.config.get_text_config(decoder=True)
+    return Backbone(owner, attention, norm, unembedding, config, changes, look, gated, sums)
+
+
+def _families(encoder_decoder: bool) -> str:
+    """The model types of `LOOKS` that can be used instead."""
+    kinds = [kind for look in LOOKS if (look.keys is _encoded_prompt) == encoder_decoder for kind in look.families]
+    return " or ".join(kinds)
 
 
 # ---------------------------------------------------------------------------------------------------- the wrapper
@@ -252,7 +356,7 @@ def _closed(may: Tensor) -> Tensor:
 
 
 def _dense(call: Call, rows: int) -> Tensor | None:
-    """SDPA and eager: a mask (batch, 1 or heads, q, S or more), bool or additive; without one SDPA is causal from the left."""
+    """SDPA: a mask (batch, 1 or heads, q, S or more), bool or additive; without one SDPA is causal from the left."""
     length, keys = call.query.shape[2], call.key.shape[2]
     if call.mask is not None:
         mask = call.mask[:, :, -rows:, :keys]
@@ -263,13 +367,19 @@ def _dense(call: Call, rows: int) -> Tensor | None:
     return _closed(torch.arange(keys, device=call.key.device) <= at[:, None])[None, None]
 
 
+def _eager(call: Call, rows: int) -> Tensor | None:
+    """Eager attention: without a mask everything is open."""
+    return None if call.mask is None else _dense(call, rows)
+
+
 def _flash(call: Call, rows: int) -> Tensor | None:
     """Flash attention: a mask of padding alone (batch, S), causal from the right, a window as an option."""
     keys = call.key.shape[2]
     seen = keys if call.mask is None else min(keys, call.mask.shape[1])  # a static cache has room after what was seen
     at = torch.arange(seen - rows, seen, device=call.key.device)[:, None]
     key = torch.arange(keys, device=call.key.device)
-    may = key <= at
+    causal = call.option("is_causal", getattr(call.module, "is_causal", True))
+    may = (key <= at) if causal else (key < seen).expand(rows, keys)
     if (window := call.option("sliding_window")) is not None:
         may &= key > at - window
     may = may[None, None]
@@ -290,28 +400,30 @@ def _flex(call: Call, rows: int) -> Tensor | None:
 
 
 def _rule_of(kernel: str) -> Callable[[Call, int], Tensor | None] | None:
-    rules = {"sdpa": _dense, "eager": _dense, "flex_attention": _flex}
+    rules = {"sdpa": _dense, "eager": _eager, "flex_attention": _flex}
     return rules.get(kernel, _flash if "flash" in kernel else None)  # flash comes in many builds
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where things are in a left-padded batch of prompts of P tokens.
+    """Where things are among the P keys of a batch of prompts: its tokens, or what stands in their place in `Keys`.
 
-    columns: (batch, N) int64, the position of each image token; rows with fewer repeat position 0
+    columns: (batch, N) int64, the place of each image cell; rows with fewer repeat place 0
     cells:   (batch, N) bool, which of the columns are real
     kinds:   (batch, P, 4) float32, one-hot over `gazeguard.trace.SHARES`; all zero for padding
     real:    (batch, P) bool, False for padding
+    last:    the position of the query that predicts the first written token
     """
 
     columns: Tensor
     cells: Tensor
     kinds: Tensor
     real: Tensor
+    last: int
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int) -> Prompts:
-        """Read off a batch of prompt ids (batch, P)."""
+    def of(cls, input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int, last: int | None = None) -> Prompts:
+        """Read off a batch of prompt ids (batch, P), or off what `keys_of` says: ``Prompts.of(*keys_of(...))``."""
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         image = (input_ids == image_token_id) & real
         cells = int(image.sum(1).max())
@@ -321,11 +433,13 @@ class Prompts:
         first = torch.zeros_like(real).scatter_(1, real.int().argmax(1, keepdim=True), True) & real & ~image
         prompt = real & ~image & ~first
         kinds = torch.stack((image, prompt, torch.zeros_like(real), first), dim=-1).float()
-        return cls(order.masked_fill(~valid, 0), valid, kinds, real)
+        last = input_ids.shape[1] - 1 if last is None else last
+        return cls(order.masked_fill(~valid, 0), valid, kinds, real, last)
 
     def repeated(self, times: int) -> Prompts:
         """Each prompt ``times`` over, as ``generate`` does for beams and for several captions per prompt."""
-        return Prompts(*(tensor.repeat_interleave(times, dim=0) for tensor in vars(self).values()))
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.repeat_interleave(times, dim=0) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -411,7 +525,7 @@ class Tap:
     """Listens to ``heads`` of ``model``: a context manager that adds nothing to the model when it is left.
 
     with Tap(model, heads) as tap:
-        tap.begin(Prompts.of(input_ids, attention_mask, image_token_id))
+        tap.begin(Prompts.of(*keys_of(model, inputs, input_ids, attention_mask)))
         model.generate(...)          # or one forward pass over prompt and caption
         rows = tap.collect()
 
@@ -476,7 +590,7 @@ class Tap:
         reordered: the rows of the batch change places between words, as in beam search
         """
         self._prompts, self._regions, self._reordered = prompts, regions, reordered
-        self._first = prompts.real.shape[1] - 1  # the query at this position predicts the first new token
+        self._first = prompts.last  # the query at this position predicts the first new token
         device = prompts.columns.device
         self._layers = {
             number: Layer(torch.tensor([h for la, h in self.heads if la == number], device=device)) for number in self._numbers
@@ -549,12 +663,14 @@ class Tap:
         rows = length if self._bias is not None and self._turn_prompt else wanted
         if not self._live or not rows or options.get("cache") is not None:  # a paged cache is not this watch's
             return result
+        self._check_keys(module.layer_idx, key.shape[2])
         layer = self._layers[module.layer_idx]
         layer.group = query.shape[1] // key.shape[1]
         call = Call(module, query, key, mask, options)
         opening = self._rule(call, rows)
         replayed = wanted > 1 and self._past <= self._first  # words that came in one pass with their prompt
-        if replayed and opening is not None and _sees_ahead(opening[:, :, -wanted:]):
+        words = key.shape[2] if self.backbone.look is None else key.shape[2] - self._prompts.real.shape[1]
+        if replayed and opening is not None and _sees_ahead(opening[:, :, -wanted:, :words]):
             raise UnsupportedError(
                 f"Layer {module.layer_idx} lets written tokens attend to later ones, as if they were a prompt; while the model "
                 "writes it cannot. Mark them as written: in PaliGemma with token_type_ids of 1."
@@ -585,8 +701,21 @@ class Tap:
             self._file(layer, start, weights[:, :, -wanted:], self._gone(module.layer_idx, key.shape[2]))
         return result
 
+    def _check_keys(self, number: int, keys: int) -> None:
+        """Raises `UnsupportedError` when a looking module's keys are not those that the prompts were said to have."""
+        look, told = self.backbone.look, self._prompts.real.shape[1]
+        if look is not None and (keys < told if look.after_words else keys != told):
+            raise UnsupportedError(
+                f"Layer {number} looks among {keys} keys, but the batch that the watch was opened for tells {told}: the inputs "
+                "are another batch's, or the cache makes room for more. Pass the same inputs to both, and a dynamic cache."
+            )
+
     def _gone(self, number: int, keys: int) -> int:
-        """How many positions have left a layer's cache of so many keys, from the first on."""
+        """How many of the prompt's keys have left a layer's cache of so many keys, from the first on; negative when so many
+        others are in front of them.
+        """
+        if self.backbone.look is not None:
+            return self._prompts.real.shape[1] - keys
         layers = getattr(self._cache, "layers", ())
         keeps_prompt = number < len(layers) and hasattr(layers[number], "prefill_length")  # what goes was written
         return 0 if keeps_prompt else max(0, self._total - keys)
@@ -632,14 +761,17 @@ class Tap:
         return columns.clamp(min=0), self._prompts.cells & (columns >= 0)
 
     def _file(self, layer: Layer, start: int, weights: Tensor, offset: int) -> None:
-        """Attention (batch, K, r, S) of the rows from ``start`` on, whose first key is at position ``offset``."""
+        """Attention (batch, K, r, S) of the rows from ``start`` on, whose first key is the prompt's at ``offset``, or so many
+        before it: see `_gone`.
+        """
         columns, cells = self._columns(offset)
         gaze = weights.gather(3, columns[:, None, None].expand(-1, *weights.shape[1:3], -1)) * cells[:, None, None]
         if self._regions is not None:
             gaze = gaze @ self._regions[:, None]
-        kinds = self._prompts.kinds[:, offset:]
-        shares = weights[..., : kinds.shape[1]] @ kinds[:, None]
-        shares[..., 2] += weights[..., kinds.shape[1] :].sum(-1)
+        kinds, before = self._prompts.kinds[:, max(0, offset) :], max(0, -offset)
+        after = before + kinds.shape[1]
+        shares = weights[..., before:after] @ kinds[:, None]
+        shares[..., 2] += weights[..., :before].sum(-1) + weights[..., after:].sum(-1)
         layer.gaze.put(start, gaze.transpose(1, 2))
         layer.shares.put(start, shares.transpose(1, 2))
 

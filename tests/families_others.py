@@ -90,6 +90,21 @@ class LevelFamily(Family):
 
 
 @dataclass(frozen=True)
+class EncodedFamily(Family):
+    """An encoder reads the prompts, padded on the right since some count positions from the left; a decoder writes."""
+
+    def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
+        made = super().batch(rows)
+        for row, padding in enumerate((made["attention_mask"] == 0).sum(1).tolist()):
+            for name in ("input_ids", "attention_mask"):
+                made[name][row] = made[name][row].roll(-padding)
+        return made
+
+    def extended(self, inputs: dict[str, Tensor], written: Tensor) -> dict[str, Tensor]:
+        return {**inputs, "decoder_input_ids": torch.cat((torch.ones_like(written[:, :1]), written), dim=1)}
+
+
+@dataclass(frozen=True)
 class PictureFamily(Family):
     """A class that takes pictures and no prompt."""
 
@@ -393,7 +408,7 @@ def t5gemma2() -> Family:
         image_token_index=IMAGE,
     )
     model = _shifted(_build(tf.T5Gemma2ForConditionalGeneration, config), 0.7, "q_norm.weight", "k_norm.weight")
-    return Family("T5Gemma2", model, _several(4), _squares)
+    return EncodedFamily("T5Gemma2", model, _several(4), _squares)
 
 
 def mllama() -> Family:
@@ -427,37 +442,6 @@ def mllama() -> Family:
     return Family("Mllama", _build(tf.MllamaForConditionalGeneration, config), lambda row: [1], pictures)
 
 
-MAKERS: dict[str, Callable[[], Family]] = {
-    "Idefics2": idefics2,
-    "Aria": aria,
-    "FastVLM": fast_vlm,
-    "Chameleon": chameleon,
-    "Emu3": emu3,
-    "Fuyu": fuyu,
-    "BLIP-2": blip_2,
-    "InstructBLIP": instruct_blip,
-    "InstructBlipVideo": instruct_blip_video,
-    "Nemotron-H-Omni": nemotron_h_omni,
-}
-
-
-LAYOUTS: dict[str, str] = {
-    "Idefics2": "perceiver latents (64), no grid; a run per picture or crop",
-    "Aria": "resampler queries by patch count (128 or 256), no grid; all crops of a picture in one run",
-    "FastVLM": "sqrt(N) x sqrt(N) of the convolutional tower's last map, row-major",
-    "Chameleon": "h/16 x w/16 codes (32x32), row-major",
-    "Emu3": "h/8 x (w/8 + 1) from image_sizes, row-major; the last column ends the row and is no cell of the picture",
-    "Fuyu": "ceil(h/30) x ceil(w/30), row-major, a run per row: a |NEWLINE| token of another id ends each",
-    "BLIP-2": "Q-Former queries (32), no grid",
-    "InstructBLIP": "Q-Former queries (32), no grid",
-    "InstructBlipVideo": "frames (4) times Q-Former queries (32), frame by frame, no grid; video_token_id",
-    "Nemotron-H-Omni": "h/2 x w/2 from image_grid_hw, row-major",
-}
-
-
-# ------------------------------------------------------------------------------------------- other ways to see a picture
-
-
 def florence_2() -> Family:
     """BART: the picture is in the encoder, and the decoder's cross attention reads the encoder."""
     config = tf.Florence2Config(
@@ -477,7 +461,44 @@ def florence_2() -> Family:
         image_token_id=IMAGE,
     )
     model = _starting(_build(tf.Florence2ForConditionalGeneration, config))
-    return Family("Florence-2", model, _several(5), _squares)
+    return EncodedFamily("Florence-2", model, _several(5), _squares)
+
+
+MAKERS: dict[str, Callable[[], Family]] = {
+    "Idefics2": idefics2,
+    "Aria": aria,
+    "FastVLM": fast_vlm,
+    "Chameleon": chameleon,
+    "Emu3": emu3,
+    "Fuyu": fuyu,
+    "BLIP-2": blip_2,
+    "InstructBLIP": instruct_blip,
+    "InstructBlipVideo": instruct_blip_video,
+    "Nemotron-H-Omni": nemotron_h_omni,
+    "T5Gemma2": t5gemma2,
+    "Florence-2": florence_2,
+    "Mllama": mllama,
+}
+
+
+LAYOUTS: dict[str, str] = {
+    "Idefics2": "perceiver latents (64), no grid; a run per picture or crop",
+    "Aria": "resampler queries by patch count (128 or 256), no grid; all crops of a picture in one run",
+    "FastVLM": "sqrt(N) x sqrt(N) of the convolutional tower's last map, row-major",
+    "Chameleon": "h/16 x w/16 codes (32x32), row-major",
+    "Emu3": "h/8 x (w/8 + 1) from image_sizes, row-major; the last column ends the row and is no cell of the picture",
+    "Fuyu": "ceil(h/30) x ceil(w/30), row-major, a run per row: a |NEWLINE| token of another id ends each",
+    "BLIP-2": "Q-Former queries (32), no grid",
+    "InstructBLIP": "Q-Former queries (32), no grid",
+    "InstructBlipVideo": "frames (4) times Q-Former queries (32), frame by frame, no grid; video_token_id",
+    "Nemotron-H-Omni": "h/2 x w/2 from image_grid_hw, row-major",
+    "T5Gemma2": "one square per picture (16x16), row-major, in the encoder",
+    "Florence-2": "the mean of all cells, then a square (24x24), row-major, in the encoder",
+    "Mllama": "keys of their own: per tile a class cell and a square (40x40), tiles row-major, then what pads them",
+}
+
+
+# ------------------------------------------------------------------------------------------- other ways to see a picture
 
 
 def pix2struct() -> Family:
@@ -588,7 +609,6 @@ def blip() -> Family:
 
 
 OTHERS: dict[str, Callable[[], Family]] = {
-    "Florence-2": florence_2,
     "Pix2Struct": pix2struct,
     "UDOP": udop,
     "PPFormulaNet": pp_formulanet,
@@ -598,6 +618,4 @@ OTHERS: dict[str, Callable[[], Family]] = {
     "BLIP": blip,
     "Kosmos-2": kosmos_2,
     "Kosmos-2.5": kosmos_2_5,
-    "T5Gemma2": t5gemma2,
-    "Mllama": mllama,
 }
