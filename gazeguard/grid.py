@@ -243,6 +243,43 @@ def _tiled_canvas(prompt: Prompt) -> Layout | None:
     return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
 
 
+def canvases_of(model: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(rows, columns) of the tiles of each of a prompt's pictures in Mllama; an id of 0 is no picture."""
+    ratios = model.config.vision_config.supported_aspect_ratios
+    return [tuple(ratios[number - 1]) for number in np.asarray(inputs["aspect_ratio_ids"]).tolist() if number]
+
+
+def _padded_canvas(prompt: Prompt) -> Layout | None:
+    """Mllama: tiles row by row, each a class cell and a square; the picture fills its canvas from the upper left corner."""
+    if "aspect_ratio_ids" not in prompt.inputs:
+        return None
+    canvases, vision = canvases_of(prompt.model, prompt.inputs), prompt.model.config.vision_config
+    if len(canvases) != len(prompt.sizes):
+        return None
+    edge, side, boxes = vision.image_size, vision.image_size // vision.patch_size, []
+    for (rows, columns), size in zip(canvases, prompt.sizes, strict=True):
+        canvas = (columns * edge, rows * edge)
+        # As the processor: neither side smaller than a tile if the other lets it, and none larger than the canvas.
+        scale = min(min(max(own, edge), most) / own for own, most in zip(size, canvas, strict=True))
+        x1, y1 = (most / min(most, max(1, math.floor(own * scale))) for own, most in zip(size, canvas, strict=True))
+        for row, column in np.ndindex(rows, columns):
+            view = (column / columns * x1, row / rows * y1, (column + 1) / columns * x1, (row + 1) / rows * y1)
+            cells = np.clip(_lattice(side, side, view), 0, 1)
+            cells[(cells[:, 0] >= cells[:, 2]) | (cells[:, 1] >= cells[:, 3])] = np.nan  # beside the picture
+            boxes.append(np.concatenate((_nowhere(1), cells)))
+    each = [rows * columns * (side**2 + 1) for rows, columns in canvases]
+    return np.concatenate(boxes), np.repeat(np.arange(len(canvases)), each)
+
+
+def _mean_and_square(prompt: Prompt) -> Layout | None:
+    """Florence-2: a cell that is the mean of all others, then a square."""
+    if prompt.model.config.model_type != "florence2" or len(prompt.runs) != len(prompt.sizes):
+        return None
+    sides = [round((length - 1) ** 0.5) for _, length in prompt.runs]
+    boxes = [np.concatenate((_nowhere(1), _lattice(side, side))) for side in sides]
+    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+
+
 # Models whose image tokens are the answers of a resampler: each has seen all of the picture, and none has a place.
 LATENTS = ("aria", "blip-2", "idefics2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5")
 
@@ -313,6 +350,8 @@ RULES: tuple[Rule, ...] = (
     _pixel_sizes,
     _tiled_canvas,
     _tagged_tiles,
+    _padded_canvas,
+    _mean_and_square,
     _one_square_per_picture,
 )
 

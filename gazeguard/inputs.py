@@ -24,10 +24,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from gazeguard.errors import InputError, UnsupportedError
-from gazeguard.grid import ImageGrid, Prompt, find_grid, image_cells, patches_of
+from gazeguard.grid import ImageGrid, Prompt, canvases_of, find_grid, image_cells, patches_of
 
 # What processors tell of each picture, one row per picture of the batch.
 PER_PICTURE = ("image_grid_thw", "image_grid_hw", "image_merge_sizes", "image_sizes")
+# What they tell of each row's pictures, one row per prompt.
+PER_ROW = ("aspect_ratio_ids",)
 # What processors tell of each token of the prompt in more than one number; every written token is as the last one.
 PER_TOKEN = ("cross_attention_mask", "image_attention_mask")
 MAX_IMAGE_BYTES = 64 * 2**20
@@ -285,6 +287,7 @@ def grids_of(
             share = {name: value[mine] for name, value in told.items()}
         elif "image_sizes" in told:
             share["image_sizes"] = told["image_sizes"][_pictures_of(number, len(rows), len(told["image_sizes"]), sizes)]
+        share |= {name: np.asarray(inputs[name][number].cpu()) for name in PER_ROW if inputs.get(name) is not None}
         given = sizes[number] if sizes is not None else _processed_sizes(model, inputs, share, len(runs))
         grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor, sizes is not None)))
     return grids
@@ -316,6 +319,9 @@ def _processed_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], share: M
     if "image_grid_thw" in share:
         patch = model.config.vision_config.patch_size
         return [(int(w) * patch, int(h) * patch) for _, h, w in share["image_grid_thw"]]
+    if "aspect_ratio_ids" in share:
+        edge = model.config.vision_config.image_size
+        return [(columns * edge, rows * edge) for rows, columns in canvases_of(model, share)]
     pixels = inputs.get("pixel_values")
     if pixels is not None and pixels.ndim >= 4:
         return [(int(pixels.shape[-1]), int(pixels.shape[-2]))] * runs

@@ -863,7 +863,13 @@ def readout(backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: T
     directions: (..., width), an unembedding row, or a difference of such rows
     returns     (..., H) float32 logits: ``W_U g/|x| W_O o``, whose sum over all heads, all MLPs and the embedding is the logit
                 (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; DESIGN: readout)
+    Raises `UnsupportedError` for a decoder like BART's, whose every sum is normed before the next: there is no such sum.
     """
+    if not backbone.sums:
+        raise UnsupportedError(
+            f"{type(backbone.owner).__name__} norms the sum after each of its parts, so that a logit is no sum of what heads "
+            "deliver and a look has no readout. Use a policy that needs none, such as mark."
+        )
     gain, centres = backbone.gain
     state = hidden.float()
     if centres:
@@ -881,7 +887,10 @@ def readout(backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: T
 
 @dataclass(frozen=True)
 class Words:
-    """What the model thought of each written token: all (batch, T) except readout (batch, T, H); nats and logits."""
+    """What the model thought of each written token: all (batch, T) except readout (batch, T, H); nats and logits.
+
+    The readout is NaN where the decoder has none: see `readout`.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -901,7 +910,9 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
         rival = (likely != token[:, None]).float()
         rivals = (table[likely].float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
         entropy = -(logs.exp() * logs.clamp(min=-1e9)).sum(-1)
-        looked = readout(backbone, heads, output, hidden, table[token].float() - rivals)
+        looked = output.new_full(output.shape[:-1], float("nan"))
+        if backbone.sums:
+            looked = readout(backbone, heads, output, hidden, table[token].float() - rivals)
         return logs.gather(-1, token[:, None])[:, 0], entropy, looked
 
     # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.

@@ -411,16 +411,41 @@ def t5gemma2() -> Family:
     return EncodedFamily("T5Gemma2", model, _several(4), _squares)
 
 
+@dataclass(frozen=True)
+class TileFamily(Family):
+    """Mllama: a mask says which pictures a word may look at, those whose token stands before it.
+
+    Pictures come first: a word that may look at none looks at all, in transformers' class, those that pad the batch, too.
+    """
+
+    def _prompt(self, row: int) -> Tensor:
+        prompt = super()._prompt(row)
+        return torch.cat((prompt[prompt == IMAGE], prompt[prompt != IMAGE]))
+
+    def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
+        made = super().batch(rows)
+        begun = (made["input_ids"] == IMAGE).cumsum(1)[:, :, None, None]  # pictures that have begun at each word
+        tiles = made["aspect_ratio_mask"] * (made["aspect_ratio_ids"] > 0)[:, :, None]
+        number = torch.arange(tiles.shape[1])[:, None]
+        return {**made, "cross_attention_mask": tiles[:, None] * (begun > number)}
+
+    def extended(self, inputs: dict[str, Tensor], written: Tensor) -> dict[str, Tensor]:
+        made, seen = super().extended(inputs, written), inputs["cross_attention_mask"]
+        return {**made, "cross_attention_mask": torch.cat((seen, seen[:, -1:].expand(-1, written.shape[1], -1, -1)), dim=1)}
+
+
 def mllama() -> Family:
-    """Layers 1 and 3 attend to the picture's tiles alone, 0 and 2 to the words, among them one token per picture."""
+    """Layers 1 and 3 attend to the pictures' tiles alone, 0 and 2 to the words, among them one token per picture."""
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {
-            "pixel_values": torch.stack([_noise(row, 1, 2, 3, 16, 16) for row in rows]),
-            "aspect_ratio_ids": torch.full((len(rows), 1), 2),
-            "aspect_ratio_mask": torch.ones(len(rows), 1, 2, dtype=torch.long),
-            "cross_attention_mask": torch.ones(len(rows), 64, 1, 2, dtype=torch.long),  # more words than any test has
-        }
+        most = max(1 + row % 2 for row in rows)
+        pixels, shapes = torch.zeros(len(rows), most, 2, 3, 16, 16), torch.zeros(len(rows), most, dtype=torch.long)
+        for i, row in enumerate(rows):
+            shapes[i, : 1 + row % 2] = torch.tensor([2 - row // 2, 1])[: 1 + row % 2]  # two tiles, or one
+            for number in range(1 + row % 2):
+                pixels[i, number, : shapes[i, number]] = _noise(10 * row + number, int(shapes[i, number]), 3, 16, 16)
+        mask = torch.stack((torch.ones_like(shapes), shapes == 2), dim=-1).long()
+        return {"pixel_values": pixels, "aspect_ratio_ids": shapes, "aspect_ratio_mask": mask}
 
     config = tf.MllamaConfig(
         text_config={**TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
@@ -439,7 +464,12 @@ def mllama() -> Family:
         },
         image_token_index=IMAGE,
     )
-    return Family("Mllama", _build(tf.MllamaForConditionalGeneration, config), lambda row: [1], pictures)
+    model = _build(tf.MllamaForConditionalGeneration, config)
+    with torch.no_grad():
+        for name, gate in model.named_parameters():
+            if name.endswith("_gate"):
+                gate.add_(0.7)  # from shut, as they are made, to open
+    return TileFamily("Mllama", model, _several(1), pictures)
 
 
 def florence_2() -> Family:
@@ -494,7 +524,7 @@ LAYOUTS: dict[str, str] = {
     "Nemotron-H-Omni": "h/2 x w/2 from image_grid_hw, row-major",
     "T5Gemma2": "one square per picture (16x16), row-major, in the encoder",
     "Florence-2": "the mean of all cells, then a square (24x24), row-major, in the encoder",
-    "Mllama": "keys of their own: per tile a class cell and a square (40x40), tiles row-major, then what pads them",
+    "Mllama": "keys of their own: per tile a class cell and a square (40x40), tiles row-major; padding tiles are no cells",
 }
 
 
