@@ -1,0 +1,302 @@
+"""Models whose words see the picture through cross-attention: what is special about them beside the laws of every family.
+
+The truth is the eager model's own attention, one row at a time, as the class returns it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import IMAGE, Family
+from torch import Tensor
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from zoo import MAKERS, keys, story, write
+
+from gazeguard import features
+from gazeguard.doctor import examine
+from gazeguard.errors import InputError, UnsupportedError
+from gazeguard.grid import ImageGrid
+from gazeguard.inputs import followed_by, grids_of, model_inputs
+from gazeguard.phrases import things
+from gazeguard.tap import Prompts, Rows, Tap, find_backbone, judge_words, keys_of, readout
+from gazeguard.trace import GazeTrace
+
+NAMES = ("Mllama", "Florence-2", "T5Gemma2")
+NEW = 6
+
+pytestmark = pytest.mark.usefixtures("quietly")
+
+
+def heard(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Rows]:
+    """The written ids (captions, T), and what all heads did."""
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(Prompts.of(*keys(kind, inputs)), reordered=options.get("num_beams", 1) > 1)
+        made = write(kind.model, inputs, **options)
+        rows = tap.collect(getattr(made, "beam_indices", None))
+    return made.sequences[:, keys(kind, inputs).last + 1 :], rows
+
+
+def truth(kind: Family, row: int, written: Tensor) -> Tensor:
+    """(T, H, cells): the attention of the rows that predict ``written`` (T,) on the picture of row ``row``."""
+    alone = kind.batch([row])
+    twin = copy.deepcopy(kind.model)
+    twin.set_attn_implementation("eager")
+    whole = model_inputs(twin, kind.extended(alone, written[None]))
+    seen: list[Tensor] = []
+    for module in find_backbone(twin).attention.values():
+        module.register_forward_hook(lambda _, __, result: seen.append(result[-1]))  # of merged attention the encoder's part
+    twin(**whole, use_cache=False)
+    weights = torch.cat(seen, dim=1)[0, :, keys(kind, alone).last :][:, : len(written)].transpose(0, 1)
+    if kind.name == "Mllama":
+        return weights[..., alone["cross_attention_mask"][0, -1].flatten().bool().repeat_interleave(17)]
+    return weights[..., alone["input_ids"][0] == IMAGE]
+
+
+def assert_heard(kind: Family, written: Tensor, rows: Rows, prompts: list[int]) -> None:
+    for i, row in enumerate(prompts):
+        expected = truth(kind, row, written[i])
+        assert expected.max() > 0.05
+        got = rows.gaze[i, : len(expected)]
+        torch.testing.assert_close(got[..., : expected.shape[-1]], expected, rtol=1e-4, atol=2e-5)
+        assert not got[..., expected.shape[-1] :].any()
+        torch.testing.assert_close(rows.shares[i].sum(-1), torch.ones(rows.shares[i].shape[:2]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [
+        ({}, 1),
+        ({"do_sample": True, "num_return_sequences": 2, "top_k": 0}, 2),
+        ({"num_beams": 3}, 1),
+        ({"use_cache": False}, 1),
+        ({"cache_implementation": "static"}, 1),
+    ],
+    ids=["greedy", "sampled twice", "beams", "no cache", "static"],
+)
+def test_the_picture_is_where_the_class_says(name, options, copies):
+    """However words are chosen, the gaze is the class's own attention on its picture, and the shares add up."""
+    kind = MAKERS[name]()
+    torch.manual_seed(3)
+    written, rows = heard(kind, kind.batch(), **options)
+    assert_heard(kind, written, rows, [row for row in range(3) for _ in range(copies)])
+
+
+@pytest.mark.parametrize("name", ["Florence-2", "T5Gemma2"])  # of Mllama's cache transformers cuts the picture off, too
+def test_guesses_that_are_rejected_leave_no_rows(name):
+    """Prompt look-up: rows are those of the words that stand."""
+    kind = MAKERS[name]()
+    written, rows = heard(kind, kind.batch([1]), prompt_lookup_num_tokens=3, max_matching_ngram_size=1, max_new_tokens=12)
+    assert_heard(kind, written, rows, [1])
+
+
+# ------------------------------------------------------------------------------------------------------------- steering
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_turned_look_is_a_bias_in_the_mask(name, kernel):
+    """Heads that are turned in every row are those of the eager model with the same bias on the same keys."""
+    kind, inputs, *_ = story(name)
+    prompts = Prompts.of(*keys(kind, inputs))
+    cell, keyed = 2, prompts.real.shape[1]
+    turned, twin = copy.deepcopy(kind.model), copy.deepcopy(kind.model)
+    turned.set_attn_implementation(kernel)
+    twin.set_attn_implementation("eager")
+    with Tap(turned, find_backbone(turned).heads()) as tap:
+        tap.begin(prompts)
+        bias = torch.zeros(3, len(tap.heads), prompts.columns.shape[1])
+        bias[:, :, cell] = 2.0
+        tap.steer(bias, prompt=True)
+        made = write(turned, inputs)
+        rows = tap.collect()
+
+    def add(_: Any, args: Any, options: dict[str, Any]) -> Any:
+        name = "merged_attention_mask" if "merged_attention_mask" in options else "attention_mask"
+        mask = options[name]
+        more = torch.zeros(3, 1, 1, mask.shape[-1])
+        more[torch.arange(3), 0, 0, prompts.columns[:, cell] + mask.shape[-1] - keyed] = 2.0
+        return args, {**options, name: mask + more}
+
+    for module in find_backbone(twin).attention.values():
+        module.register_forward_pre_hook(add, with_kwargs=True)
+    with Tap(twin, find_backbone(twin).heads()) as tap:
+        tap.begin(prompts)
+        expected = write(twin, inputs)
+        torch.testing.assert_close(rows.gaze, tap.collect().gaze, rtol=0, atol=2e-5)
+    plain = story(name)[3]
+    assert torch.equal(expected.sequences, made.sequences)
+    for left, right in zip(expected.logits, made.logits, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-4)
+    assert (plain.logits[0] - made.logits[0]).abs().max() > 1e-2, "a test of turning needs a turn"
+
+
+# --------------------------------------------------------------------------------------------------------------- Mllama
+
+
+def test_only_the_looking_layers_are_watched():
+    """Mllama's self-attention sees no picture; an encoder's own attention and its decoder's self-attention neither."""
+    assert {layer for layer, _ in find_backbone(MAKERS["Mllama"]().model).heads()} == {1, 3}
+    with pytest.raises(UnsupportedError, match=r"no head \(0, 0\)"):
+        Tap(MAKERS["Mllama"]().model, [(0, 0)])
+    model = MAKERS["Florence-2"]().model
+    path_of = {id(module): path for path, module in model.named_modules()}
+    for layer, module in find_backbone(model).attention.items():
+        assert path_of[id(module)].endswith(f"decoder.layers.{layer}.encoder_attn")
+
+
+def test_what_a_gated_head_delivers_is_gated():
+    """The last layer's heads together are what the layer's attention adds to the residual stream."""
+    kind, inputs, _, _, rows = story("Mllama")
+    backbone = find_backbone(kind.model)
+    layer = kind.model.model.language_model.layers[3]
+    seen: list[Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+    ]
+    kind.model(**model_inputs(kind.model, inputs), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    added = (seen[1] - seen[0])[:, -1]
+    delivered = rows.output[:, 0, 4:].flatten(1) @ backbone.delivers(3, range(4)).T
+    torch.testing.assert_close(delivered, added, rtol=1e-4, atol=1e-5)
+    assert added.abs().max() > 0.1
+
+
+def test_a_row_of_text_sees_no_picture():
+    """Its mask opens no tile: no cell is heard in it, the other row is what it is alone, and a grid is refused."""
+    kind = MAKERS["Mllama"]()
+    inputs = kind.batch([0, 2])
+    inputs["cross_attention_mask"][1] = 0
+    _, rows = heard(kind, inputs)
+    assert not rows.gaze[1].any()
+    assert not rows.shares[1].any()
+    _, alone = heard(kind, kind.batch([0]))
+    torch.testing.assert_close(rows.gaze[:1], alone.gaze, rtol=0, atol=1e-4)
+    with pytest.raises(InputError, match="Row 1 of the batch has no image"):
+        grids_of(kind.model, None, inputs, *keys(kind, inputs)[:2])
+
+
+def test_a_batch_that_does_not_tell_its_pictures_is_refused():
+    """Without a mask the class would be causal over tiles; with another batch's keys nothing fits."""
+    kind = MAKERS["Mllama"]()
+    inputs = kind.batch([0])
+    bare = {name: value for name, value in inputs.items() if name != "cross_attention_mask"}
+    with pytest.raises(InputError, match=r"got no cross_attention_mask.*pass the processor's output whole"):
+        keys(kind, bare)
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(Prompts.of(*keys(kind, inputs)))
+        with pytest.raises(UnsupportedError, match="Layer 1 looks among 68 keys, but .* tells 34"):
+            write(kind.model, kind.batch([1]))
+
+
+@pytest.mark.parametrize("size", [(64, 40), (40, 64), (200, 30), (32, 32), (20, 11)])
+def test_tiles_lie_where_the_processor_put_them(size):
+    """One bright block of a picture is found in the cells whose boxes it covers, whatever the picture's shape."""
+    edge, patch = 32, 8
+    processor = MllamaImageProcessorPil(size={"height": edge, "width": edge}, max_image_tiles=4)
+    model = copy.deepcopy(MAKERS["Mllama"]().model)
+    vision = model.config.vision_config
+    vision.image_size, vision.patch_size = edge, patch
+    vision.supported_aspect_ratios = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
+    width, height = size
+    picture = np.zeros((height, width, 3), np.uint8)
+    box = (width // 2, height // 3, width * 3 // 4, height * 3 // 4)
+    picture[box[1] : box[3], box[0] : box[2]] = 255
+    made = processor([[picture]], return_tensors="pt")
+    rows, columns = vision.supported_aspect_ratios[int(made["aspect_ratio_ids"]) - 1]
+    tiles = made["pixel_values"][0, 0, : rows * columns].mean(1)  # (tiles, edge, edge)
+    light = tiles.unfold(1, patch, patch).unfold(2, patch, patch).mean((-1, -2)).flatten(1)
+    light = (light - light.min()) / (light.max() - light.min())
+    mask = torch.zeros(1, 3, 1, 4, dtype=torch.long)
+    mask[..., : rows * columns] = 1
+    inputs = {**made, "cross_attention_mask": mask}
+    told = keys_of(model, inputs, torch.tensor([[IMAGE, 5, 6]]), None)
+    grid = grids_of(model, None, inputs, told.ids, told.mask, [[size]])[0]
+    cover = grid.overlap(box).reshape(rows * columns, -1)
+    assert not cover[:, 0].any(), "a class cell has no place"
+    assert np.isnan(grid.boxes.reshape(rows * columns, -1, 4)[:, 0]).all()
+    assert np.corrcoef(cover[:, 1:].ravel(), light.numpy().ravel())[0, 1] > 0.95
+    assert grids_of(model, None, inputs, told.ids, told.mask)[0].sizes == ((columns * edge, rows * edge),)
+
+
+# ---------------------------------------------------------------------------------------------------- encoder-decoders
+
+
+def test_a_sum_that_is_normed_has_no_readout():
+    """BART norms after each part: the readout is refused, words have NaN, and the detector's features are numbers."""
+    kind, _, written, made, rows = story("Florence-2")
+    backbone = find_backbone(kind.model)
+    heads = backbone.heads()
+    with pytest.raises(UnsupportedError, match="BartDecoder norms the sum after each of its parts"):
+        readout(backbone, heads, rows.output, rows.hidden, rows.hidden)
+    words = judge_words(backbone, heads, rows, written)
+    assert words.readout.isnan().all()
+    assert words.readout.shape == (3, NEW, len(heads))
+    logs = torch.stack(made.logits, dim=1).log_softmax(-1)
+    torch.testing.assert_close(words.logprobs, logs.gather(-1, written[..., None])[..., 0], rtol=0, atol=1e-4)
+    text = "a red star"
+    trace = GazeTrace(
+        text=text,
+        token_ids=np.zeros(3, np.int64),
+        offsets=np.array([(0, 1), (1, 5), (5, 10)]),
+        logprobs=words.logprobs[0, :3].numpy(),
+        entropy=words.entropy[0, :3].numpy(),
+        gaze=rows.gaze[0, :3, :, :5].numpy(),
+        shares=rows.shares[0, :3].numpy(),
+        readout=words.readout[0, :3].numpy(),
+        heads=heads,
+        grid=ImageGrid.regular(1, 5, (16, 16)),
+        model="",
+        finished=True,
+    )
+    made_of = features.features(trace, things(text))
+    assert len(made_of)
+    assert np.isfinite(made_of).all()
+
+
+@pytest.mark.parametrize("name", ["Florence-2", "T5Gemma2"])
+def test_a_longer_start_of_the_decoder_is_no_caption(name):
+    """Tokens that the caller gives the decoder are the prompt's: rows begin with the first word after them."""
+    kind = MAKERS[name]()
+    inputs = kind.batch([0])
+    plain, rows = heard(kind, inputs)
+    given = {**inputs, "decoder_input_ids": plain[:, :2]}
+    told = keys_of(kind.model, given, inputs["input_ids"], inputs["attention_mask"])
+    assert told.last == 2  # the start token, which generate puts in front, and two words
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(Prompts.of(*told))
+        made = write(kind.model, given)
+        again = tap.collect()
+    assert torch.equal(made.sequences[:, 3:][:, : NEW - 2], plain[:, 2:])
+    torch.testing.assert_close(again.gaze[:, : NEW - 2], rows.gaze[:, 2:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_doctor_passes_them(name):
+    """Grids, words, eager truth and padding, through the package's own ways to extend and pad a batch."""
+    kind = MAKERS[name]()
+    checks = examine(kind.model, None, kind.batch([0, 2]))
+    assert len(checks) == 5
+    assert all(check.ok for check in checks), "\n".join(map(str, checks))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_caption_follows_its_prompt(name):
+    """What a batch is for a replay: the family's own way of writing on, with the shorter caption padded."""
+    kind = MAKERS[name]()
+    inputs = kind.batch([0, 1])
+    written = torch.randint(2, IMAGE, (2, 4), generator=torch.Generator().manual_seed(2))
+    made = followed_by(kind.model, inputs, [written[0].numpy(), written[1, :2].numpy()])
+    expected = kind.extended(inputs, written)
+    assert set(made) == set(expected)
+    for key, value in expected.items():
+        if key in ("input_ids", "decoder_input_ids") and value.shape != inputs.get(key, value[:, :0]).shape:
+            assert made[key][1, -2:].tolist() == [0, 0]
+            assert torch.equal(made[key][1, :-2], value[1, :-2])
+        assert torch.equal(made[key][0], value[0])
