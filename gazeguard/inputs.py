@@ -178,8 +178,9 @@ def followed_by(model: PreTrainedModel, inputs: Mapping[str, Any], written: Sequ
 
 def decoder_prompt(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """What an encoder-decoder's decoder reads before its first word, (batch, D) int64: as ``generate`` makes it."""
-    config, given = model.generation_config, inputs.get("decoder_input_ids")
-    start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+    given, configs = inputs.get("decoder_input_ids"), (model.generation_config, model.config.get_text_config(decoder=True))
+    starts = [getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id") for config in configs]
+    start = next(value for value in starts if value is not None)
     rows = len(inputs["input_ids"] if given is None else given)
     first = torch.as_tensor(start, device=model.device).view(-1, 1).expand(rows, 1)
     if given is None:

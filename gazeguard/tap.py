@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
 LOGITS_AT_ONCE = 2**19  # numbers, of the words that are judged together
 RIVALS = 20  # candidates that a readout is measured against
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "o")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "embedding_norm", "norm_f")
 
 Head = tuple[int, int]  # (layer, head)
@@ -98,6 +99,7 @@ def _tiles(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, _: An
 
 LOOKS = (
     Look(("florence2",), "encoder_attn", _encoded_prompt),
+    Look(("blip-2", "instructblip", "instructblipvideo"), "EncDecAttention", _encoded_prompt),  # around T5
     Look(("t5gemma2",), "self_attn", _encoded_prompt, after_words=True),
     Look(("mllama",), "cross_attn", _tiles, gate="cross_attn_attn_gate"),
 )
@@ -105,7 +107,8 @@ LOOKS = (
 
 def look_of(model: PreTrainedModel) -> Look | None:
     """How the model's words see the picture; None when it is part of the prompt that they continue."""
-    return next((look for look in LOOKS if model.config.model_type in look.families), None)
+    kind, encodes = model.config.model_type, model.config.is_encoder_decoder
+    return next((look for look in LOOKS if kind in look.families and (encodes or look.keys is not _encoded_prompt)), None)
 
 
 def keys_of(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Keys:
@@ -273,7 +276,8 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
             f"{name} has no text attention that GazeGuard can watch: none of its modules calls transformers' attention "
             "registry. Models that compute attention by themselves (BLIP, GIT) or run remote code are not supported."
         )
-    owner = decoder.get_submodule(next(iter(found)).rpartition("layers.")[0].rstrip("."))
+    above = re.match(r"(?:(.*)\.)?(?:\w*layers|block)\.\d", next(iter(found)))
+    owner = decoder.get_submodule((above and above[1]) or "")
     norm, unembedding = _first(owner, FINAL_NORMS), model.get_output_embeddings() or decoder.get_output_embeddings()
     sums = norm is not None
     if not sums and look is not None:  # BART: the last layer's own norm is the last, and every sum before it was normed, too

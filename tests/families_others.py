@@ -290,6 +290,28 @@ def blip_2() -> Family:
     return Family("BLIP-2", model, _several(5), _squares)
 
 
+def blip_2_t5() -> Family:
+    """BLIP-2 around T5: the Q-Former's answers are in the encoder, queries are not scaled, positions are biases."""
+    config = tf.Blip2Config(
+        text_config={
+            "model_type": "t5",
+            **T5,
+            "vocab_size": VOCABULARY,
+            "d_model": WIDTH,
+            "decoder_start_token_id": 1,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "scale_decoder_outputs": False,
+        },
+        vision_config=TOWER,
+        qformer_config=QFORMER,
+        num_query_tokens=5,
+        image_token_index=IMAGE,
+    )
+    model = _starting(_inner(_build(tf.Blip2ForConditionalGeneration, config), "language_model"))
+    return EncodedFamily("BLIP-2 (T5)", model, _several(5), _squares)
+
+
 def _instruct_blip(config: Any, kind: type[PreTrainedModel], name: str, token: str, frames: int) -> Family:
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         shape = (3, 16, 16) if frames == 1 else (frames, 3, 16, 16)
@@ -507,6 +529,7 @@ MAKERS: dict[str, Callable[[], Family]] = {
     "Nemotron-H-Omni": nemotron_h_omni,
     "T5Gemma2": t5gemma2,
     "Florence-2": florence_2,
+    "BLIP-2 (T5)": blip_2_t5,
     "Mllama": mllama,
 }
 
@@ -523,6 +546,7 @@ LAYOUTS: dict[str, str] = {
     "InstructBlipVideo": "frames (4) times Q-Former queries (32), frame by frame, no grid; video_token_id",
     "Nemotron-H-Omni": "h/2 x w/2 from image_grid_hw, row-major",
     "T5Gemma2": "one square per picture (16x16), row-major, in the encoder",
+    "BLIP-2 (T5)": "Q-Former queries (32), no grid, in the encoder",
     "Florence-2": "the mean of all cells, then a square (24x24), row-major, in the encoder",
     "Mllama": "keys of their own: per tile a class cell and a square (40x40), tiles row-major; padding tiles are no cells",
 }
