@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from gazeguard.errors import GazeGuardError
 from gazeguard.grid import ImageGrid
-from gazeguard.inputs import PER_TOKEN, followed_by, grids_of, image_token_id, model_inputs
+from gazeguard.inputs import NO_WORD, PER_TOKEN, followed_by, grids_of, image_token_id, model_inputs
 from gazeguard.tap import Head, Keys, Prompts, Rows, Tap, find_backbone, keys_of
 
 WRITTEN = 4  # words that are written to look at
@@ -64,8 +64,9 @@ def examine(
             checks.append(Check(name, False, f"{type(error).__name__}: {error}"))
 
     def found() -> tuple[bool, str]:
-        every = find_backbone(model).heads()
-        return True, f"{len(every)} heads in {len({layer for layer, _ in every})} layers, image token {image_token_id(model)}"
+        every, token = find_backbone(model).heads(), image_token_id(model)
+        marks = f"image token {token}" if token != NO_WORD else "no image token among the words"
+        return True, f"{len(every)} heads in {len({layer for layer, _ in every})} layers, {marks}"
 
     def cells() -> tuple[bool, str]:
         keys = _keys(model, inputs)

@@ -271,22 +271,24 @@ def _padded_canvas(prompt: Prompt) -> Layout | None:
     return np.concatenate(boxes), np.repeat(np.arange(len(canvases)), each)
 
 
-def _mean_and_square(prompt: Prompt) -> Layout | None:
-    """Florence-2: a cell that is the mean of all others, then a square."""
-    if prompt.model.config.model_type != "florence2" or len(prompt.runs) != len(prompt.sizes):
+def _one_and_square(prompt: Prompt) -> Layout | None:
+    """A cell without a place, then a square: the mean of all cells in Florence-2, the class cell in Idefics."""
+    pictures, count = max(1, len(prompt.sizes)), sum(length for _, length in prompt.runs)
+    if prompt.model.config.model_type not in ("florence2", "idefics"):
         return None
-    sides = [round((length - 1) ** 0.5) for _, length in prompt.runs]
-    boxes = [np.concatenate((_nowhere(1), _lattice(side, side))) for side in sides]
-    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+    side = round((count // pictures - 1) ** 0.5)
+    boxes = np.concatenate((_nowhere(1), _lattice(side, side)))
+    return np.tile(boxes, (pictures, 1)), np.repeat(np.arange(pictures), len(boxes))
 
 
 # Models whose image tokens are the answers of a resampler: each has seen all of the picture, and none has a place.
-LATENTS = ("aria", "blip-2", "idefics2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5")
+LATENTS = ("aria", "blip-2", "idefics", "idefics2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5")
 
 
 def _latents(prompt: Prompt) -> Layout | None:
     """Resamplers: mass and readout can be read, regions cannot."""
-    if prompt.model.config.model_type not in LATENTS:
+    config = prompt.model.config
+    if config.model_type not in LATENTS or not getattr(config, "use_resampler", True):
         return None
     count = sum(length for _, length in prompt.runs)
     pictures = max(1, len(prompt.sizes))
@@ -351,7 +353,7 @@ RULES: tuple[Rule, ...] = (
     _tiled_canvas,
     _tagged_tiles,
     _padded_canvas,
-    _mean_and_square,
+    _one_and_square,
     _one_square_per_picture,
 )
 

@@ -32,6 +32,8 @@ PER_PICTURE = ("image_grid_thw", "image_grid_hw", "image_merge_sizes", "image_si
 PER_ROW = ("aspect_ratio_ids",)
 # What processors tell of each token of the prompt in more than one number; every written token is as the last one.
 PER_TOKEN = ("cross_attention_mask", "image_attention_mask")
+NO_WORD = -1  # stands for image cells where the model type has no token for them and keeps them away from its words
+KEPT_AWAY = ("idefics",)
 MAX_IMAGE_BYTES = 64 * 2**20
 
 
@@ -95,7 +97,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_token_id(model: PreTrainedModel) -> int:
-    """The id that marks image cells in the prompt. Raises `UnsupportedError` for a model that has none."""
+    """The id that marks image cells among keys. Raises `UnsupportedError` for a model that has none."""
+    if model.config.model_type in KEPT_AWAY:
+        return NO_WORD
     for name in ("image_token_id", "image_token_index", "video_token_id", "video_token_index"):
         if (value := getattr(model.config, name, None)) is not None:
             return int(value)

@@ -83,25 +83,42 @@ def _encoded_prompt(_: Any, __: Any, ids: Tensor, mask: Tensor | None) -> tuple[
     return ids, mask
 
 
-def _tiles(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, _: Any) -> tuple[Tensor, Tensor]:
-    """The cells of every tile of every picture of the row are the keys, each tile's class cell first."""
-    may = inputs.get("cross_attention_mask")  # (batch, P or more, pictures, tiles)
-    if may is None:
-        raise InputError(
-            f"{type(model).__name__} got no cross_attention_mask, which says where each row's pictures are. Put an image into "
-            "every message, and pass the processor's output whole."
-        )
-    vision = model.config.vision_config
-    seen = may[:, : ids.shape[1]].flatten(2).bool().any(1)  # tiles that are only padding are closed to every word
-    seen = seen.repeat_interleave((vision.image_size // vision.patch_size) ** 2 + 1, dim=1)
-    return torch.full_like(seen, image_token_id(model), dtype=ids.dtype), seen
+def _pictures(name: str, cells: Callable[[Any], int]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The pictures alone are the keys, in as many cells as the configuration says for each column of the mask ``name``."""
+
+    def keys(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        may = inputs.get(name)  # (batch, P or more, pictures) or (batch, P or more, pictures, tiles)
+        if may is None:
+            raise InputError(
+                f"{type(model).__name__} got no {name}, which says where each row's pictures are. Put an image into every "
+                "message, and pass the processor's output whole."
+            )
+        # Tiles and pictures that only pad the batch are closed to every word.
+        seen = may[:, : ids.shape[1]].flatten(2).bool().any(1).repeat_interleave(cells(model.config), dim=1)
+        return torch.full_like(seen, image_token_id(model), dtype=ids.dtype), seen
+
+    return keys
+
+
+def _patches_and_class(vision: Any) -> int:
+    return (vision.image_size // vision.patch_size) ** 2 + 1
+
+
+def _idefics(config: Any) -> int:
+    return config.perceiver_config.resampler_n_latents if config.use_resampler else _patches_and_class(config.vision_config)
 
 
 LOOKS = (
     Look(("florence2",), "encoder_attn", _encoded_prompt),
     Look(("blip-2", "instructblip", "instructblipvideo"), "EncDecAttention", _encoded_prompt),  # around T5
     Look(("t5gemma2",), "self_attn", _encoded_prompt, after_words=True),
-    Look(("mllama",), "cross_attn", _tiles, gate="cross_attn_attn_gate"),
+    Look(
+        ("mllama",),
+        "cross_attn",
+        _pictures("cross_attention_mask", lambda config: _patches_and_class(config.vision_config)),
+        gate="cross_attn_attn_gate",
+    ),
+    Look(("idefics",), "cross_attn", _pictures("image_attention_mask", _idefics), gate="alpha_cross_attn"),
 )
 
 
@@ -138,6 +155,15 @@ class Backbone:
     look: Look | None = None  # None when the picture is part of the prompt
     gated: Mapping[int, nn.Module] = field(default_factory=dict)  # layer -> the module that holds its gate
     sums: bool = True  # the last state is the sum of what all modules delivered; not where each sum is normed anew
+
+    def directions(self, words: Tensor) -> Tensor:
+        """(..., width): the unembedding's rows of words (...)."""
+        table, more = weight_of(self.unembedding), getattr(self.unembedding, "additional_fc", None)
+        if more is None:
+            return table[words]
+        own = words < len(table)  # Idefics keeps the words that it added apart
+        added = weight_of(more)[(words - len(table)).clamp(min=0)]
+        return torch.where(own[..., None], table[words.clamp(max=len(table) - 1)], added)
 
     def heads(self) -> list[Head]:
         """Every head that can be watched, in order."""
@@ -186,7 +212,7 @@ class Backbone:
         logits = self.unembedding(self.norm(hidden)).float()
         for made in self.logit_changes:
             if (value := getattr(self.config, made.key, None)) is not None:
-                logits = made.change(logits, value, self.config.model_type)
+                logits = made.change(logits, value, self.config)
         return logits
 
 
@@ -198,7 +224,7 @@ class LogitChange:
 
     name: str
     key: str
-    change: Callable[[Tensor, Any, str], Tensor]  # logits, value, model type of the text configuration
+    change: Callable[[Tensor, Any, Any], Tensor]  # logits, value, text configuration
 
 
 # In the order in which they are done. A class may have the key and not follow it (Aya Vision around Cohere2), so only
@@ -207,7 +233,14 @@ LOGIT_CHANGES = (
     LogitChange("logit_scale", "logit_scale", lambda logits, value, _: logits * value),
     LogitChange("output_multiplier", "output_multiplier", lambda logits, value, _: logits * value),
     LogitChange(  # Granite divides, HyperCLOVAX multiplies
-        "logits_scaling", "logits_scaling", lambda logits, value, kind: logits * value ** (1 if kind == "hyperclovax" else -1)
+        "logits_scaling",
+        "logits_scaling",
+        lambda logits, value, config: logits * value ** (1 if config.model_type == "hyperclovax" else -1),
+    ),
+    LogitChange(  # T5 whose embeddings are tied
+        "scale_decoder_outputs",
+        "scale_decoder_outputs",
+        lambda logits, value, config: logits * config.d_model**-0.5 if value else logits,
     ),
     LogitChange("logits_mup_width_multiplier", "logits_mup_width_multiplier", lambda logits, value, _: logits / value),
     *(
@@ -291,7 +324,7 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
             f"{name} has several attention modules under one layer number ({', '.join(list(found)[:3])}, ...), and GazeGuard "
             "cannot tell which of them looks at the picture."
         )
-    changes = tuple(made for made in LOGIT_CHANGES if made.name in _names(model))
+    changes = tuple(made for made in LOGIT_CHANGES if made.name in _names(model) | _names(decoder))
     gated = {}
     if look is not None and look.gate:
         gated = {module.layer_idx: decoder.get_submodule(path.rpartition(".")[0]) for path, module in found.items()}
@@ -906,22 +939,21 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
 
     The readout's direction is the token's unembedding row minus the mean over its rivals, the `RIVALS` likeliest others.
     """
-    table = weight_of(backbone.unembedding)
 
     def judged(hidden: Tensor, output: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logs = backbone.logits(hidden).log_softmax(-1)
         likely = logs.topk(min(RIVALS + 1, logs.shape[-1]), dim=-1).indices  # (words, RIVALS + 1)
         rival = (likely != token[:, None]).float()
-        rivals = (table[likely].float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
+        rivals = (backbone.directions(likely).float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
         entropy = -(logs.exp() * logs.clamp(min=-1e9)).sum(-1)
         looked = output.new_full(output.shape[:-1], float("nan"))
         if backbone.sums:
-            looked = readout(backbone, heads, output, hidden, table[token].float() - rivals)
+            looked = readout(backbone, heads, output, hidden, backbone.directions(token).float() - rivals)
         return logs.gather(-1, token[:, None])[:, 0], entropy, looked
 
     # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.
     flat = (rows.hidden.flatten(0, 1), rows.output.flatten(0, 1), written.flatten())
-    few = max(1, LOGITS_AT_ONCE // len(table))
+    few = max(1, LOGITS_AT_ONCE // len(weight_of(backbone.unembedding)))
     parts = [judged(*part) for part in zip(*(tensor.split(few) for tensor in flat), strict=True)]
     logprobs, entropy, looked = (torch.cat(own).unflatten(0, written.shape) for own in zip(*parts, strict=True))
     return Words(logprobs, entropy, looked)

@@ -494,6 +494,53 @@ def mllama() -> Family:
     return TileFamily("Mllama", model, _several(1), pictures)
 
 
+@dataclass(frozen=True)
+class ApartFamily(Family):
+    """Idefics: no cell among the words; a mask says how many of a row's pictures each word may look at."""
+
+    def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
+        made = super().batch(rows)
+        pictures, length = made["pixel_values"].shape[1], made["input_ids"].shape[1]
+        seen = torch.tensor([[number < 1 + row % 2 for number in range(pictures)] for row in rows]).long()
+        return {**made, "image_attention_mask": seen[:, None].expand(-1, length, -1)}
+
+    def extended(self, inputs: dict[str, Tensor], written: Tensor) -> dict[str, Tensor]:
+        made, seen = super().extended(inputs, written), inputs["image_attention_mask"]
+        return {**made, "image_attention_mask": torch.cat((seen, seen[:, -1:].expand(-1, written.shape[1], -1)), dim=1)}
+
+
+def idefics(latents: int = 0) -> Family:
+    """Llama layers, and between some of them gated layers that attend to the pictures alone and have numbers of their own.
+
+    latents: of a perceiver that reads each picture; without any the tower's cells are the keys
+    """
+
+    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+        pixels = torch.zeros(len(rows), max(1 + row % 2 for row in rows), 3, 16, 16)
+        for i, row in enumerate(rows):
+            pixels[i, : 1 + row % 2] = _noise(row, 1 + row % 2, 3, 16, 16)
+        return {"pixel_values": pixels}
+
+    config = tf.IdeficsConfig(
+        **{key: value for key, value in TEXT.items() if key != "num_key_value_heads"} | {"num_hidden_layers": 4},
+        vision_config={"embed_dim": 32, **{key: value for key, value in TOWER.items() if key != "hidden_size"}},
+        perceiver_config={
+            "use_resampler": latents > 0,
+            "resampler_n_latents": latents,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 16,
+        },
+        use_resampler=latents > 0,
+        additional_vocab_size=2,
+        cross_layer_interval=2,
+        alpha_initializer="ones",
+        alpha_type="vector",
+        tie_word_embeddings=False,
+    )
+    return ApartFamily("Idefics", _build(tf.IdeficsForVisionText2Text, config), _no_cells, pictures)
+
+
 def florence_2() -> Family:
     """BART: the picture is in the encoder, and the decoder's cross attention reads the encoder."""
     config = tf.Florence2Config(
@@ -531,6 +578,8 @@ MAKERS: dict[str, Callable[[], Family]] = {
     "Florence-2": florence_2,
     "BLIP-2 (T5)": blip_2_t5,
     "Mllama": mllama,
+    "Idefics": idefics,
+    "Idefics (perceiver)": lambda: idefics(5),
 }
 
 
@@ -548,6 +597,8 @@ LAYOUTS: dict[str, str] = {
     "T5Gemma2": "one square per picture (16x16), row-major, in the encoder",
     "BLIP-2 (T5)": "Q-Former queries (32), no grid, in the encoder",
     "Florence-2": "the mean of all cells, then a square (24x24), row-major, in the encoder",
+    "Idefics": "keys of their own: per picture a class cell and a square, row-major",
+    "Idefics (perceiver)": "keys of their own: perceiver latents (64) per picture, no grid",
     "Mllama": "keys of their own: per tile a class cell and a square (40x40), tiles row-major; padding tiles are no cells",
 }
 
@@ -618,20 +669,6 @@ def pp_formulanet() -> Family:
     return PictureFamily("PPFormulaNet", model, _no_cells, pictures)
 
 
-def idefics() -> Family:
-    """Llama layers, and between them gated layers that attend to the picture alone and have numbers of their own."""
-
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
-        pixels = torch.stack([_noise(row, 1, 3, 16, 16) for row in rows])
-        return {"pixel_values": pixels, "image_attention_mask": torch.ones(len(rows), 1, 1)}
-
-    config = tf.IdeficsConfig(
-        **{key: value for key, value in TEXT.items() if key != "num_key_value_heads"},
-        vision_config={"embed_dim": 32, **{key: value for key, value in TOWER.items() if key != "hidden_size"}},
-    )
-    return Family("Idefics", _build(tf.IdeficsForVisionText2Text, config), _no_cells, pictures)
-
-
 def vision_encoder_decoder() -> Family:
     """A ViT read by the cross attention of any decoder, here BERT."""
     config = tf.VisionEncoderDecoderConfig(
@@ -666,7 +703,6 @@ OTHERS: dict[str, Callable[[], Family]] = {
     "Pix2Struct": pix2struct,
     "UDOP": udop,
     "PPFormulaNet": pp_formulanet,
-    "Idefics": idefics,
     "VisionEncoderDecoder": vision_encoder_decoder,
     "GIT": git,
     "BLIP": blip,
