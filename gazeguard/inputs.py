@@ -34,6 +34,7 @@ PER_ROW = ("aspect_ratio_ids",)
 PER_TOKEN = ("cross_attention_mask", "image_attention_mask")
 NO_WORD = -1  # stands for image cells where the model type has no token for them and keeps them away from its words
 KEPT_AWAY = ("idefics",)
+PUTS_PICTURES_ITSELF = ("Florence2Processor",)  # before every prompt, where others want a token in the text
 MAX_IMAGE_BYTES = 64 * 2**20
 
 
@@ -103,9 +104,11 @@ def image_token_id(model: PreTrainedModel) -> int:
     for name in ("image_token_id", "image_token_index", "video_token_id", "video_token_index"):
         if (value := getattr(model.config, name, None)) is not None:
             return int(value)
+    why = "it is a text-only model, or it takes its pictures in by a way that GazeGuard does not know"
+    if model.config.is_encoder_decoder:
+        why = "it reads a picture without a prompt of words, or nothing in the prompt says which encoder states are the picture"
     raise UnsupportedError(
-        f"{type(model).__name__} has no image token in its configuration: it is a text-only model, or it takes its "
-        "pictures in by a way that GazeGuard does not know. Use a vision-language model with image tokens."
+        f"{type(model).__name__} has no image token in its configuration: {why}. Use a vision-language model with image tokens."
     )
 
 
@@ -124,7 +127,8 @@ def encode(
         )
     side = "right" if model.config.is_encoder_decoder else "left"
     if processor.chat_template is None:
-        token = getattr(processor, "image_token", "<image>")
+        own = type(processor).__name__ in PUTS_PICTURES_ITSELF
+        token = "" if own else getattr(processor, "image_token", "<image>")
         made = processor(
             images=[[image] for image in images],
             text=[f"{token}{prompt}" for prompt in prompts],
@@ -146,6 +150,9 @@ def encode(
             processor_kwargs={"padding": True, "padding_side": side},
         )
     prompt = dict(made.to(model.device))
+    forced = getattr(model.generation_config, "forced_bos_token_id", None)
+    if model.config.is_encoder_decoder and forced is not None:  # BART: generate would write it before every caption
+        prompt["decoder_input_ids"] = F.pad(decoder_prompt(model, prompt), (0, 1), value=forced)
     if not captions:
         return Encoded(prompt, prompt)
     told = [tokenize(processor.tokenizer, caption) for caption in captions]

@@ -11,17 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import IMAGE, VOCABULARY, Family
+from families import IMAGE, VOCABULARY, Family, draw_weights
 from test_ways import Waits, counted
 from torch import Tensor
+from transformers import Florence2ForConditionalGeneration, Florence2Processor, LogitsProcessor, LogitsProcessorList
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from zoo import MAKERS, keys, story, write
 
-from gazeguard import features
+from gazeguard import features, lab
 from gazeguard.doctor import examine
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid
-from gazeguard.inputs import followed_by, grids_of, model_inputs
+from gazeguard.guard import GazeGuard
+from gazeguard.heads import GazeHeads, Score, fingerprint
+from gazeguard.inputs import encode, followed_by, grids_of, model_inputs
 from gazeguard.phrases import things
 from gazeguard.tap import Call, Prompts, Rows, Tap, _flash, find_backbone, judge_words, keys_of, readout
 from gazeguard.trace import GazeTrace
@@ -152,6 +156,21 @@ def test_a_turned_look_is_a_bias_in_the_mask(name, kernel):
 
 
 # --------------------------------------------------------------------------------------------------------------- Mllama
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("T5Gemma2", "is an encoder-decoder, and GazeGuard does not know where .* Use florence2 or .*t5gemma2, or a model"),
+        ("Mllama", r"through cross-attention \(layers.1.cross_attn\).* Use mllama or idefics, or a model"),
+    ],
+)
+def test_a_kind_that_is_not_known_is_refused(name, said):
+    """Nothing is taken for granted of a class because it is built alike."""
+    model = MAKERS[name]().model
+    model.config.model_type = "strange"
+    with pytest.raises(UnsupportedError, match=said):
+        find_backbone(model)
 
 
 def test_only_the_looking_layers_are_watched():
@@ -354,3 +373,69 @@ def test_a_caption_follows_its_prompt(name):
             assert made[key][1, -2:].tolist() == [0, 0]
             assert torch.equal(made[key][1, :-2], value[1, :-2])
         assert torch.equal(made[key][0], value[0])
+
+
+@pytest.fixture
+def watched(lab_vlm):
+    """A guard around Florence-2 with its real processor, the lab's vocabulary, and a start that generate would force."""
+    tokenizer = copy.deepcopy(lab_vlm[1].tokenizer)
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", tokenizer.convert_tokens_to_ids("<image>")
+    images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    images.image_seq_length = 5
+    config = copy.deepcopy(MAKERS["Florence-2"]().model.config)
+    config.image_token_id, config.text_config.vocab_size = tokenizer.image_token_id, len(tokenizer)
+    model = draw_weights(Florence2ForConditionalGeneration._from_config(config, attn_implementation="sdpa"))
+    model.generation_config.update(decoder_start_token_id=2, forced_bos_token_id=1, suppress_tokens=[tokenizer.image_token_id])
+    none = Score(mass=(0.0,) * 12, selectivity=(0.0,) * 12, contrast=(0.0,) * 12, null_mass=(0.0,) * 12)
+    heads = GazeHeads(
+        model=fingerprint(model),
+        model_class="Florence2ForConditionalGeneration",
+        heads=((1, 0), (2, 3)),
+        all_heads=tuple(find_backbone(model).heads()),
+        narration=none,
+        query=none,
+        strips=2,
+        panels=2,
+        split_half=1.0,
+    )
+    return GazeGuard(model, Florence2Processor(images, tokenizer), heads=heads)
+
+
+def test_a_guard_watches_an_encoder_decoder(watched):
+    """Live and replayed, alone and padded: rows follow the decoder's own start, and the gaze is the class's own."""
+    pictures = [sample.image for sample in lab.samples("test", 2)]
+    live = watched.caption(pictures[0], "Describe the picture.", max_new_tokens=8, do_sample=False)
+    assert len(live.trace) == 8
+    assert 1 not in live.trace.token_ids, "the forced start is no word"
+    assert live.trace.grid.sizes == (pictures[0].size,)
+    captions, prompts = ["a red star", "a blue square and a red star"], ["Describe.", "Describe the picture now."]
+    reports = watched.check_all(pictures, captions, prompts)
+    twin = copy.deepcopy(watched.model)
+    twin.set_attn_implementation("eager")
+    for report, picture, prompt in zip(reports, pictures, prompts, strict=True):
+        made = encode(twin, watched.processor, [picture], [prompt]).inputs
+        ids = torch.tensor([[2, 1, *report.trace.token_ids]])
+        seen = twin(**{**made, "decoder_input_ids": ids}, use_cache=False, output_attentions=True).cross_attentions
+        image = made["input_ids"][0] == watched.model.config.image_token_id
+        for i, (layer, head) in enumerate(report.trace.heads):
+            expected = seen[layer][0, head, 1:-1][:, image].numpy()
+            np.testing.assert_allclose(report.trace.gaze[:, i], expected, rtol=0, atol=1e-5)
+    with pytest.raises(UnsupportedError, match="custom_generate=guard gets no prompt from an encoder-decoder"):
+        watched.model.generate(**made, custom_generate=watched, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_row_can_be_had_while_words_are_written(name):
+    """What `Tap.at` says before a word is chosen becomes the logits that it is chosen from."""
+    kind = MAKERS[name]()
+    inputs = kind.batch()
+
+    class Look(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            _, hidden = tap.at(input_ids.shape[1] - 1)
+            torch.testing.assert_close(tap.backbone.logits(hidden), scores, rtol=1e-4, atol=1e-4)
+            return scores
+
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(Prompts.of(*keys(kind, inputs)))
+        write(kind.model, inputs, logits_processor=LogitsProcessorList([Look()]), suppress_tokens=None, min_new_tokens=None)
