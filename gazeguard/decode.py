@@ -30,7 +30,7 @@ class RerankProcessor(LogitsProcessor):
             return scores
         output, hidden = heard
         top, words = scores.topk(min(RIVALS, scores.shape[-1]), dim=-1)
-        directions = backbone.directions(words)  # (batch, candidates, width)
+        directions = backbone.directions()(words)  # (batch, candidates, width)
         count = words.shape[1]
         looked = readout(
             backbone,

@@ -221,7 +221,7 @@ def _tiled_canvas(prompt: Prompt) -> Layout | None:
     """
     images = getattr(prompt.processor, "image_processor", None)
     canvas = getattr(sys.modules.get(type(images).__module__), "get_optimal_tiled_canvas", None)
-    if canvas is None or (images.crop_to_patches and not prompt.own_sizes):
+    if canvas is None or not hasattr(images, "crop_to_patches") or (images.crop_to_patches and not prompt.own_sizes):
         return None
     tile = images.size["height"], images.size["width"]
     shapes = [  # (columns, rows) of each picture
@@ -350,9 +350,9 @@ RULES: tuple[Rule, ...] = (
     _thw,
     _any_resolution,
     _pixel_sizes,
+    _padded_canvas,
     _tiled_canvas,
     _tagged_tiles,
-    _padded_canvas,
     _one_and_square,
     _one_square_per_picture,
 )

@@ -68,7 +68,9 @@ class Look:
     modules:     how the paths of those attention modules of the decoder end that look
     keys:        (model, processor's output, prompt ids (batch, P), mask or None) -> ids and mask of the keys (batch, S)
     gate:        the layer's parameter whose tanh scales the module's output
-    after_words: the decoder's own tokens are keys, too, in front of the others
+    after_words: the decoder's own tokens, its start among them, are keys, too, in front of the others: generated text
+
+    Where the pictures alone are the keys, all of every row's attention is on the picture.
     """
 
     families: tuple[str, ...]
@@ -156,14 +158,15 @@ class Backbone:
     gated: Mapping[int, nn.Module] = field(default_factory=dict)  # layer -> the module that holds its gate
     sums: bool = True  # the last state is the sum of what all modules delivered; not where each sum is normed anew
 
-    def directions(self, words: Tensor) -> Tensor:
-        """(..., width): the unembedding's rows of words (...)."""
+    def directions(self) -> Callable[[Tensor], Tensor]:
+        """A function from words (...) to the unembedding's rows of them (..., width)."""
         table, more = weight_of(self.unembedding), getattr(self.unembedding, "additional_fc", None)
         if more is None:
-            return table[words]
-        own = words < len(table)  # Idefics keeps the words that it added apart
-        added = weight_of(more)[(words - len(table)).clamp(min=0)]
-        return torch.where(own[..., None], table[words.clamp(max=len(table) - 1)], added)
+            return table.__getitem__
+        added, last = weight_of(more), len(table) - 1  # Idefics keeps the words that it added apart
+        return lambda words: torch.where(
+            (words > last)[..., None], added[(words - last - 1).clamp(min=0)], table[words.clamp(max=last)]
+        )
 
     def heads(self) -> list[Head]:
         """Every head that can be watched, in order."""
@@ -418,7 +421,7 @@ def _flash(call: Call, rows: int) -> Tensor | None:
     causal = call.option("is_causal", getattr(call.module, "is_causal", True))
     may = (key <= at) if causal else (key < seen).expand(rows, keys)
     if (window := call.option("sliding_window")) is not None:
-        may &= key > at - window
+        may = may & (key > at - window)
     may = may[None, None]
     if call.mask is not None:
         may = may & F.pad(call.mask[:, -seen:].bool(), (0, keys - seen))[:, None, None]
@@ -939,16 +942,17 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
 
     The readout's direction is the token's unembedding row minus the mean over its rivals, the `RIVALS` likeliest others.
     """
+    table = backbone.directions()
 
     def judged(hidden: Tensor, output: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logs = backbone.logits(hidden).log_softmax(-1)
         likely = logs.topk(min(RIVALS + 1, logs.shape[-1]), dim=-1).indices  # (words, RIVALS + 1)
         rival = (likely != token[:, None]).float()
-        rivals = (backbone.directions(likely).float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
+        rivals = (table(likely).float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
         entropy = -(logs.exp() * logs.clamp(min=-1e9)).sum(-1)
         looked = output.new_full(output.shape[:-1], float("nan"))
         if backbone.sums:
-            looked = readout(backbone, heads, output, hidden, backbone.directions(token).float() - rivals)
+            looked = readout(backbone, heads, output, hidden, table(token).float() - rivals)
         return logs.gather(-1, token[:, None])[:, 0], entropy, looked
 
     # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.

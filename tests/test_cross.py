@@ -14,7 +14,16 @@ import torch
 from families import IMAGE, VOCABULARY, Family, draw_weights
 from test_ways import Waits, counted
 from torch import Tensor
-from transformers import Florence2ForConditionalGeneration, Florence2Processor, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MllamaForConditionalGeneration,
+    MllamaProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from zoo import MAKERS, keys, story, write
@@ -267,7 +276,7 @@ def test_words_that_a_model_keeps_apart_have_directions():
     kind, _, _, _, rows = story("Idefics")
     backbone = find_backbone(kind.model)
     units = torch.eye(rows.hidden.shape[-1])
-    torch.testing.assert_close(backbone.directions(torch.arange(VOCABULARY + 2)), backbone.unembedding(units).T)
+    torch.testing.assert_close(backbone.directions()(torch.arange(VOCABULARY + 2)), backbone.unembedding(units).T)
     words = judge_words(backbone, backbone.heads(), rows, torch.full((3, NEW), VOCABULARY + 1))
     torch.testing.assert_close(words.logprobs, backbone.logits(rows.hidden).log_softmax(-1)[..., -1])
     assert words.readout.isfinite().all()
@@ -375,30 +384,45 @@ def test_a_caption_follows_its_prompt(name):
         assert torch.equal(made[key][0], value[0])
 
 
-@pytest.fixture
-def watched(lab_vlm):
-    """A guard around Florence-2 with its real processor, the lab's vocabulary, and a start that generate would force."""
-    tokenizer = copy.deepcopy(lab_vlm[1].tokenizer)
-    tokenizer.image_token, tokenizer.image_token_id = "<image>", tokenizer.convert_tokens_to_ids("<image>")
-    images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
-    images.image_seq_length = 5
-    config = copy.deepcopy(MAKERS["Florence-2"]().model.config)
-    config.image_token_id, config.text_config.vocab_size = tokenizer.image_token_id, len(tokenizer)
-    model = draw_weights(Florence2ForConditionalGeneration._from_config(config, attn_implementation="sdpa"))
-    model.generation_config.update(decoder_start_token_id=2, forced_bos_token_id=1, suppress_tokens=[tokenizer.image_token_id])
-    none = Score(mass=(0.0,) * 12, selectivity=(0.0,) * 12, contrast=(0.0,) * 12, null_mass=(0.0,) * 12)
+def guarded(kind: type[PreTrainedModel], config: Any, processor: ProcessorMixin, policy: str) -> GazeGuard:
+    """A guard around a model of this configuration with the processor's vocabulary, on two heads."""
+    config.get_text_config(decoder=True).vocab_size = len(processor.tokenizer)
+    config.image_token_id = config.image_token_index = processor.tokenizer.image_token_id
+    model = draw_weights(kind._from_config(config, attn_implementation="sdpa"))
+    model.generation_config.update(suppress_tokens=[processor.tokenizer.image_token_id])
+    every = find_backbone(model).heads()
+    none = Score(**dict.fromkeys(("mass", "selectivity", "contrast", "null_mass"), (0.0,) * len(every)))
     heads = GazeHeads(
         model=fingerprint(model),
-        model_class="Florence2ForConditionalGeneration",
-        heads=((1, 0), (2, 3)),
-        all_heads=tuple(find_backbone(model).heads()),
+        model_class=kind.__name__,
+        heads=(every[1], every[-2]),
+        all_heads=tuple(every),
         narration=none,
         query=none,
         strips=2,
         panels=2,
         split_half=1.0,
     )
-    return GazeGuard(model, Florence2Processor(images, tokenizer), heads=heads)
+    return GazeGuard(model, processor, policy, heads=heads)
+
+
+@pytest.fixture
+def tokenizer(lab_vlm):
+    """The lab's, with the names that processors ask for."""
+    made = copy.deepcopy(lab_vlm[1].tokenizer)
+    made.image_token, made.image_token_id = "<image>", made.convert_tokens_to_ids("<image>")
+    return made
+
+
+@pytest.fixture
+def watched(tokenizer):
+    """A guard around Florence-2 with its real processor, and a start that generate would force."""
+    images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    images.image_seq_length = 5
+    config = copy.deepcopy(MAKERS["Florence-2"]().model.config)
+    made = guarded(Florence2ForConditionalGeneration, config, Florence2Processor(images, tokenizer), "mark")
+    made.model.generation_config.update(decoder_start_token_id=2, forced_bos_token_id=1)
+    return made
 
 
 def test_a_guard_watches_an_encoder_decoder(watched):
@@ -422,6 +446,33 @@ def test_a_guard_watches_an_encoder_decoder(watched):
             np.testing.assert_allclose(report.trace.gaze[:, i], expected, rtol=0, atol=1e-5)
     with pytest.raises(UnsupportedError, match="custom_generate=guard gets no prompt from an encoder-decoder"):
         watched.model.generate(**made, custom_generate=watched, max_new_tokens=4)
+
+
+def test_a_guard_watches_mllama(lab_vlm, tokenizer):
+    """With its real processor, reranking: pictures of other shapes in one batch are each as alone, in their own pixels."""
+    images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=2)
+    config = copy.deepcopy(MAKERS["Mllama"]().model.config)
+    config.vision_config.supported_aspect_ratios = [[1, 1], [1, 2], [2, 1]]
+    processor = MllamaProcessor(images, tokenizer, chat_template=lab_vlm[1].chat_template)
+    guard = guarded(MllamaForConditionalGeneration, config, processor, "rerank")
+    pictures = [sample.image for sample in lab.samples("test", 2)]
+    pictures[1] = pictures[1].resize((200, 80))
+    captions, prompts = ["a red star", "a blue square and a red star"], ["Describe.", "Describe the picture now."]
+    for report, picture, caption, prompt in zip(
+        guard.check_all(pictures, captions, prompts), pictures, captions, prompts, strict=True
+    ):
+        alone = guard.check(picture, caption, prompt).trace
+        assert report.trace.grid.sizes == (picture.size,)
+        for field in ("gaze", "shares", "readout", "logprobs"):
+            np.testing.assert_allclose(getattr(report.trace, field), getattr(alone, field), rtol=0, atol=1e-4)
+    live = guard.caption(pictures[1], prompts[1], max_new_tokens=8, do_sample=False).trace
+    assert len(live) == 8
+    assert live.gaze.shape[2] == len(live.grid) == 34
+    batch = encode(guard.model, processor, pictures, prompts).inputs
+    guard.model.generate(**batch, custom_generate=guard, max_new_tokens=3)
+    assert [report.trace.grid.sizes for report in guard.reports] == [((16, 16),), ((32, 16),)]
+    guard.generate(**batch, max_new_tokens=3, num_beams=2, num_return_sequences=2)
+    assert len(guard.reports) == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
