@@ -52,7 +52,7 @@ def features(trace: GazeTrace, phrases: Sequence[Phrase]) -> NDArray[np.float64]
     position:      log(1 + index of the head noun's first token); mention: log(1 + things named before)
     repeated:      1 when the same noun was named before
     surprise:      negative log-probability of the noun's first token, nats; entropy: of the distribution it came from
-    readout:       logits, `GazeTrace.readout` at the noun's first token, per head and summed over heads; 0 where there is none
+    readout:       logits, `GazeTrace.readout` at the noun's first token, per head and summed over heads
     readout_words: the sum over heads, least over the phrase's attributes and noun
     picture:       share of the head's attention on the picture; focus: 1 - normalised entropy of where on it
     shift:         picture share minus its mean over the words before that belong to no phrase
@@ -61,7 +61,6 @@ def features(trace: GazeTrace, phrases: Sequence[Phrase]) -> NDArray[np.float64]
     rows = np.zeros((len(phrases), len(names(trace.heads))))
     tokens = [trace.tokens(phrase.start, phrase.end) for phrase in phrases]
     inside = np.zeros(len(trace), bool)
-    readout = np.nan_to_num(trace.readout)
     for span in tokens:
         inside[span.start : span.stop] = True
     seen: set[str] = set()
@@ -78,8 +77,8 @@ def features(trace: GazeTrace, phrases: Sequence[Phrase]) -> NDArray[np.float64]
         rows[i] = np.concatenate(
             (
                 [np.log1p(at), np.log1p(i), noun in seen, -trace.logprobs[at], trace.entropy[at]],
-                [readout[at].sum(), readout[words].sum(-1).min(), _agreement(where)],
-                readout[at],
+                [trace.readout[at].sum(), trace.readout[words].sum(-1).min(), _agreement(where)],
+                trace.readout[at],
                 picture[at],
                 1 - spread,
                 picture[at] - usual,

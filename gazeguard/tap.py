@@ -156,7 +156,8 @@ class Backbone:
     logit_changes: tuple[LogitChange, ...] = ()  # those of `LOGIT_CHANGES` that this model's forward makes
     look: Look | None = None  # None when the picture is part of the prompt
     gated: Mapping[int, nn.Module] = field(default_factory=dict)  # layer -> the module that holds its gate
-    sums: bool = True  # the last state is the sum of what all modules delivered; not where each sum is normed anew
+    # Where a decoder norms every sum: layer -> the norms that its module's output goes through in order, but for the last one.
+    norms: Mapping[int, tuple[nn.LayerNorm, ...]] = field(default_factory=dict)
 
     def directions(self) -> Callable[[Tensor], Tensor]:
         """A function from words (...) to the unembedding's rows of them (..., width)."""
@@ -183,7 +184,16 @@ class Backbone:
         return columns // per_head, per_head
 
     def delivers(self, layer: int, heads: Sequence[int]) -> Tensor:
-        """(width, heads * numbers per head) float32: what a unit of the heads' outputs adds to the residual stream."""
+        """(width, heads * numbers per head) float32: what a unit of the heads' outputs adds to the state before `norm`, given
+        that the norms in between have divided by 1.
+        """
+        made = self._adds(layer, heads)
+        for norm in self.norms.get(layer, ()):
+            made = (made - made.mean(0)) * weight_of(norm).float()[:, None]
+        return made
+
+    def _adds(self, layer: int, heads: Sequence[int]) -> Tensor:
+        """What a unit of the heads' outputs adds to the residual stream, shaped as in `delivers`."""
         projection, per_head = self.projection(layer), self.width(self.attention[layer])[1]
         at = [head * per_head + i for head in heads for i in range(per_head)]
         gate = weight_of(self.gated[layer], self.look.gate).float().tanh().view(-1, 1) if layer in self.gated else 1
@@ -315,9 +325,9 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
     above = re.match(r"(?:(.*)\.)?(?:\w*layers|block)\.\d", next(iter(found)))
     owner = decoder.get_submodule((above and above[1]) or "")
     norm, unembedding = _first(owner, FINAL_NORMS), model.get_output_embeddings() or decoder.get_output_embeddings()
-    sums = norm is not None
-    if not sums and look is not None:  # BART: the last layer's own norm is the last, and every sum before it was normed, too
-        norm = _first(owner.layers[-1], FINAL_NORMS)
+    norms: dict[int, tuple[nn.LayerNorm, ...]] = {}
+    if norm is None and look is not None:
+        norm, norms = _norms_after(owner.layers, look.modules)
     if norm is None or unembedding is None:
         missing = "a final norm" if norm is None else "an output embedding"
         raise UnsupportedError(f"{name}'s text decoder {type(owner).__name__} has no {missing} that GazeGuard can find.")
@@ -332,7 +342,22 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
     if look is not None and look.gate:
         gated = {module.layer_idx: decoder.get_submodule(path.rpartition(".")[0]) for path, module in found.items()}
     config = model.config.get_text_config(decoder=True)
-    return Backbone(owner, attention, norm, unembedding, config, changes, look, gated, sums)
+    return Backbone(owner, attention, norm, unembedding, config, changes, look, gated, norms)
+
+
+def _norms_after(layers: nn.ModuleList, looking: str) -> tuple[nn.Module | None, dict[int, tuple[nn.LayerNorm, ...]]]:
+    """BART norms the sum after each part, and names the parts of a layer in the order in which they run: the last norm of all,
+    and for each layer those between its ``looking`` module and that one.
+    """
+    norms: dict[int, tuple[nn.LayerNorm, ...]] = {}
+    for number, layer in enumerate(layers):
+        for name, part in layer.named_children():
+            if name == looking:
+                norms[number] = ()
+            elif isinstance(part, nn.LayerNorm):
+                norms = {before: (*found, part) for before, found in norms.items()}
+    last = next((found[-1] for found in norms.values() if found), None)
+    return last, {number: found[:-1] for number, found in norms.items()}
 
 
 def _families(encoder_decoder: bool) -> str:
@@ -489,7 +514,7 @@ class Rows:
     gaze:   (batch, T, H, N or R) float32, attention on each image cell, or on each region when regions were asked for
     shares: (batch, T, H, 4) float32, attention on `gazeguard.trace.SHARES`
     output: (batch, T, H, width per head) float32, each head's output before the output projection; zeros after a narrow
-            head's own width where layers differ
+            head's own width where layers differ; divided by what `Backbone.norms` divide by
     hidden: (batch, T, model width), the last layer's state before the final norm, in the model's dtype
     """
 
@@ -610,6 +635,8 @@ class Tap:
             _install(self._kernel, module)
             projected = functools.partial(self._hear_output, number)
             self._handles.append(self.backbone.projection(number).register_forward_pre_hook(projected))
+        for norm in {norm for number in self._numbers for norm in self.backbone.norms.get(number, ())}:
+            self._handles.append(norm.register_forward_pre_hook(self._hear_norm))
         self._handles.append(self.backbone.owner.register_forward_pre_hook(self._hear_start, with_kwargs=True))
         self._handles.append(self.backbone.norm.register_forward_pre_hook(self._hear_hidden))
         return self
@@ -636,6 +663,7 @@ class Tap:
             number: Layer(torch.tensor([h for la, h in self.heads if la == number], device=device)) for number in self._numbers
         }
         self._hidden = Track()
+        self._scales: dict[nn.Module, Tensor] = {}
         self._total = -1  # positions that the model has seen; -1 before the first pass
         self._live, self._wanted = False, 0
         self._bias: Tensor | None = None
@@ -846,8 +874,19 @@ class Tap:
         layer.output.put(self._total - rows.shape[1] - self._first, heads.index_select(2, layer.heads))
 
     @torch.compiler.disable
+    def _hear_norm(self, norm: nn.LayerNorm, args: tuple[Tensor, ...]) -> None:
+        """What a norm on the way multiplies each row with, (batch, r, 1, 1)."""
+        if self._prompts is not None and self._wanted:
+            rows = args[0][:, -self._wanted :].float()
+            self._scales[norm] = (rows.var(-1, unbiased=False) + norm.eps).rsqrt()[..., None, None]
+
+    @torch.compiler.disable
     def _hear_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._prompts is not None and self._wanted:
+            for number, layer in self._layers.items():
+                for norm in self.backbone.norms.get(number, ()):
+                    start, heads = layer.output.parts[-1]
+                    layer.output.parts[-1] = start, heads * self._scales[norm]
             rows = args[0][:, -self._wanted :]
             self._hidden.put(self._total - rows.shape[1] - self._first, rows)
         self._live, self._wanted = False, 0  # the pass is over; whoever uses the norm now is someone else
@@ -903,13 +942,8 @@ def readout(backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: T
     directions: (..., width), an unembedding row, or a difference of such rows
     returns     (..., H) float32 logits: ``W_U g/|x| W_O o``, whose sum over all heads, all MLPs and the embedding is the logit
                 (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; DESIGN: readout)
-    Raises `UnsupportedError` for a decoder like BART's, whose every sum is normed before the next: there is no such sum.
+                where a decoder norms every sum, its norms' scales are all held fixed
     """
-    if not backbone.sums:
-        raise UnsupportedError(
-            f"{type(backbone.owner).__name__} norms the sum after each of its parts, so that a logit is no sum of what heads "
-            "deliver and a look has no readout. Use a policy that needs none, such as mark."
-        )
     gain, centres = backbone.gain
     state = hidden.float()
     if centres:
@@ -927,10 +961,7 @@ def readout(backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: T
 
 @dataclass(frozen=True)
 class Words:
-    """What the model thought of each written token: all (batch, T) except readout (batch, T, H); nats and logits.
-
-    The readout is NaN where the decoder has none: see `readout`.
-    """
+    """What the model thought of each written token: all (batch, T) except readout (batch, T, H); nats and logits."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -950,9 +981,7 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
         rival = (likely != token[:, None]).float()
         rivals = (table(likely).float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
         entropy = -(logs.exp() * logs.clamp(min=-1e9)).sum(-1)
-        looked = output.new_full(output.shape[:-1], float("nan"))
-        if backbone.sums:
-            looked = readout(backbone, heads, output, hidden, table(token).float() - rivals)
+        looked = readout(backbone, heads, output, hidden, table(token).float() - rivals)
         return logs.gather(-1, token[:, None])[:, 0], entropy, looked
 
     # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.

@@ -45,7 +45,7 @@ class GazeTrace:
     gaze:       (T, H, N) float32, attention on each image cell
     shares:     (T, H, 4) float32, attention on `SHARES`: all image tokens, other prompt, generated text, first token
     readout:    (T, H) float32, logits: what the head's look adds to the written token over its rivals
-                (direct logit attribution of the head's output; see `gazeguard.tap.readout`); NaN if the model has none
+                (direct logit attribution of the head's output; see `gazeguard.tap.readout`)
     heads:      (layer, head) of each gaze head
     finished:   the caption ended by itself, not by a length limit
     """
