@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from gazeguard.policy import Rerank
-from gazeguard.tap import RIVALS, Tap, readout, weight_of
+from gazeguard.tap import RIVALS, Tap, readout
 
 
 class RerankProcessor(LogitsProcessor):
@@ -30,7 +30,7 @@ class RerankProcessor(LogitsProcessor):
             return scores
         output, hidden = heard
         top, words = scores.topk(min(RIVALS, scores.shape[-1]), dim=-1)
-        directions = weight_of(backbone.unembedding)[words]  # (batch, candidates, width)
+        directions = backbone.directions()(words)  # (batch, candidates, width)
         count = words.shape[1]
         looked = readout(
             backbone,

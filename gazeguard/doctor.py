@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from gazeguard.errors import GazeGuardError
 from gazeguard.grid import ImageGrid
-from gazeguard.inputs import followed_by, grids_of, image_token_id, model_inputs
-from gazeguard.tap import Head, Prompts, Rows, Tap, find_backbone
+from gazeguard.inputs import NO_WORD, PER_TOKEN, followed_by, grids_of, image_token_id, model_inputs
+from gazeguard.tap import Head, Keys, Prompts, Rows, Tap, find_backbone, keys_of
 
 WRITTEN = 4  # words that are written to look at
 EXACT, ROUNDED = 1e-4, 3e-2  # how far attention may differ in float32 and in half precision
@@ -64,11 +64,13 @@ def examine(
             checks.append(Check(name, False, f"{type(error).__name__}: {error}"))
 
     def found() -> tuple[bool, str]:
-        every = find_backbone(model).heads()
-        return True, f"{len(every)} heads in {len({layer for layer, _ in every})} layers, image token {image_token_id(model)}"
+        every, token = find_backbone(model).heads(), image_token_id(model)
+        marks = f"image token {token}" if token != NO_WORD else "no image token among the words"
+        return True, f"{len(every)} heads in {len({layer for layer, _ in every})} layers, {marks}"
 
     def cells() -> tuple[bool, str]:
-        grids = grids_of(model, processor, inputs, inputs["input_ids"], inputs["attention_mask"], sizes, known)
+        keys = _keys(model, inputs)
+        grids = grids_of(model, processor, inputs, keys.ids, keys.mask, sizes, known)
         placed = [int((~np.isnan(grid.boxes[:, 0])).sum()) for grid in grids]
         seen = [grid.boxes[~np.isnan(grid.boxes[:, 0])] for grid in grids]
         corners = [(*boxes[:, :2].min(0), *boxes[:, 2:].max(0)) if len(boxes) else (0, 0, 0, 0) for boxes in seen]
@@ -93,7 +95,7 @@ def examine(
         return same and apart == 0, f"{'the same' if same else 'OTHER'} words, logits apart by {apart:.2g}"
 
     def eager() -> tuple[bool, str]:
-        written = ran["made"].sequences[:, inputs["input_ids"].shape[1] :].cpu().numpy()
+        written = ran["made"].sequences[:, _keys(model, inputs).last + 1 :].cpu().numpy()
         whole = followed_by(model, inputs, list(written))
         _, truth = _heard(model, heads, inputs, lambda: model(**model_inputs(model, whole), use_cache=False), attention="eager")
         steps = written.shape[1]
@@ -101,10 +103,11 @@ def examine(
         return apart <= limit, f"attention apart by {apart:.2g}"
 
     def padded() -> tuple[bool, str]:
-        wider = _padded(inputs, model.generation_config.pad_token_id or 0)
+        wider = _padded(model, inputs)
         _, rows = _heard(model, heads, wider, lambda: _write(model, wider))
         apart = _apart(rows.gaze, ran["rows"].gaze)
-        return apart <= limit, f"with {PADDING} tokens of padding in front, attention apart by {apart:.2g}"
+        where = "behind" if model.config.is_encoder_decoder else "in front"
+        return apart <= limit, f"with {PADDING} tokens of padding {where}, attention apart by {apart:.2g}"
 
     tried("watching changes no logit", logits)
     if "rows" in ran:
@@ -133,11 +136,15 @@ def _heard(
         model.set_attn_implementation(attention)
     try:
         with Tap(model, heads) as tap:
-            tap.begin(Prompts.of(inputs["input_ids"], inputs["attention_mask"], image_token_id(model)))
+            tap.begin(Prompts.of(*_keys(model, inputs)))
             return run(), tap.collect()
     finally:
         if attention is not None:
             model.set_attn_implementation(before)
+
+
+def _keys(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Keys:
+    return keys_of(model, inputs, inputs["input_ids"], inputs["attention_mask"])
 
 
 def _apart(left: Tensor, right: Tensor) -> float:
@@ -148,12 +155,13 @@ def _apart(left: Tensor, right: Tensor) -> float:
     return float(torch.where(same, 0, (left.float() - right.float()).abs()).max())
 
 
-def _padded(inputs: Mapping[str, Any], pad: int) -> dict[str, Any]:
-    """The same batch with `PADDING` more tokens of padding before every row."""
+def _padded(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same batch with `PADDING` more tokens of padding before every row; behind it for an encoder, as `encode` pads."""
     made = dict(inputs)
     shape = inputs["input_ids"].shape
     for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.shape == shape:
-            fill = pad if name == "input_ids" else 0
-            made[name] = torch.cat((value.new_full((shape[0], PADDING), fill), value), dim=1)
+        if name in PER_TOKEN or (isinstance(value, Tensor) and value.shape == shape):
+            fill = (model.generation_config.pad_token_id or 0) if name == "input_ids" else 0
+            parts = [value.new_full((shape[0], PADDING, *value.shape[2:]), fill), value]
+            made[name] = torch.cat(parts[::-1] if model.config.is_encoder_decoder else parts, dim=1)
     return made

@@ -221,7 +221,7 @@ def _tiled_canvas(prompt: Prompt) -> Layout | None:
     """
     images = getattr(prompt.processor, "image_processor", None)
     canvas = getattr(sys.modules.get(type(images).__module__), "get_optimal_tiled_canvas", None)
-    if canvas is None or (images.crop_to_patches and not prompt.own_sizes):
+    if canvas is None or not hasattr(images, "crop_to_patches") or (images.crop_to_patches and not prompt.own_sizes):
         return None
     tile = images.size["height"], images.size["width"]
     shapes = [  # (columns, rows) of each picture
@@ -243,13 +243,52 @@ def _tiled_canvas(prompt: Prompt) -> Layout | None:
     return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
 
 
+def canvases_of(model: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(rows, columns) of the tiles of each of a prompt's pictures in Mllama; an id of 0 is no picture."""
+    ratios = model.config.vision_config.supported_aspect_ratios
+    return [tuple(ratios[number - 1]) for number in np.asarray(inputs["aspect_ratio_ids"]).tolist() if number]
+
+
+def _padded_canvas(prompt: Prompt) -> Layout | None:
+    """Mllama: tiles row by row, each a class cell and a square; the picture fills its canvas from the upper left corner."""
+    if "aspect_ratio_ids" not in prompt.inputs:
+        return None
+    canvases, vision = canvases_of(prompt.model, prompt.inputs), prompt.model.config.vision_config
+    if len(canvases) != len(prompt.sizes):
+        return None
+    edge, side, boxes = vision.image_size, vision.image_size // vision.patch_size, []
+    for (rows, columns), size in zip(canvases, prompt.sizes, strict=True):
+        canvas = (columns * edge, rows * edge)
+        # As the processor: neither side smaller than a tile if the other lets it, and none larger than the canvas.
+        scale = min(min(max(own, edge), most) / own for own, most in zip(size, canvas, strict=True))
+        x1, y1 = (most / min(most, max(1, math.floor(own * scale))) for own, most in zip(size, canvas, strict=True))
+        for row, column in np.ndindex(rows, columns):
+            view = (column / columns * x1, row / rows * y1, (column + 1) / columns * x1, (row + 1) / rows * y1)
+            cells = np.clip(_lattice(side, side, view), 0, 1)
+            cells[(cells[:, 0] >= cells[:, 2]) | (cells[:, 1] >= cells[:, 3])] = np.nan  # beside the picture
+            boxes.append(np.concatenate((_nowhere(1), cells)))
+    each = [rows * columns * (side**2 + 1) for rows, columns in canvases]
+    return np.concatenate(boxes), np.repeat(np.arange(len(canvases)), each)
+
+
+def _one_and_square(prompt: Prompt) -> Layout | None:
+    """A cell without a place, then a square: the mean of all cells in Florence-2, the class cell in Idefics."""
+    pictures, count = max(1, len(prompt.sizes)), sum(length for _, length in prompt.runs)
+    if prompt.model.config.model_type not in ("florence2", "idefics"):
+        return None
+    side = round((count // pictures - 1) ** 0.5)
+    boxes = np.concatenate((_nowhere(1), _lattice(side, side)))
+    return np.tile(boxes, (pictures, 1)), np.repeat(np.arange(pictures), len(boxes))
+
+
 # Models whose image tokens are the answers of a resampler: each has seen all of the picture, and none has a place.
-LATENTS = ("aria", "blip-2", "idefics2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5")
+LATENTS = ("aria", "blip-2", "idefics", "idefics2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5")
 
 
 def _latents(prompt: Prompt) -> Layout | None:
     """Resamplers: mass and readout can be read, regions cannot."""
-    if prompt.model.config.model_type not in LATENTS:
+    config = prompt.model.config
+    if config.model_type not in LATENTS or not getattr(config, "use_resampler", True):
         return None
     count = sum(length for _, length in prompt.runs)
     pictures = max(1, len(prompt.sizes))
@@ -311,8 +350,10 @@ RULES: tuple[Rule, ...] = (
     _thw,
     _any_resolution,
     _pixel_sizes,
+    _padded_canvas,
     _tiled_canvas,
     _tagged_tiles,
+    _one_and_square,
     _one_square_per_picture,
 )
 

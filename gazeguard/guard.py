@@ -43,7 +43,7 @@ from gazeguard.phrases import things
 from gazeguard.policy import Mark, Policy, Rerank, load_policy
 from gazeguard.report import Finding, Report, Verdict, gaze_box
 from gazeguard.steer import STRENGTH, Look, Mode, Target
-from gazeguard.tap import Prompts, Rows, Tap, judge_words
+from gazeguard.tap import Prompts, Rows, Tap, judge_words, keys_of
 from gazeguard.trace import SHARES, GazeTrace
 
 HEADS_FILE = "heads.json"
@@ -186,6 +186,10 @@ class GazeGuard:
         """
         if generation_config.prompt_lookup_num_tokens or generation_config.is_assistant:
             raise UnsupportedError("custom_generate=guard cannot speculate. Call guard.generate with the same arguments.")
+        if model.config.is_encoder_decoder:
+            raise UnsupportedError(
+                "custom_generate=guard gets no prompt from an encoder-decoder. Call guard.generate with the same arguments."
+            )
         wants_dict = generation_config.return_dict_in_generate
         generation_config.return_dict_in_generate = True
         loop = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
@@ -222,14 +226,15 @@ class GazeGuard:
                 raise UnsupportedError(f"GazeGuard cannot watch {what}. Generate with {way_out}.")
         if sizes is not None:
             sizes = [own for own in sizes for _ in range(ids.shape[0] // len(sizes))]
-        grids = grids_of(self.model, self.processor, inputs, ids, mask, sizes, self.grid)
+        keys = keys_of(self.model, inputs, ids, mask)
+        grids = grids_of(self.model, self.processor, inputs, keys.ids, keys.mask, sizes, self.grid)
         with self.tap as tap:
-            tap.begin(Prompts.of(ids, mask, image_token_id(self.model)), reordered=(config.num_beams or 1) > 1)
+            tap.begin(Prompts.of(*keys), reordered=(config.num_beams or 1) > 1)
             if self._look is not None:
                 self._look.steer(tap, grids)
             made = run([RerankProcessor(tap, self.policy)] if isinstance(self.policy, Rerank) else [])
             rows = tap.collect(getattr(made, "beam_indices", None))
-        written = (made if isinstance(made, Tensor) else made.sequences)[:, ids.shape[1] :]
+        written = (made if isinstance(made, Tensor) else made.sequences)[:, keys.last + 1 :]
         ends = _ends(config)
         captions, texts, offsets, finished = [], [], [], []
         for row in written.cpu().numpy():
@@ -311,7 +316,8 @@ class GazeGuard:
         told = [captions[i] for i in todo]
         batch = encode(self.model, self.processor, [pictures[i] for i in todo], [prompts[i] for i in todo], told)
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
-        lengths = [batch.prompt_ids.shape[1] + len(ids) for ids in batch.caption_ids]
+        keys = keys_of(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
+        lengths = [keys.last + 1 + len(ids) for ids in batch.caption_ids]
         long = {
             i: self._unchecked(captions[i], f"prompt and caption have {n} tokens, more than the model's context of {limit}")
             for i, n in zip(todo, lengths, strict=True)
@@ -321,9 +327,9 @@ class GazeGuard:
             rest = [i for i in todo if i not in long]
             return long | (self._replay(rest, pictures, captions, prompts) if rest else {})
         sizes = [[pictures[i].size] for i in todo]
-        grids = grids_of(self.model, self.processor, batch.inputs, batch.prompt_ids, batch.prompt_mask, sizes, self.grid)
+        grids = grids_of(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.grid)
         with self.tap as tap:
-            tap.begin(Prompts.of(batch.prompt_ids, batch.prompt_mask, image_token_id(self.model)))
+            tap.begin(Prompts.of(*keys))
             if self._look is not None:
                 self._look.steer(tap, grids)
             self.model(**model_inputs(self.model, batch.inputs), use_cache=False)

@@ -35,8 +35,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from gazeguard.comics import Strip, draw_strips
 from gazeguard.errors import ArtifactError, InputError, MismatchError
 from gazeguard.grid import ImageGrid
-from gazeguard.inputs import Encoded, encode, grids_of, image_token_id, model_inputs
-from gazeguard.tap import Head, Prompts, Tap, find_backbone, weight_of
+from gazeguard.inputs import Encoded, encode, grids_of, model_inputs
+from gazeguard.tap import Head, Prompts, Tap, find_backbone, keys_of, weight_of
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_SHARE = 0.25  # at most this share of all heads are gaze heads
@@ -300,10 +300,10 @@ class _Show:
         """What ``reduce`` makes of each layer's gaze (batch, K, r, cells) and the panels' shares of the cells (batch, cells,
         panels), in one pass over a batch whose rows show the strips ``shown``.
         """
-        ids, mask = batch.prompt_ids, batch.prompt_mask
-        prompts = Prompts.of(ids, mask, image_token_id(self.model))
+        keys = keys_of(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
+        prompts = Prompts.of(*keys)
         sizes = [[strip.image.size] for strip in shown]
-        grids = grids_of(self.model, self.processor, batch.inputs, ids, mask, sizes, self.known)
+        grids = grids_of(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.known)
         regions = torch.zeros(len(shown), prompts.columns.shape[1], len(shown[0].panels))
         for row, (grid, strip) in enumerate(zip(grids, shown, strict=True)):
             shares = panel_shares(grid, strip)

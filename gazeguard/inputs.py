@@ -1,7 +1,8 @@
 """How do pictures and words become a batch? One way in for live captions, replay and head finding.
 
 A batch of prompts is left-padded, so that every caption starts at the same position P; captions that are replayed follow
-from P on and are padded on the right, where causal attention never looks.
+from P on and are padded on the right, where causal attention never looks. In an encoder-decoder the prompt is the encoder's,
+padded on the right, and captions follow the decoder's own start.
 """
 
 from __future__ import annotations
@@ -19,13 +20,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from gazeguard.errors import InputError, UnsupportedError
-from gazeguard.grid import ImageGrid, Prompt, find_grid, image_cells, patches_of
+from gazeguard.grid import ImageGrid, Prompt, canvases_of, find_grid, image_cells, patches_of
 
 # What processors tell of each picture, one row per picture of the batch.
 PER_PICTURE = ("image_grid_thw", "image_grid_hw", "image_merge_sizes", "image_sizes")
+# What they tell of each row's pictures, one row per prompt.
+PER_ROW = ("aspect_ratio_ids",)
+# What processors tell of each token of the prompt in more than one number; every written token is as the last one.
+PER_TOKEN = ("cross_attention_mask", "image_attention_mask")
+NO_WORD = -1  # stands for image cells where the model type has no token for them and keeps them away from its words
+KEPT_AWAY = ("idefics",)
+PUTS_PICTURES_ITSELF = ("Florence2Processor",)  # before every prompt, where others want a token in the text
 MAX_IMAGE_BYTES = 64 * 2**20
 
 
@@ -33,17 +42,26 @@ MAX_IMAGE_BYTES = 64 * 2**20
 class Encoded:
     """A batch of prompts, and the captions that follow them if there are any.
 
-    inputs:      what the processor made, extended by the captions
-    prompt_ids:  (batch, P) int64; prompt_mask: the same, 0 for padding
+    prompt:      what the processor made
+    inputs:      the same, extended by the captions
     caption_ids: for each row (T,) int64
     offsets:     for each row (T, 2) int64, the characters of its caption that each token covers
     """
 
+    prompt: dict[str, Any]
     inputs: dict[str, Any]
-    prompt_ids: Tensor
-    prompt_mask: Tensor
     caption_ids: tuple[NDArray[np.int64], ...] = ()
     offsets: tuple[NDArray[np.int64], ...] = ()
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """(batch, P) int64."""
+        return self.prompt["input_ids"]
+
+    @property
+    def prompt_mask(self) -> Tensor:
+        """(batch, P) int64, 0 for padding."""
+        return self.prompt["attention_mask"]
 
 
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
@@ -80,13 +98,17 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_token_id(model: PreTrainedModel) -> int:
-    """The id that marks image cells in the prompt. Raises `UnsupportedError` for a model that has none."""
+    """The id that marks image cells among keys. Raises `UnsupportedError` for a model that has none."""
+    if model.config.model_type in KEPT_AWAY:
+        return NO_WORD
     for name in ("image_token_id", "image_token_index", "video_token_id", "video_token_index"):
         if (value := getattr(model.config, name, None)) is not None:
             return int(value)
+    why = "it is a text-only model, or it takes its pictures in by a way that GazeGuard does not know"
+    if model.config.is_encoder_decoder:
+        why = "it reads a picture without a prompt of words, or nothing in the prompt says which encoder states are the picture"
     raise UnsupportedError(
-        f"{type(model).__name__} has no image token in its configuration: it is a text-only model, or it takes its "
-        "pictures in by a way that GazeGuard does not know. Use a vision-language model with image tokens."
+        f"{type(model).__name__} has no image token in its configuration: {why}. Use a vision-language model with image tokens."
     )
 
 
@@ -103,13 +125,15 @@ def encode(
             f"{type(processor).__name__} is not a vision-language processor. "
             "Pass AutoProcessor.from_pretrained(...) of the model."
         )
+    side = "right" if model.config.is_encoder_decoder else "left"
     if processor.chat_template is None:
-        token = getattr(processor, "image_token", "<image>")
+        own = type(processor).__name__ in PUTS_PICTURES_ITSELF
+        token = "" if own else getattr(processor, "image_token", "<image>")
         made = processor(
             images=[[image] for image in images],
             text=[f"{token}{prompt}" for prompt in prompts],
             padding=True,
-            padding_side="left",
+            padding_side=side,
             return_tensors="pt",
         )
     else:
@@ -123,15 +147,17 @@ def encode(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
+            processor_kwargs={"padding": True, "padding_side": side},
         )
-    inputs = dict(made.to(model.device))
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    prompt = dict(made.to(model.device))
+    forced = getattr(model.generation_config, "forced_bos_token_id", None)
+    if model.config.is_encoder_decoder and forced is not None:  # BART: generate would write it before every caption
+        prompt["decoder_input_ids"] = F.pad(decoder_prompt(model, prompt), (0, 1), value=forced)
     if not captions:
-        return Encoded(inputs, ids, mask)
+        return Encoded(prompt, prompt)
     told = [tokenize(processor.tokenizer, caption) for caption in captions]
-    whole = followed_by(model, inputs, [caption_ids for caption_ids, _ in told])
-    return Encoded(whole, ids, mask, *map(tuple, zip(*told, strict=True)))
+    whole = followed_by(model, prompt, [caption_ids for caption_ids, _ in told])
+    return Encoded(prompt, whole, *map(tuple, zip(*told, strict=True)))
 
 
 def followed_by(model: PreTrainedModel, inputs: Mapping[str, Any], written: Sequence[NDArray[np.int64]]) -> dict[str, Any]:
@@ -139,7 +165,16 @@ def followed_by(model: PreTrainedModel, inputs: Mapping[str, Any], written: Sequ
     ids = inputs["input_ids"]
     length = max(len(own) for own in written)
     made = dict(inputs)
+    if model.config.is_encoder_decoder:
+        start = decoder_prompt(model, inputs)
+        made["decoder_input_ids"] = F.pad(start, (0, length))
+        for row, own in zip(made["decoder_input_ids"], written, strict=True):
+            row[start.shape[1] : start.shape[1] + len(own)] = torch.from_numpy(own).to(row.device)
+        return made
     for name, value in inputs.items():
+        if name in PER_TOKEN:
+            last = value[:, ids.shape[1] - 1 : ids.shape[1]]
+            made[name] = torch.cat((value[:, : ids.shape[1]], last.expand(-1, length, *value.shape[2:])), dim=1)
         # Everything that runs along the sequence (mask, token types) goes on with it; a caption is plain text. In
         # PaliGemma type 0 is the prompt, which attends both ways, and 1 is what is written after it.
         if isinstance(value, Tensor) and value.shape == ids.shape:
@@ -152,10 +187,24 @@ def followed_by(model: PreTrainedModel, inputs: Mapping[str, Any], written: Sequ
     return made
 
 
+def decoder_prompt(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """What an encoder-decoder's decoder reads before its first word, (batch, D) int64: as ``generate`` makes it."""
+    given, configs = inputs.get("decoder_input_ids"), (model.generation_config, model.config.get_text_config(decoder=True))
+    starts = [getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id") for config in configs]
+    start = next(value for value in starts if value is not None)
+    rows = len(inputs["input_ids"] if given is None else given)
+    first = torch.as_tensor(start, device=model.device).view(-1, 1).expand(rows, 1)
+    if given is None:
+        return first
+    return torch.cat((first, given), dim=1) if (given[:, :1] != first).all() else given
+
+
 def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What one forward pass needs: the inputs, and positions that do not count padding, as ``generate`` makes them."""
     takes = inspect.signature(model.forward).parameters
     made = {name: value for name, value in inputs.items() if name in takes}
+    if model.config.is_encoder_decoder:  # each finds its own positions
+        return {**made, "decoder_input_ids": decoder_prompt(model, inputs)}
     rotates_in_space = hasattr(getattr(model, "model", model), "get_rope_index")  # M-RoPE models find their own positions
     if "position_ids" in takes and not rotates_in_space:
         made["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -218,7 +267,7 @@ def grids_of(
     sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
     known: ImageGrid | None = None,
 ) -> list[ImageGrid]:
-    """The image grid of every row of a batch of prompts (batch, P).
+    """The image grid of every row of a batch of prompts (batch, P), or of what stands in their place in `gazeguard.tap.Keys`.
 
     sizes: for each row the (width, height) in pixels of its pictures; by default what the processor made of them
     known: the grid of every row, for a layout that no rule knows
@@ -250,6 +299,7 @@ def grids_of(
             share = {name: value[mine] for name, value in told.items()}
         elif "image_sizes" in told:
             share["image_sizes"] = told["image_sizes"][_pictures_of(number, len(rows), len(told["image_sizes"]), sizes)]
+        share |= {name: np.asarray(inputs[name][number].cpu()) for name in PER_ROW if inputs.get(name) is not None}
         given = sizes[number] if sizes is not None else _processed_sizes(model, inputs, share, len(runs))
         grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor, sizes is not None)))
     return grids
@@ -281,6 +331,9 @@ def _processed_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], share: M
     if "image_grid_thw" in share:
         patch = model.config.vision_config.patch_size
         return [(int(w) * patch, int(h) * patch) for _, h, w in share["image_grid_thw"]]
+    if "aspect_ratio_ids" in share:
+        edge = model.config.vision_config.image_size
+        return [(columns * edge, rows * edge) for rows, columns in canvases_of(model, share)]
     pixels = inputs.get("pixel_values")
     if pixels is not None and pixels.ndim >= 4:
         return [(int(pixels.shape[-1]), int(pixels.shape[-2]))] * runs

@@ -9,6 +9,9 @@ While a model decodes with a cache that only grows, the tap keeps the chosen hea
 from them and the cached keys in one product per layer when it is asked for (``collect``), exact to float rounding, and
 nothing waits for the device. With any other cache each row is computed as it is heard. Rows are filed by the position of
 their query, so that chunks, speculation that is taken back and continued conversations need no care of their own.
+
+In most models the picture is part of the prompt, and its cells are keys of every layer's self-attention. `LOOKS` tells the
+other ways: modules of their own, whose keys are the picture or what an encoder made of picture and prompt.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +30,116 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from gazeguard.errors import NothingSeenError, UnsupportedError
+from gazeguard.errors import InputError, NothingSeenError, UnsupportedError
+from gazeguard.inputs import decoder_prompt, image_token_id
 
 EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
 LOGITS_AT_ONCE = 2**19  # numbers, of the words that are judged together
 RIVALS = 20  # candidates that a readout is measured against
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "o")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "embedding_norm", "norm_f")
 
 Head = tuple[int, int]  # (layer, head)
+
+
+# -------------------------------------------------------------------------------------- where words look at the picture
+
+
+class Keys(NamedTuple):
+    """What the words written after a batch of prompts look among, as `Prompts.of` takes it.
+
+    ids:   (batch, S) int64, one per key; the image token where a key is an image cell
+    mask:  (batch, S), 0 for keys that no word may look at; None when there are none
+    image: the image token
+    last:  the position, among all that the decoder reads, of the query that predicts the first written token
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    image: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """A way in which words see pictures that are not part of what their decoder reads.
+
+    families:    the model types that look in this way
+    modules:     how the paths of those attention modules of the decoder end that look
+    keys:        (model, processor's output, prompt ids (batch, P), mask or None) -> ids and mask of the keys (batch, S)
+    gate:        the layer's parameter whose tanh scales the module's output
+    after_words: the decoder's own tokens, its start among them, are keys, too, in front of the others: generated text
+
+    Where the pictures alone are the keys, all of every row's attention is on the picture.
+    """
+
+    families: tuple[str, ...]
+    modules: str
+    keys: Callable[[PreTrainedModel, Mapping[str, Any], Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    gate: str = ""
+    after_words: bool = False
+
+
+def _encoded_prompt(_: Any, __: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The encoder's states are the keys: one per token of the prompt, which holds the picture."""
+    return ids, mask
+
+
+def _pictures(name: str, cells: Callable[[Any], int]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The pictures alone are the keys, in as many cells as the configuration says for each column of the mask ``name``."""
+
+    def keys(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        may = inputs.get(name)  # (batch, P or more, pictures) or (batch, P or more, pictures, tiles)
+        if may is None:
+            raise InputError(
+                f"{type(model).__name__} got no {name}, which says where each row's pictures are. Put an image into every "
+                "message, and pass the processor's output whole."
+            )
+        # Tiles and pictures that only pad the batch are closed to every word.
+        seen = may[:, : ids.shape[1]].flatten(2).bool().any(1).repeat_interleave(cells(model.config), dim=1)
+        return torch.full_like(seen, image_token_id(model), dtype=ids.dtype), seen
+
+    return keys
+
+
+def _patches_and_class(vision: Any) -> int:
+    return (vision.image_size // vision.patch_size) ** 2 + 1
+
+
+def _idefics(config: Any) -> int:
+    return config.perceiver_config.resampler_n_latents if config.use_resampler else _patches_and_class(config.vision_config)
+
+
+LOOKS = (
+    Look(("florence2",), "encoder_attn", _encoded_prompt),
+    Look(("blip-2", "instructblip", "instructblipvideo"), "EncDecAttention", _encoded_prompt),  # around T5
+    Look(("t5gemma2",), "self_attn", _encoded_prompt, after_words=True),
+    Look(
+        ("mllama",),
+        "cross_attn",
+        _pictures("cross_attention_mask", lambda config: _patches_and_class(config.vision_config)),
+        gate="cross_attn_attn_gate",
+    ),
+    Look(("idefics",), "cross_attn", _pictures("image_attention_mask", _idefics), gate="alpha_cross_attn"),
+)
+
+
+def look_of(model: PreTrainedModel) -> Look | None:
+    """How the model's words see the picture; None when it is part of the prompt that they continue."""
+    kind, encodes = model.config.model_type, model.config.is_encoder_decoder
+    return next((look for look in LOOKS if kind in look.families and (encodes or look.keys is not _encoded_prompt)), None)
+
+
+def keys_of(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Keys:
+    """What words look among that are written after prompts of these ``ids`` (batch, P); ``inputs`` is the whole batch.
+
+    Raises `UnsupportedError` for a model without an image token, `InputError` for a batch that does not tell the picture.
+    """
+    look = look_of(model)
+    keys, seen = (ids, mask) if look is None else look.keys(model, inputs, ids, mask)
+    read = decoder_prompt(model, inputs) if model.config.is_encoder_decoder else ids
+    return Keys(keys, seen, image_token_id(model), read.shape[1] - 1)
 
 
 # ------------------------------------------------------------------------------------------------ the parts of a model
@@ -51,6 +155,20 @@ class Backbone:
     unembedding: nn.Module
     config: Any  # the text configuration
     logit_changes: tuple[LogitChange, ...] = ()  # those of `LOGIT_CHANGES` that this model's forward makes
+    look: Look | None = None  # None when the picture is part of the prompt
+    gated: Mapping[int, nn.Module] = field(default_factory=dict)  # layer -> the module that holds its gate
+    # Where a decoder norms every sum: layer -> the norms that its module's output goes through in order, but for the last one.
+    norms: Mapping[int, tuple[nn.LayerNorm, ...]] = field(default_factory=dict)
+
+    def directions(self) -> Callable[[Tensor], Tensor]:
+        """A function from words (...) to the unembedding's rows of them (..., width)."""
+        table, more = weight_of(self.unembedding), getattr(self.unembedding, "additional_fc", None)
+        if more is None:
+            return table.__getitem__
+        added, last = weight_of(more), len(table) - 1  # Idefics keeps the words that it added apart
+        return lambda words: torch.where(
+            (words > last)[..., None], added[(words - last - 1).clamp(min=0)], table[words.clamp(max=last)]
+        )
 
     def heads(self) -> list[Head]:
         """Every head that can be watched, in order."""
@@ -67,18 +185,28 @@ class Backbone:
         return columns // per_head, per_head
 
     def delivers(self, layer: int, heads: Sequence[int]) -> Tensor:
-        """(width, heads * numbers per head) float32: what a unit of the heads' outputs adds to the residual stream."""
+        """(width, heads * numbers per head) float32: what a unit of the heads' outputs adds to the state before `norm`, given
+        that the norms in between have divided by 1.
+        """
+        made = self._adds(layer, heads)
+        for norm in self.norms.get(layer, ()):
+            made = (made - made.mean(0)) * weight_of(norm).float()[:, None]
+        return made
+
+    def _adds(self, layer: int, heads: Sequence[int]) -> Tensor:
+        """What a unit of the heads' outputs adds to the residual stream, shaped as in `delivers`."""
         projection, per_head = self.projection(layer), self.width(self.attention[layer])[1]
         at = [head * per_head + i for head in heads for i in range(per_head)]
+        gate = weight_of(self.gated[layer], self.look.gate).float().tanh().view(-1, 1) if layer in self.gated else 1
         if type(projection) is nn.Linear:
-            return weight_of(projection)[:, at].float()
+            return weight_of(projection)[:, at].float() * gate
         # An adapter or a quantised layer is asked, unit by unit.
         weight = weight_of(self.unembedding)
         units = torch.zeros(len(at) + 1, projection.in_features, device=weight.device, dtype=weight.dtype)
         units[range(len(at)), at] = 1
         with torch.no_grad():
             made = projection(units).float()
-        return (made[:-1] - made[-1]).T
+        return (made[:-1] - made[-1]).T * gate
 
     @functools.cached_property
     def gain(self) -> tuple[Tensor, bool]:
@@ -98,7 +226,7 @@ class Backbone:
         logits = self.unembedding(self.norm(hidden)).float()
         for made in self.logit_changes:
             if (value := getattr(self.config, made.key, None)) is not None:
-                logits = made.change(logits, value, self.config.model_type)
+                logits = made.change(logits, value, self.config)
         return logits
 
 
@@ -110,7 +238,7 @@ class LogitChange:
 
     name: str
     key: str
-    change: Callable[[Tensor, Any, str], Tensor]  # logits, value, model type of the text configuration
+    change: Callable[[Tensor, Any, Any], Tensor]  # logits, value, text configuration
 
 
 # In the order in which they are done. A class may have the key and not follow it (Aya Vision around Cohere2), so only
@@ -119,7 +247,14 @@ LOGIT_CHANGES = (
     LogitChange("logit_scale", "logit_scale", lambda logits, value, _: logits * value),
     LogitChange("output_multiplier", "output_multiplier", lambda logits, value, _: logits * value),
     LogitChange(  # Granite divides, HyperCLOVAX multiplies
-        "logits_scaling", "logits_scaling", lambda logits, value, kind: logits * value ** (1 if kind == "hyperclovax" else -1)
+        "logits_scaling",
+        "logits_scaling",
+        lambda logits, value, config: logits * value ** (1 if config.model_type == "hyperclovax" else -1),
+    ),
+    LogitChange(  # T5 whose embeddings are tied
+        "scale_decoder_outputs",
+        "scale_decoder_outputs",
+        lambda logits, value, config: logits * config.d_model**-0.5 if value else logits,
     ),
     LogitChange("logits_mup_width_multiplier", "logits_mup_width_multiplier", lambda logits, value, _: logits / value),
     *(
@@ -130,14 +265,14 @@ LOGIT_CHANGES = (
 )
 
 
-def weight_of(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """A module's weight, fetched if accelerate keeps it elsewhere until it is used."""
-    if not module.weight.is_meta:
-        return module.weight
+    if not getattr(module, name).is_meta:
+        return getattr(module, name)
     from accelerate.utils import align_module_device  # there whenever a weight is offloaded
 
     with align_module_device(module):
-        return module.weight.detach().clone()
+        return getattr(module, name).detach().clone()
 
 
 def _first(module: nn.Module, names: Sequence[str]) -> Any:
@@ -162,16 +297,21 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # what a PEFT adapter is wrapped around
     name = type(model).__name__
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if model.config.is_encoder_decoder:
+    look = look_of(model)
+    if look is None and model.config.is_encoder_decoder:
         raise UnsupportedError(
-            f"{name} is an encoder-decoder: prompt and picture are in its encoder, where no column stands for a place in the "
-            "prompt. GazeGuard hears decoders whose prompt holds the picture."
+            f"{name} is an encoder-decoder, and GazeGuard does not know where the picture lies among its encoder's states. "
+            f"Use {_families(True)}, or a model whose pictures are tokens of the prompt."
         )
-    candidates = {path: module for path, module in decoder.named_modules() if hasattr(module, "layer_idx")}
-    if across := next((path for path in candidates if "cross" in path), None):
+    candidates = {
+        path: module
+        for path, module in decoder.named_modules()
+        if hasattr(module, "layer_idx") and (look is None or path.endswith(look.modules))
+    }
+    if look is None and (across := next((path for path in candidates if "cross" in path), None)):
         raise UnsupportedError(
-            f"{name} takes its pictures in through cross-attention ({across}), which GazeGuard does not hear: its prompt "
-            "holds no image cells. Use a model whose pictures are tokens of the prompt."
+            f"{name} takes its pictures in through cross-attention ({across}), and GazeGuard does not know how they lie there. "
+            f"Use {_families(False)}, or a model whose pictures are tokens of the prompt."
         )
     found = {
         path: module
@@ -183,8 +323,12 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
             f"{name} has no text attention that GazeGuard can watch: none of its modules calls transformers' attention "
             "registry. Models that compute attention by themselves (BLIP, GIT) or run remote code are not supported."
         )
-    owner = decoder.get_submodule(next(iter(found)).rpartition("layers.")[0].rstrip("."))
+    above = re.match(r"(?:(.*)\.)?(?:\w*layers|block)\.\d", next(iter(found)))
+    owner = decoder.get_submodule((above and above[1]) or "")
     norm, unembedding = _first(owner, FINAL_NORMS), model.get_output_embeddings() or decoder.get_output_embeddings()
+    norms: dict[int, tuple[nn.LayerNorm, ...]] = {}
+    if norm is None and look is not None:
+        norm, norms = _norms_after(owner.layers, look.modules)
     if norm is None or unembedding is None:
         missing = "a final norm" if norm is None else "an output embedding"
         raise UnsupportedError(f"{name}'s text decoder {type(owner).__name__} has no {missing} that GazeGuard can find.")
@@ -194,8 +338,33 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
             f"{name} has several attention modules under one layer number ({', '.join(list(found)[:3])}, ...), and GazeGuard "
             "cannot tell which of them looks at the picture."
         )
-    changes = tuple(made for made in LOGIT_CHANGES if made.name in _names(model))
-    return Backbone(owner, attention, norm, unembedding, model.config.get_text_config(decoder=True), changes)
+    changes = tuple(made for made in LOGIT_CHANGES if made.name in _names(model) | _names(decoder))
+    gated = {}
+    if look is not None and look.gate:
+        gated = {module.layer_idx: decoder.get_submodule(path.rpartition(".")[0]) for path, module in found.items()}
+    config = model.config.get_text_config(decoder=True)
+    return Backbone(owner, attention, norm, unembedding, config, changes, look, gated, norms)
+
+
+def _norms_after(layers: nn.ModuleList, looking: str) -> tuple[nn.Module | None, dict[int, tuple[nn.LayerNorm, ...]]]:
+    """BART norms the sum after each part, and names the parts of a layer in the order in which they run: the last norm of all,
+    and for each layer those between its ``looking`` module and that one.
+    """
+    norms: dict[int, tuple[nn.LayerNorm, ...]] = {}
+    for number, layer in enumerate(layers):
+        for name, part in layer.named_children():
+            if name == looking:
+                norms[number] = ()
+            elif isinstance(part, nn.LayerNorm):
+                norms = {before: (*found, part) for before, found in norms.items()}
+    last = next((found[-1] for found in norms.values() if found), None)
+    return last, {number: found[:-1] for number, found in norms.items()}
+
+
+def _families(encoder_decoder: bool) -> str:
+    """The model types of `LOOKS` that can be used instead."""
+    kinds = [kind for look in LOOKS if (look.keys is _encoded_prompt) == encoder_decoder for kind in look.families]
+    return " or ".join(kinds)
 
 
 # ---------------------------------------------------------------------------------------------------- the wrapper
@@ -253,7 +422,7 @@ def _closed(may: Tensor) -> Tensor:
 
 
 def _dense(call: Call, rows: int) -> Tensor | None:
-    """SDPA and eager: a mask (batch, 1 or heads, q, S or more), bool or additive; without one SDPA is causal from the left."""
+    """SDPA: a mask (batch, 1 or heads, q, S or more), bool or additive; without one SDPA is causal from the left."""
     length, keys = call.query.shape[2], call.key.shape[2]
     if call.mask is not None:
         mask = call.mask[:, :, -rows:, :keys]
@@ -264,15 +433,21 @@ def _dense(call: Call, rows: int) -> Tensor | None:
     return _closed(torch.arange(keys, device=call.key.device) <= at[:, None])[None, None]
 
 
+def _eager(call: Call, rows: int) -> Tensor | None:
+    """Eager attention: without a mask everything is open."""
+    return None if call.mask is None else _dense(call, rows)
+
+
 def _flash(call: Call, rows: int) -> Tensor | None:
     """Flash attention: a mask of padding alone (batch, S), causal from the right, a window as an option."""
     keys = call.key.shape[2]
     seen = keys if call.mask is None else min(keys, call.mask.shape[1])  # a static cache has room after what was seen
     at = torch.arange(seen - rows, seen, device=call.key.device)[:, None]
     key = torch.arange(keys, device=call.key.device)
-    may = key <= at
+    causal = call.option("is_causal", getattr(call.module, "is_causal", True))
+    may = (key <= at) if causal else (key < seen).expand(rows, keys)
     if (window := call.option("sliding_window")) is not None:
-        may &= key > at - window
+        may = may & (key > at - window)
     may = may[None, None]
     if call.mask is not None:
         may = may & F.pad(call.mask[:, -seen:].bool(), (0, keys - seen))[:, None, None]
@@ -291,28 +466,30 @@ def _flex(call: Call, rows: int) -> Tensor | None:
 
 
 def _rule_of(kernel: str) -> Callable[[Call, int], Tensor | None] | None:
-    rules = {"sdpa": _dense, "eager": _dense, "flex_attention": _flex}
+    rules = {"sdpa": _dense, "eager": _eager, "flex_attention": _flex}
     return rules.get(kernel, _flash if "flash" in kernel else None)  # flash comes in many builds
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where things are in a left-padded batch of prompts of P tokens.
+    """Where things are among the P keys of a batch of prompts: its tokens, or what stands in their place in `Keys`.
 
-    columns: (batch, N) int64, the position of each image token; rows with fewer repeat position 0
+    columns: (batch, N) int64, the place of each image cell; rows with fewer repeat place 0
     cells:   (batch, N) bool, which of the columns are real
     kinds:   (batch, P, 4) float32, one-hot over `gazeguard.trace.SHARES`; all zero for padding
     real:    (batch, P) bool, False for padding
+    last:    the position of the query that predicts the first written token
     """
 
     columns: Tensor
     cells: Tensor
     kinds: Tensor
     real: Tensor
+    last: int
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int) -> Prompts:
-        """Read off a batch of prompt ids (batch, P)."""
+    def of(cls, input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int, last: int | None = None) -> Prompts:
+        """Read off a batch of prompt ids (batch, P), or off what `keys_of` says: ``Prompts.of(*keys_of(...))``."""
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         image = (input_ids == image_token_id) & real
         cells = int(image.sum(1).max())
@@ -322,11 +499,13 @@ class Prompts:
         first = torch.zeros_like(real).scatter_(1, real.int().argmax(1, keepdim=True), True) & real & ~image
         prompt = real & ~image & ~first
         kinds = torch.stack((image, prompt, torch.zeros_like(real), first), dim=-1).float()
-        return cls(order.masked_fill(~valid, 0), valid, kinds, real)
+        last = input_ids.shape[1] - 1 if last is None else last
+        return cls(order.masked_fill(~valid, 0), valid, kinds, real, last)
 
     def repeated(self, times: int) -> Prompts:
         """Each prompt ``times`` over, as ``generate`` does for beams and for several captions per prompt."""
-        return Prompts(*(tensor.repeat_interleave(times, dim=0) for tensor in vars(self).values()))
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.repeat_interleave(times, dim=0) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -336,7 +515,7 @@ class Rows:
     gaze:   (batch, T, H, N) float32, attention on each image cell
     shares: (batch, T, H, 4) float32, attention on `gazeguard.trace.SHARES`
     output: (batch, T, H, width per head) float32, each head's output before the output projection; zeros after a narrow
-            head's own width where layers differ
+            head's own width where layers differ; divided by what `Backbone.norms` divide by
     hidden: (batch, T, model width), the last layer's state before the final norm, in the model's dtype
     """
 
@@ -412,7 +591,7 @@ class Tap:
     """Listens to ``heads`` of ``model``: a context manager that adds nothing to the model when it is left.
 
     with Tap(model, heads) as tap:
-        tap.begin(Prompts.of(input_ids, attention_mask, image_token_id))
+        tap.begin(Prompts.of(*keys_of(model, inputs, input_ids, attention_mask)))
         model.generate(...)          # or one forward pass over prompt and caption
         rows = tap.collect()
 
@@ -457,6 +636,8 @@ class Tap:
             _install(self._kernel, module)
             projected = functools.partial(self._hear_output, number)
             self._handles.append(self.backbone.projection(number).register_forward_pre_hook(projected))
+        for norm in {norm for number in self._numbers for norm in self.backbone.norms.get(number, ())}:
+            self._handles.append(norm.register_forward_pre_hook(self._hear_norm))
         self._handles.append(self.backbone.owner.register_forward_pre_hook(self._hear_start, with_kwargs=True))
         self._handles.append(self.backbone.norm.register_forward_pre_hook(self._hear_hidden))
         return self
@@ -479,12 +660,13 @@ class Tap:
         reordered: the rows of the batch change places between words, as in beam search
         """
         self._prompts, self._reduce, self._reordered = prompts, reduce, reordered
-        self._first = prompts.real.shape[1] - 1  # the query at this position predicts the first new token
+        self._first = prompts.last  # the query at this position predicts the first new token
         device = prompts.columns.device
         self._layers = {
             number: Layer(torch.tensor([h for la, h in self.heads if la == number], device=device)) for number in self._numbers
         }
         self._hidden = Track()
+        self._scales: dict[nn.Module, Tensor] = {}
         self._total = -1  # positions that the model has seen; -1 before the first pass
         self._live, self._wanted = False, 0
         self._turns: dict[int, Tensor | None] = {}
@@ -562,12 +744,14 @@ class Tap:
         rows = length if min(self._turns, default=0) < 0 else wanted
         if not self._live or not rows or options.get("cache") is not None:  # a paged cache is not this watch's
             return result
+        self._check_keys(module.layer_idx, key.shape[2])
         layer = self._layers[module.layer_idx]
         layer.group = query.shape[1] // key.shape[1]
         call = Call(module, query, key, mask, options)
         opening = self._rule(call, rows)
         replayed = wanted > 1 and self._past <= self._first  # words that came in one pass with their prompt
-        if replayed and opening is not None and _sees_ahead(opening[:, :, -wanted:]):
+        words = key.shape[2] if self.backbone.look is None else key.shape[2] - self._prompts.real.shape[1]
+        if replayed and opening is not None and _sees_ahead(opening[:, :, -wanted:, :words]):
             raise UnsupportedError(
                 f"Layer {module.layer_idx} lets written tokens attend to later ones, as if they were a prompt; while the model "
                 "writes it cannot. Mark them as written: in PaliGemma with token_type_ids of 1."
@@ -601,8 +785,21 @@ class Tap:
             self._file(layer, start, weights[:, :, -wanted:], self._gone(module.layer_idx, key.shape[2]))
         return result
 
+    def _check_keys(self, number: int, keys: int) -> None:
+        """Raises `UnsupportedError` when a looking module's keys are not those that the prompts were said to have."""
+        look, told = self.backbone.look, self._prompts.real.shape[1]
+        if look is not None and (keys < told if look.after_words else keys != told):
+            raise UnsupportedError(
+                f"Layer {number} looks among {keys} keys, but the batch that the watch was opened for tells {told}: the inputs "
+                "are another batch's, or the cache makes room for more. Pass the same inputs to both, and a dynamic cache."
+            )
+
     def _gone(self, number: int, keys: int) -> int:
-        """How many positions have left a layer's cache of so many keys, from the first on."""
+        """How many of the prompt's keys have left a layer's cache of so many keys, from the first on; negative when so many
+        others are in front of them.
+        """
+        if self.backbone.look is not None:
+            return self._prompts.real.shape[1] - keys
         layers = getattr(self._cache, "layers", ())
         keeps_prompt = number < len(layers) and hasattr(layers[number], "prefill_length")  # what goes was written
         return 0 if keeps_prompt else max(0, self._total - keys)
@@ -653,15 +850,18 @@ class Tap:
         return columns.clamp(min=0), self._prompts.cells & (columns >= 0)
 
     def _file(self, layer: Layer, start: int, weights: Tensor, offset: int) -> None:
-        """Attention (batch, K, r, S) of the rows from ``start`` on, whose first key is at position ``offset``."""
+        """Attention (batch, K, r, S) of the rows from ``start`` on, whose first key is the prompt's at ``offset``, or so many
+        before it: see `_gone`.
+        """
         columns, cells = self._columns(offset)
         gaze = weights.gather(3, columns[:, None, None].expand(-1, *weights.shape[1:3], -1)) * cells[:, None, None]
         if self._reduce is not None:
             layer.gaze.put(start, self._reduce(gaze).transpose(1, 2))
             return
-        kinds = self._prompts.kinds[:, offset:]
-        shares = weights[..., : kinds.shape[1]] @ kinds[:, None]
-        shares[..., 2] += weights[..., kinds.shape[1] :].sum(-1)
+        kinds, before = self._prompts.kinds[:, max(0, offset) :], max(0, -offset)
+        after = before + kinds.shape[1]
+        shares = weights[..., before:after] @ kinds[:, None]
+        shares[..., 2] += weights[..., :before].sum(-1) + weights[..., after:].sum(-1)
         layer.gaze.put(start, gaze.transpose(1, 2))
         layer.shares.put(start, shares.transpose(1, 2))
 
@@ -696,8 +896,19 @@ class Tap:
         layer.output.put(self._total - rows.shape[1] - self._first, heads.index_select(2, layer.heads))
 
     @torch.compiler.disable
+    def _hear_norm(self, norm: nn.LayerNorm, args: tuple[Tensor, ...]) -> None:
+        """What a norm on the way multiplies each row with, (batch, r, 1, 1)."""
+        if self._prompts is not None and self._wanted:
+            rows = args[0][:, -self._wanted :].float()
+            self._scales[norm] = (rows.var(-1, unbiased=False) + norm.eps).rsqrt()[..., None, None]
+
+    @torch.compiler.disable
     def _hear_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._prompts is not None and self._wanted:
+            for number, layer in self._layers.items():
+                for norm in self.backbone.norms.get(number, ()):
+                    start, heads = layer.output.parts[-1]
+                    layer.output.parts[-1] = start, heads * self._scales[norm]
             rows = args[0][:, -self._wanted :]
             self._hidden.put(self._total - rows.shape[1] - self._first, rows)
         self._live, self._wanted = False, 0  # the pass is over; whoever uses the norm now is someone else
@@ -760,6 +971,7 @@ def readout(backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: T
     directions: (..., width), an unembedding row, or a difference of such rows
     returns     (..., H) float32 logits: ``W_U g/|x| W_O o``, whose sum over all heads, all MLPs and the embedding is the logit
                 (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; DESIGN: readout)
+                where a decoder norms every sum, its norms' scales are all held fixed
     """
     gain, centres = backbone.gain
     state = hidden.float()
@@ -790,20 +1002,20 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
 
     The readout's direction is the token's unembedding row minus the mean over its rivals, the `RIVALS` likeliest others.
     """
-    table = weight_of(backbone.unembedding)
+    table = backbone.directions()
 
     def judged(hidden: Tensor, output: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logs = backbone.logits(hidden).log_softmax(-1)
         likely = logs.topk(min(RIVALS + 1, logs.shape[-1]), dim=-1).indices  # (words, RIVALS + 1)
         rival = (likely != token[:, None]).float()
-        rivals = (table[likely].float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
+        rivals = (table(likely).float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
         entropy = -(logs.exp() * logs.clamp(min=-1e9)).sum(-1)
-        looked = readout(backbone, heads, output, hidden, table[token].float() - rivals)
+        looked = readout(backbone, heads, output, hidden, table(token).float() - rivals)
         return logs.gather(-1, token[:, None])[:, 0], entropy, looked
 
     # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.
     flat = (rows.hidden.flatten(0, 1), rows.output.flatten(0, 1), written.flatten())
-    few = max(1, LOGITS_AT_ONCE // len(table))
+    few = max(1, LOGITS_AT_ONCE // len(weight_of(backbone.unembedding)))
     parts = [judged(*part) for part in zip(*(tensor.split(few) for tensor in flat), strict=True)]
     logprobs, entropy, looked = (torch.cat(own).unflatten(0, written.shape) for own in zip(*parts, strict=True))
     return Words(logprobs, entropy, looked)

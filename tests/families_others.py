@@ -90,6 +90,21 @@ class LevelFamily(Family):
 
 
 @dataclass(frozen=True)
+class EncodedFamily(Family):
+    """An encoder reads the prompts, padded on the right since some count positions from the left; a decoder writes."""
+
+    def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
+        made = super().batch(rows)
+        for row, padding in enumerate((made["attention_mask"] == 0).sum(1).tolist()):
+            for name in ("input_ids", "attention_mask"):
+                made[name][row] = made[name][row].roll(-padding)
+        return made
+
+    def extended(self, inputs: dict[str, Tensor], written: Tensor) -> dict[str, Tensor]:
+        return {**inputs, "decoder_input_ids": torch.cat((torch.ones_like(written[:, :1]), written), dim=1)}
+
+
+@dataclass(frozen=True)
 class PictureFamily(Family):
     """A class that takes pictures and no prompt."""
 
@@ -275,6 +290,28 @@ def blip_2() -> Family:
     return Family("BLIP-2", model, _several(5), _squares)
 
 
+def blip_2_t5() -> Family:
+    """BLIP-2 around T5: the Q-Former's answers are in the encoder, queries are not scaled, positions are biases."""
+    config = tf.Blip2Config(
+        text_config={
+            "model_type": "t5",
+            **T5,
+            "vocab_size": VOCABULARY,
+            "d_model": WIDTH,
+            "decoder_start_token_id": 1,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "scale_decoder_outputs": False,
+        },
+        vision_config=TOWER,
+        qformer_config=QFORMER,
+        num_query_tokens=5,
+        image_token_index=IMAGE,
+    )
+    model = _starting(_inner(_build(tf.Blip2ForConditionalGeneration, config), "language_model"))
+    return EncodedFamily("BLIP-2 (T5)", model, _several(5), _squares)
+
+
 def _instruct_blip(config: Any, kind: type[PreTrainedModel], name: str, token: str, frames: int) -> Family:
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         shape = (3, 16, 16) if frames == 1 else (frames, 3, 16, 16)
@@ -393,19 +430,44 @@ def t5gemma2() -> Family:
         image_token_index=IMAGE,
     )
     model = _shifted(_build(tf.T5Gemma2ForConditionalGeneration, config), 0.7, "q_norm.weight", "k_norm.weight")
-    return Family("T5Gemma2", model, _several(4), _squares)
+    return EncodedFamily("T5Gemma2", model, _several(4), _squares)
+
+
+@dataclass(frozen=True)
+class TileFamily(Family):
+    """Mllama: a mask says which pictures a word may look at, those whose token stands before it.
+
+    Pictures come first: a word that may look at none looks at all, in transformers' class, those that pad the batch, too.
+    """
+
+    def _prompt(self, row: int) -> Tensor:
+        prompt = super()._prompt(row)
+        return torch.cat((prompt[prompt == IMAGE], prompt[prompt != IMAGE]))
+
+    def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
+        made = super().batch(rows)
+        begun = (made["input_ids"] == IMAGE).cumsum(1)[:, :, None, None]  # pictures that have begun at each word
+        tiles = made["aspect_ratio_mask"] * (made["aspect_ratio_ids"] > 0)[:, :, None]
+        number = torch.arange(tiles.shape[1])[:, None]
+        return {**made, "cross_attention_mask": tiles[:, None] * (begun > number)}
+
+    def extended(self, inputs: dict[str, Tensor], written: Tensor) -> dict[str, Tensor]:
+        made, seen = super().extended(inputs, written), inputs["cross_attention_mask"]
+        return {**made, "cross_attention_mask": torch.cat((seen, seen[:, -1:].expand(-1, written.shape[1], -1, -1)), dim=1)}
 
 
 def mllama() -> Family:
-    """Layers 1 and 3 attend to the picture's tiles alone, 0 and 2 to the words, among them one token per picture."""
+    """Layers 1 and 3 attend to the pictures' tiles alone, 0 and 2 to the words, among them one token per picture."""
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {
-            "pixel_values": torch.stack([_noise(row, 1, 2, 3, 16, 16) for row in rows]),
-            "aspect_ratio_ids": torch.full((len(rows), 1), 2),
-            "aspect_ratio_mask": torch.ones(len(rows), 1, 2, dtype=torch.long),
-            "cross_attention_mask": torch.ones(len(rows), 64, 1, 2, dtype=torch.long),  # more words than any test has
-        }
+        most = max(1 + row % 2 for row in rows)
+        pixels, shapes = torch.zeros(len(rows), most, 2, 3, 16, 16), torch.zeros(len(rows), most, dtype=torch.long)
+        for i, row in enumerate(rows):
+            shapes[i, : 1 + row % 2] = torch.tensor([2 - row // 2, 1])[: 1 + row % 2]  # two tiles, or one
+            for number in range(1 + row % 2):
+                pixels[i, number, : shapes[i, number]] = _noise(10 * row + number, int(shapes[i, number]), 3, 16, 16)
+        mask = torch.stack((torch.ones_like(shapes), shapes == 2), dim=-1).long()
+        return {"pixel_values": pixels, "aspect_ratio_ids": shapes, "aspect_ratio_mask": mask}
 
     config = tf.MllamaConfig(
         text_config={**TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
@@ -424,38 +486,59 @@ def mllama() -> Family:
         },
         image_token_index=IMAGE,
     )
-    return Family("Mllama", _build(tf.MllamaForConditionalGeneration, config), lambda row: [1], pictures)
+    model = _build(tf.MllamaForConditionalGeneration, config)
+    with torch.no_grad():
+        for name, gate in model.named_parameters():
+            if name.endswith("_gate"):
+                gate.add_(0.7)  # from shut, as they are made, to open
+    return TileFamily("Mllama", model, _several(1), pictures)
 
 
-MAKERS: dict[str, Callable[[], Family]] = {
-    "Idefics2": idefics2,
-    "Aria": aria,
-    "FastVLM": fast_vlm,
-    "Chameleon": chameleon,
-    "Emu3": emu3,
-    "Fuyu": fuyu,
-    "BLIP-2": blip_2,
-    "InstructBLIP": instruct_blip,
-    "InstructBlipVideo": instruct_blip_video,
-    "Nemotron-H-Omni": nemotron_h_omni,
-}
+@dataclass(frozen=True)
+class ApartFamily(Family):
+    """Idefics: no cell among the words; a mask says how many of a row's pictures each word may look at."""
+
+    def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
+        made = super().batch(rows)
+        pictures, length = made["pixel_values"].shape[1], made["input_ids"].shape[1]
+        seen = torch.tensor([[number < 1 + row % 2 for number in range(pictures)] for row in rows]).long()
+        return {**made, "image_attention_mask": seen[:, None].expand(-1, length, -1)}
+
+    def extended(self, inputs: dict[str, Tensor], written: Tensor) -> dict[str, Tensor]:
+        made, seen = super().extended(inputs, written), inputs["image_attention_mask"]
+        return {**made, "image_attention_mask": torch.cat((seen, seen[:, -1:].expand(-1, written.shape[1], -1)), dim=1)}
 
 
-LAYOUTS: dict[str, str] = {
-    "Idefics2": "perceiver latents (64), no grid; a run per picture or crop",
-    "Aria": "resampler queries by patch count (128 or 256), no grid; all crops of a picture in one run",
-    "FastVLM": "sqrt(N) x sqrt(N) of the convolutional tower's last map, row-major",
-    "Chameleon": "h/16 x w/16 codes (32x32), row-major",
-    "Emu3": "h/8 x (w/8 + 1) from image_sizes, row-major; the last column ends the row and is no cell of the picture",
-    "Fuyu": "ceil(h/30) x ceil(w/30), row-major, a run per row: a |NEWLINE| token of another id ends each",
-    "BLIP-2": "Q-Former queries (32), no grid",
-    "InstructBLIP": "Q-Former queries (32), no grid",
-    "InstructBlipVideo": "frames (4) times Q-Former queries (32), frame by frame, no grid; video_token_id",
-    "Nemotron-H-Omni": "h/2 x w/2 from image_grid_hw, row-major",
-}
+def idefics(latents: int = 0) -> Family:
+    """Llama layers, and between some of them gated layers that attend to the pictures alone and have numbers of their own.
 
+    latents: of a perceiver that reads each picture; without any the tower's cells are the keys
+    """
 
-# ------------------------------------------------------------------------------------------- other ways to see a picture
+    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+        pixels = torch.zeros(len(rows), max(1 + row % 2 for row in rows), 3, 16, 16)
+        for i, row in enumerate(rows):
+            pixels[i, : 1 + row % 2] = _noise(row, 1 + row % 2, 3, 16, 16)
+        return {"pixel_values": pixels}
+
+    config = tf.IdeficsConfig(
+        **{key: value for key, value in TEXT.items() if key != "num_key_value_heads"} | {"num_hidden_layers": 4},
+        vision_config={"embed_dim": 32, **{key: value for key, value in TOWER.items() if key != "hidden_size"}},
+        perceiver_config={
+            "use_resampler": latents > 0,
+            "resampler_n_latents": latents,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 16,
+        },
+        use_resampler=latents > 0,
+        additional_vocab_size=2,
+        cross_layer_interval=2,
+        alpha_initializer="ones",
+        alpha_type="vector",
+        tie_word_embeddings=False,
+    )
+    return ApartFamily("Idefics", _build(tf.IdeficsForVisionText2Text, config), _no_cells, pictures)
 
 
 def florence_2() -> Family:
@@ -477,7 +560,50 @@ def florence_2() -> Family:
         image_token_id=IMAGE,
     )
     model = _starting(_build(tf.Florence2ForConditionalGeneration, config))
-    return Family("Florence-2", model, _several(5), _squares)
+    return EncodedFamily("Florence-2", model, _several(5), _squares)
+
+
+MAKERS: dict[str, Callable[[], Family]] = {
+    "Idefics2": idefics2,
+    "Aria": aria,
+    "FastVLM": fast_vlm,
+    "Chameleon": chameleon,
+    "Emu3": emu3,
+    "Fuyu": fuyu,
+    "BLIP-2": blip_2,
+    "InstructBLIP": instruct_blip,
+    "InstructBlipVideo": instruct_blip_video,
+    "Nemotron-H-Omni": nemotron_h_omni,
+    "T5Gemma2": t5gemma2,
+    "Florence-2": florence_2,
+    "BLIP-2 (T5)": blip_2_t5,
+    "Mllama": mllama,
+    "Idefics": idefics,
+    "Idefics (perceiver)": lambda: idefics(5),
+}
+
+
+LAYOUTS: dict[str, str] = {
+    "Idefics2": "perceiver latents (64), no grid; a run per picture or crop",
+    "Aria": "resampler queries by patch count (128 or 256), no grid; all crops of a picture in one run",
+    "FastVLM": "sqrt(N) x sqrt(N) of the convolutional tower's last map, row-major",
+    "Chameleon": "h/16 x w/16 codes (32x32), row-major",
+    "Emu3": "h/8 x (w/8 + 1) from image_sizes, row-major; the last column ends the row and is no cell of the picture",
+    "Fuyu": "ceil(h/30) x ceil(w/30), row-major, a run per row: a |NEWLINE| token of another id ends each",
+    "BLIP-2": "Q-Former queries (32), no grid",
+    "InstructBLIP": "Q-Former queries (32), no grid",
+    "InstructBlipVideo": "frames (4) times Q-Former queries (32), frame by frame, no grid; video_token_id",
+    "Nemotron-H-Omni": "h/2 x w/2 from image_grid_hw, row-major",
+    "T5Gemma2": "one square per picture (16x16), row-major, in the encoder",
+    "BLIP-2 (T5)": "Q-Former queries (32), no grid, in the encoder",
+    "Florence-2": "the mean of all cells, then a square (24x24), row-major, in the encoder",
+    "Idefics": "keys of their own: per picture a class cell and a square, row-major",
+    "Idefics (perceiver)": "keys of their own: perceiver latents (64) per picture, no grid",
+    "Mllama": "keys of their own: per tile a class cell and a square (40x40), tiles row-major; padding tiles are no cells",
+}
+
+
+# ------------------------------------------------------------------------------------------- other ways to see a picture
 
 
 def pix2struct() -> Family:
@@ -543,20 +669,6 @@ def pp_formulanet() -> Family:
     return PictureFamily("PPFormulaNet", model, _no_cells, pictures)
 
 
-def idefics() -> Family:
-    """Llama layers, and between them gated layers that attend to the picture alone and have numbers of their own."""
-
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
-        pixels = torch.stack([_noise(row, 1, 3, 16, 16) for row in rows])
-        return {"pixel_values": pixels, "image_attention_mask": torch.ones(len(rows), 1, 1)}
-
-    config = tf.IdeficsConfig(
-        **{key: value for key, value in TEXT.items() if key != "num_key_value_heads"},
-        vision_config={"embed_dim": 32, **{key: value for key, value in TOWER.items() if key != "hidden_size"}},
-    )
-    return Family("Idefics", _build(tf.IdeficsForVisionText2Text, config), _no_cells, pictures)
-
-
 def vision_encoder_decoder() -> Family:
     """A ViT read by the cross attention of any decoder, here BERT."""
     config = tf.VisionEncoderDecoderConfig(
@@ -588,16 +700,12 @@ def blip() -> Family:
 
 
 OTHERS: dict[str, Callable[[], Family]] = {
-    "Florence-2": florence_2,
     "Pix2Struct": pix2struct,
     "UDOP": udop,
     "PPFormulaNet": pp_formulanet,
-    "Idefics": idefics,
     "VisionEncoderDecoder": vision_encoder_decoder,
     "GIT": git,
     "BLIP": blip,
     "Kosmos-2": kosmos_2,
     "Kosmos-2.5": kosmos_2_5,
-    "T5Gemma2": t5gemma2,
-    "Mllama": mllama,
 }

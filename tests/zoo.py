@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from gazeguard.errors import GazeGuardError, NothingSeenError, UnsupportedError
 from gazeguard.inputs import grids_of, image_token_id, model_inputs
-from gazeguard.tap import Prompts, Rows, Tap, find_backbone
+from gazeguard.tap import Keys, Prompts, Rows, Tap, find_backbone, keys_of
 
 NEW = 6
 GROUPS = (families, families_grids, families_tiles, families_others)
@@ -43,8 +43,8 @@ LAYOUTS: dict[str, str] = {name: told for group in GROUPS for name, told in grou
 LAYOUTS |= dict.fromkeys(("Gemma3", "LLaVA (Mistral)"), "one square per picture, row by row")
 
 
-def prompts_of(kind: Family, inputs: dict[str, Tensor]) -> Prompts:
-    return Prompts.of(inputs["input_ids"], inputs["attention_mask"], kind.image_token)
+def keys(kind: Family, inputs: dict[str, Tensor]) -> Keys:
+    return keys_of(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
 
 
 def write(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Any:
@@ -55,7 +55,7 @@ def write(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> 
 def heard(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], run: Callable[[], Any]) -> tuple[Any, Rows]:
     """What ``run`` returned, and what a tap on all heads heard of it."""
     with Tap(model, find_backbone(model).heads()) as tap:
-        tap.begin(prompts_of(kind, inputs))
+        tap.begin(Prompts.of(*keys(kind, inputs)))
         return run(), tap.collect()
 
 
@@ -128,13 +128,12 @@ def cells_are_found(name: str) -> None:
     """A rule says where each image cell lies, or that it lies nowhere, or the layout is refused with the way out."""
     kind, inputs, *_ = story(name)
     try:
-        grids = grids_of(kind.model, None, inputs, inputs["input_ids"], inputs["attention_mask"])
+        grids = grids_of(kind.model, None, inputs, *keys(kind, inputs)[:2])
     except UnsupportedError as error:
         if "grid=ImageGrid(...)" in str(error):
             return
         raise
-    cells = (inputs["input_ids"] == kind.image_token).sum(1).tolist()
-    assert [len(grid) for grid in grids] == cells
+    assert [len(grid) for grid in grids] == Prompts.of(*keys(kind, inputs)).cells.sum(1).tolist()
 
 
 def leaves_nothing_behind(name: str) -> None:
@@ -209,7 +208,7 @@ def examined(name: str) -> dict[str, Any]:
             kept[law.__name__] = EXCEPTIONS.get((name, law.__name__), str(error).strip().splitlines()[0])
     kind, inputs, *_ = story(name)
     try:
-        find = grids_of(kind.model, None, inputs, inputs["input_ids"], inputs["attention_mask"])
+        find = grids_of(kind.model, None, inputs, *keys(kind, inputs)[:2])
         grid = "found" if not np.isnan(find[0].boxes).all() else "no places: the answers of a resampler"
     except UnsupportedError:
         grid = "pass grid=, or the processor finds it"
