@@ -393,7 +393,8 @@ def guarded(kind: type[PreTrainedModel], config: Any, processor: ProcessorMixin,
     model = draw_weights(kind._from_config(config, attn_implementation="sdpa"))
     model.generation_config.update(suppress_tokens=[processor.tokenizer.image_token_id])
     every = find_backbone(model).heads()
-    none = Score(**dict.fromkeys(("mass", "selectivity", "contrast", "null_mass"), (0.0,) * len(every)))
+    figures = ("mass", "selectivity", "contrast", "routing", "null_mass", "sinks")
+    none = Score(**dict.fromkeys(figures, (0.0,) * len(every)), matrix=())
     heads = GazeHeads(
         model=fingerprint(model),
         model_class=kind.__name__,
