@@ -89,9 +89,16 @@ def within_bins(
     return over_images(int(image.max()) + 1, statistic)
 
 
-def write(out: Path, figures: dict[str, Figure], quick: bool, ids: Sequence[str] = (), **meta: Any) -> None:
-    """Write the file, and show the figures on stderr."""
-    weights = hashlib.sha256((lab.checkpoint_path() / "model.safetensors").read_bytes()).hexdigest()[:16]
+def write(
+    out: Path,
+    figures: dict[str, Figure],
+    quick: bool,
+    ids: Sequence[str] = (),
+    checkpoint: Path = lab.checkpoint_path(),  # noqa: B008
+    **meta: Any,
+) -> None:
+    """Write the file, and show the figures on stderr. ``checkpoint`` is the folder of the model that was measured."""
+    weights = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:16]
     told = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "quick": quick,

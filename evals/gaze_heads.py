@@ -35,6 +35,7 @@ from gazeguard.inputs import encode
 from gazeguard.lab.truth import mentions
 from gazeguard.lab.world import Picture, describe
 from gazeguard.phrases import chunk, things
+from gazeguard.plots import draw_heads
 from gazeguard.steer import STRENGTH, Target
 from gazeguard.tap import Head
 
@@ -42,7 +43,7 @@ SEED = 100
 SETS = 10  # random head sets
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 36)
 STRENGTHS = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
-EVERY = 16  # tokens between two targets of a schedule
+EVERY = 14  # tokens between two targets of a schedule, chosen on validation from 10 to 20
 Found = tuple[str, str]  # noun, colour or ""
 
 
@@ -238,29 +239,35 @@ def agreement(model: Any, processor: Any, kept: GazeHeads, counts: Sequence[int]
 def looking(model: Any, processor: Any, kept: GazeHeads, n: int) -> dict[str, Value]:
     """What discovery says of the kept heads on strips that it has not seen."""
     strips = draw_strips(n, SEED)
-    fresh = find_heads(model, processor, strips, progress=False)
-    nouns = find_heads(model, processor, [first_nouns(strip) for strip in strips], progress=False)
+    few = min(n, 24)  # strips at once: a search stops when it is sure, and here all are to count
+    groups = [strips[at : at + few] for at in range(0, n, few)]
+    found = [find_heads(model, processor, group, progress=False) for group in groups]
+    found_nouns = [find_heads(model, processor, [first_nouns(strip) for strip in own], progress=False) for own in groups]
+
+    def mean(field: str, heads: Sequence[Head], way: str = "narration", of: Sequence[GazeHeads] = found) -> NDArray[np.float64]:
+        where = [kept.all_heads.index(head) for head in heads]
+        return np.mean([np.array(getattr(own.score(way), field))[where] for own in of], axis=0)
+
     figures = {}
     for way, name in (("narration", ""), ("query", "_query")):
-        mass, others = fresh.mass(kept.heads, way), fresh.mass(kept.others(), way)
+        mass, others = mean("mass", kept.heads, way), mean("mass", kept.others(), way)
         figures |= {
             f"gaze_head_mass{name}": figure(mass.mean()),
             f"least_gaze_head_mass{name}": figure(mass.min()),
             f"best_other_mass{name}": figure(others.max()),
         }
-    where = [fresh.all_heads.index(head) for head in kept.heads]
-    same = len(set(fresh.heads) & set(kept.heads)) / len(set(fresh.heads) | set(kept.heads))
+    same = [len(set(own.heads) & set(kept.heads)) / len(set(own.heads) | set(kept.heads)) for own in found]
     return figures | {
-        "gaze_head_mass_nouns": figure(nouns.mass(kept.heads).mean()),
-        "best_other_mass_nouns": figure(nouns.mass(kept.others()).max()),
-        "gaze_head_selectivity": figure(np.mean([fresh.narration.selectivity[i] for i in where])),
-        "gaze_head_routing": figure(np.mean([fresh.narration.routing[i] for i in where])),
-        "null_mass": figure(np.mean([fresh.narration.null_mass[i] for i in where])),
-        "most_sink_mass": figure(max(fresh.query.sinks)),
-        "chance": figure(1 / fresh.panels),
+        "gaze_head_mass_nouns": figure(mean("mass", kept.heads, of=found_nouns).mean()),
+        "best_other_mass_nouns": figure(mean("mass", kept.others(), of=found_nouns).max()),
+        "gaze_head_selectivity": figure(mean("selectivity", kept.heads).mean()),
+        "gaze_head_routing": figure(mean("routing", kept.heads).mean()),
+        "null_mass": figure(mean("null_mass", kept.heads).mean()),
+        "most_sink_mass": figure(mean("sinks", kept.all_heads, "query").max()),
+        "chance": figure(1 / kept.panels),
         "usable": figure(not kept.unusable),
-        "split_half": figure(fresh.split_half),
-        "same_heads_as_kept": figure(same),
+        "split_half": figure(np.mean([own.split_half for own in found])),
+        "same_heads_as_kept": figure(np.mean(same)),
         "gaze_heads": figure(len(kept.heads)),
         "all_heads": figure(len(kept.all_heads)),
     }
@@ -273,7 +280,8 @@ def main(
 ) -> None:
     """Measure the gaze heads, and draw the sweeps beside the JSON file."""
     model, processor = lab.load(model_folder)
-    file = (model_folder or lab.checkpoint_path()) / HEADS_FILE
+    folder = model_folder or lab.checkpoint_path()
+    file = folder / HEADS_FILE
     kept = GazeHeads.load(file) if file.is_file() else find_heads(model, processor)
     kept.check_model(model)
     strips, sets = (4, 3) if quick else (40, SETS)
@@ -355,8 +363,11 @@ def main(
     }
     ids = [sample.id for sample in (*test, *scenes)]
     name = type(model).__name__
-    write(out, figures, quick, ids, seed=SEED, model=name, strength=STRENGTH, heads=[list(head) for head in kept.heads], **told)
+    told |= {"model": name, "strength": STRENGTH, "heads": [list(head) for head in kept.heads]}
+    told |= {"command": "evals.gaze_heads" + (" --model DIR" if model_folder else "")}
+    write(out, figures, quick, ids, folder, seed=SEED, **told)
     draw(figures, told, len(kept.heads), name).savefig(out.with_suffix(".png"), dpi=100)
+    draw_heads(kept).savefig(out.with_name(f"{out.stem}_map.png"), dpi=80)
 
 
 def unchanged(model: Any, processor: Any, kept: GazeHeads, samples: Sequence[lab.Sample]) -> float:

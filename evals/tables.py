@@ -34,7 +34,8 @@ def table(name: str, patterns: list[str]) -> str:
                 ci = "" if made["ci"] is None else f"{made['ci'][0]:.4g} to {made['ci'][1]:.4g}"
                 lines.append(f"| `{key}` | {made['value']:.4g} | {ci} |")
     meta = result["meta"]
-    lines += ["", f"`python -m evals.{name}`, {meta['date']}, weights {meta['lab_weights']}, torch {meta['torch']}.", ""]
+    command = meta.get("command", f"evals.{name}")
+    lines += ["", f"`python -m {command}`, {meta['date']}, weights {meta['lab_weights']}, torch {meta['torch']}.", ""]
     return "\n".join(lines)
 
 

@@ -35,7 +35,7 @@ from gazeguard.inputs import decoder_prompt, image_token_id
 
 EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
-LOGITS_AT_ONCE = 2**19  # numbers, of the words that are judged together
+LOGITS_AT_ONCE = 2**20  # numbers, of the words that are judged together
 RIVALS = 20  # candidates that a readout is measured against
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "o")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "embedding_norm", "norm_f")
@@ -1004,18 +1004,18 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
     """
     table = backbone.directions()
 
-    def judged(hidden: Tensor, output: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def judged(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logs = backbone.logits(hidden).log_softmax(-1)
         likely = logs.topk(min(RIVALS + 1, logs.shape[-1]), dim=-1).indices  # (words, RIVALS + 1)
         rival = (likely != token[:, None]).float()
         rivals = (table(likely).float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
-        entropy = -(logs.exp() * logs.clamp(min=-1e9)).sum(-1)
-        looked = readout(backbone, heads, output, hidden, table(token).float() - rivals)
-        return logs.gather(-1, token[:, None])[:, 0], entropy, looked
+        logprob = logs.gather(-1, token[:, None])[:, 0]
+        entropy = -logs.clamp_(min=-1e9).exp().mul_(logs).sum(-1)  # in place: these are the largest tensors of the watch
+        return logprob, entropy, table(token).float() - rivals
 
     # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.
-    flat = (rows.hidden.flatten(0, 1), rows.output.flatten(0, 1), written.flatten())
     few = max(1, LOGITS_AT_ONCE // len(weight_of(backbone.unembedding)))
+    flat = (rows.hidden.flatten(0, 1), written.flatten())
     parts = [judged(*part) for part in zip(*(tensor.split(few) for tensor in flat), strict=True)]
-    logprobs, entropy, looked = (torch.cat(own).unflatten(0, written.shape) for own in zip(*parts, strict=True))
-    return Words(logprobs, entropy, looked)
+    logprobs, entropy, directions = (torch.cat(own).unflatten(0, written.shape) for own in zip(*parts, strict=True))
+    return Words(logprobs, entropy, readout(backbone, heads, rows.output, rows.hidden, directions))
