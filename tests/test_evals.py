@@ -4,13 +4,19 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from labkit import make_trace
 
 from evals.common import auroc, over_images, rate, within_bins
+from evals.gaze_heads import climbed, panels_told, said_in, stairs
 from evals.tables import DEMO, DOCUMENTS, demo, renewed
+from gazeguard.grid import ImageGrid
+from gazeguard.lab.world import Picture, Sample, Thing
+from gazeguard.report import Report, Verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,11 +69,48 @@ def test_the_first_draw_is_every_image_once():
     assert over_images(4, lambda drawn: float(drawn.tolist() == [1, 1, 1, 1]))["value"] == 1
 
 
+def two_panels() -> Picture:
+    """A red star and a blue moon in the first panel, a green star in the second."""
+    first, second = ((0, 0, 24, 24), (60, 0, 84, 24))
+    things = (("star", "red", first, 0), ("moon", "blue", first, 0), ("star", "green", second, 1))
+    return Picture(tuple(Thing(n, c, box=box, panel=panel, place=None) for n, c, box, panel in things), 2, (255, 255, 255))
+
+
+@pytest.mark.parametrize(
+    ("text", "votes"),
+    [
+        ("There is a red star.", [1, 0]),
+        ("There is a green star and a blue moon.", [1, 1]),
+        ("There is a purple star.", [0.5, 0.5]),  # the colour fits nowhere: either panel has a star
+        ("There is a star.", [0.5, 0.5]),
+        ("There is a cup.", [0, 0]),
+    ],
+)
+def test_a_text_votes_for_the_panels_that_hold_what_it_names(text, votes):
+    assert panels_told(two_panels(), [found for _, found in said_in(text)]).tolist() == votes
+
+
+def test_stairs_count_the_rows_of_what_is_said():
+    """Words that name things count for the panel of their sentence, invented ones apart; "In panel one there is" does not."""
+    words = ["In", " panel", " one", " there", " is", " a", " red", " star", " and", " a", " blue", " cup", "."]
+    words += [" In", " panel", " two", " there", " is", " a", " green", " star", "."]
+    trace = make_trace(words, side=12, grid=ImageGrid.regular(12, 12, (144, 144)))
+    made = stairs(Sample("test/0/strip/0", two_panels(), ()), Report(trace.text, Verdict.PASS, "", (), "mark", "", "", trace))
+    assert made.named.tolist() == [-1] * 5 + [0] * 3 + [-1] + [0] * 3 + [-1] * 6 + [1] * 3 + [-1]
+    assert made.invented.tolist() == [-1] * 9 + [0] * 3 + [-1] * 10
+    assert made.every.tolist() == [-1] * 5 + [0] * 7 + [-1] * 6 + [1] * 3 + [-1]
+    assert made.since.tolist() == [*range(13), *range(9)]
+    looking = replace(made, looked=np.eye(2)[np.maximum(made.named, 0)][:, None])
+    assert climbed([looking], [0])["value"] == 1
+    assert climbed([replace(looking, looked=looking.looked[..., ::-1])], [0])["value"] == 0
+
+
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
         ("captioner", ["chair_i_greedy", "recall_greedy", "chair_i_sampled", "recall_sampled"]),
-        ("gaze_heads", ["gaze_head_mass", "best_other_mass", "split_half"]),
+        ("gaze_heads", ["gaze_head_mass", "steer_panel_gaze", "steer_box_gaze", "staircase_accuracy"]),
+        ("discovery", ["search_memory_ratio", "output_attentions_memory_ratio"]),
         ("detection", ["auroc_readout_sampled", "auroc_detector_sampled", "auroc_text_only_sampled"]),
         ("cost", ["time_ratio_mark_batch_1"]),
         ("overhead", ["tap_readout_time_ratio", "tap_readout_memory_ratio", "eager_output_attentions_time_ratio"]),

@@ -1,0 +1,61 @@
+"""Does finding the gaze heads of a deep model fit where plain inference fits? 36 layers of 32 heads, as in an 8B model.
+
+The lab's class at that depth and number of heads, with random weights and narrow heads, so that a CPU can run it: attention
+is as large as in the 8B model, everything else is smaller, which makes the ratio larger, not smaller. Peak memory over that
+of one plain pass over the same batch, weights included: ``search`` is ``find_heads``, which reads all 1,152 heads;
+``output_attentions`` is the same pass with all attention matrices, which is what other tools ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import typer
+
+from evals.common import Out, Quick, figure, write
+from evals.overhead import measured
+from gazeguard.comics import draw_strips
+from gazeguard.heads import find_heads
+from gazeguard.inputs import encode, model_inputs
+from gazeguard.lab.model import build_model, build_processor
+
+LAYERS, WIDTH, STRIPS, REPEATS = 36, 1024, 8, 3
+
+
+def main(out: Out, quick: Quick = False) -> None:
+    """Measure the memory of a search for gaze heads."""
+    torch.manual_seed(0)
+    processor = build_processor()
+    model = build_model(processor, *((128, 4) if quick else (WIDTH, LAYERS))).eval()
+    strips = draw_strips(STRIPS)
+    told = [[getattr(strip, name) for strip in strips] for name in ("image", "prompt", "narration")]
+    inputs = model_inputs(model, encode(model, processor, *told).inputs)
+
+    def run(attention: str, **options: bool) -> Callable[[], object]:
+        def forward() -> None:
+            model.set_attn_implementation(attention)
+            with torch.no_grad():
+                model(**inputs, use_cache=False, **options)
+
+        return forward
+
+    def search() -> None:
+        model.set_attn_implementation("sdpa")
+        find_heads(model, processor, strips, batch_size=STRIPS, progress=False)
+
+    ways = {"plain": run("sdpa"), "search": search, "output_attentions": run("eager", output_attentions=True)}
+    peaks: dict[str, list[int]] = {name: [] for name in ways}
+    for _ in range(REPEATS):
+        for name, way in ways.items():
+            peaks[name].append(measured(way, "cpu")[1])
+    figures = {"plain_bytes": figure(median(peaks["plain"]))}
+    for name in ("search", "output_attentions"):
+        ratios = [mine / plain for mine, plain in zip(peaks[name], peaks["plain"], strict=True)]
+        figures[f"{name}_memory_ratio"] = figure(median(ratios), (min(ratios), max(ratios)))
+    write(out, figures, quick, seed=0, layers=len(model.model.text_model.layers), strips=STRIPS, intervals="range")
+
+
+if __name__ == "__main__":
+    typer.run(main)
