@@ -101,8 +101,8 @@ def test_stairs_count_the_rows_of_what_is_said():
     assert made.every.tolist() == [-1] * 5 + [0] * 7 + [-1] * 6 + [1] * 3 + [-1]
     assert made.since.tolist() == [*range(13), *range(9)]
     looking = replace(made, looked=np.eye(2)[np.maximum(made.named, 0)][:, None])
-    assert climbed([looking], [0])["value"] == 1
-    assert climbed([replace(looking, looked=looking.looked[..., ::-1])], [0])["value"] == 0
+    assert climbed([looking] * 2, [0])["value"] == 1
+    assert climbed([replace(looking, looked=looking.looked[..., ::-1])] * 2, [0])["value"] == 0
 
 
 @pytest.mark.parametrize(
