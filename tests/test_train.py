@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import json
 import warnings
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 
 import pytest
 import torch
+import typer
 from labkit import processor
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from gazeguard.comics import COLOURS
+from gazeguard.inputs import encode, grids_of
 from gazeguard.lab import train as training
 from gazeguard.lab.model import build_model
-from gazeguard.lab.train import Collator, Learner, batches, cell_labels, rate, save_checkpoint, train
-from gazeguard.lab.world import CELL, CELLS, NOUNS, lessons, samples
+from gazeguard.lab.train import (
+    LEARNERS,
+    Collator,
+    FrozenLearner,
+    Learner,
+    batches,
+    cell_labels,
+    rate,
+    save_checkpoint,
+    train,
+)
+from gazeguard.lab.world import CELL, CELLS, NOUNS, lessons, samples, tales
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +123,25 @@ def test_the_rate_is_a_share_that_ramps_twice_and_ends_low(steps):
         assert rates[joint] < rates[joint + 20]
 
 
+@cache
+def llava():
+    return FrozenLearner.build_processor()
+
+
+def frozen() -> FrozenLearner:
+    torch.manual_seed(0)
+    return FrozenLearner(FrozenLearner.build_model(llava(), width=32, layers=2), llava()).train()
+
+
 def learner() -> Learner:
     torch.manual_seed(0)
     return Learner(build_model(processor(), width=32, layers=2), processor()).train()
 
 
-def test_an_interrupted_training_goes_on_bitwise(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_an_interrupted_training_goes_on_bitwise(kind, tmp_path, monkeypatch):
     """Stopped after a saved state and started again, it ends with the very state of one that was never stopped."""
-    run = partial(train, steps=10, batch_size=2, width=32, layers=2, save_every=6)
+    run = partial(train, steps=10, batch_size=2, width=32, layers=2, save_every=6, kind=kind)
     run(tmp_path / "whole")
 
     def crash(*_):
@@ -164,10 +187,63 @@ def test_the_encoder_alone_learns_in_the_warm_up(collate):
     assert all(p.grad is not None for p in taught.parameters())
 
 
-def test_a_checkpoint_is_an_ordinary_one(tmp_path):
+def test_the_second_kind_freezes_its_encoder():
+    """The encoder learns alone; then nothing reaches it, and the projector and the language model learn."""
+    taught = frozen()
+    batch = Collator(llava())(list(islice(tales(0, 0), 2)))
+    *_, cells = taught(batch, encoder_only=True)
+    cells.backward()
+    learns = {name for name, p in taught.named_parameters() if p.grad is not None and p.grad.any()}
+    assert all("vision_tower" in name or "probe" in name for name in learns)
+    assert any("encoder.layers.0" in name for name in learns)
+    taught.zero_grad()
+    words, answers, cells = taught(batch, encoder_only=False)
+    (words + answers + cells).backward()
+    learns = {name for name, p in taught.named_parameters() if p.grad is not None}
+    assert any("projector" in name for name in learns)
+    assert any("language_model.layers.0" in name for name in learns)
+    assert not any("vision_tower" in name or "probe" in name for name in learns)
+
+
+def test_the_second_kind_reads_what_its_own_forward_reads():
+    """The learner's shortcut past `LlavaModel.forward` gives the model's own loss."""
+    taught = frozen().eval()
+    batch = Collator(llava())(list(islice(tales(0, 0), 2)))
+    with torch.no_grad():
+        words, *_ = taught(batch, encoder_only=False)
+        logits = taught.model(input_ids=batch.input_ids, pixel_values=batch.pixel_values[:, 0]).logits
+    spoken = batch.targets != -100
+    torch.testing.assert_close(words, torch.nn.functional.cross_entropy(logits[spoken], batch.targets[spoken]))
+
+
+def test_the_second_kind_is_told_what_its_processor_says():
+    """Collator, processor and chat template agree, and the cells lie in twelve rows of twelve."""
+    made = list(islice(tales(0, 0), 4))
+    batch = Collator(llava())(made)
+    for row, sample in enumerate(made):
+        wanted = llava().apply_chat_template(conversation(sample), tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(batch.input_ids[row, : wanted["input_ids"].shape[1]], wanted["input_ids"][0])
+        torch.testing.assert_close(batch.pixel_values[row], wanted["pixel_values"], atol=1e-5, rtol=0)
+        assert all(not turn.prompt.endswith("?") for turn in sample.turns)
+    model = frozen().model
+    asked = encode(model, llava(), [made[0].image], ["Describe the picture."])
+    (grid,) = grids_of(model, llava(), asked.inputs, asked.prompt_ids, asked.prompt_mask, [[made[0].image.size]])
+    assert grid.pixels(13) == pytest.approx((12, 12, 24, 24))
+    assert len(grid) == 144
+
+
+def test_a_kind_that_is_none_is_refused(tmp_path):
+    with pytest.raises(typer.BadParameter, match="'bert' is none of idefics3, llava"):
+        train(tmp_path / "none", kind="bert")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_checkpoint_is_an_ordinary_one(kind, tmp_path):
     """The Auto classes load it as float32, with the logits of the model up to the rounding of its weights to fp16."""
-    model = learner().model.eval()
-    save_checkpoint(model, processor(), tmp_path)
+    taught, made_by = {"idefics3": (learner, processor), "llava": (frozen, llava)}[kind]
+    model = taught().model.eval()
+    save_checkpoint(model, made_by(), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
@@ -180,7 +256,7 @@ def test_a_checkpoint_is_an_ordinary_one(tmp_path):
     talk = [[{"role": "user", "content": [{"type": "image", "image": sample.image}, {"type": "text", "text": "What?"}]}]]
     made = [
         used.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-        for used in (processor(), again)
+        for used in (made_by(), again)
     ]
     assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
     with torch.no_grad():

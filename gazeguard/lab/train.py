@@ -264,7 +264,8 @@ def load_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -
     tensors = load_file(path)
     for name, parameter in learner.named_parameters():
         parameter.data.copy_(tensors[f"weight/{name}"])
-        optimizer.state[parameter] = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        if f"step/{name}" in tensors:  # what never had a gradient has no moments
+            optimizer.state[parameter] = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
     return int(tensors["step"])
 
 
