@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from labkit import ANYTHING, processor, untrained
 from pydantic import ValidationError
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gazeguard import heads as heads_module
 from gazeguard import lab
@@ -36,7 +37,7 @@ from gazeguard.heads import (
     panel_shares,
     settled,
 )
-from gazeguard.lab.model import build_model
+from gazeguard.lab.model import build_llava, build_llava_processor, build_model
 
 PANELS = 4
 FLAT = [[0.05] * PANELS] * PANELS
@@ -266,6 +267,17 @@ def test_panels_that_the_model_cannot_see_are_refused():
         panel_shares(ImageGrid.regular(12, 12, (144, 144), view=(0.2, 0.0, 0.8, 1.0)), strip)
     with pytest.raises(InputError, match=r"Panel 1 of 6 has 1\.5 image cells; telling panels apart needs 2 each"):
         panel_shares(ImageGrid.regular(3, 3, (144, 144)), strip)
+
+
+def test_a_processor_that_crops_is_found_out():
+    """CLIP's own way, the shortest edge and then the middle, leaves two of six panels in a row; a square page it keeps."""
+    cropping = build_llava_processor()
+    cropping.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 144}, crop_size={"height": 144, "width": 144})
+    torch.manual_seed(0)
+    model = build_llava(cropping, width=32, layers=2).eval()
+    with pytest.raises(InputError, match=r"The model sees 0% of panel 1: its processor cuts the 1152 x 192 picture\. Show it"):
+        find_heads(model, cropping, draw_strips(2, style="strip"), progress=False)
+    assert find_heads(model, cropping, draw_strips(2), progress=False).strips == 2
 
 
 def test_panels_of_unlike_area_count_alike(lab_vlm):
