@@ -28,12 +28,12 @@ from scipy.stats import spearmanr
 from evals.common import Figure as Value
 from evals.common import Out, Quick, figure, over_images, rate, write
 from gazeguard import lab
-from gazeguard.comics import MAX_PANELS, Strip, draw_strips
+from gazeguard.comics import COLOURS, MAX_PANELS, Strip, draw_strips
 from gazeguard.guard import HEADS_FILE, GazeGuard
 from gazeguard.heads import GazeHeads, find_heads
 from gazeguard.inputs import encode
 from gazeguard.lab.truth import mentions
-from gazeguard.lab.world import Picture, describe
+from gazeguard.lab.world import NOUNS, Picture, describe
 from gazeguard.phrases import chunk, things
 from gazeguard.plots import draw_heads
 from gazeguard.steer import STRENGTH, Target
@@ -45,6 +45,8 @@ COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 36)
 STRENGTHS = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 EVERY = 14  # tokens between two targets of a schedule, chosen on validation from 10 to 20
 Found = tuple[str, str]  # noun, colour or ""
+THING = rf"an? (small )?({'|'.join(COLOURS)}) ({'|'.join(NOUNS)})"
+SENTENCE = re.compile(rf"There is {THING}((, {THING})* and {THING})?\.")  # what the lab's people say of a panel
 
 
 def first_nouns(strip: Strip) -> Strip:
@@ -63,7 +65,7 @@ def said_in(text: str) -> list[tuple[int, Found]]:
     """The things that a text names: where each begins, its noun and its colour."""
     made = []
     for phrase in things(text):
-        colour = next((word.text for word in phrase.attributes if word.text in lab.world.COLOURS), "")
+        colour = next((word.text for word in phrase.attributes if word.text in COLOURS), "")
         made.append((phrase.start, (text[phrase.head.start : phrase.head.end], colour)))
     return made
 
@@ -109,15 +111,19 @@ class Steered:
     def panels(
         self, samples: Sequence[lab.Sample], heads: Sequence[Head], steer: bool = True, **look: Any
     ) -> NDArray[np.float64]:
-        """(samples, panels): whether "Describe a panel." is answered with the panel that is looked at, and no other."""
+        """(samples, panels, 2): whether "Describe a panel." is answered with the panel that is looked at, and no other, in a
+        sentence; and whether the answer is a sentence at all.
+        """
         rows = [(sample, panel) for sample in samples for panel in range(MAX_PANELS)]
         targets = [sample.picture.panel_box(panel) if steer else None for sample, panel in rows]
         reports = self.write([sample for sample, _ in rows], "Describe a panel.", targets, heads, 24, **look)
         hits = []
         for (sample, panel), report in zip(rows, reports, strict=True):
             votes = panels_told(sample.picture, [found for _, found in said_in(report.caption)])
-            hits.append(votes.max() > 0 and votes[panel] == votes.max() and (votes == votes.max()).sum() == 1)
-        return np.array(hits, float).reshape(len(samples), MAX_PANELS)
+            formed = SENTENCE.fullmatch(report.caption) is not None
+            fits = votes.max() > 0 and votes[panel] == votes.max() and (votes == votes.max()).sum() == 1
+            hits.append((fits and formed, formed))
+        return np.array(hits, float).reshape(len(samples), MAX_PANELS, 2)
 
     def boxes(self, samples: Sequence[lab.Sample], heads: Sequence[Head], steer: bool = True) -> NDArray[np.float64]:
         """(samples,): whether "Name one object." is answered with the thing whose box is looked at."""
@@ -294,7 +300,7 @@ def main(
     figures = looking(model, processor, kept, 4 if quick else 96)
 
     def on_validation(heads: Sequence[Head], strength: float = STRENGTH) -> float:
-        return float(steered.panels(validation, heads, strength=strength).mean())
+        return float(steered.panels(validation, heads, strength=strength)[..., 0].mean())
 
     jobs: dict[str, Callable[[], Any]] = {
         "panel_gaze": lambda: steered.panels(test, kept.heads),
@@ -306,12 +312,12 @@ def main(
         "schedule_random": lambda: steered.schedule(test, controls[0]),
         "stairs": lambda: told_and_true(model, processor, kept, test),
         "agreement": lambda: agreement(model, processor, kept, (2, 4) if quick else (2, 4, 8, 16, 24)),
-        "panel_random": lambda: [steered.panels(test, own) for own in controls],
+        "panel_random": lambda: [steered.panels(test, own)[..., 0] for own in controls],
         "box_random": lambda: [steered.boxes(scenes, own) for own in controls],
         "counts": lambda: {k: on_validation(kept.ranking()[:k]) for k in (COUNTS[4:6] if quick else COUNTS)},
         "strengths": lambda: {b: on_validation(kept.heads, b) for b in (STRENGTHS[4:6] if quick else STRENGTHS)},
         "rankings": lambda: {
-            f"{way}_{by}": steered.panels(test, kept.ranking(way, by)[: len(kept.heads)])
+            f"{way}_{by}": steered.panels(test, kept.ranking(way, by)[: len(kept.heads)])[..., 0]
             for way in ("narration", "query")
             for by in ("contrast", "mass", "selectivity")
         },
@@ -326,11 +332,13 @@ def main(
     told_live, true = done["stairs"]
     drawn_columns = [[kept.all_heads.index(head) for head in own] for own in controls]
     figures |= {
-        "steer_panel_gaze": mean_of(done["panel_gaze"]),
+        "steer_panel_gaze": mean_of(done["panel_gaze"][..., 0]),
+        "steer_panel_gaze_sentences": mean_of(done["panel_gaze"][..., 1]),
         "steer_panel_random_mean": mean_of(random_panels),
         "steer_panel_random_most": figure(random_panels.mean((0, 2)).max()),
-        "steer_panel_all": mean_of(done["panel_all"]),
-        "steer_panel_unsteered": mean_of(done["panel_unsteered"]),
+        "steer_panel_all": mean_of(done["panel_all"][..., 0]),
+        "steer_panel_all_sentences": mean_of(done["panel_all"][..., 1]),
+        "steer_panel_unsteered": mean_of(done["panel_unsteered"][..., 0]),
         "steer_box_gaze": mean_of(done["box_gaze"]),
         "steer_box_random_mean": mean_of(random_boxes),
         "steer_box_random_most": figure(random_boxes.mean(0).max()),
@@ -355,7 +363,7 @@ def main(
     told = {
         "steer_panel_by_k": done["counts"],
         "steer_panel_by_strength": done["strengths"],
-        "steer_panel_by_panel": np.round(done["panel_gaze"].mean(0), 4).tolist(),
+        "steer_panel_by_panel": np.round(done["panel_gaze"][..., 0].mean(0), 4).tolist(),
         "steer_panel_random_sets": np.round(random_panels.mean((0, 2)), 4).tolist(),
         "steer_box_random_sets": np.round(random_boxes.mean(0), 4).tolist(),
         "agreement_by_strips": done["agreement"],
