@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
-from sklearn.metrics import roc_auc_score
 
 import gazeguard
 from gazeguard import lab
@@ -63,30 +62,47 @@ def rate(events: Sequence[float], of: Sequence[float]) -> Figure:
     return over_images(len(events), lambda drawn: (events * drawn).sum() / max(1e-12, (of * drawn).sum()))
 
 
-def auroc(invented: NDArray[np.bool_], score: NDArray[np.float64], image: NDArray[np.int64]) -> Figure:
-    """Area under the ROC curve with *invented* as the positive class; ``image`` says whose phrase it is."""
-    _, image = np.unique(image, return_inverse=True)
-    return over_images(int(image.max()) + 1, lambda drawn: float(roc_auc_score(invented, score, sample_weight=drawn[image])))
+def ranking(
+    false: NDArray[np.bool_],
+    score: NDArray[np.float64],
+    image: NDArray[np.int64],
+    bins: NDArray[np.int64] | None = None,
+) -> Callable[[NDArray[np.int64]], float]:
+    """The area under the ROC curve with *false* as the positive class, as a function of how often each image is drawn.
 
+    image: (claims,) whose claim it is, counted from 0; bins: (claims,) the mean of the areas within them, weighted by their
+    size; bins of one class only have none. Pairs are counted per pair of images once, so that a resample costs a product.
+    """
+    bins = np.zeros(len(score), np.int64) if bins is None else bins
+    count = int(image.max()) + 1
+    tables = []
+    for b in np.unique(bins):
+        bad, good = (np.flatnonzero((bins == b) & (false == is_bad)) for is_bad in (True, False))
+        if len(bad) and len(good):
+            higher = (score[bad][:, None] > score[good]) + 0.5 * (score[bad][:, None] == score[good])
+            of_bad, of_good = (np.eye(count)[image[at]] for at in (bad, good))
+            tables.append((of_bad.T @ higher @ of_good, of_bad.sum(0), of_good.sum(0)))
 
-def within_bins(
-    invented: NDArray[np.bool_], score: NDArray[np.float64], bins: NDArray[np.int64], image: NDArray[np.int64]
-) -> Figure:
-    """The mean AUROC within bins, weighted by their size; bins of one class only are left out."""
-    usable = [b for b in np.unique(bins) if 0 < invented[bins == b].sum() < (bins == b).sum()]
-    _, image = np.unique(image, return_inverse=True)
-
-    def statistic(drawn: NDArray[np.int64]) -> float:
-        weights = drawn[image]
+    def area(drawn: NDArray[np.int64]) -> float:
         areas, sizes = [], []
-        for b in usable:
-            inside = (bins == b) & (weights > 0)
-            if 0 < invented[inside].sum() < inside.sum():
-                areas.append(roc_auc_score(invented[inside], score[inside], sample_weight=weights[inside]))
-                sizes.append(weights[inside].sum())
+        for won, bad, good in tables:
+            pairs = (drawn @ bad) * (drawn @ good)
+            if pairs:
+                areas.append(drawn @ won @ drawn / pairs)
+                sizes.append(drawn @ (bad + good))
         return float(np.average(areas, weights=sizes)) if areas else float("nan")
 
-    return over_images(int(image.max()) + 1, statistic)
+    return area
+
+
+def auroc(
+    false: NDArray[np.bool_],
+    score: NDArray[np.float64],
+    image: NDArray[np.int64],
+    bins: NDArray[np.int64] | None = None,
+) -> Figure:
+    """`ranking` with its interval."""
+    return over_images(int(image.max()) + 1, ranking(false, score, image, bins))
 
 
 def write(

@@ -81,7 +81,7 @@ def _show(title: str, report: Any, truth: Sequence[str] = ()) -> None:
     out.print(Padding(Text(report.marked()), (0, 0, 0, 2)))
     for finding in report.findings:
         if finding.flagged:
-            line = f"⟦{finding.phrase.text}⟧ risk {finding.risk:.2f}: {'; '.join(finding.reasons)}"
+            line = f"⟦{finding.claim}⟧ risk {finding.risk:.2f}: {'; '.join(finding.reasons)}"
             out.print(Padding(Text(line, style="red"), (0, 0, 0, 4)))
     if report.verdict == "unchecked":
         out.print(Padding(Text(report.reason, style="yellow"), (0, 0, 0, 4)))
@@ -121,21 +121,20 @@ def demo(
         from gazeguard import lab
         from gazeguard.guard import GazeGuard
         from gazeguard.lab.fit import write_captions
-        from gazeguard.lab.truth import mentions
+        from gazeguard.lab.truth import judged, mentions
         from gazeguard.report import Entry, page
 
         guard = GazeGuard(*_load(None), policy=policy)
         samples = lab.samples("test", pictures, seed)
         reports = write_captions(guard, samples, do_sample=False, batch_size=5)
-        entries, named, invented, caught, false_alarms = [], 0, 0, 0, 0
+        entries, named, false, caught, false_alarms = [], 0, 0, 0, 0
         for sample, report in zip(samples, reports, strict=True):
             found = {mention.phrase: mention for mention in mentions(sample.picture, report.caption)}
-            flagged = {finding.phrase for finding in report.findings if finding.flagged}
-            wrong = {phrase for phrase, mention in found.items() if not mention.present}
-            named, invented = named + len(found), invented + len(wrong)
+            flagged = {finding.claim.phrase for finding in report.findings if finding.flagged}
+            wrong = {claim.phrase for claim, _, is_false in judged(sample.picture, report.caption) if is_false}
+            named, false = named + len(found), false + len(wrong)
             caught, false_alarms = caught + len(wrong & flagged), false_alarms + len(flagged - wrong)
-            told = flagged | {phrase for phrase, mention in found.items() if mention.explained != "true"}
-            truth = [f"{phrase.text}: {found[phrase].explained}" for phrase in found if phrase in told]
+            truth = [f"{phrase.text}: {found[phrase].explained}" for phrase in found if phrase in flagged | wrong]
             title = f"strip of {sample.picture.panels}" if sample.picture.panels else "scene"
             entries.append(Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth)))
             _show(entries[-1].title, report, truth or ["all of it is in the picture"])
@@ -143,8 +142,8 @@ def demo(
         path = folder / "replay.html"
         path.write_text(page(entries, title="GazeGuard demo"), encoding="utf-8")
         out.print(
-            f"{len(samples)} pictures, {named} things named, {invented} of them not in the picture: "
-            f"[bold]{caught} flagged, {invented - caught} missed, {false_alarms} false alarms[/].",
+            f"{len(samples)} pictures, {named} things named, {false} of them not there, elsewhere or of another colour: "
+            f"[bold]{caught} flagged, {false - caught} missed, {false_alarms} false alarms[/].",
         )
         out.print(f"Step through the words and see where the model looked: [bold]{escape(str(path))}[/]")
 

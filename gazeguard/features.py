@@ -1,7 +1,8 @@
-"""How do glance and word differ? Pure functions from a trace and its phrases to named numbers.
+"""How do glance and word differ? Pure functions from a trace and its claims to named numbers.
 
-Nothing here looks ahead: the features of a phrase depend only on the caption up to its end, so that they can be had while
-the caption is being written. Each gaze head keeps its own columns; an average over heads would drown the few that speak.
+Nothing here looks ahead: the features of a claim depend only on the caption up to the end of its thing and place, so that
+they can be had while the caption is being written. Each gaze head keeps its own columns; an average over heads would drown
+the few that speak.
 """
 
 from __future__ import annotations
@@ -11,22 +12,32 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gazeguard.phrases import Phrase
+from gazeguard.phrases import Claim, Phrase, Span
 from gazeguard.trace import SHARES, GazeTrace
 
 # What can be known without the picture: the prior, and the row that every gaze result stands beside.
 TEXT_FEATURES = ("position", "mention", "repeated", "surprise", "entropy")
 # One of each per gaze head.
 HEAD_FEATURES = ("readout", "picture", "focus", "shift")
-GAZE_FEATURES = ("readout", "readout_words", "agreement")
+GAZE_FEATURES = ("readout", "readout_words", "content", "named", "agreement", "visited", "together", "there")
+# Where in the picture words of place point: x and y from 0 (left, top) to 1; None leaves the axis open.
+DIRECTIONS: dict[str, tuple[float | None, float | None]] = {
+    "left": (0, None), "right": (1, None), "top": (None, 0), "upper": (None, 0), "bottom": (None, 1), "lower": (None, 1),
+    "middle": (0.5, 0.5), "center": (0.5, 0.5), "centre": (0.5, 0.5),
+}  # fmt: skip
 # What to say when a low, or a high, value of a feature raises the risk.
 MEANING = {
     "readout": ("what the gaze heads see does not speak for this word", "the gaze heads push this word unusually hard"),
     "readout_words": ("what the gaze heads see does not speak for these words", "the gaze heads push these words hard"),
+    "content": ("what lies under the gaze does not look like this word", "what lies under the gaze looks like this word"),
+    "named": ("nothing in the picture looks like this word", "something in the picture looks like this word"),
     "picture": ("little attention on the picture", "unusually much attention on the picture"),
     "focus": ("the gaze does not settle on one place", "the gaze sticks to a single spot"),
     "shift": ("the gaze does not turn to the picture for this word", "the gaze jumps to the picture for this word"),
     "agreement": ("the gaze heads look at different places", "the gaze heads all look at one place"),
+    "visited": ("the gaze is where nothing was named before", "the gaze is where something else was named before"),
+    "together": ("the gaze is not where the words that belong to it were", "the gaze stays where it was"),
+    "there": ("the gaze is not in the part of the picture that is named", "the gaze is in the part that is named"),
     "position": ("early in the caption", "late in the caption"),
     "mention": ("few things were named before", "many things were named before"),
     "repeated": ("it was not named before", "it was named before"),
@@ -46,46 +57,82 @@ def meaning(name: str, high: bool) -> str:
     return MEANING[name.partition("@")[0]][high]
 
 
-def features(trace: GazeTrace, phrases: Sequence[Phrase]) -> NDArray[np.float64]:
-    """(len(phrases), len(names(trace.heads))) float64: one row per phrase of the trace's caption, in order.
+def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
+    """(len(claims), len(names(trace.heads))) float64: one row per claim of the trace's caption, in order.
 
-    position:      log(1 + index of the head noun's first token); mention: log(1 + things named before)
+    All but ``readout_words`` and ``surprise`` are of the first token of the words that decide the claim (`Claim.said`).
+
+    position:      log(1 + index of the token); mention: log(1 + things named before)
     repeated:      1 when the same noun was named before
-    surprise:      negative log-probability of the noun's first token, nats; entropy: of the distribution it came from
-    readout:       logits, `GazeTrace.readout` at the noun's first token, per head and summed over heads
-    readout_words: the sum over heads, least over the phrase's attributes and noun
+    surprise:      negative log-probability of the least likely token of the words, nats
+    entropy:       of the distribution that the token came from, nats
+    readout:       logits, `GazeTrace.readout` per head and summed over heads
+    readout_words: the sum over heads, least over the words (for an object, over its attributes and noun)
+    content:       log-probability of the token where the heads look; named: at the cell that fits it best; nats
     picture:       share of the head's attention on the picture; focus: 1 - normalised entropy of where on it
-    shift:         picture share minus its mean over the words before that belong to no phrase
+    shift:         picture share minus its mean over the words before that belong to no thing
     agreement:     mean overlap of two heads' gaze, 0 to 1
+    visited:       overlap with where the gaze was for the things named before, 0 to 1
+    together:      overlap with the gaze of the words that belong to it (`Claim.other`), mean over heads; 1 if none do
+    there:         how far the gaze agrees with words like "top left", 0 to 1; 0.5 when no such word is said
     """
-    rows = np.zeros((len(phrases), len(names(trace.heads))))
-    tokens = [trace.tokens(phrase.start, phrase.end) for phrase in phrases]
+    rows = np.zeros((len(claims), len(names(trace.heads))))
+
+    def first(span: Span) -> int:
+        return trace.tokens(span.start, span.end).start
+
+    things: list[Phrase] = []
     inside = np.zeros(len(trace), bool)
-    for span in tokens:
-        inside[span.start : span.stop] = True
-    seen: set[str] = set()
-    for i, phrase in enumerate(phrases):
-        noun = phrase.head.text.lower()
-        at = trace.tokens(phrase.head.start, phrase.head.end).start
-        words = [trace.tokens(part.start, part.end).start for part in (*phrase.attributes, phrase.head)]
-        gaze = trace.gaze[at].astype(np.float64)  # (H, N)
-        where = gaze / np.maximum(gaze.sum(-1, keepdims=True), 1e-9)
-        spread = -(where * np.log(np.maximum(where, 1e-12))).sum(-1) / np.log(max(2, where.shape[-1]))
+    gaze = trace.gaze.astype(np.float64)
+    where = gaze / np.maximum(gaze.sum(-1, keepdims=True), 1e-9)  # (T, H, N)
+    spread = -(where * np.log(np.maximum(where, 1e-12))).sum(-1) / np.log(max(2, where.shape[-1]))
+    picture = trace.shares[:, :, SHARES.index("picture")]
+    for i, claim in enumerate(claims):
+        if claim.phrase not in things:
+            things.append(claim.phrase)
+            tokens = trace.tokens(claim.phrase.start, claim.phrase.end)
+            inside[tokens.start : tokens.stop] = True
+        earlier = things[:-1]
+        at, said = first(claim.said), trace.tokens(claim.said.start, claim.said.end)
+        words = [first(part) for part in (*claim.phrase.attributes, claim.phrase.head)] if claim.kind == "object" else said
         between = np.flatnonzero(~inside[:at])
-        picture = trace.shares[:, :, SHARES.index("picture")]
         usual = picture[between].mean(0) if len(between) else picture[at]
+        seen = where[[first(thing.head) for thing in earlier]].mean(1).max(0) if earlier else np.zeros(where.shape[-1])
         rows[i] = np.concatenate(
             (
-                [np.log1p(at), np.log1p(i), noun in seen, -trace.logprobs[at], trace.entropy[at]],
-                [trace.readout[at].sum(), trace.readout[words].sum(-1).min(), _agreement(where)],
+                [np.log1p(at), np.log1p(len(earlier)), _noun(claim.phrase) in map(_noun, earlier)],
+                [-trace.logprobs[list(said)].min(), trace.entropy[at]],
+                [trace.readout[at].sum(), trace.readout[list(words)].sum(-1).min()],
+                [trace.content[at], trace.named[at], _agreement(where[at])],
+                [np.minimum(where[at].mean(0), seen).sum()],
+                [1 if claim.other is None else np.minimum(where[at], where[first(claim.other)]).sum(-1).mean()],
+                [_there(trace, where[at].mean(0), claim)],
                 trace.readout[at],
                 picture[at],
-                1 - spread,
+                1 - spread[at],
                 picture[at] - usual,
             )
         )
-        seen.add(noun)
     return rows
+
+
+def _noun(thing: Phrase) -> str:
+    return thing.head.text.lower()
+
+
+def _there(trace: GazeTrace, where: NDArray[np.float64], claim: Claim) -> float:
+    """1 - the mean distance of the gaze (N,) from where the claim's words of place point; per word and axis, 0.5 if none."""
+    if claim.kind != "place" or claim.other is None:
+        return 0.5
+    words = f"{claim.said.text} {claim.other.text}".lower().replace("-", " ").split()
+    said = [DIRECTIONS[word] for word in words if word in DIRECTIONS]
+    placed = (trace.grid.image == 0) & np.isfinite(trace.grid.boxes).all(axis=1)
+    if not said or not where[placed].sum() > 0:
+        return 0.5
+    weights, boxes = where[placed] / where[placed].sum(), trace.grid.boxes[placed]
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    far = [weights @ np.abs(centres[:, axis] - goal) for word in said for axis, goal in enumerate(word) if goal is not None]
+    return float(1 - np.mean(far))
 
 
 def pick(x: NDArray[np.float64], heads: Sequence[tuple[int, int]], wanted: Sequence[str]) -> NDArray[np.float64]:

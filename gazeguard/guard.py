@@ -39,11 +39,11 @@ from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
 from gazeguard.inputs import decode, encode, grids_of, image_token_id, load_image, model_inputs
-from gazeguard.phrases import things
+from gazeguard.phrases import claims
 from gazeguard.policy import Mark, Policy, Rerank, load_policy
 from gazeguard.report import Finding, Report, Verdict, gaze_box
 from gazeguard.steer import STRENGTH, Look, Mode, Target
-from gazeguard.tap import Prompts, Rows, Tap, judge_words, keys_of
+from gazeguard.tap import Prompts, Rows, Tap, content, judge_words, keys_of
 from gazeguard.trace import SHARES, GazeTrace
 
 HEADS_FILE = "heads.json"
@@ -233,7 +233,8 @@ class GazeGuard:
             if self._look is not None:
                 self._look.steer(tap, grids)
             made = run([RerankProcessor(tap, self.policy)] if isinstance(self.policy, Rerank) else [])
-            rows = tap.collect(getattr(made, "beam_indices", None))
+            beams = getattr(made, "beam_indices", None)
+            rows, states = tap.collect(beams), tap.states(beams)
         written = (made if isinstance(made, Tensor) else made.sequences)[:, keys.last + 1 :]
         ends = _ends(config)
         captions, texts, offsets, finished = [], [], [], []
@@ -245,7 +246,7 @@ class GazeGuard:
             offsets.append(where)
             finished.append(stop < len(row))
         grids = [grid for grid in grids for _ in range(len(captions) // len(grids))]
-        self.reports = self._report(rows, grids, captions, texts, offsets, finished)
+        self.reports = self._report(rows, states, grids, captions, texts, offsets, finished)
         return made
 
     @contextmanager
@@ -333,8 +334,8 @@ class GazeGuard:
             if self._look is not None:
                 self._look.steer(tap, grids)
             self.model(**model_inputs(self.model, batch.inputs), use_cache=False)
-            rows = tap.collect()
-        done = self._report(rows, grids, batch.caption_ids, told, batch.offsets, [True] * len(todo))
+            rows, states = tap.collect(), tap.states()
+        done = self._report(rows, states, grids, batch.caption_ids, told, batch.offsets, [True] * len(todo))
         return dict(zip(todo, done, strict=True))
 
     def verify(self, inputs: Mapping[str, Any]) -> list[Check]:
@@ -346,6 +347,7 @@ class GazeGuard:
     def _report(
         self,
         rows: Rows,
+        states: Tensor | None,
         grids: Sequence[ImageGrid],
         captions: Sequence[NDArray[np.int64]],
         texts: Sequence[str],
@@ -357,7 +359,12 @@ class GazeGuard:
         for row, ids in zip(written, captions, strict=True):
             row[: len(ids)] = ids
         rows = Rows(*(tensor[:, :longest] for tensor in vars(rows).values()))
-        words = judge_words(self.tap.backbone, self.tap.heads, rows, torch.from_numpy(written).to(rows.hidden.device))
+        told = torch.from_numpy(written).to(rows.hidden.device)
+        words = judge_words(self.tap.backbone, self.tap.heads, rows, told)
+        if states is not None and (self.detector is None or self.detector.uses("content", "named")):
+            lies, named = content(self.tap.backbone, states, rows.gaze, told)
+        else:
+            lies = named = torch.full_like(words.logprobs, torch.nan)
         reports = []
         for b, (grid, ids) in enumerate(zip(grids, captions, strict=True)):
 
@@ -373,6 +380,8 @@ class GazeGuard:
                 gaze=of(rows.gaze)[..., : len(grid)],
                 shares=of(rows.shares),
                 readout=of(words.readout),
+                content=of(lies),
+                named=of(named),
                 heads=self.tap.heads,
                 grid=grid,
                 model=self.heads.model,
@@ -387,27 +396,35 @@ class GazeGuard:
             return self._unchecked(trace.text, "the caption is empty")
         if trace.shares[..., SHARES.index("picture")].max() < UNSEEN:
             return self._unchecked(trace.text, "the gaze heads never looked at the picture", trace)
-        phrases = things(trace.text)
-        if not phrases:
+        if not (said := claims(trace.text)):
             return self._unchecked(trace.text, "the caption names nothing that could be checked", trace)
         if self.detector is None:
             return self._unchecked(trace.text, "no detector is fitted for this model", trace)
-        x = features.pick(features.features(trace, phrases), trace.heads, self.detector.names)
-        threshold = self.detector.threshold if self.policy.threshold == "detector" else self.policy.threshold
-        risks = self.detector.risk(x)
-        flagged = risks >= threshold
-        reasons = iter(self.detector.reasons(x[flagged]))
+        said = [claim for claim in said if claim.kind in self.detector.kinds]
+        kinds = [claim.kind for claim in said]
+        x = features.features(trace, said)
+        if unknown := self.detector.unknown(x, kinds):
+            return self._unchecked(trace.text, f"the model gave no finite number for {unknown}", trace)
+        risks = self.detector.risk(x, kinds)
+        limits = {kind: self.detector.threshold(kind, self.policy.threshold) for kind in set(kinds)}
+        flagged = [risk >= limits[kind] for risk, kind in zip(risks, kinds, strict=True)]
+        # Of a thing that is not there nobody asks for its colour or place.
+        absent = {claim.phrase for claim, flag in zip(said, flagged, strict=True) if flag and claim.kind == "object"}
+        flagged = [
+            flag and (claim.kind == "object" or claim.phrase not in absent) for claim, flag in zip(said, flagged, strict=True)
+        ]
+        reasons = self.detector.reasons(x, kinds)
         findings = tuple(
             Finding(
-                phrase=phrase,
+                claim=claim,
                 risk=float(risk),
                 flagged=bool(flag),
-                reasons=next(reasons) if flag else (),
-                box=gaze_box(trace, trace.tokens(phrase.head.start, phrase.head.end)),
+                reasons=why if flag else (),
+                box=gaze_box(trace, trace.tokens(claim.said.start, claim.said.end)),
             )
-            for phrase, risk, flag in zip(phrases, risks, flagged, strict=True)
+            for claim, risk, flag, why in zip(said, risks, flagged, reasons, strict=True)
         )
-        doubtful = [finding.phrase.text for finding in findings if finding.flagged]
+        doubtful = [str(finding.claim) for finding in findings if finding.flagged]
         if doubtful:
             return self._made(trace.text, Verdict.FLAG, f"not supported by the picture: {', '.join(doubtful)}", findings, trace)
         if not trace.finished:

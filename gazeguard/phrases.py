@@ -204,6 +204,9 @@ _TOKEN = re.compile(
 )
 
 
+Kind = Literal["object", "attribute", "place"]
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """A piece of a caption: ``caption[start:end] == text``, offsets in characters, end exclusive."""
@@ -230,6 +233,32 @@ class Phrase:
     head: Span
     attributes: tuple[Span, ...]
     sentence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One thing that a caption says of the picture, true or false: ``caption[start:end] == text`` are the words to blame.
+
+    kind:   "object": such a thing is there; "attribute": it is red, small, two; "place": it is where the caption says
+    phrase: the thing that it is about
+    said:   the words with which it is decided: the head noun, the attribute, or whatever of thing and place comes last
+    other:  the words that have to agree with them: an attribute's head noun, of thing and place the first; None for objects
+    """
+
+    kind: Kind
+    start: int
+    end: int
+    text: str
+    phrase: Phrase
+    said: Span
+    other: Span | None
+
+    def __str__(self) -> str:
+        """The thing for an object; for the others "red (a red star)", "in panel two (a red star)"."""
+        if self.kind == "object":
+            return self.text
+        words = self.other if self.kind == "place" and self.said == self.phrase.head else self.said
+        return f"{words.text} ({self.phrase.text})"
 
 
 def _class_of(word: str) -> str:
@@ -273,6 +302,26 @@ def _classes(caption: str, tokens: list[re.Match[str]]) -> str:
 def things(caption: str) -> list[Phrase]:
     """The object phrases of a caption, in order: what can be in a picture or not."""
     return [phrase for phrase in chunk(caption) if phrase.kind == "object"]
+
+
+def claims(caption: str) -> list[Claim]:
+    """What a caption claims, thing by thing: that it is there, its attributes, and where it is if that is said.
+
+    The place of a thing is the place phrase right behind it, else the last one before it in the sentence.
+    """
+    found: list[Claim] = []
+    phrases = chunk(caption)
+    for i, thing in enumerate(phrases):
+        if thing.kind == "place":
+            continue
+        found.append(Claim("object", thing.start, thing.end, thing.text, thing, thing.head, None))
+        found += [Claim("attribute", a.start, a.end, a.text, thing, a, thing.head) for a in thing.attributes]
+        near = [phrase for phrase in (*phrases[i + 1 : i + 2], *reversed(phrases[:i])) if phrase.sentence == thing.sentence]
+        if place := next((phrase for phrase in near if phrase.kind == "place"), None):
+            where = Span(place.start, place.end, place.text)
+            blamed, said, other = (where, where, thing.head) if place.start > thing.start else (thing, thing.head, where)
+            found.append(Claim("place", blamed.start, blamed.end, blamed.text, thing, said, other))
+    return found
 
 
 def chunk(caption: str) -> list[Phrase]:

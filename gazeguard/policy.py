@@ -15,12 +15,16 @@ from gazeguard.errors import PolicyError
 MAX_FILE_BYTES = 64 * 1024
 
 
+# Rules by which a detector sets its thresholds on validation data; `gazeguard.detector.thresholds` says what they mean.
+Rule = Literal["f1", "precision_0.9", "bound_0.05", "bound_0.02"]
+
+
 class _Policy(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: Literal[1]
     name: str = Field(min_length=1, max_length=64)
-    threshold: Literal["detector"] | Annotated[float, Field(ge=0, le=1)] = "detector"
+    threshold: Rule | Annotated[float, Field(ge=0, le=1)] = "f1"
 
 
 class Mark(_Policy):

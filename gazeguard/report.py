@@ -26,7 +26,7 @@ from PIL import Image
 
 from gazeguard.errors import InputError
 from gazeguard.grid import Box
-from gazeguard.phrases import Phrase
+from gazeguard.phrases import Claim
 from gazeguard.trace import GazeTrace
 
 LONGEST_EDGE = 1024  # pixels; larger pictures are shrunk in the page, which stays small enough to mail
@@ -45,14 +45,14 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known about one phrase.
+    """What is known about one claim of a caption.
 
-    risk:     probability in [0, 1] that the phrase is made up
+    risk:     probability in [0, 1] that the claim is false
     reasons:  short English, which features spoke
     box:      the gazed region, x0 y0 x1 y1 in pixels of the first picture; None when there was no gaze to place
     """
 
-    phrase: Phrase
+    claim: Claim
     risk: float
     flagged: bool
     reasons: tuple[str, ...] = ()
@@ -60,16 +60,17 @@ class Finding:
 
     def __post_init__(self) -> None:
         if not 0 <= self.risk <= 1:  # also false for NaN, which no threshold would ever flag
-            raise InputError(f"The risk of {self.phrase.text!r} is {self.risk}, not a probability. Pass one in [0, 1].")
+            raise InputError(f"The risk of {self.claim.text!r} is {self.risk}, not a probability. Pass one in [0, 1].")
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as plain values; ``start`` and ``end`` count characters of the caption."""
         return {
-            "text": self.phrase.text,
-            "start": self.phrase.start,
-            "end": self.phrase.end,
-            "kind": self.phrase.kind,
-            "head": self.phrase.head.text,
+            "text": self.claim.text,
+            "start": self.claim.start,
+            "end": self.claim.end,
+            "kind": self.claim.kind,
+            "claim": str(self.claim),
+            "head": self.claim.phrase.head.text,
             "risk": float(self.risk),
             "flagged": bool(self.flagged),
             "reasons": list(self.reasons),
@@ -123,7 +124,7 @@ class Report:
     def marked(self) -> str:
         """The caption for a terminal: flagged phrases in ⟦ ⟧, and no character that could steer the terminal."""
         text, parts, done = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", self.caption), [], 0
-        for start, end in _merged([(f.phrase.start, f.phrase.end) for f in self.findings if f.flagged]):
+        for start, end in _merged([(f.claim.start, f.claim.end) for f in self.findings if f.flagged]):
             parts += [text[done:start], "⟦", text[start:end], "⟧"]
             done = end
         return "".join(parts) + text[done:]
@@ -250,7 +251,7 @@ def _word(report: Report, spans: list[tuple[int, int]], index: int) -> dict[str,
 
 def _finding_at(findings: Sequence[Finding], start: int, end: int) -> int | None:
     """The number of the finding that a word is shown with: flagged before not flagged, then the highest risk."""
-    hits = [i for i, f in enumerate(findings) if f.phrase.start < end and f.phrase.end > start]
+    hits = [i for i, f in enumerate(findings) if f.claim.start < end and f.claim.end > start]
     return max(hits, key=lambda i: (findings[i].flagged, findings[i].risk), default=None)
 
 

@@ -35,6 +35,7 @@ from gazeguard.inputs import decoder_prompt, image_token_id
 
 EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
+LEAST = -30.0  # nats; what is less likely is as good as impossible
 LOGITS_AT_ONCE = 2**20  # numbers, of the words that are judged together
 RIVALS = 20  # candidates that a readout is measured against
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "o")
@@ -666,6 +667,7 @@ class Tap:
             number: Layer(torch.tensor([h for la, h in self.heads if la == number], device=device)) for number in self._numbers
         }
         self._hidden = Track()
+        self._states: Tensor | None = None  # of the image cells, (batch, N, width); NaN where they were not heard
         self._scales: dict[nn.Module, Tensor] = {}
         self._total = -1  # positions that the model has seen; -1 before the first pass
         self._live, self._wanted = False, 0
@@ -911,6 +913,12 @@ class Tap:
                     layer.output.parts[-1] = start, heads * self._scales[norm]
             rows = args[0][:, -self._wanted :]
             self._hidden.put(self._total - rows.shape[1] - self._first, rows)
+        if self._live and self._past <= self._first and self.backbone.look is None and self._reduce is None:
+            columns = self._prompts.columns - self._past
+            here = self._prompts.cells & (columns >= 0) & (columns < args[0].shape[1])
+            where = columns.clamp(0, args[0].shape[1] - 1)[..., None].expand(-1, -1, args[0].shape[2])
+            before = torch.full_like(where, torch.nan, dtype=args[0].dtype) if self._states is None else self._states
+            self._states = torch.where(here[..., None], args[0].gather(1, where), before)
         self._live, self._wanted = False, 0  # the pass is over; whoever uses the norm now is someone else
 
     # --------------------------------------------------------------------------------------------------- telling
@@ -958,6 +966,13 @@ class Tap:
             tensors = [tensor[own.to(tensor.device), steps.to(tensor.device)] for tensor in tensors]
         gaze, shares, output, hidden = tensors
         return Rows(gaze, shares, output.float(), hidden)
+
+    def states(self, beams: Tensor | None = None) -> Tensor | None:
+        """What the last layer made of each image cell, (batch, N, width), before the final norm; NaN for cells that this
+        watch did not hear, such as those of an earlier turn, and that a row does not have. None where the picture is no part
+        of the text decoder's sequence. ``beams`` as for `collect`.
+        """
+        return self._states if beams is None or self._states is None else self._states[beams[:, 0].to(self._states.device)]
 
 
 # ------------------------------------------------------------------------------------------- from a look to a logit
@@ -1019,3 +1034,24 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
     parts = [judged(*part) for part in zip(*(tensor.split(few) for tensor in flat), strict=True)]
     logprobs, entropy, directions = (torch.cat(own).unflatten(0, written.shape) for own in zip(*parts, strict=True))
     return Words(logprobs, entropy, readout(backbone, heads, rows.output, rows.hidden, directions))
+
+
+def content(backbone: Backbone, states: Tensor, gaze: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    """What lies where the heads look: the image cells' states read as words, as in the logit lens (nostalgebraist 2020).
+
+    states:  (batch, N, width), see `Tap.states`; gaze: (batch, T, H, N); written: (batch, T) int64
+    returns  content: the log-probability of the written token at a cell, probabilities averaged with the heads' mean gaze;
+             named: the greatest at any cell (Jiang et al. 2025, arXiv 2410.02762, "internal confidence", of the last layer);
+             both (batch, T) float32, nats, at least `LEAST`; NaN for a row whose cells were not heard
+    """
+    known = ~states.isnan().any(-1)  # (batch, N)
+    few = max(1, LOGITS_AT_ONCE // len(weight_of(backbone.unembedding)))
+    look = gaze.mean(2) * known[:, None]
+    look = look / look.sum(-1, keepdim=True).clamp(min=1e-9)
+    said = []
+    for row, words in zip(states.nan_to_num(), written, strict=True):
+        said.append(torch.cat([backbone.logits(part).log_softmax(-1)[:, words] for part in row.split(few)]))  # (N, T)
+    each = torch.stack(said).transpose(1, 2).masked_fill(~known[:, None], -torch.inf)  # (batch, T, N)
+    heard = known.any(-1, keepdim=True)
+    found = ((look * each.exp()).sum(-1).log(), each.amax(-1))
+    return tuple(value.clamp(min=LEAST).where(heard, torch.nan) for value in found)

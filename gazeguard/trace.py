@@ -29,7 +29,7 @@ from gazeguard.grid import ImageGrid
 
 SHARES = ("picture", "prompt", "generated", "first")  # where a row's attention goes; the four sum to one
 MAX_FILE_BYTES = 2**30
-FORMAT = 1
+FORMAT = 2
 
 F32 = NDArray[np.float32]
 
@@ -46,6 +46,8 @@ class GazeTrace:
     shares:     (T, H, 4) float32, attention on `SHARES`: all image tokens, other prompt, generated text, first token
     readout:    (T, H) float32, logits: what the head's look adds to the written token over its rivals
                 (direct logit attribution of the head's output; see `gazeguard.tap.readout`)
+    content:    (T,) float32, nats, log-probability of the written token where the heads look; named: at the best cell of all;
+                NaN when the cells were not heard (see `gazeguard.tap.content`)
     heads:      (layer, head) of each gaze head
     finished:   the caption ended by itself, not by a length limit
     """
@@ -58,6 +60,8 @@ class GazeTrace:
     gaze: F32
     shares: F32
     readout: F32
+    content: F32
+    named: F32
     heads: tuple[tuple[int, int], ...]
     grid: ImageGrid
     model: str
@@ -72,6 +76,8 @@ class GazeTrace:
             "gaze": (t, h, n),
             "shares": (t, h, len(SHARES)),
             "readout": (t, h),
+            "content": (t,),
+            "named": (t,),
         }
         for name, shape in wanted.items():
             if getattr(self, name).shape != shape:

@@ -47,6 +47,8 @@ def make_trace(words: list[str], count: int = 2, side: int = 2, seed: int = 0, *
         "gaze": rng.random((tokens, count, cells), np.float32) / cells,
         "shares": rng.dirichlet(np.ones(len(SHARES)), (tokens, count)).astype(np.float32),
         "readout": rng.normal(size=(tokens, count)).astype(np.float32),
+        "content": -rng.random(tokens, np.float32),
+        "named": -rng.random(tokens, np.float32),
         "heads": tuple((1, head) for head in range(count)),
         "grid": ImageGrid.regular(side, side, (60, 40)),
         "model": "0123456789abcdef",

@@ -23,8 +23,8 @@ from gazeguard.detector import Detector
 from gazeguard.guard import HEADS_FILE, GazeGuard
 from gazeguard.heads import find_heads
 from gazeguard.inputs import encode
-from gazeguard.lab.truth import Mention, mentions
-from gazeguard.phrases import things
+from gazeguard.lab.truth import Mention, judged
+from gazeguard.phrases import Claim, claims
 from gazeguard.report import Report
 
 TEXT_ONLY = "text-only"  # folder of the detector that knows the words but not the gaze
@@ -43,36 +43,42 @@ def write_captions(guard: GazeGuard, samples: Sequence[lab.Sample], do_sample: b
 
 @dataclass(frozen=True)
 class Table:
-    """Object phrases of many captions: features (phrases, F), whose caption each is from, and what is true of it."""
+    """The claims of many captions that are clearly true or false.
+
+    x:       (claims, F) `features`
+    false:   (claims,) bool
+    kind:    (claims,) "object", "attribute" or "place"
+    image:   (claims,) whose caption each is from
+    claims:  the claims themselves; mentions: the things that they are about
+    """
 
     x: NDArray[np.float64]
+    false: NDArray[np.bool_]
+    kind: NDArray[np.str_]
     image: NDArray[np.int64]
+    claims: tuple[Claim, ...]
     mentions: tuple[Mention, ...]
 
-    @property
-    def invented(self) -> NDArray[np.bool_]:
-        """(phrases,): nothing of that name is in the picture."""
-        return np.array([not mention.present for mention in self.mentions])
-
-    @property
-    def clear(self) -> NDArray[np.bool_]:
-        """(phrases,): in the place that is said, or nowhere. What is merely misplaced is neither true nor invented."""
-        return np.array([mention.placed or not mention.present for mention in self.mentions])
+    def of(self, chosen: NDArray[np.bool_]) -> Table:
+        """Some of the claims: ``chosen`` (claims,)."""
+        at = np.flatnonzero(chosen)
+        picked = (tuple(each[i] for i in at) for each in (self.claims, self.mentions))
+        return Table(self.x[at], self.false[at], self.kind[at], self.image[at], *picked)
 
 
 def tabulate(samples: Sequence[lab.Sample], reports: Sequence[Report]) -> Table:
-    """The features and the truth of every thing that the captions name."""
+    """The features and the truth of what the captions claim."""
     rows, image, found = [], [], []
     for number, (sample, report) in enumerate(zip(samples, reports, strict=True)):
-        named = mentions(sample.picture, report.caption)
-        if report.trace is None or not named:
+        known = judged(sample.picture, report.caption)
+        if report.trace is None or not known:
             continue
-        phrases = things(report.caption)
-        kept = [phrases.index(mention.phrase) for mention in named]
-        rows.append(features.features(report.trace, phrases)[kept])
-        image += [number] * len(named)
-        found += named
-    return Table(np.concatenate(rows), np.array(image), tuple(found))
+        said = claims(report.caption)
+        rows.append(features.features(report.trace, said)[[said.index(claim) for claim, _, _ in known]])
+        image += [number] * len(known)
+        found += known
+    said, mentions, false = zip(*found, strict=True)
+    return Table(np.concatenate(rows), np.array(false), np.array([c.kind for c in said]), np.array(image), said, mentions)
 
 
 def captions_of(guard: GazeGuard, split: str, n: int, seed: int) -> Table:
@@ -95,9 +101,8 @@ def fit(
     guard = GazeGuard(model, processor, heads=heads)
     learnt, held_out = (captions_of(guard, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2)))
     for names, folder in ((features.names(heads.heads), checkpoint), (features.TEXT_FEATURES, checkpoint / TEXT_ONLY)):
-        x, x_held_out = (features.pick(table.x[table.clear], heads.heads, names) for table in (learnt, held_out))
-        detector = Detector.fit(x, learnt.invented[learnt.clear], heads, names)
-        detector.with_threshold(x_held_out, held_out.invented[held_out.clear]).save_pretrained(folder)
+        detector = Detector.fit(learnt.x, learnt.false, learnt.kind, heads, names)
+        detector.tuned(held_out.x, held_out.false, held_out.kind, held_out.image).save_pretrained(folder)
 
 
 if __name__ == "__main__":

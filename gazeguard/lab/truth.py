@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gazeguard.comics import COLOURS, ORDINALS
 from gazeguard.lab.world import NOUNS, Picture, Thing
-from gazeguard.phrases import Phrase, chunk
+from gazeguard.phrases import Claim, Phrase, chunk, claims
 
 _PANEL = re.compile(rf"\bpanel ({'|'.join(ORDINALS)})\b")
 
@@ -38,7 +38,10 @@ class Mention:
             return "not in the picture"
         if not self.placed:
             return f"not there: it is {self.thing.place or f'in panel {ORDINALS[self.thing.panel]}'}"
-        return f"it is {self.thing.colour}" if self.colour is False else "true"
+        if self.colour is False:
+            return f"it is {self.thing.colour}"
+        said_small = any(part.text.lower() == "small" for part in self.phrase.attributes)
+        return "it is not small" if said_small and not self.thing.small else "true"
 
 
 def mentions(picture: Picture, caption: str) -> list[Mention]:
@@ -55,6 +58,29 @@ def mentions(picture: Picture, caption: str) -> list[Mention]:
         best = max(here or named, key=lambda thing: thing.colour == said, default=None)
         colour = None if said is None or best is None else best.colour == said
         found.append(Mention(phrase, len(found), best, bool(named), bool(here), colour))
+    return found
+
+
+def judged(picture: Picture, caption: str) -> list[tuple[Claim, Mention, bool]]:
+    """The claims of a caption that are clearly true or false, each with its mention and whether it is false.
+
+    Not clear, and left out: that a thing is there when it is somewhere else than said, attributes of a thing that is not
+    where it is said to be, and the place of a thing that is nowhere.
+    """
+    of_phrase = {mention.phrase: mention for mention in mentions(picture, caption)}
+    found = []
+    for claim in claims(caption):
+        mention, word = of_phrase.get(claim.phrase), claim.text.lower()
+        if mention is None:
+            continue
+        if claim.kind == "object" and (mention.placed or not mention.present):
+            found.append((claim, mention, not mention.present))
+        elif claim.kind == "place" and mention.present:
+            found.append((claim, mention, not mention.placed))
+        elif claim.kind == "attribute" and mention.placed and word in COLOURS:
+            found.append((claim, mention, not mention.colour))
+        elif claim.kind == "attribute" and mention.placed and word == "small":
+            found.append((claim, mention, not mention.thing.small))
     return found
 
 

@@ -1,0 +1,1 @@
+"""What others do, in the same harness on the same captions."""
