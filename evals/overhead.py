@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -128,12 +129,14 @@ class SecondPass(tf.LogitsProcessor):
         self.model = model
         self.inputs = inputs | {"pixel_values": torch.randn_like(inputs["pixel_values"])}
         self.cache = tf.DynamicCache(config=model.config.get_text_config())
+        # The name of the argument from transformers 5.24 on, and before.
+        self.name = "cache" if "cache" in inspect.signature(tf.LlamaModel.forward).parameters else "past_key_values"
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.cache.get_seq_length():
-            made = self.model(input_ids=input_ids[:, -1:], past_key_values=self.cache, use_cache=True)
+            made = self.model(input_ids=input_ids[:, -1:], **{self.name: self.cache}, use_cache=True)
         else:
-            made = self.model(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            made = self.model(**self.inputs, **{self.name: self.cache}, use_cache=True, logits_to_keep=1)
         return scores + 1.0 * (scores - made.logits[:, -1].float())
 
 

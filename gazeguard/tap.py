@@ -701,7 +701,7 @@ class Tap:
             return
         named = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "hidden_states")]
         given = next(value for value in (*named, *args) if value is not None)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # as transformers calls it from 5.24 on, and before
         if self._total < 0:
             times, rest = divmod(given.shape[0], self._prompts.real.shape[0])
             if rest or not times:

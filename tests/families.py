@@ -8,6 +8,7 @@ seed: queries and keys large enough for peaky attention, norms and biases away f
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import transformers as tf
 from torch import Tensor
 from transformers import PreTrainedModel
 
+# What forward and generate call the cache: "cache" from transformers 5.24 on.
+CACHE = "cache" if "cache" in inspect.signature(tf.LlamaModel.forward).parameters else "past_key_values"
 VOCABULARY = 128
 IMAGE, START, END, PAD = 120, 121, 122, 0
 WIDTH = 48

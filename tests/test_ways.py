@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import IMAGE, Family, family, gemma3, llava_mistral
+from families import CACHE, IMAGE, Family, family, gemma3, llava_mistral
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -133,7 +133,7 @@ def test_a_static_cache_that_is_larger_than_needed():
     """Room for later keys is not looked at."""
     kind = family("LLaVA")
     cache = StaticCache(kind.model.config.get_text_config(), 100)
-    written, rows, _ = live(kind, kind.batch(), past_key_values=cache)
+    written, rows, _ = live(kind, kind.batch(), **{CACHE: cache})
     assert_heard(kind, written, rows, [0, 1, 2])
 
 
@@ -182,13 +182,13 @@ def test_a_continued_cache_is_heard_from_where_it_goes_on(name):
     kind = family(name)
     inputs = kind.batch([1])
     cache = DynamicCache(config=kind.model.config.get_text_config())
-    first = kind.model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    first = kind.model.generate(**inputs, **{CACHE: cache}, max_new_tokens=4, do_sample=False)
     more = torch.cat((first, torch.tensor([[9, 11, 13]])), dim=1)
     written = more[:, inputs["input_ids"].shape[1] :]
     longer = kind.extended(inputs, written)
     whole, together, _ = live(kind, longer)
     words = {name: value for name, value in longer.items() if name != "pixel_values"}  # the cache has seen the pictures
-    again, continued, _ = live(kind, words, past_key_values=cache)
+    again, continued, _ = live(kind, words, **{CACHE: cache})
     assert torch.equal(whole, again)
     for field in ("gaze", "shares", "output", "hidden"):
         torch.testing.assert_close(getattr(continued, field), getattr(together, field), rtol=0, atol=2e-5)
