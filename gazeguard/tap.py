@@ -177,11 +177,11 @@ class Backbone:
 
     def projection(self, layer: int) -> nn.Linear:
         """The layer's output projection."""
-        return _first(self.attention[layer], OUTPUT_PROJECTIONS)
+        return _projection(self.attention[layer])
 
     def width(self, module: nn.Module) -> tuple[int, int]:
         """(heads, numbers per head) of an attention module's output."""
-        columns = _first(module, OUTPUT_PROJECTIONS).in_features
+        columns = _projection(module).in_features
         per_head = _first(module, ("v_head_dim", "head_dim")) or columns // self.config.num_attention_heads
         return columns // per_head, per_head
 
@@ -278,6 +278,11 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
 
 def _first(module: nn.Module, names: Sequence[str]) -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+
+
+def _projection(module: nn.Module) -> nn.Linear:
+    found = _first(module, OUTPUT_PROJECTIONS)
+    return found if hasattr(found, "in_features") else found.linear  # Inkling 2 gates what it projects
 
 
 def _names(module: nn.Module) -> set[Any]:

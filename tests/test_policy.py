@@ -13,6 +13,7 @@ from gazeguard.errors import PolicyError
 from gazeguard.policy import MAX_FILE_BYTES, Policy, load_policy, parse_policy, policy_folder, policy_names
 
 RERANK = {"version": 1, "name": "mine", "action": "rerank", "strength": 0.5, "plausible": 0.02}
+RULES = "Input should be 'f1', 'precision_0.9', 'bound_0.05' or 'bound_0.02'"
 MARK = {"version": 1, "name": "mine", "action": "mark"}
 
 
@@ -30,7 +31,7 @@ def test_every_action_comes_along():
 def test_what_a_file_says_is_what_the_policy_holds(tmp_path):
     (tmp_path / "mine.yml").write_text(yaml.safe_dump(RERANK | {"threshold": 0.25}))
     assert load_policy(tmp_path / "mine.yml").model_dump() == RERANK | {"threshold": 0.25}
-    assert parse_policy(MARK).threshold == "detector"
+    assert parse_policy(MARK).threshold == "f1"
 
 
 def test_a_policy_cannot_be_changed():
@@ -59,11 +60,11 @@ ACTIONS = "Allowed actions: mark, rerank."
         (MARK | {"name": 3}, "key 'name' has the value 3: Input should be a valid string."),
         (
             MARK | {"threshold": 2},
-            "key 'threshold' has the value 2: Input should be 'detector' or Input should be less than or equal to 1.",
+            "key 'threshold' has the value 2: " + RULES + " or Input should be less than or equal to 1.",
         ),
         (
             MARK | {"threshold": "0.5"},
-            "key 'threshold' has the value '0.5': Input should be 'detector' or Input should be a valid number.",
+            "key 'threshold' has the value '0.5': " + RULES + " or Input should be a valid number.",
         ),
         (RERANK | {"strength": -1}, "key 'strength' has the value -1: Input should be greater than or equal to 0."),
         (RERANK | {"plausible": 0}, "key 'plausible' has the value 0: Input should be greater than 0."),

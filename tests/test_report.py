@@ -19,7 +19,7 @@ from PIL import Image
 
 from gazeguard.errors import InputError
 from gazeguard.grid import ImageGrid
-from gazeguard.phrases import Phrase, Span
+from gazeguard.phrases import Claim, Phrase, Span
 from gazeguard.report import LONGEST_EDGE, Entry, Finding, Report, Verdict, gaze_box, page
 from gazeguard.trace import GazeTrace
 
@@ -52,6 +52,8 @@ def make_trace(text: str, gaze: np.ndarray | None = None, grid: ImageGrid | None
         gaze=gaze.astype(np.float32),
         shares=np.full((tokens, heads, 4), 0.25, dtype=np.float32),
         readout=rng.normal(size=(tokens, heads)).astype(np.float32),
+        content=np.full(tokens, -2, dtype=np.float32),
+        named=np.full(tokens, -1, dtype=np.float32),
         heads=tuple((0, head) for head in range(heads)),
         grid=grid,
         model="toy",
@@ -60,7 +62,8 @@ def make_trace(text: str, gaze: np.ndarray | None = None, grid: ImageGrid | None
 
 def find(caption: str, start: int, end: int, risk: float = 0.5, flagged: bool = False, **more: object) -> Finding:
     text = caption[start:end]
-    return Finding(Phrase(start, end, text, "object", Span(start, end, text), (), 0), risk, flagged, **more)
+    thing = Phrase(start, end, text, "object", Span(start, end, text), (), 0)
+    return Finding(Claim("object", start, end, text, thing, thing.head, None), risk, flagged, **more)
 
 
 def make_report(caption: str = CAPTION, trace: GazeTrace | None = None, *findings: Finding) -> Report:
@@ -120,6 +123,7 @@ def test_the_report_survives_json() -> None:
         "start": 35,
         "end": 46,
         "kind": "object",
+        "claim": "a blue moon",
         "head": "a blue moon",
         "risk": 0.9,
         "flagged": True,

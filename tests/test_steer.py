@@ -117,7 +117,7 @@ def test_the_answer_follows_the_look(guard):
     for panel in range(6):
         written(guard, look=([sample.picture.panel_box(panel) for sample in STRIPS],), max_new_tokens=24)
         for sample, report in zip(STRIPS, guard.reports, strict=True):
-            first = report.findings[0].phrase
+            first = report.findings[0].claim.phrase
             noun = report.caption[first.head.start : first.head.end]
             assert noun in {thing.noun for thing in sample.picture.in_panel(panel)}, (sample.id, panel, report.caption)
 

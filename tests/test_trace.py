@@ -185,7 +185,7 @@ def test_a_huge_file_is_not_even_opened(folder):
 
 
 def test_another_format_is_named(folder, real):
-    with pytest.raises(ArtifactError, match="has trace format 7; this version reads format 1"):
+    with pytest.raises(ArtifactError, match="has trace format 7; this version reads format 2"):
         load(folder, with_meta(real, json.dumps(meta_of(real) | {"format": 7})))
 
 

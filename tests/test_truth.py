@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gazeguard.lab.truth import mentions
+from gazeguard.lab.truth import judged, mentions
 from gazeguard.lab.world import Picture, Thing
 
 WHITE = (255, 255, 255)
@@ -28,7 +28,7 @@ SCENE = Picture(
 
 
 @pytest.mark.parametrize(
-    ("picture", "caption", "judged"),
+    ("picture", "caption", "explained"),
     [
         (STRIP, "In panel one there is a red star. In panel two there is a blue moon and a small green star.", ["true"] * 3),
         (STRIP, "In panel one there is a red crown.", ["not in the picture"]),
@@ -44,11 +44,12 @@ SCENE = Picture(
         (SCENE, "There is a blue horse in the middle and an orange cup.", ["it is red", "true"]),
         (SCENE, "There is an orange cup and a red anchor in the middle.", ["true", "not in the picture"]),
         (SCENE, "An orange horse.", ["it is red"]),
+        (SCENE, "There is a small orange cup.", ["it is not small"]),
         (SCENE, "", []),
     ],
 )  # fmt: skip
-def test_worked_examples(picture, caption, judged):
-    assert [mention.explained for mention in mentions(picture, caption)] == judged
+def test_worked_examples(picture, caption, explained):
+    assert [mention.explained for mention in mentions(picture, caption)] == explained
 
 
 def test_a_mention_holds_what_was_drawn_and_where_it_was_said():
@@ -66,3 +67,30 @@ def test_no_colour_said_is_no_colour_wrong():
     (mention,) = mentions(STRIP, "There is a moon.")
     assert mention.colour is None
     assert mention.explained == "true"
+
+
+@pytest.mark.parametrize(
+    ("picture", "caption", "false"),
+    [
+        # all that can be said is said: the thing, its colour, its panel
+        (STRIP, "In panel one there is a red star.", {"a red star": False, "red": False, "panel": False}),
+        (STRIP, "In panel one there is a blue star.", {"a blue star": False, "blue": True, "panel": False}),
+        # nothing of an absent thing is judged but that it is absent
+        (STRIP, "In panel one there is a red crown.", {"a red crown": True}),
+        # elsewhere: the place is wrong; whether "a blue moon" in panel one is true is anybody's guess
+        (STRIP, "In panel one there is a blue moon.", {"panel": True}),
+        (STRIP, "In panel two there is a small green star.", {"a small green star": False, "small": False, "green": False,
+                                                              "panel": False}),
+        (STRIP, "In panel one there is a small red star.", {"a small red star": False, "small": True, "red": False,
+                                                            "panel": False}),
+        (SCENE, "There is an orange cup on the right.", {"on the right": True}),
+        (SCENE, "There is a wooden cup.", {"a wooden cup": False}),
+        (SCENE, "", {}),
+    ],
+)  # fmt: skip
+def test_claims_are_judged_where_the_truth_is_clear(picture, caption, false):
+    """Each claim by the words that are blamed; of "in panel one ... a star" that is the star, said last."""
+    told = {
+        "panel" if picture.panels and c.kind == "place" else c.text: is_false for c, _, is_false in judged(picture, caption)
+    }
+    assert told == false
