@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from gazeguard import lab
 from gazeguard.cli import app
-from gazeguard.lab.truth import mentions
+from gazeguard.lab.truth import judged, mentions
 
 run = CliRunner().invoke
 
@@ -29,7 +29,8 @@ def test_demo_shows_captions_truth_and_a_page(tmp_path):
     assert result.exit_code == 0, result.output
     assert len(re.findall(r"^(PASS|FLAG|UNCHECKED)", result.stdout, re.M)) == 4
     assert result.stdout.count("truth:") >= 4
-    assert re.search(r"4 pictures, \d+ things named, \d+ of them not in the picture", result.stdout)
+    summed = r"4 pictures, \d+ things named, \d+ of them not there, elsewhere or of another colour: \d+ flagged"
+    assert re.search(summed, " ".join(result.stdout.split()))
     page = (tmp_path / "replay.html").read_text(encoding="utf-8")
     assert "Content-Security-Policy" in page
     assert page.count("test/0/") >= 4
@@ -41,9 +42,10 @@ def test_demo_counts_are_the_truth(tmp_path):
     page = (tmp_path / "replay.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.S).group(1))
     captions = [entry["report"]["caption"] for entry in data]
-    named = [mentions(sample.picture, text) for sample, text in zip(lab.samples("test", 4), captions, strict=True)]
-    total, invented = sum(map(len, named)), sum(not m.present for found in named for m in found)
-    assert f"{total} things named, {invented} of them not in the picture" in " ".join(result.stdout.split())
+    pairs = list(zip(lab.samples("test", 4), captions, strict=True))
+    total = sum(len(mentions(sample.picture, text)) for sample, text in pairs)
+    wrong = sum(len({c.phrase for c, _, false in judged(sample.picture, text) if false}) for sample, text in pairs)
+    assert f"{total} things named, {wrong} of them not there" in " ".join(result.stdout.split())
 
 
 def test_caption_writes_json_lines_and_a_page(picture, tmp_path):

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from labkit import make_trace
+from sklearn.metrics import roc_auc_score
 
-from evals.common import auroc, over_images, rate, within_bins
+from evals.common import auroc, over_images, ranking, rate
 from evals.gaze_heads import climbed, panels_told, said_in, stairs
 from evals.tables import DEMO, DOCUMENTS, demo, renewed
 from gazeguard.grid import ImageGrid
@@ -61,7 +64,22 @@ def test_within_bins_takes_away_what_the_bin_explains():
     bins = rng.integers(0, 5, 2000)
     invented, image = rng.random(2000) < bins / 6, np.arange(2000) // 5
     assert auroc(invented, bins.astype(float), image)["value"] > 0.7
-    assert within_bins(invented, bins.astype(float), bins, image)["value"] == 0.5
+    assert auroc(invented, bins.astype(float), image, bins)["value"] == 0.5
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_area_is_sklearns_however_often_images_are_drawn(seed):
+    """Ties and repeated images included; one class only has no area."""
+    rng = np.random.default_rng(seed)
+    false, image, score = rng.random(60) < 0.3, rng.integers(0, 12, 60), rng.random(60).round(1)
+    image[0] = 11
+    drawn = np.bincount(rng.integers(0, 12, 12), minlength=12)
+    rows = np.repeat(np.arange(60), drawn[image])
+    area = ranking(false, score, image)(drawn)
+    if 0 < false[rows].sum() < len(rows):
+        assert area == pytest.approx(roc_auc_score(false[rows], score[rows]))
+    else:
+        assert np.isnan(area)
 
 
 def test_the_first_draw_is_every_image_once():
@@ -111,7 +129,10 @@ def test_stairs_count_the_rows_of_what_is_said():
         ("captioner", ["chair_i_greedy", "recall_greedy", "chair_i_sampled", "recall_sampled"]),
         ("gaze_heads", ["gaze_head_mass", "steer_panel_gaze", "steer_box_gaze", "staircase_accuracy"]),
         ("discovery", ["search_memory_ratio", "output_attentions_memory_ratio"]),
-        ("detection", ["auroc_readout_sampled", "auroc_detector_sampled", "auroc_text_only_sampled"]),
+        (
+            "detection",
+            ["auroc_detector_sampled", "lift_within_bins_sampled", "auroc_confidence_greedy", "ece", "auroc_shift_drop"],
+        ),
         ("cost", ["time_ratio_mark_batch_1"]),
         ("overhead", ["tap_readout_time_ratio", "tap_readout_memory_ratio", "eager_output_attentions_time_ratio"]),
         ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),

@@ -30,7 +30,7 @@ def assert_same_trace(one, other, tolerance=1e-4):
     assert one.text == other.text
     np.testing.assert_array_equal(one.token_ids, other.token_ids)
     np.testing.assert_array_equal(one.offsets, other.offsets)
-    for name in ("gaze", "shares", "readout", "logprobs", "entropy"):
+    for name in ("gaze", "shares", "readout", "content", "named", "logprobs", "entropy"):
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=tolerance, err_msg=name)
 
 
@@ -76,6 +76,29 @@ def test_a_padded_batch_equals_its_single_rows(guard):
     answered = guard.check_all([s.image for s in SAMPLES], captions, [s.prompt for s in SAMPLES])
     for report, sample, caption in zip(answered, SAMPLES, captions, strict=True):
         assert_same_trace(guard.check(sample.image, caption, sample.prompt).trace, report.trace)
+
+
+def test_a_claim_about_what_is_not_there_is_no_second_flag(guard):
+    """Of an invented thing only the thing is flagged; of a real one its false colour is, and the words say which."""
+    sample = next(s for s in lab.samples("test", 20, seed=7) if s.picture.panels and s.picture.in_panel(0)[0].colour != "green")
+    thing = sample.picture.in_panel(0)[0]
+    absent = next(noun for noun in ("skull", "castle", "anchor") if noun not in {t.noun for t in sample.picture.things})
+    invented = guard.check(sample.image, f"In panel one there is a green {absent}.", sample.prompt)
+    assert [f.claim.kind for f in invented.findings if f.flagged] == ["object"]
+    recoloured = guard.check(sample.image, f"In panel one there is a green {thing.noun}.", sample.prompt)
+    assert [str(f.claim) for f in recoloured.findings if f.flagged] == [f"green (a green {thing.noun})"]
+    assert recoloured.reason == f"not supported by the picture: green (a green {thing.noun})"
+
+
+def test_a_number_that_is_not_finite_leaves_the_caption_unchecked(lab_vlm):
+    """Weights that overflow: no risk is made of them, and nothing passes."""
+    model, processor = copy.deepcopy(lab_vlm[0]), lab_vlm[1]
+    guard = GazeGuard(model, processor)
+    with torch.no_grad():
+        guard.tap.backbone.norm.weight[0] = torch.inf
+    report = guard.check(SAMPLES[0].image, "There is a red star.", SAMPLES[0].prompt)
+    assert report.verdict == Verdict.UNCHECKED
+    assert report.reason.startswith("the model gave no finite number for ")
 
 
 def test_three_ways_in_are_one(guard):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gazeguard.phrases import Phrase, Span, chunk
+from gazeguard.phrases import Phrase, Span, chunk, claims
 
 EVALDATA = Path(__file__).parents[2] / "shared" / "evaldata"
 
@@ -47,6 +47,7 @@ def check(caption: str) -> list[Phrase]:
     """What holds for every caption."""
     phrases = chunk(caption)
     assert phrases == chunk(caption)
+    check_claims(caption)
     for phrase in phrases:
         spans: list[Span | Phrase] = [phrase, phrase.head, *phrase.attributes]
         assert all(caption[span.start : span.end] == span.text != "" for span in spans)
@@ -153,6 +154,48 @@ def test_nothing_to_find(caption: str) -> None:
 def test_what_is_absent_is_not_returned(caption: str, expected: list[str]) -> None:
     check(caption)
     assert heads(caption) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("There is a red star.", ["object: a red star", "attribute: red (a red star)"]),
+        ("A small, clean cup at the top.", ["object: A small, clean cup", "attribute: small (A small, clean cup)",
+                                            "attribute: clean (A small, clean cup)",
+                                            "place: at the top (A small, clean cup)"]),
+        # a place that was said first holds until the next one of the sentence, and no longer
+        ("In panel two there is a cup and a star. A moon.", ["object: a cup", "place: In panel two (a cup)", "object: a star",
+                                                             "place: In panel two (a star)", "object: A moon"]),
+        ("A cup at the top and a star at the bottom.", ["object: A cup", "place: at the top (A cup)", "object: a star",
+                                                        "place: at the bottom (a star)"]),
+        ("On the left there is nothing.", []),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_what_is_claimed(caption: str, expected: list[str]) -> None:
+    assert [f"{claim.kind}: {claim}" for claim in claims(caption)] == expected
+
+
+def test_the_words_to_blame_and_the_words_that_decide() -> None:
+    """A place is decided by what comes last, thing or place, and has to agree with what came first."""
+    first, then = claims("In panel two there is a red cup.")[-1], claims("There is a red cup on the left.")[-1]
+    assert (first.kind, first.text, first.said.text, first.other.text) == ("place", "a red cup", "cup", "In panel two")
+    assert (then.kind, then.text, then.said.text, then.other.text) == ("place", "on the left", "on the left", "cup")
+
+
+def check_claims(caption: str) -> None:
+    """What holds for every caption: each thing is claimed once, its attributes and at most one place with it."""
+    found, things = claims(caption), [phrase for phrase in chunk(caption) if phrase.kind == "object"]
+    assert [claim.phrase for claim in found if claim.kind == "object"] == things
+    for thing in things:
+        own = [claim for claim in found if claim.phrase is thing or claim.phrase == thing]
+        assert [c.said for c in own if c.kind == "attribute"] == list(thing.attributes)
+        assert sum(claim.kind == "place" for claim in own) <= 1
+    for claim in found:
+        spans = [claim, claim.said, *([claim.other] if claim.other else [])]
+        assert all(caption[span.start : span.end] == span.text != "" for span in spans)
+        assert (claim.other is None) == (claim.kind == "object")
+        assert claim.kind != "place" or claim.other.end <= claim.said.start
 
 
 def test_sentences() -> None:

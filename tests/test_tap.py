@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from gazeguard.errors import NothingSeenError, UnsupportedError
 from gazeguard.heads import fingerprint
 from gazeguard.inputs import image_token_id, model_inputs
-from gazeguard.tap import Head, Prompts, Rows, Tap, find_backbone, judge_words, readout
+from gazeguard.tap import Head, Prompts, Rows, Tap, content, find_backbone, judge_words, readout
 from gazeguard.trace import SHARES
 
 NEW = 8
@@ -156,6 +156,34 @@ def test_row_t_is_the_query_that_predicted_token_t(name):
     close(told.rows.shares.sum(-1), torch.ones(truth.shape[:3]), 1e-5)
     assert truth.amax(-1).mean() > 0.3, "the attention of the test is too flat to tell rows apart"
     assert (truth[:, 1:] - truth[:, :-1]).abs().amax() > 0.3, "the rows of the test are too alike to tell apart"
+
+
+@every_family
+def test_the_states_of_the_cells_are_the_models_own(name):
+    """What is kept of each image cell becomes the model's own logits there, live and replayed, and what lies under the gaze
+    is read from these: the mean probability by gaze, and the best cell.
+    """
+    kind, told = family(name), story(name)
+    whole = kind.extended(told.inputs, told.written)
+    logits = forward(kind.model, whole).logits.float()
+    backbone = find_backbone(kind.model)
+    with Tap(kind.model, backbone.heads()) as tap:
+        tap.begin(announce(told.inputs))
+        generate(kind.model, told.inputs)
+        rows, states = tap.collect(), tap.states()
+        tap.begin(announce(told.inputs))
+        assert tap.states() is None, "a new watch forgets"
+        forward(kind.model, whole)
+        close(tap.states().nan_to_num(), states.nan_to_num(), 1e-4)
+    lies, named = content(backbone, states, rows.gaze, told.written)
+    for row, ids in enumerate(told.inputs["input_ids"]):
+        image = (ids == IMAGE).nonzero()[:, 0]
+        assert states[row, len(image) :].isnan().all()
+        close(backbone.logits(states[row, : len(image)]), logits[row, image], 1e-3)
+        said = logits[row, image].log_softmax(-1)[:, told.written[row]]  # (N, T)
+        close(named[row], said.amax(0), 1e-3)
+        look = rows.gaze[row, ..., : len(image)].mean(1)  # (T, N)
+        close(lies[row], ((look / look.sum(-1, keepdim=True)) * said.T.exp()).sum(-1).log(), 1e-3)
 
 
 @every_family
