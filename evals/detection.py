@@ -3,8 +3,9 @@
 The positive class is *false*: nothing of that name is in the picture; it has another colour; it is elsewhere. The shipped
 detector was fitted on captions of training pictures, probabilities and thresholds on validation pictures; the baselines that
 learn were fitted on the same captions. ``text_only`` is the same regression on position, order of mention, repetition,
-log-probability and entropy alone. ``within_bins``: the mean area within bins of ten tokens, which position cannot help;
-``first_within_bins``: of first mentions alone, which repetition cannot help either. ``lift``: over ``text_only``, paired.
+log-probability and entropy alone; ``looks`` is it on all but what lies under the gaze, see `UNDER`. ``within_bins``: the mean
+area within bins of ten tokens, which position cannot help; ``first_within_bins``: of first mentions alone, which repetition
+cannot help either. ``lift``: over ``text_only``, paired.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, f1_score,
 from evals.baselines import detection as peers
 from evals.common import Figure, Out, Quick, auroc, figure, over_images, ranking, write
 from gazeguard import features, lab
-from gazeguard.detector import Detector, conformal, least_flagged
+from gazeguard.detector import Detector, calibration_error, conformal, least_flagged
 from gazeguard.guard import GazeGuard
 from gazeguard.heads import GazeHeads
 from gazeguard.lab.fit import TEXT_ONLY, Table, tabulate, write_captions
@@ -41,6 +42,9 @@ SEED, FIT_SEED = 200, 1  # of the test pictures, and of those that `gazeguard.la
 BIN = 10  # tokens
 RESPLITS = 20
 WAYS = (("sampled", True), ("greedy", False))
+# In the lab the picture encoder's warm-up has taught every patch the name of what it shows, so that these alone know all
+# about objects; what the heads' attention and output tell is measured without them, and so is the choice of heads.
+UNDER = ("content", "named")
 
 F64 = NDArray[np.float64]
 
@@ -109,8 +113,10 @@ def scores(guard: GazeGuard, text_only: Detector, learnt: Told, told: Told) -> t
     prior = Detector.fit(known.x, known.false, known.kind, guard.heads, clock)
     column = dict(zip(features.TEXT_FEATURES, features.pick(objects.x, heads, features.TEXT_FEATURES).T, strict=True))
     learnt_rows, rows = learnt.rows(known), told.rows(objects)
+    looks = Detector.fit(known.x, known.false, known.kind, guard.heads, without(heads))
     return objects, {
         "detector": guard.detector.risk(objects.x, objects.kind),
+        "looks": looks.risk(objects.x, objects.kind),
         "readout": -features.pick(objects.x, heads, ("readout",))[:, 0],
         "text_only": text_only.risk(objects.x, objects.kind),
         "position": column["position"],
@@ -123,6 +129,11 @@ def scores(guard: GazeGuard, text_only: Detector, learnt: Told, told: Told) -> t
         "haloprobe": peers.haloprobe(learnt_rows, known.false, rows),
         "confidence": peers.confidence(guard, told.samples, objects.image, [c.phrase.head.text for c in objects.claims]),
     }
+
+
+def without(heads: Sequence[tuple[int, int]]) -> list[str]:
+    """All features but `UNDER`."""
+    return [name for name in features.names(heads) if name not in UNDER]
 
 
 def position(table: Table, heads: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
@@ -151,9 +162,9 @@ def measured(guard: GazeGuard, objects: Table, made: dict[str, F64]) -> dict[str
     return found
 
 
-def of_kinds(guard: GazeGuard, table: Table) -> dict[str, Figure]:
-    """The other claims: colours, and places in strips (the panel) and in scenes."""
-    risk = guard.detector.risk(table.x, table.kind)
+def of_kinds(guard: GazeGuard, text_only: Detector, told: Told) -> dict[str, Figure]:
+    """The other claims: colours, and places in strips (the panel) and in scenes; beside text alone and the best peer."""
+    table = told.table
     words = np.array([claim.text.lower() in COLOURS for claim in table.claims])
     in_strip = np.array([mention.thing is not None and mention.thing.panel is not None for mention in table.mentions])
     found = {}
@@ -162,17 +173,17 @@ def of_kinds(guard: GazeGuard, table: Table) -> dict[str, Figure]:
         ("wrong_panel", (table.kind == "place") & in_strip),
         ("wrong_place", (table.kind == "place") & ~in_strip),
     ):
-        found[f"auroc_{name}"] = auroc(table.false[of], risk[of], table.image[of])
+        part = table.of(of)
+        said = [claim.said.text if claim.kind == "attribute" else claim.phrase.head.text for claim in part.claims]
+        made = {
+            "": guard.detector.risk(part.x, part.kind),
+            "text_only_": text_only.risk(part.x, part.kind),
+            "confidence_": peers.confidence(guard, told.samples, part.image, said),
+        }
+        for whose, score in made.items():
+            found[f"auroc_{whose}{name}"] = auroc(part.false, score, part.image)
         found[f"claims_{name}"] = figure(of.sum())
     return found
-
-
-def calibration_error(false: NDArray[np.bool_], risk: F64, drawn: NDArray[np.int64] | None = None) -> float:
-    """Expected calibration error over 15 bins of equal mass; ``drawn`` (claims,) is how often each counts."""
-    drawn = np.ones(len(risk), np.int64) if drawn is None else drawn
-    risk, false = np.repeat(risk, drawn), np.repeat(false, drawn)
-    parts = np.array_split(np.argsort(risk, kind="stable"), 15)
-    return float(sum(abs(risk[part].mean() - false[part].mean()) * len(part) for part in parts if len(part)) / len(risk))
 
 
 def trusted(guard: GazeGuard, objects: Table, risk: F64) -> dict[str, Figure]:
@@ -181,7 +192,7 @@ def trusted(guard: GazeGuard, objects: Table, risk: F64) -> dict[str, Figure]:
     count = int(image.max()) + 1
     flagged = risk >= guard.detector.threshold("object", "f1")
     found = {
-        "ece": over_images(count, lambda drawn: calibration_error(false, risk, drawn[image])),
+        "ece": over_images(count, lambda drawn: calibration_error(*(np.repeat(v, drawn[image]) for v in (risk, false)))),
         "brier": figure(brier_score_loss(false, risk)),
         "average_precision": figure(average_precision_score(false, risk)),
         "precision": figure(precision_score(false, flagged)),
@@ -210,14 +221,15 @@ def trusted(guard: GazeGuard, objects: Table, risk: F64) -> dict[str, Figure]:
 
 
 def random_detectors(guard: GazeGuard, learnt: Told, told: Told) -> list[float]:
-    """AUROC, within bins, of detectors that read other heads, fitted in the same way."""
+    """AUROC, within bins, of detectors that read other heads, fitted in the same way on their looks."""
     rng = np.random.default_rng(SEED)
     areas = []
     for _ in range(10):
         heads = guard.heads.with_heads(guard.heads.matched(rng))
         known, table = (each.with_heads(heads.heads) for each in (learnt, told))
         table = table.of(table.kind == "object")
-        risk = Detector.fit(known.x, known.false, known.kind, heads).risk(table.x, table.kind)
+        detector = Detector.fit(known.x, known.false, known.kind, heads, without(heads.heads))
+        risk = detector.risk(table.x, table.kind)
         areas.append(ranking(table.false, risk, table.image, position(table, heads.heads))(np.ones(len(told.samples))))
     return areas
 
@@ -330,7 +342,7 @@ def main(out: Out, quick: Quick = False) -> None:
         told = tell(guard, samples, do_sample)
         objects, made = scores(guard, text_only, learnt, told)
         risk = made["detector"]
-        found = measured(guard, objects, made) | of_kinds(guard, told.table) | trusted(guard, objects, risk)
+        found = measured(guard, objects, made) | of_kinds(guard, text_only, told) | trusted(guard, objects, risk)
         shifted = lab.samples("shifted", n, SEED)
         moved = tabulate(shifted, write_captions(guard, shifted, do_sample))
         moved = moved.of(moved.kind == "object")

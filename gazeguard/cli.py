@@ -195,6 +195,41 @@ def check(
 
 
 @app.command()
+def train(
+    rows: Annotated[Path, typer.Argument(help="JSONL: image, caption, and labels or objects; see gazeguard.learn.Row.")],
+    model: ModelOption = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the detector, its card and its diagram.")] = Path(
+        "detector"
+    ),
+    heads_file: Annotated[
+        Path | None, typer.Option("--heads", help="Gaze heads. [default: those in the model's folder]")
+    ] = None,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Label what the rows tell nothing of by asking the model itself: weak labels.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Captions replayed at a time.")] = 16,
+) -> None:
+    """Fit a detector of made-up phrases on captions with labels, for a model of your own."""
+    with _errors():
+        from gazeguard.guard import GazeGuard
+        from gazeguard.learn import learn, read_rows
+
+        told = read_rows(rows)
+        guard = GazeGuard(*_load(model), heads=heads_file)
+        detector, left_out = learn(guard, told, ask, batch_size)
+        detector.save_pretrained(folder)
+        for kind, made in detector.kinds.items():
+            held = made.held
+            out.print(
+                f"{kind}: fitted on {made.claims} claims, {made.false} of them false; on {held.claims} others of "
+                f"{held.images} pictures AUROC {held.auroc:.3f}, calibration error {held.ece:.3f}"
+            )
+        for reason, count in left_out.items():
+            out.print(f"left out: {count} of {len(told)} captions: {escape(reason)}")
+        out.print(f"Detector, card and diagram: [bold]{escape(str(folder))}[/]")
+
+
+@app.command()
 def heads(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a vision-language model; or the word show.")],
     shown: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="After show: a file of gaze heads.")] = None,

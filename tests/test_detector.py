@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from huggingface_hub import HfApi
 from hypothesis import example, given
 from hypothesis import strategies as st
 from labkit import ANYTHING
+from PIL import Image
 from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, log_loss, precision_score
@@ -16,7 +22,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from gazeguard import features
-from gazeguard.detector import FILE_NAME, Detector, conformal, least_flagged, thresholds
+from gazeguard.detector import (
+    FILE_NAME,
+    Detector,
+    calibration_error,
+    conformal,
+    least_flagged,
+    reliability,
+    thresholds,
+)
 from gazeguard.errors import ArtifactError, InputError, MismatchError
 from gazeguard.heads import GazeHeads, Score
 
@@ -59,7 +73,7 @@ def regression(**changes) -> dict:
     """A small regression as the file of a detector holds it."""
     made = {
         "names": ["position", "readout@0.1"], "mean": [0, 1], "scale": [1, 2], "weights": [1, -1], "bias": 0.5,
-        "thresholds": {"f1": 0.5}, "claims": 9, "false": 3,
+        "thresholds": {"f1": 0.5}, "claims": 9, "false": 3, "data": "",
     }  # fmt: skip
     return made | changes
 
@@ -143,6 +157,72 @@ def test_json_keeps_every_bit(tmp_path, fitted, as_file):
     assert np.array_equal(back.risk(X, KINDS), fitted.risk(X, KINDS))
 
 
+def test_a_folder_of_a_model_keeps_its_files(tmp_path, fitted):
+    """A detector is at home in its model's folder: neither config nor README there is touched; elsewhere it brings a card."""
+    for name in ("config.json", "README.md"):
+        (tmp_path / name).write_text("mine")
+    fitted.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "README.md", FILE_NAME, "reliability.png"}
+    assert all((tmp_path / name).read_text() == "mine" for name in ("config.json", "README.md"))
+    fitted.save_pretrained(tmp_path / "alone")
+    card = (tmp_path / "alone" / "README.md").read_text()
+    held = fitted.kinds["object"].held
+    assert (
+        f"| object | {(KINDS == 'object').sum()} ({FALSE[KINDS == 'object'].sum()}) | {fitted.kinds['object'].data} |" in card
+    )
+    assert f"{held.claims} ({held.false}) of {held.images} | {held.data} | {held.auroc:.3f} |" in card
+    assert f"| attribute | f1 | {fitted.threshold('attribute', 'f1'):.3f} |" in card
+    with Image.open(tmp_path / "alone" / "reliability.png") as picture:
+        assert picture.width > picture.height > 300
+    assert "none |" in Detector.fit(X, FALSE, KINDS, HEADS).card(), "what was not validated says so"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as an upload needs, on loopback; ``taken`` are the files of the last commit."""
+
+    taken: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            answer = {"url": f"http://{self.headers['Host']}/me/mine"}
+        elif self.path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        elif self.path == "/api/validate-yaml":  # of the card's header
+            answer = {"errors": [], "warnings": []}
+        else:
+            lines = [json.loads(line) for line in body.splitlines()]
+            self.taken |= {v["path"]: base64.b64decode(v["content"]) for v in (x["value"] for x in lines) if "path" in v}
+            answer = {"commitUrl": f"http://{self.headers['Host']}/me/mine/commit/0", "commitOid": "0" * 40}
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        """Nothing is printed."""
+
+
+def test_to_the_hub_and_back(tmp_path, fitted):
+    """What is uploaded, to a small hub on this machine, is what is read from the cache that a download fills."""
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="hf_none")
+        address = fitted.push_to_hub("me/mine", api=api)
+        server.shutdown()
+    assert address.endswith("/me/mine/commit/0") or "/me/mine/" in address
+    assert set(Hub.taken) == {FILE_NAME, "README.md", "reliability.png"}
+    kept = tmp_path / "models--me--mine"
+    (kept / "snapshots" / "abc").mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    (kept / "snapshots" / "abc" / FILE_NAME).write_bytes(Hub.taken[FILE_NAME])
+    assert Detector.from_pretrained("me/mine", cache_dir=tmp_path, local_files_only=True) == fitted
+    with pytest.raises(ArtifactError, match="No detector can be had from the repository 'me/other'"):
+        Detector.from_pretrained("me/other", cache_dir=tmp_path, local_files_only=True)
+
+
 # ----------------------------------------------------------------------------------- probabilities and thresholds
 
 
@@ -158,6 +238,15 @@ def test_calibration_keeps_the_order_and_mends_the_probabilities():
         before, after = detector.risk(x[of], kinds[of]), tuned.risk(x[of], kinds[of])
         assert log_loss(false[of], after) < log_loss(false[of], before)
         assert after.mean() == pytest.approx(false[of].mean(), abs=1e-3), "a Platt fit is right on average"
+
+
+def test_the_calibration_error_by_hand():
+    """Two groups, said 0.2 and 0.9, true 0.4 and 0.9: off by 0.2 in half of the claims."""
+    risk = np.repeat([0.2, 0.9], 150)
+    false = np.concatenate((np.tile([True, True, False, False, False], 30), np.tile([True] * 9 + [False], 15)))
+    assert calibration_error(risk, false) == pytest.approx(0.1, abs=0.05)
+    assert reliability(risk, false, 2) == [(pytest.approx(0.2), 0.4, 150), (pytest.approx(0.9), 0.9, 150)]
+    assert [count for *_, count in reliability(risk[:3], false[:3], 10)] == [1, 1, 1]
 
 
 def test_labels_the_wrong_way_round_are_said():
