@@ -110,11 +110,14 @@ def write(
     figures: dict[str, Figure],
     quick: bool,
     ids: Sequence[str] = (),
-    checkpoint: Path = lab.checkpoint_path(),  # noqa: B008
+    checkpoint: Path | None = lab.checkpoint_path(),  # noqa: B008
     **meta: Any,
 ) -> None:
-    """Write the file, and show the figures on stderr. ``checkpoint`` is the folder of the model that was measured."""
-    weights = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:16]
+    """Write the file, and show the figures on stderr.
+
+    ``checkpoint`` is the folder of the model that was measured, None where what others wrote was.
+    """
+    weights = checkpoint and hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:16]
     told = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "quick": quick,
