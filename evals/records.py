@@ -55,6 +55,14 @@ def read_json(path: Path, kind: Any) -> Any:
         raise InputError(f"{path}, {item}: {_first(error)}. It should be {_keys(kind)}.") from error
 
 
+def read_words(path: Path) -> list[str]:
+    """The lines of a text file. Raises `InputError`."""
+    try:
+        return _content(path).decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text: {error}. It should hold one word a line.") from error
+
+
 def only_once(path: Path, name: str, ids: Iterable[int]) -> None:
     """Raise `InputError` when an id comes twice: which of the two to count would be a guess."""
     seen: set[int] = set()
