@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import typer
+from pydantic import Field
 
 from evals.common import Figure, Out, over_images, rate, write
 from evals.counting import count, indexed, pope_figures
@@ -57,13 +58,31 @@ class Response(Row):
     response: Text
 
 
-class Annotation(Row):
-    """What is right: "yes" or "no", or what is in the picture and, in ``hallu``, what models tend to add."""
+class Scene(Row):
+    """What a description may name. truth: what is in the picture; hallu: what models tend to add."""
 
     id: int
-    type: Literal[tuple(DIMENSIONS)]
-    truth: Literal["yes", "no"] | tuple[Name, ...]
-    hallu: tuple[Name, ...] = ()
+    type: Literal["generative"]
+    truth: tuple[Name, ...]
+    hallu: tuple[Name, ...]
+
+
+class Question(Row):
+    """What the right answer is."""
+
+    id: int
+    type: Literal[
+        "discriminative-hallucination",
+        "discriminative-attribute-state",
+        "discriminative-attribute-number",
+        "discriminative-attribute-action",
+        "discriminative-relation",
+        "relation",
+    ]
+    truth: Literal["yes", "no"]
+
+
+Item = Annotated[Scene | Question, Field(discriminator="type")]
 
 
 class Query(Row):
@@ -77,7 +96,7 @@ class Query(Row):
 class Benchmark:
     """AMBER's files. vocabulary: a word -> the words that count as it; safe: words that are never wrong and never right."""
 
-    items: Mapping[int, Annotation]
+    items: Mapping[int, Scene | Question]
     image: Mapping[int, str]
     vocabulary: Mapping[str, tuple[str, ...]]
     safe: frozenset[str]
@@ -103,7 +122,7 @@ class Told:
     hallu: int
 
 
-def told(kept: Sequence[str], item: Annotation, vocabulary: Mapping[str, tuple[str, ...]], safe: Set[str]) -> Told:
+def told(kept: Sequence[str], item: Scene, vocabulary: Mapping[str, tuple[str, ...]], safe: Set[str]) -> Told:
     """Counts of one description, from its nouns. A noun is a thing's when it is its word or one that counts as it.
 
     As in AMBER's code, a noun stands for the first thing that it counts as, and only then for one of its own name: of two
@@ -176,13 +195,13 @@ def amber_score(found: Mapping[str, Told], answers: Sequence[tuple[str, str, str
 
 def read_benchmark(data: Path) -> Benchmark:
     """AMBER's files. Raises `InputError`."""
-    annotations, relation, safe, generative_queries, questions = paths(data)
-    items = read_json(annotations, list[Annotation])
-    queries = [query for path in (generative_queries, questions) for query in read_json(path, list[Query])]
+    annotations, relation, safe, scenes, questions = paths(data)
+    items = read_json(annotations, list[Item], "annotations: id, type, truth, hallu")
+    queries = [q for path in (scenes, questions) for q in read_json(path, list[Query], "queries: id, image, query")]
     return Benchmark(
         {item.id: item for item in items},
         {query.id: query.image for query in queries},
-        read_json(relation, dict[str, tuple[str, ...]]),
+        read_json(relation, dict[str, tuple[str, ...]], "words and the words that count as them"),
         frozenset(read_words(safe)),
     )
 
@@ -191,9 +210,9 @@ def paths(data: Path) -> list[Path]:
     return [data / "amber" / name for name in FILES]
 
 
-def read_responses(path: Path, items: Mapping[int, Annotation]) -> dict[int, str]:
+def read_responses(path: Path, items: Mapping[int, Scene | Question]) -> dict[int, str]:
     """id -> response. Raises `InputError` for an unknown id, and for a dimension that is answered in part."""
-    rows = read_json(path, list[Response])
+    rows = read_json(path, list[Response], "a JSON array of objects: id (a whole number), response (text)")
     only_once(path, "id", (row.id for row in rows))
     found = {row.id: row.response for row in rows}
     if not found:
@@ -218,11 +237,11 @@ def measure(responses: Mapping[int, str], benchmark: Benchmark) -> dict[str, Fig
     answers: dict[str, list[tuple[str, str, str]]] = {}
     for number, response in responses.items():
         item, image = benchmark.items[number], benchmark.image[number]
-        if item.type == "generative":
+        if isinstance(item, Scene):
             kept = [noun for noun in nouns(response, known) if noun in known]
             described[image] = told(kept, item, benchmark.vocabulary, benchmark.safe)
         else:
-            answers.setdefault(item.type, []).append((image, str(item.truth), answered(response)))
+            answers.setdefault(item.type, []).append((image, item.truth, answered(response)))
     figures = generative(list(described.values())) if described else {}
     for ending, types in PARTS.items():
         if all(kind in answers for kind in types):

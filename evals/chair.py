@@ -96,14 +96,15 @@ def read(captions: Path, lineage: Lineage, data: Path) -> tuple[list[Caption], d
     """Captions, ground truth and word lists. Raises `InputError` for captions that cannot be counted."""
     rows = read_lines(captions, Caption)
     only_once(captions, "image_id", (row.image_id for row in rows))
-    truth = read_json(truth_file(data, lineage), dict[str, frozenset[str]])
+    truth = read_json(truth_file(data, lineage), dict[str, frozenset[str]], "image ids and their objects")
     for row in rows:
         if str(row.image_id) not in truth:
             raise InputError(
-                f"{captions} has image_id {row.image_id}, which is no image of COCO 2014. CHAIR's ground truth is of that set only."
+                f"{captions} has image_id {row.image_id}, which is no image of COCO 2014. CHAIR's ground truth has no others; "
+                "leave that caption out."
             )
     wanted = {row.image_id: truth[str(row.image_id)] for row in rows}
-    return rows, wanted, read_json(lists_file(data), WordLists)
+    return rows, wanted, read_json(lists_file(data), WordLists, "synonyms and double_words")
 
 
 def truth_file(data: Path, lineage: Lineage) -> Path:

@@ -135,5 +135,5 @@ def write(
     table = Table("figure", "value", "95 % interval", title=str(out))
     for key, made in figures.items():
         low_high = "" if made["ci"] is None else f"{made['ci'][0]:.4g} to {made['ci'][1]:.4g}"
-        table.add_row(key, f"{made['value']:.4g}", low_high)
+        table.add_row(key, f"{made['value']:.4g}" if isinstance(made["value"], float) else str(made["value"]), low_high)
     Console(stderr=True).print(table)

@@ -16,7 +16,7 @@ from evals.counting import count, pope_figures
 from evals.records import Name, Row, Text, digests, errors_told, only_once, read_lines
 from gazeguard.errors import InputError
 
-SHORTENED = 2910  # rows of POPE's "random" questions before October 2023, which LLaVA's evaluation still carries
+SHORTENED = 2910  # questions in POPE's random file until October 2023; LLaVA's evaluation still asks these
 
 
 class Question(Row):
@@ -49,8 +49,8 @@ def joined(questions: Path, answers: Path) -> tuple[list[Question], list[str]]:
     asked, given = read_lines(questions, Question), read_lines(answers, Answer)
     if len(asked) == SHORTENED:
         raise InputError(
-            f"{questions} has {SHORTENED} questions: it is the shortened file of random questions that POPE replaced in October "
-            "2023, with 1,410 noes to 1,500 yeses. Figures on it compare with no others; take the file of 3,000."
+            f"{questions} has {SHORTENED} questions: it is the short file of random questions that POPE replaced in October "
+            "2023. Figures on it do not compare with those on all 3,000; take the newer file."
         )
     if len(asked) != len(given):
         raise InputError(

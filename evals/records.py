@@ -20,7 +20,6 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "evaldata"
 Data = Annotated[Path, typer.Option("--data", help="The folder of public benchmark data: chair/, amber/.")]
 Text = Annotated[str, Field(max_length=100_000)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
-T = TypeVar("T")
 
 
 class Row(BaseModel):
@@ -29,13 +28,16 @@ class Row(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
-def read_lines(path: Path, kind: type[T]) -> list[T]:
+R = TypeVar("R", bound=Row)
+
+
+def read_lines(path: Path, kind: type[R]) -> list[R]:
     """The rows of a JSON Lines file, blank lines left out. Raises `InputError` with the number of the first bad line."""
     rows = []
     for number, line in enumerate(_content(path).split(b"\n"), 1):
         if line.strip():
             try:
-                rows.append(TypeAdapter(kind).validate_json(line))
+                rows.append(kind.model_validate_json(line))
             except ValidationError as error:
                 raise InputError(
                     f"{path}, line {number}: {_first(error)}. Each line is one JSON object: {_keys(kind)}."
@@ -45,14 +47,14 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
     return rows
 
 
-def read_json(path: Path, kind: Any) -> Any:
-    """A JSON file, plain or ``.gz``, as ``kind``. Raises `InputError` with the place of the first thing that is wrong."""
+def read_json(path: Path, kind: Any, what: str) -> Any:
+    """A JSON file, plain or ``.gz``, as ``kind``; ``what`` says in words what that is. Raises `InputError` with the place of the first thing that is wrong."""
     try:
         return TypeAdapter(kind).validate_json(_content(path))
     except ValidationError as error:
         at = error.errors(include_url=False)[0]["loc"]
         item = f"item {at[0] + 1}" if at and isinstance(at[0], int) else "the file"
-        raise InputError(f"{path}, {item}: {_first(error)}. It should be {_keys(kind)}.") from error
+        raise InputError(f"{path}, {item}: {_first(error)}. The file should hold {what}.") from error
 
 
 def read_words(path: Path) -> list[str]:
@@ -101,20 +103,13 @@ def _content(path: Path) -> bytes:
 
 
 def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, and in which key."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+    where = next((part for part in reversed(first["loc"]) if isinstance(part, str)), None)
     return f"{where}: {first['msg']}" if where else first["msg"]
 
 
-def _keys(kind: Any) -> str:
-    """In words, what a row or a file should hold."""
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return ", ".join(f"{name} ({_noun(field.annotation)})" for name, field in kind.model_fields.items())
-    inner = getattr(kind, "__args__", ())
-    if inner and isinstance(inner[-1], type) and issubclass(inner[-1], BaseModel):
-        return f"a JSON array of objects: {_keys(inner[-1])}"
-    return f"JSON of the form {kind}"
-
-
-def _noun(annotation: Any) -> str:
-    return {int: "a whole number", str: "text"}.get(annotation, str(annotation).removeprefix("typing."))
+def _keys(row: type[Row]) -> str:
+    """In words, what a row holds."""
+    nouns = {int: "a whole number", str: "text"}
+    return ", ".join(f"{name} ({nouns.get(field.annotation, 'yes or no')})" for name, field in row.model_fields.items())
