@@ -48,7 +48,10 @@ def read_lines(path: Path, kind: type[R]) -> list[R]:
 
 
 def read_json(path: Path, kind: Any, what: str) -> Any:
-    """A JSON file, plain or ``.gz``, as ``kind``; ``what`` says in words what that is. Raises `InputError` with the place of the first thing that is wrong."""
+    """A JSON file, plain or ``.gz``, as ``kind``; ``what`` says in words what that is.
+
+    Raises `InputError` with the place of the first thing that is wrong.
+    """
     try:
         return TypeAdapter(kind).validate_json(_content(path))
     except ValidationError as error:
