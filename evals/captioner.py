@@ -13,6 +13,7 @@ import torch
 import typer
 
 from evals.common import Figure, Out, Quick, rate, write
+from evals.counting import chair_figures, pope_figures
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
 from gazeguard.inputs import encode
@@ -28,14 +29,12 @@ def chair(samples: Sequence[Sample], captions: Sequence[str]) -> dict[str, Figur
     """The figures of one way of writing captions."""
     named = [mentions(sample.picture, caption) for sample, caption in zip(samples, captions, strict=True)]
     false = [[not mention.present for mention in found] for found in named]
-    there = [{thing.noun for thing in sample.picture.things} for sample in samples]
-    told = [{mention.thing.noun for mention in found if mention.present} for found in named]
+    kinds = [[(mention.phrase.head.text.lower(), not mention.present) for mention in found] for found in named]
+    counted = chair_figures(kinds, [{thing.noun for thing in sample.picture.things} for sample in samples])
     coloured = [[m.colour for m in found if m.placed and m.colour is not None] for found in named]
     strips = [i for i, sample in enumerate(samples) if sample.picture.panels]
     figures = {
-        "chair_i": rate([sum(f) for f in false], [len(f) for f in false]),
-        "chair_s": rate([any(f) for f in false], [1] * len(false)),
-        "recall": rate([len(t) for t in told], [len(t) for t in there]),
+        **{key: counted[key] for key in ("chair_i", "chair_s", "recall")},
         "colour_error": rate([len(c) - sum(c) for c in coloured], [len(c) for c in coloured]),
         "wrong_panel": rate(
             [sum(m.present and not m.placed for m in named[i]) for i in strips], [len(named[i]) for i in strips]
@@ -51,16 +50,17 @@ def chair(samples: Sequence[Sample], captions: Sequence[str]) -> dict[str, Figur
 
 def yes_no(guard: GazeGuard, samples: Sequence[Sample]) -> dict[str, Figure]:
     """Accuracy and yes-rate on one POPE-form question per picture."""
-    right, yes = [], []
+    labels, answers = [], []
     for start in range(0, len(samples), 25):
         group = samples[start : start + 25]
         turns = [ask(sample.picture, random.Random(sample.id)) for sample in group]
         batch = encode(guard.model, guard.processor, [s.image for s in group], [t.prompt for t in turns])
         made = guard.model.generate(**batch.inputs, max_new_tokens=1, do_sample=False)[:, -1]
         said = guard.processor.tokenizer.batch_decode(made[:, None])
-        right += [turn.answer.startswith(answer) for turn, answer in zip(turns, said, strict=True)]
-        yes += [answer == "Yes" for answer in said]
-    return {"yes_no_accuracy": rate(right, [1] * len(right)), "yes_rate": rate(yes, [1] * len(yes))}
+        labels += ["yes" if turn.answer.startswith("Yes") else "no" for turn in turns]
+        answers += [answer.lower() for answer in said]
+    counted = pope_figures(labels, answers, [sample.id for sample in samples])
+    return {"yes_no_accuracy": counted["accuracy"], "yes_rate": counted["yes_rate"]}
 
 
 def main(out: Out, quick: Quick = False) -> None:

@@ -110,11 +110,14 @@ def write(
     figures: dict[str, Figure],
     quick: bool,
     ids: Sequence[str] = (),
-    checkpoint: Path = lab.checkpoint_path(),  # noqa: B008
+    checkpoint: Path | None = lab.checkpoint_path(),  # noqa: B008
     **meta: Any,
 ) -> None:
-    """Write the file, and show the figures on stderr. ``checkpoint`` is the folder of the model that was measured."""
-    weights = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:16]
+    """Write the file, and show the figures on stderr.
+
+    ``checkpoint`` is the folder of the model that was measured, None where what others wrote was.
+    """
+    weights = checkpoint and hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:16]
     told = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "quick": quick,
@@ -132,5 +135,5 @@ def write(
     table = Table("figure", "value", "95 % interval", title=str(out))
     for key, made in figures.items():
         low_high = "" if made["ci"] is None else f"{made['ci'][0]:.4g} to {made['ci'][1]:.4g}"
-        table.add_row(key, f"{made['value']:.4g}", low_high)
+        table.add_row(key, f"{made['value']:.4g}" if isinstance(made["value"], float) else str(made["value"]), low_high)
     Console(stderr=True).print(table)
