@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from pydantic import Field
 
 from evals.common import Figure, Out, over_images, rate, write
@@ -47,8 +48,8 @@ PARTS = {
     "_action": ("discriminative-attribute-action",),
     "_relation": ("discriminative-relation", "relation"),
 }  # what stands behind a figure's name -> the types of question that it is of
+# In the folder amber/ of --data.
 FILES = ("annotations.json", "relation.json", "safe_words.txt", "query_generative.json", "query_discriminative.json")
-"""In ``--data``/amber."""
 
 
 class Response(Row):
@@ -187,7 +188,7 @@ def amber_score(found: Mapping[str, Told], answers: Sequence[tuple[str, str, str
     hits = np.bincount(of_answer, (label == "no") & (answer == "no"), number)
     noes = np.bincount(of_answer, (label == "no").astype(int) + (answer == "no"), number)
 
-    def score(drawn: np.ndarray) -> float:
+    def score(drawn: NDArray[np.int64]) -> float:
         return float(1 - drawn @ unsafe / max(1e-12, drawn @ kept) + 2 * (drawn @ hits) / max(1e-12, drawn @ noes)) / 2
 
     return over_images(number, score)
@@ -207,6 +208,7 @@ def read_benchmark(data: Path) -> Benchmark:
 
 
 def paths(data: Path) -> list[Path]:
+    """AMBER's files, in the order of `FILES`."""
     return [data / "amber" / name for name in FILES]
 
 

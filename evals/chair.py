@@ -39,6 +39,8 @@ class WordLists(Row):
 
 
 class Lineage(StrEnum):
+    """How words are read; `READS` says it in full."""
+
     A = "A"
     B = "B"
 
@@ -108,10 +110,12 @@ def read(captions: Path, lineage: Lineage, data: Path) -> tuple[list[Caption], d
 
 
 def truth_file(data: Path, lineage: Lineage) -> Path:
+    """The ground truth of a lineage: image id -> categories."""
     return data / "chair" / f"coco2014_chair_gt_lineage{lineage}.json.gz"
 
 
 def lists_file(data: Path) -> Path:
+    """The word lists, which both lineages share."""
     return data / "chair" / "chair_synonym_maps.json"
 
 

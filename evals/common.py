@@ -40,7 +40,12 @@ def figure(value: float, interval: tuple[float, float] | None = None) -> Figure:
 
 
 def over_images(count: int, statistic: Callable[[NDArray[np.int64]], float], seed: int = 0) -> Figure:
-    """A figure over ``count`` images. ``statistic`` gets how often each image is drawn, (count,) int64, all ones at first."""
+    """A figure over ``count`` images. ``statistic`` gets how often each image is drawn, (count,) int64, all ones at first.
+
+    One image alone gives no interval.
+    """
+    if count < 2:
+        return figure(statistic(np.ones(count, np.int64)))
 
     def of_draw(images: NDArray[np.int64]) -> float:
         return statistic(np.bincount(images, minlength=count))

@@ -115,6 +115,12 @@ def test_an_interval_draws_images_not_questions():
     assert indexed(["b", "a", "b"])[0].tolist() == [0, 1, 0]
 
 
+def test_one_image_has_a_value_and_no_interval():
+    made = pope_figures(["yes", "no"], ["yes", "yes"], ["a", "a"])
+    assert made["accuracy"] == {"value": 0.5, "ci": None}
+    assert made["mcc"] == {"value": 0, "ci": None}
+
+
 def test_a_file_of_figures_without_a_model(tmp_path):
     """What others wrote has no weights of the lab; a count stays whole."""
     write(tmp_path / "o.json", {"questions": count(14216)}, False, checkpoint=None, lineage="A")
