@@ -333,7 +333,9 @@ class GazeGuard:
             tap.begin(Prompts.of(*keys))
             if self._look is not None:
                 self._look.steer(tap, grids)
-            self.model(**model_inputs(self.model, batch.inputs), use_cache=False)
+            # What the tap hears is judged; the model's own logits of every position would be the largest tensor of all.
+            few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+            self.model(**model_inputs(self.model, batch.inputs), use_cache=False, **few)
             rows, states = tap.collect(), tap.states()
         done = self._report(rows, states, grids, batch.caption_ids, told, batch.offsets, [True] * len(todo))
         return dict(zip(todo, done, strict=True))
