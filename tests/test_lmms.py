@@ -1,0 +1,68 @@
+"""Does a guarded model answer lmms-eval's requests? They are objects with ``args``; lmms-eval is asked only if it is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+
+import pytest
+
+from gazeguard import lab
+from gazeguard.errors import InputError
+from gazeguard.lmms import GazeGuarded, manifest
+
+SAMPLES = lab.samples("test", 5, seed=11)
+DOCUMENTS = {"lab": {"test": [{"image": sample.image} for sample in SAMPLES]}}
+
+
+def request(number: int, question: str, **options) -> SimpleNamespace:
+    return SimpleNamespace(args=(question, options, lambda document: [document["image"]], number, "lab", "test"))
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory):
+    reports = tmp_path_factory.mktemp("reports") / "reports.jsonl"
+    made = GazeGuarded(str(lab.checkpoint_path()), reports=str(reports), batch_size="2", device="cpu", max_length=None)
+    made.task_dict = DOCUMENTS
+    return made, reports
+
+
+def test_answers_are_the_guards_own(answering, guard):
+    """In order, in batches of equal options, cut at the task's stop words; a report is written for each."""
+    model, reports = answering
+    asked = [request(i, "<image>\nDescribe the picture.", max_new_tokens=30) for i in range(3)]
+    asked += [request(3, "Describe the picture.", max_new_tokens=30, until=["."]), request(4, "Describe the picture.")]
+    answers = model.generate_until(asked)
+    plain = [guard.caption(sample.image, max_new_tokens=n, do_sample=False).caption for sample, n in zip(
+        SAMPLES, (30, 30, 30, 30, 128), strict=True)]  # fmt: skip
+    assert answers[:3] == plain[:3]
+    assert answers[3] == plain[3].split(".")[0]
+    assert answers[4] == plain[4]
+    rows = [json.loads(line) for line in reports.read_text().splitlines()]
+    assert [row["caption"] for row in rows] == plain
+    assert all(row["verdict"] in ("pass", "flag", "unchecked") for row in rows)
+
+
+def test_what_it_cannot_do_is_said(answering):
+    model, _ = answering
+    with pytest.raises(InputError, match=r"watches what is written: choose tasks that generate"):
+        model.loglikelihood([])
+    with pytest.raises(InputError, match="answers in one round"):
+        model.generate_until_multi_round([])
+    blind = SimpleNamespace(args=("Hello?", {}, lambda _: [], 0, "lab", "test"))
+    with pytest.raises(InputError, match="Item 0 of lab has 0 pictures; GazeGuard answers to one"):
+        model.generate_until([blind])
+    with pytest.raises(InputError, match="model_args mood are not known to GazeGuard"):
+        GazeGuarded(str(lab.checkpoint_path()), mood="good")
+
+
+def test_lmms_eval_finds_it():
+    """The entry point leads here; with lmms-eval installed its registry gets the class."""
+    (found,) = [point for point in entry_points(group="lmms_eval.models") if point.name == "gazeguard"]
+    assert found.load() is manifest
+    if importlib.util.find_spec("lmms_eval") is None:
+        pytest.skip("lmms-eval is not installed")
+    made = manifest()
+    assert (made.model_id, made.simple_class_path) == ("gazeguard", "gazeguard.lmms.GazeGuarded")
