@@ -19,7 +19,7 @@ from pathlib import Path
 import typer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "gazeguard" / "lab" / "checkpoint" / "README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "evals" / "README.md", ROOT / "gazeguard" / "lab" / "checkpoint" / "README.md")
 DEMO = re.compile(r"(<!-- demo -->\n).*?(<!-- end demo -->)", re.S)
 TABLE = re.compile(r"(<!-- table (\w+): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 

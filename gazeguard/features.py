@@ -28,7 +28,7 @@ DIRECTIONS: dict[str, tuple[float | None, float | None]] = {
 # What to say when a low, or a high, value of a feature raises the risk.
 MEANING = {
     "readout": ("what the gaze heads see does not speak for this word", "the gaze heads push this word unusually hard"),
-    "readout_words": ("what the gaze heads see does not speak for these words", "the gaze heads push these words hard"),
+    "readout_words": ("what the gaze heads see does not speak for this word", "the gaze heads push this word unusually hard"),
     "content": ("what lies under the gaze does not look like this word", "what lies under the gaze looks like this word"),
     "named": ("nothing in the picture looks like this word", "something in the picture looks like this word"),
     "picture": ("little attention on the picture", "unusually much attention on the picture"),
