@@ -39,7 +39,7 @@ from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
 from gazeguard.inputs import decode, encode, grids_of, image_token_id, load_image, model_inputs
-from gazeguard.phrases import claims
+from gazeguard.phrases import Parser, claims
 from gazeguard.policy import Mark, Policy, Rerank, load_policy
 from gazeguard.report import Finding, Report, Verdict, gaze_box
 from gazeguard.steer import STRENGTH, Look, Mode, Target
@@ -89,6 +89,7 @@ class GazeGuard:
     detector: `Detector`, or a file or folder of one; by default ``detector.json`` in the model's own folder, where its
               own heads are used, too. Without one everything is watched, but nothing is judged: every verdict is *unchecked*.
     grid:     where the cells of every prompt lie, for a model whose layout no rule of `gazeguard.grid` knows
+    nlp:      a spaCy pipeline that finds the things of a caption, in place of the rules for English; see `phrases.chunk`
 
     After each call ``reports`` holds one `Report` per written caption.
     Raises `UnsupportedError` for a model that cannot be watched, `MismatchError` for heads or a detector of another one.
@@ -102,9 +103,10 @@ class GazeGuard:
         heads: GazeHeads | str | Path | None = None,
         detector: Detector | str | Path | None = None,
         grid: ImageGrid | None = None,
+        nlp: Parser | None = None,
     ) -> None:
         image_token_id(model)
-        self.model, self.processor, self.grid = model, processor, grid
+        self.model, self.processor, self.grid, self.nlp = model, processor, grid, nlp
         self.policy = policy if isinstance(policy, Mark | Rerank) else load_policy(policy)
         self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.load(heads or self._own(HEADS_FILE))
         self.heads.check_model(model)
@@ -398,7 +400,7 @@ class GazeGuard:
             return self._unchecked(trace.text, "the caption is empty")
         if trace.shares[..., SHARES.index("picture")].max() < UNSEEN:
             return self._unchecked(trace.text, "the gaze heads never looked at the picture", trace)
-        if not (said := claims(trace.text)):
+        if not (said := claims(trace.text, self.nlp)):
             return self._unchecked(trace.text, "the caption names nothing that could be checked", trace)
         if self.detector is None:
             return self._unchecked(trace.text, "no detector is fitted for this model", trace)

@@ -18,9 +18,10 @@ What it decides, where one could decide otherwise:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 # One class per word; the letter is what the patterns below are written in.
 _TABLES = {
@@ -205,6 +206,7 @@ _TOKEN = re.compile(
 
 
 Kind = Literal["object", "attribute", "place"]
+Parser = Callable[[str], Any]  # a spaCy pipeline: text to Doc
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,13 +306,13 @@ def things(caption: str) -> list[Phrase]:
     return [phrase for phrase in chunk(caption) if phrase.kind == "object"]
 
 
-def claims(caption: str) -> list[Claim]:
+def claims(caption: str, nlp: Parser | None = None) -> list[Claim]:
     """What a caption claims, thing by thing: that it is there, its attributes, and where it is if that is said.
 
-    The place of a thing is the place phrase right behind it, else the last one before it in the sentence.
+    The place of a thing is the place phrase right behind it, else the last one before 
     """
     found: list[Claim] = []
-    phrases = chunk(caption)
+    phrases = chunk(caption, nlp)
     for i, thing in enumerate(phrases):
         if thing.kind == "place":
             continue
@@ -324,8 +326,40 @@ def claims(caption: str) -> list[Claim]:
     return found
 
 
-def chunk(caption: str) -> list[Phrase]:
-    """The phrases of a caption, sorted by their start; they never overlap. No words or no nouns give ``[]``."""
+def chunk(caption: str, nlp: Parser | None = None) -> list[Phrase]:
+    """The phrases of a caption, sorted by their start; they never overlap. No words or no nouns give ``[]``.
+
+    nlp: a spaCy pipeline with a parser (``pip install gazeguard[spacy]``, then a model of your language); things are then its
+    noun chunks, and only places are found by the rules of this module
+    """
+    return _ruled(caption) if nlp is None else _parsed(caption, nlp)
+
+
+def _parsed(caption: str, nlp: Parser) -> list[Phrase]:
+    """Things as spaCy's noun chunks, but pronouns and what is denied; places, and the number of the sentence, as ruled."""
+    places = [phrase for phrase in _ruled(caption) if phrase.kind == "place"]
+    doc = nlp(caption)
+    found, sentences = list(places), {token.i: number for number, part in enumerate(doc.sents) for token in part}
+
+    def span(first: Any, last: Any) -> Span:
+        start, end = first.idx, last.idx + len(last.text)
+        return Span(start, end, caption[start:end])
+
+    for chunk in doc.noun_chunks:
+        whole, root = span(chunk[0], chunk.root), chunk.root
+        denied = any(token.lower_ in ("no", "without") or token.dep_ == "neg" for token in (*chunk, *root.lefts))
+        if root.pos_ == "PRON" or denied or any(p.start < whole.end and whole.start < p.end for p in places):
+            continue
+        first = root
+        while first.i > chunk[0].i and first.nbor(-1).dep_ == "compound":
+            first = first.nbor(-1)
+        said = [token for token in chunk if token.i < first.i and token.dep_ in ("amod", "nummod")]
+        attributes = tuple(span(token, token) for token in said)
+        found.append(Phrase(whole.start, whole.end, whole.text, "object", span(first, root), attributes, sentences[root.i]))
+    return sorted(found, key=lambda phrase: phrase.start)
+
+
+def _ruled(caption: str) -> list[Phrase]:
     tokens = list(_TOKEN.finditer(caption))
     classes = _classes(caption, tokens)
     sentences, sentence, ended, begun = [], 0, False, False

@@ -317,3 +317,47 @@ def test_recall_on_real_captions() -> None:
                 )
     assert total > 10_000
     assert hits / total >= 0.97
+
+
+# --------------------------------------------------------------------------------------------------------------- spaCy
+
+
+class Read:
+    """A pipeline whose parse was made by hand: ``words`` are "text/POS/dep/head" with the head's index."""
+
+    def __init__(self, told: str) -> None:
+        from spacy.lang.en import English
+
+        self.vocab, self.rows = English().vocab, [word.rsplit("/", 3) for word in told.split()]
+
+    def __call__(self, caption: str) -> object:
+        from spacy.tokens import Doc
+
+        words, pos, deps, heads = zip(*self.rows, strict=True)
+        spaces = [f"{word} " in caption for word in words]
+        return Doc(self.vocab, list(words), spaces, pos=list(pos), deps=list(deps), heads=[int(head) for head in heads])
+
+
+PARSES = {
+    "A small red dog and two hot dogs chase him on the left.": (
+        "A/DET/det/3 small/ADJ/amod/3 red/ADJ/amod/3 dog/NOUN/nsubj/8 and/CCONJ/cc/3 two/NUM/nummod/7 hot/NOUN/compound/7 "
+        "dogs/NOUN/conj/3 chase/VERB/ROOT/8 him/PRON/dobj/8 on/ADP/prep/8 the/DET/det/12 left/NOUN/pobj/10 ./PUNCT/punct/8",
+        [("object", "A small red dog", "dog", ["small", "red"]), ("object", "two hot dogs", "hot dogs", ["two"]),
+         ("place", "on the left", "left", [])],
+    ),
+    "There is no cup. A star shines.": (
+        "There/PRON/expl/1 is/VERB/ROOT/1 no/DET/det/3 cup/NOUN/attr/1 ./PUNCT/punct/1 A/DET/det/6 star/NOUN/nsubj/7 "
+        "shines/VERB/ROOT/7 ./PUNCT/punct/7",
+        [("object", "A star", "star", [])],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("caption", PARSES)
+def test_noun_chunks_of_spacy_are_things(caption: str) -> None:
+    """Compounds are one head, pronouns and what is denied are nothing, places stay as the rules have them."""
+    parse, expected = PARSES[caption]
+    found = chunk(caption, Read(parse))
+    assert [(p.kind, p.text, p.head.text, [a.text for a in p.attributes]) for p in found] == expected
+    assert all(caption[span.start : span.end] == span.text for p in found for span in (p, p.head, *p.attributes))
+    assert [c.text for c in claims(caption, Read(parse)) if c.kind == "object"] == [e[1] for e in expected if e[0] == "object"]
