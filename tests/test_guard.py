@@ -193,7 +193,7 @@ def test_a_pipeline_is_watched(guard):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_rerank_works_while_beams_change_places_and_guesses_are_taken_back(guard, beams):
     """Rerank reads the row of the word that is being chosen, whatever else the pass held."""
-    policy = parse_policy({"version": 1, "name": "r", "action": "rerank", "strength": 5.0, "plausible": 0.01})
+    policy = parse_policy({"version": 1, "name": "r", "rerank": {"strength": 5.0, "plausible": 0.01}})
     strong, moved = GazeGuard(guard.model, guard.processor, policy), 0
     for sample in SAMPLES:
         inputs = batch_of(guard, [sample], num_beams=beams)
@@ -237,7 +237,7 @@ def test_a_streamer_gets_every_token(guard):
 
 def test_rerank_of_no_strength_is_plain_and_of_some_is_not(guard):
     """Strength 0 equals plain generate; a strength moves words, and the trace is still that of what was written."""
-    off, on = ({"version": 1, "name": "r", "action": "rerank", "strength": s, "plausible": 0.01} for s in (0.0, 5.0))
+    off, on = ({"version": 1, "name": "r", "rerank": {"strength": s, "plausible": 0.01}} for s in (0.0, 5.0))
     inputs = batch_of(guard)
     plain = guard.model.generate(**inputs)
     assert torch.equal(GazeGuard(guard.model, guard.processor, parse_policy(off)).generate(**inputs), plain)
