@@ -85,6 +85,8 @@ def _show(title: str, report: Any, truth: Sequence[str] = ()) -> None:
             out.print(Padding(Text(line, style="red"), (0, 0, 0, 4)))
     if report.verdict == "unchecked":
         out.print(Padding(Text(report.reason, style="yellow"), (0, 0, 0, 4)))
+    if report.repaired != report.caption:
+        out.print(Padding(Text(f"left: {report.printable() or 'nothing'}", style="green"), (0, 0, 0, 4)))
     for line in truth:
         out.print(Padding(Text(f"truth: {line}", style="dim"), (0, 0, 0, 4)))
     out.print()

@@ -41,6 +41,7 @@ from gazeguard.heads import GazeHeads
 from gazeguard.inputs import decode, encode, grids_of, image_token_id, load_image, model_inputs
 from gazeguard.phrases import Parser, claims
 from gazeguard.policy import Policy, load_policy
+from gazeguard.repair import without
 from gazeguard.report import Finding, Report, Verdict, gaze_box
 from gazeguard.steer import STRENGTH, Look, Mode, Target
 from gazeguard.tap import Prompts, Rows, Tap, content, judge_words, keys_of
@@ -441,4 +442,9 @@ class GazeGuard:
     def _made(
         self, caption: str, verdict: Verdict, reason: str, findings: tuple[Finding, ...], trace: GazeTrace | None
     ) -> Report:
-        return Report(caption, verdict, reason, findings, self.policy.name, self.heads.model, __version__, trace)
+        doubtful, repaired = [(f.claim.start, f.claim.end) for f in findings if f.flagged], caption
+        if self.policy.left == "drop":
+            repaired = without(caption, doubtful)
+        elif self.policy.left == "abstain" and verdict != Verdict.PASS:
+            repaired = ""
+        return Report(caption, verdict, reason, findings, self.policy.name, self.heads.model, __version__, trace, repaired)

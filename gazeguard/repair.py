@@ -16,12 +16,15 @@ from dataclasses import dataclass, replace
 
 from gazeguard.phrases import Phrase, chunk, words
 
+LONGEST = 400  # words of a sentence; the work grows faster than its length, so a longer one goes whole
+
 # Words that a cut has to tell apart, beside the classes of `gazeguard.phrases`: "there", forms of "be", pronouns, the
 # openings of relative and of adverbial clauses, and what makes an owner. "K" is a thing, "X" one to cut, "P" a place.
 _TABLES = {
     "h": "there",
     "B": "is are was were be been being am",
     "i": "i you he she it we they someone everyone others",
+    "x": "himself herself itself themselves him them",
     "w": "which that who whom where",
     "s": "while but whereas because so yet when if although though",
     "G": "'s ' \u2019s \u2019",
@@ -29,12 +32,14 @@ _TABLES = {
     ";": "; :",
 }
 _CODE = {word: letter for letter, several in _TABLES.items() for word in several.split()}
-_BACK = frozenset("he she it they his its their".split())  # as a sentence's first word: speaks of what was said before
-_UNCOUNTED = frozenset(
-    """water snow grass sand dirt fruit food rice bread meat cheese broccoli luggage furniture equipment clothing traffic
-    vegetation foliage wood hair ice mud gravel silverware greenery lettuce milk coffee tea wine beer juice""".split()
-)
-_SINGLE = frozenset("a an one another each every this that".split())
+_LISTS = {
+    "back": "he she it they his its their",  # as a sentence's first word: speaks of what was said before
+    "single": "a an one another each every this that",
+    "plural": "people men women children",  # without an s
+    "uncounted": """water snow grass sand dirt fruit food rice bread meat cheese broccoli luggage furniture equipment clothing
+        traffic vegetation foliage wood hair ice mud gravel silverware greenery lettuce milk coffee tea wine beer juice""",
+}  # fmt: skip
+_BACK, _SINGLE, _PLURAL, _UNCOUNTED = (frozenset(several.split()) for several in _LISTS.values())
 _VOWEL = re.compile(r"(?!(?:uni|use|usu|uten|eu|one|once)[a-z]*)[aeiou]|hour|honest|heir", re.I)
 
 _TAIL = r"[^,;.c|sBvbhiw'G]*(?:w[^,;.c|s']*)?"  # what hangs on a thing, up to the next part of the sentence
@@ -42,9 +47,10 @@ _HANGS = re.compile(_TAIL)
 _LEFT, _RIGHT = re.compile(r"(?:,?[c|]|,)$"), re.compile(r",?[c|]|,")
 _LISTED = re.compile(rf"[KX]{_TAIL}$")
 _COMMA_OF_LIST = re.compile(rf",(?=[KX]{_TAIL}$)")
+_LOOSE = re.compile(r"(?:D[aerngc]*)?$")  # an article and adjectives that the phrase left out
 _BEFORE = re.compile(r"r?(?:[ar](?=t))?[potq]+$")  # "in", "next to", "close to", "in front of"
 # Where one clause ends and the next begins, given that something finite was said before.
-_CLAUSE = re.compile(rf";|,?s|,?c(?=[Pr,]*(?:[KX]{_TAIL}|[ih])[Bvb])|,(?=r?(?:h|i)[Bvb])")
+_CLAUSE = re.compile(rf";|,?(?<!q)s|,?c(?=[Pr,]*(?:[KX]{_TAIL}(?<![tp])|[ih])[Bvb])|,(?=r?(?:h|i)[Bvb])")
 
 
 @dataclass(frozen=True)
@@ -82,14 +88,15 @@ def without(caption: str, spans: Iterable[tuple[int, int]]) -> str:
     if not cut and not plainer:
         return caption
     made: list[tuple[_Sentence, list[_Unit]]] = []  # each sentence that is left, and the things that went with what went
-    vanished = False
+    orphaned = False  # what the last sentence was about is gone
     for sentence in _sentences(caption, phrases, plainer, cut):
         before, after = sentence.units, sentence.units
         if any(unit.code in "XQ" for unit in before):
             after = _repaired(before)
-        elif vanished and before[0].text.lower() in _BACK:
+        elif orphaned and before[0].text.lower() in _BACK:
             after = []
-        vanished = not after
+        first = next((unit.code for unit in before if unit.code in "KX"), "K")
+        orphaned = not after and (first == "X" or orphaned)
         kept = {unit.phrase for unit in after}
         made.append((_Sentence(sentence.lead, after), [u for u in before if u.code == "K" and u.phrase not in kept]))
     named = {_noun(unit.phrase) for sentence, _ in made for unit in sentence.units if unit.code == "K"}
@@ -121,9 +128,7 @@ def _noun(phrase: Phrase) -> str:
 # -------------------------------------------------------------------------------------------------- text to units
 
 
-def _sentences(
-    caption: str, phrases: Sequence[Phrase], plainer: dict[Phrase, str], cut: set[Phrase]
-) -> Iterator[_Sentence]:
+def _sentences(caption: str, phrases: Sequence[Phrase], plainer: dict[Phrase, str], cut: set[Phrase]) -> Iterator[_Sentence]:
     at = {phrase.start: phrase for phrase in phrases}
     lead, units, done = "", [], 0
     for span, letter in words(caption):
@@ -185,13 +190,17 @@ def _article(text: str) -> str:
 
 def _repaired(units: list[_Unit]) -> list[_Unit]:
     """The units of a sentence without those that are to be cut and what cannot stay without them."""
+    if len(units) > LONGEST:
+        return []
     while (i := next((i for i, unit in enumerate(units) if unit.code in "XQ"), None)) is not None:
         first, last = _clause(units, i)
         inside = _cut(units[first:last], i - first)
-        if inside is None:
-            units = _joined(units[:first], units[last:])
-        else:
+        if inside is not None:
             units = [*units[:first], *inside, *units[last:]]
+            continue
+        units = _joined(units[:first], units[last:])
+        if not first and units and units[0].text.lower() in _BACK:  # "..., but they are ..."
+            units = []
     # What has lost all that it said is no sentence; what it still names is saved by who called.
     return units if any(unit.code in "KPBvbNxI" for unit in units) and units[0].code != "." else []
 
@@ -249,17 +258,25 @@ def _cut_place(units: list[_Unit], i: int) -> list[_Unit] | None:
 
 def _cut_thing(units: list[_Unit], i: int) -> list[_Unit] | None:
     codes = _codes(units)
-    if re.match(r"G[KX]", codes[i + 1 :]):  # an owner: "the man's hat" leaves "the hat"
+    if re.match(r"G[^,;.']", codes[i + 1 :]):  # an owner: "the man's hat" leaves "the hat"
         the = "The" if units[i].text[:1].isupper() else "the"
         return [*units[:i], _Unit("D", units[i].gap, the), *units[i + 2 :]]
     if codes[:i].endswith("G"):
         return None
-    left, j = codes[:i], i + 1 + _HANGS.match(codes[i + 1 :]).end()
+    j = i + 1 + _HANGS.match(codes[i + 1 :]).end()
+    hangs, i = codes[i + 1 : j], _LOOSE.search(codes[:i]).start()
+    left = codes[:i]
     front = not re.search(r"[Bvbhi]", left) and not re.match(r"[rPs]*,?[KX]", left.replace("P,", "P"))
     if (joint := _LEFT.search(left)) and not (front and joint[0] == ",") and _LISTED.search(left[: joint.start()]):
         return _closed(units, joint.start(), j, joint.start(), i)
     after = _RIGHT.match(codes[j:])
-    if after and re.match(r"[KX]", codes[j + after.end() :]) and not (after[0] == "," and _BEFORE.search(left) and front):
+    # "a man wearing glasses and a suit": the list is not of men.
+    if (
+        after
+        and "g" not in hangs
+        and re.match(r"[KX]", codes[j + after.end() :])
+        and not (after[0] == "," and _BEFORE.search(left) and front)
+    ):
         return _agreeing(_headless(units, i, j + after.end()))
     if before := _BEFORE.search(left):
         return _cut_preposition(units, before.start(), i, j)
@@ -271,7 +288,7 @@ def _cut_thing(units: list[_Unit], i: int) -> list[_Unit] | None:
 def _headless(units: list[_Unit], i: int, j: int) -> list[_Unit]:
     """A list without its first thing, ``i`` to ``j``. A comma that then separates two things alone goes."""
     rest = units[j:]
-    two = re.match(rf"[KX]{_TAIL}(,)[c|](?=[KX])", _codes(rest))
+    two = re.match(rf"[KX]{_TAIL}(,)[c|]", _codes(rest))
     if two and _codes(units[i:j]).endswith(","):
         rest = [*rest[: two.start(1)], *rest[two.end(1) :]]
     first = replace(rest[0], gap=units[i].gap)
@@ -318,25 +335,26 @@ def _single(unit: _Unit) -> bool:
     if unit.phrase is None or re.match(r"(?:an?|another)\s+(?:few|couple|dozen|lot|group|variety|number)\b", unit.text, re.I):
         return False
     first, noun = unit.text.split()[0].lower(), _noun(unit.phrase)
-    return first in _SINGLE or (not noun.endswith("s") or noun.endswith("ss")) and noun not in ("people", "men", "women", "children")
+    return first in _SINGLE or (noun not in _PLURAL and (not noun.endswith("s") or noun.endswith("ss")))
 
 
 def _cut_preposition(units: list[_Unit], k: int, i: int, j: int) -> list[_Unit] | None:
     """Without what a preposition leads in: ``k`` to ``i`` are the prepositions, the thing and what hangs on it end at ``j``."""
     codes = _codes(units)
     left = codes[:k]
-    if not re.match(r"[egwa]", codes[i + 1 :]) and "o" not in codes[k:i]:
+    if not re.match(r"[egwao]", codes[i + 1 :]) and "o" not in codes[k:i]:
         j = i + 1  # what stands behind is said of more than this thing
-    if left.endswith(("B", "Be", "h", "b", "s")) or re.search(r"v$", left) and re.search(r"[oq]", codes[k:i]):
+    if left.endswith(("B", "Be", "h", "b", "s")) or (left.endswith("v") and re.search(r"[oq]", codes[k:i])):
         return None
     if re.search(r"(?:^|[KXPx,])r?e$", left):
         k -= 1
         k -= codes[:k].endswith("r")
         left = codes[:k]
     if left == "" or re.fullmatch(r"r,?", left):
-        if codes[j : j + 1] in ("", ".") or "B" not in codes[j:] and "v" not in codes[j:]:
+        if codes[j : j + 1] in ("", ".") or not re.search(r"[Bv]", codes[j:]):
             return None
-        return [*units[:k], *units[j + (codes[j : j + 1] == ",") :]]
+        comma = re.match(r"[^,;]*,|", codes[j:])  # "In addition to the food and drinks, ..."
+        return [*units[:k], *units[j + comma.end() :]]
     if joint := re.search(r",?[c|]$", left):
         k = joint.start()
     elif left.endswith(",") and codes[j : j + 1] in ("", ",", "c", "|"):
@@ -386,7 +404,7 @@ def _there_is(units: Sequence[_Unit]) -> str:
 
 def _introduced(unit: _Unit) -> str:
     """A thing as it is named for the first time: "a wall" for "the wall" and "their wall"."""
-    text = unit.text[:1].lower() + unit.text[1:]
+    text = unit.text if unit.gap else unit.text[:1].lower() + unit.text[1:]  # it opened a sentence
     found = re.match(r"(?:the|my|his|her|its|their|our|your|this|that|these|those|whose)\s+(.*)", text, re.S)
     if not found:
         return text

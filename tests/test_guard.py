@@ -435,3 +435,23 @@ def test_a_model_is_watched_once_at_a_time(guard):
         with pytest.raises(UnsupportedError, match="Leave the other watch first"), guard.watch():
             pass
         assert "generate" in vars(guard.model)
+
+
+def test_what_is_left_of_a_caption_is_as_the_policy_says(guard):
+    """mark lets the caption through, drop cuts what is flagged and nothing else, abstain gives nothing, with the reason."""
+    sample = next(s for s in lab.samples("test", 20, seed=7) if not s.picture.panels and len(s.picture.things) == 2)
+    one, two = sample.picture.things
+    absent = next(noun for noun in ("skull", "castle", "anchor") if noun not in {one.noun, two.noun})
+    wrong = f"There is a {one.colour} {one.noun} {one.place}, a green {absent} in the middle and a {two.colour} {two.noun}."
+    dropped = f"There is a {one.colour} {one.noun} {one.place} and a {two.colour} {two.noun}."
+    right = f"There is a {one.colour} {one.noun} {one.place}."
+    expected = {"mark": (wrong, right), "drop": (dropped, right), "abstain": ("", right)}
+    for left, texts in expected.items():
+        policy = parse_policy({"version": 1, "name": "own", "threshold": 0.5, "left": left})
+        strict = GazeGuard(guard.model, guard.processor, policy)
+        reports = [strict.check(sample.image, text, sample.prompt) for text in (wrong, right)]
+        assert tuple(report.repaired for report in reports) == texts
+        assert reports[0].reason == f"not supported by the picture: a green {absent}"
+        assert reports[0].caption == wrong
+        assert reports[0].to_dict()["repaired"] == texts[0]
+    assert GazeGuard(guard.model, guard.processor, "abstain").check(sample.image, "").repaired == ""
