@@ -49,7 +49,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except GazeGuardError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}")
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(FAILED) from error
 
 
