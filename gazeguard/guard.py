@@ -109,6 +109,8 @@ class GazeGuard:
         image_token_id(model)
         self.model, self.processor, self.grid, self.nlp = model, processor, grid, nlp
         self.policy = policy if isinstance(policy, Policy) else load_policy(policy)
+        if self.policy.rewind is not None:
+            raise UnsupportedError(f"Policy {self.policy.name!r} rewinds, which this version does not do. Leave rewind out.")
         self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.load(heads or self._own(HEADS_FILE))
         self.heads.check_model(model)
         if self.heads.unusable:

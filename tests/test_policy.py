@@ -32,7 +32,6 @@ def test_everything_a_policy_can_do_is_in_one_that_comes_along():
     along = [load_policy(name) for name in policy_names()]
     assert {policy.left for policy in along} == {"mark", "drop", "abstain"}
     assert any(policy.rerank for policy in along)
-    assert any(policy.rewind for policy in along)
 
 
 def test_what_a_file_says_is_what_the_policy_holds(tmp_path):
