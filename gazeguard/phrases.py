@@ -309,7 +309,7 @@ def things(caption: str) -> list[Phrase]:
 def claims(caption: str, nlp: Parser | None = None) -> list[Claim]:
     """What a caption claims, thing by thing: that it is there, its attributes, and where it is if that is said.
 
-    The place of a thing is the place phrase right behind it, else the last one before 
+    The place of a thing is the place phrase right behind it, else the last one before
     """
     found: list[Claim] = []
     phrases = chunk(caption, nlp)
