@@ -299,7 +299,17 @@ def open_input(path: str | Path, image: str = "image", caption: str = "caption")
 
     Raises `InputError` when there is nothing that could be read.
     """
-    path = Path(path)
+    source = _reader(Path(path), image, caption)
+    if not isinstance(source, Folder):
+        for file in source.files():
+            try:
+                file.open("rb").close()
+            except OSError as error:
+                raise InputError(f"{file} cannot be opened: {reason(error)}. Make it readable, or leave it out.") from error
+    return source
+
+
+def _reader(path: Path, image: str, caption: str) -> Source:
     if path.is_file():
         if path.suffix in (".jsonl", ".ndjson"):
             return Lines(path, image, caption)

@@ -121,11 +121,11 @@ class Results:
             return json.loads(self.summary.read_bytes())
         places = [LABELLED] if self.label_only else list(PLACES.values())
         suffix = ".parquet" if isinstance(source, Table) else ".jsonl"
-        counts, reasons = Counter(), {verdict: Counter() for verdict in PLACES}
+        counts, phrases, reasons = Counter(), Counter(), {verdict: Counter() for verdict in PLACES}
         with _writing(self.folder), ExitStack() as stack:
             paths = {place: self.folder / f"{place}{suffix}" for place in places}
             files = {place: stack.enter_context(_beside(path)) for place, path in paths.items()}
-            lines = self._lines(counts, reasons)
+            lines = self._lines(counts, phrases, reasons)
             if isinstance(source, Table):
                 _fill_tables(source, files, lines)
             else:
@@ -136,6 +136,7 @@ class Results:
                 "rows": counts.total(),
                 **{place: counts[verdict] for verdict, place in PLACES.items()},
                 "reasons": {verdict: dict(sorted(found.items())) for verdict, found in reasons.items() if found},
+                "flagged_phrases": dict(sorted(phrases.items())),
                 "files": [path.name for path in paths.values()],
                 "run": self.run,
             }
@@ -146,7 +147,9 @@ class Results:
     def _place(self, verdict: str) -> str:
         return LABELLED if self.label_only else PLACES[verdict]
 
-    def _lines(self, counts: Counter[str], reasons: dict[str, Counter[str]]) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    def _lines(
+        self, counts: Counter[str], phrases: Counter[str], reasons: dict[str, Counter[str]]
+    ) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
         """Every line of every part with its verdict and its values, counted."""
         for number in range(self.done()):
             with self.part(number).open("rb") as part:
@@ -155,6 +158,7 @@ class Results:
                     counts[row["gaze_verdict"]] += 1
                     if row["gaze_reason"]:
                         reasons[row["gaze_verdict"]][kind_of(row["gaze_reason"])] += 1
+                    phrases.update(phrase["kind"] for phrase in row["gaze_phrases"] if phrase["flagged"])
                     yield row["gaze_verdict"], line, row
 
 

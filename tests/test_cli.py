@@ -125,5 +125,5 @@ def test_own_comics_find_heads_and_unusable_ones_are_said(tmp_path):
 def test_help_names_every_command_and_the_exit_codes():
     """--help is complete, and quick, since nothing heavy is imported for it."""
     text = run(app, ["--help"]).output
-    assert all(name in text for name in ("demo", "caption", "check", "heads"))
+    assert all(name in text for name in ("demo", "caption", "check", "filter", "heads"))
     assert "Exit codes" in text
