@@ -1,12 +1,13 @@
-"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``heads``, ``policy``, ``doctor``.
+"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``train``, ``heads``, ``policy``, ``doctor``.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 nothing was flagged, 1 something was flagged,
-2 something could not be checked or the call was wrong.
+2 something could not be checked or the call was wrong. ``filter`` ends with 0 when every row has its place.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -25,14 +27,15 @@ from gazeguard.errors import GazeGuardError, InputError
 
 app = typer.Typer(
     help="Watches where a vision-language model looks while it writes, and flags what the picture does not support.\n\n"
-    "Exit codes: 0 nothing was flagged, 1 something was flagged, 2 something could not be checked or the call was wrong.",
+    "Exit codes: 0 nothing was flagged, 1 something was flagged, 2 something could not be checked or the call was wrong; "
+    "filter ends with 0 when every row has its place.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
-FLAGGED, FAILED = 1, 2
+FLAGGED, FAILED, STOPPED = 1, 2, 128  # STOPPED plus the number of the signal
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Folder or hub id of a vision-language model. [default: the lab's own]")
@@ -194,6 +197,101 @@ def check(
         guard = GazeGuard(*_load(model), policy=policy)
         entry = Entry(image, picture, guard.check(picture, text, prompt))
     _finish([entry], html, as_json, [image])
+
+
+class _Rate(ProgressColumn):
+    """Rows a second, of this run alone."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f} rows/s", style="progress.data.speed")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, as clusters send it, ends a run in good order, as Ctrl-C does; both say that the run can go on."""
+    caught = [signal.SIGINT]
+
+    def stop(number: int, _: Any) -> None:
+        caught[0] = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        err.print(f"stopped by {caught[0].name}. Finished chunks are kept: the same command goes on from there.")
+        raise typer.Exit(STOPPED + caught[0]) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@app.command("filter")
+def filter_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN",
+            help="A .jsonl (image: path from the file's folder, caption), .parquet or webdataset .tar; a folder of the last "
+            "two, or of pictures with captions beside them in .txt.",
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or that of a run that was broken off.")],
+    model: ModelOption = None,
+    policy: PolicyOption = "mark",
+    prompt: PromptOption = "Describe the picture.",
+    label_only: Annotated[
+        bool, typer.Option("--label-only", help="All rows into one file, in order, with their labels.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model sees at once.")] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that unpack pictures ahead of the model.")] = 2,
+    chunk: Annotated[int, typer.Option(min=1, help="Rows between two savings: what a kill can cost.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a caption that has to be written.")] = 256,
+    image_column: Annotated[str, typer.Option(help="Name of the pictures in JSONL and parquet.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="Name of the captions in JSONL and parquet.")] = "caption",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Sort many captions into kept, flagged and excluded (what could not be checked), each with its reason.
+
+    Without captions in the input they are written first. A run that was broken off, however, goes on with the same command;
+    every row is in the results once, in the order of the input. summary.json counts the reasons.
+    """
+    with _errors(), _stoppable():
+        import torch
+
+        from gazeguard.files import open_input
+        from gazeguard.filter import CaptionFilter, filter_files, settings
+        from gazeguard.guard import GazeGuard
+        from gazeguard.results import Results
+
+        rows = open_input(source, image_column, caption_column)
+        loaded, processor = _load(model)
+        if torch.cuda.is_available():
+            loaded.to("cuda")
+        keep = CaptionFilter(
+            GazeGuard(loaded, processor, policy=policy),
+            batch_size=batch_size,
+            workers=workers,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            image=image_column,
+            caption=caption_column,
+        )
+        root = source if source.is_dir() else source.parent
+        results = Results(folder, settings(keep, rows, root, chunk, label_only), label_only)
+        columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        with Progress(TextColumn("{task.description}"), *columns, console=err) as progress:
+            total = rows.count()
+            done = total if results.finished() else min(total, results.done() * chunk)
+            task = progress.add_task("filtering", total=total, completed=done)
+            summary = filter_files(keep, rows, results, chunk, lambda more: progress.advance(task, more))
+        if as_json:
+            typer.echo(json.dumps(summary))
+            return
+        for place, verdict in (("kept", "pass"), ("flagged", "flag"), ("excluded", "unchecked")):
+            out.print(f"[bold]{summary[place]}[/] {place}")
+            for reason, count in summary["reasons"].get(verdict, {}).items():
+                out.print(Padding(Text(f"{count}: {reason}", style="dim"), (0, 0, 0, 2)))
+        out.print(f"{summary['rows']} rows: [bold]{escape(str(folder))}[/]")
 
 
 @app.command()

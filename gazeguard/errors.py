@@ -2,6 +2,7 @@
 
 GazeGuardError
 ├── InputError            the picture, the caption or the call cannot be used
+├── OutputError           what was found out cannot be written
 ├── UnsupportedError      this model, or this way of generating, cannot be watched (the message names the way out)
 ├── NothingSeenError      the hook ran but saw no attention: never read as "no drift"
 ├── ArtifactError         a heads, detector, trace or policy file cannot be read
@@ -16,6 +17,10 @@ class GazeGuardError(Exception):
 
 class InputError(GazeGuardError, ValueError):
     """The picture, the caption or the call cannot be used."""
+
+
+class OutputError(GazeGuardError, OSError):
+    """What was found out cannot be written."""
 
 
 class UnsupportedError(GazeGuardError, NotImplementedError):

@@ -38,7 +38,7 @@ from gazeguard.doctor import Check, examine
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
-from gazeguard.inputs import decode, encode, grids_of, image_token_id, load_image, model_inputs
+from gazeguard.inputs import decode, encode, grids_of, has_pixels, image_token_id, load_image, model_inputs
 from gazeguard.phrases import Parser, claims
 from gazeguard.policy import Policy, load_policy
 from gazeguard.repair import without
@@ -340,7 +340,13 @@ class GazeGuard:
                 self._look.steer(tap, grids)
             # What the tap hears is judged; the model's own logits of every position would be the largest tensor of all.
             few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-            self.model(**model_inputs(self.model, batch.inputs), use_cache=False, **few)
+            given = model_inputs(self.model, batch.inputs)
+            if not has_pixels(given):
+                raise InputError(
+                    "The picture did not reach the model: the processor made no pixels that its forward takes. Use the "
+                    "processor of this model."
+                )
+            self.model(**given, use_cache=False, **few)
             rows, states = tap.collect(), tap.states()
         done = self._report(rows, states, grids, batch.caption_ids, told, batch.offsets, [True] * len(todo))
         return dict(zip(todo, done, strict=True))
@@ -407,11 +413,14 @@ class GazeGuard:
             return self._unchecked(trace.text, "the caption names nothing that could be checked", trace)
         if self.detector is None:
             return self._unchecked(trace.text, "no detector is fitted for this model", trace)
-        said = [claim for claim in said if claim.kind in self.detector.kinds]
+        if not (said := [claim for claim in said if claim.kind in self.detector.kinds]):
+            return self._unchecked(trace.text, "the detector knows none of the kinds of claims in the caption", trace)
         kinds = [claim.kind for claim in said]
         x = features.features(trace, said)
         if unknown := self.detector.unknown(x, kinds):
             return self._unchecked(trace.text, f"the model gave no finite number for {unknown}", trace)
+        if not (np.isfinite(trace.logprobs).all() and np.isfinite(trace.shares).all()):  # also what no feature reads
+            return self._unchecked(trace.text, "the model gave no finite number for the caption's own words", trace)
         risks = self.detector.risk(x, kinds)
         limits = {kind: self.detector.threshold(kind, self.policy.threshold) for kind in set(kinds)}
         flagged = [risk >= limits[kind] for risk, kind in zip(risks, kinds, strict=True)]

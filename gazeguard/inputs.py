@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import io
+import stat
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +38,7 @@ NO_WORD = -1  # stands for image cells where the model type has no token for the
 KEPT_AWAY = ("idefics",)
 PUTS_PICTURES_ITSELF = ("Florence2Processor",)  # before every prompt, where others want a token in the text
 MAX_IMAGE_BYTES = 64 * 2**20
+_OPENING = threading.Lock()  # warnings.catch_warnings changes what all threads see
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,17 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return _upright_rgb(source)
-        if not isinstance(source, bytes) and Path(source).stat().st_size > MAX_IMAGE_BYTES:
-            raise InputError(f"{name} is larger than {MAX_IMAGE_BYTES} bytes. Make the picture smaller first.")
-        with warnings.catch_warnings():
+        if not isinstance(source, bytes):
+            found = Path(source).stat()
+            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a pipe would be waited on for ever
+                raise InputError(f"{name} is a device or a pipe. Give the path of a picture.")
+            if found.st_size > MAX_IMAGE_BYTES:
+                raise InputError(f"{name} is larger than {MAX_IMAGE_BYTES} bytes. Make the picture smaller first.")
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return _upright_rgb(image)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)  # reads the header alone
+        with image:
+            return _upright_rgb(image)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise InputError(f"{name} cannot be opened: {error.strerror}. Give the path of a picture.") from error
     except UnidentifiedImageError as error:
@@ -197,6 +205,11 @@ def decoder_prompt(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     if given is None:
         return first
     return torch.cat((first, given), dim=1) if (given[:, :1] != first).all() else given
+
+
+def has_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether a picture is among what a forward pass is given: only pixels are not whole numbers."""
+    return any(isinstance(value, Tensor) and value.is_floating_point() and value.numel() for value in inputs.values())
 
 
 def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,5 +147,5 @@ def test_a_wrong_policy_is_told_with_key_value_and_what_is_allowed(tmp_path):
 def test_help_names_every_command_and_the_exit_codes():
     """--help is complete, and quick, since nothing heavy is imported for it."""
     text = run(app, ["--help"]).output
-    assert all(name in text for name in ("demo", "caption", "check", "heads"))
+    assert all(name in text for name in ("demo", "caption", "check", "filter", "heads"))
     assert "Exit codes" in text
