@@ -1,4 +1,4 @@
-"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``heads``, ``doctor``.
+"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``heads``, ``policy``, ``doctor``.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 nothing was flagged, 1 something was flagged,
 2 something could not be checked or the call was wrong. ``filter`` ends with 0 when every row has its place.
@@ -52,7 +52,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except GazeGuardError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}")
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(FAILED) from error
 
 
@@ -88,6 +88,8 @@ def _show(title: str, report: Any, truth: Sequence[str] = ()) -> None:
             out.print(Padding(Text(line, style="red"), (0, 0, 0, 4)))
     if report.verdict == "unchecked":
         out.print(Padding(Text(report.reason, style="yellow"), (0, 0, 0, 4)))
+    if report.repaired != report.caption:
+        out.print(Padding(Text(f"left: {report.printable() or 'nothing'}", style="green"), (0, 0, 0, 4)))
     for line in truth:
         out.print(Padding(Text(f"truth: {line}", style="dim"), (0, 0, 0, 4)))
     out.print()
@@ -375,6 +377,30 @@ def heads(
         if found.unusable:
             out.print(Text(found.unusable, style="bold red"))
     raise typer.Exit(FLAGGED if found.unusable else 0)
+
+
+policies = typer.Typer(help="Look at the policies that come along, or check one of your own.", no_args_is_help=True)
+app.add_typer(policies, name="policy")
+
+
+@policies.command("show")
+def policy_show(name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A policy.")]) -> None:
+    """Print a policy with every key that it leaves out at its default, as a file that can be used again."""
+    import yaml
+
+    from gazeguard.policy import load_policy
+
+    with _errors():
+        typer.echo(yaml.safe_dump(load_policy(name).model_dump(exclude_none=True), sort_keys=False), nl=False)
+
+
+@policies.command("validate")
+def policy_validate(file: Annotated[Path, typer.Argument(metavar="FILE", help="A .yaml file.")]) -> None:
+    """Say whether a file is a policy: exit code 0 when it is, else 2 with the key, the value and what is allowed."""
+    from gazeguard.policy import load_policy
+
+    with _errors():
+        out.print(f"{escape(str(file))} is the policy {escape(repr(load_policy(file).name))}.", soft_wrap=True)
 
 
 @app.command()

@@ -40,7 +40,8 @@ from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
 from gazeguard.inputs import decode, encode, grids_of, has_pixels, image_token_id, load_image, model_inputs
 from gazeguard.phrases import Parser, claims
-from gazeguard.policy import Mark, Policy, Rerank, load_policy
+from gazeguard.policy import Policy, load_policy
+from gazeguard.repair import without
 from gazeguard.report import Finding, Report, Verdict, gaze_box
 from gazeguard.steer import STRENGTH, Look, Mode, Target
 from gazeguard.tap import Prompts, Rows, Tap, content, judge_words, keys_of
@@ -107,7 +108,9 @@ class GazeGuard:
     ) -> None:
         image_token_id(model)
         self.model, self.processor, self.grid, self.nlp = model, processor, grid, nlp
-        self.policy = policy if isinstance(policy, Mark | Rerank) else load_policy(policy)
+        self.policy = policy if isinstance(policy, Policy) else load_policy(policy)
+        if self.policy.rewind is not None:
+            raise UnsupportedError(f"Policy {self.policy.name!r} rewinds, which this version does not do. Leave rewind out.")
         self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.load(heads or self._own(HEADS_FILE))
         self.heads.check_model(model)
         if self.heads.unusable:
@@ -234,7 +237,7 @@ class GazeGuard:
             tap.begin(Prompts.of(*keys), reordered=(config.num_beams or 1) > 1)
             if self._look is not None:
                 self._look.steer(tap, grids)
-            made = run([RerankProcessor(tap, self.policy)] if isinstance(self.policy, Rerank) else [])
+            made = run([RerankProcessor(tap, self.policy.rerank)] if self.policy.rerank is not None else [])
             beams = getattr(made, "beam_indices", None)
             rows, states = tap.collect(beams), tap.states(beams)
         written = (made if isinstance(made, Tensor) else made.sequences)[:, keys.last + 1 :]
@@ -450,4 +453,9 @@ class GazeGuard:
     def _made(
         self, caption: str, verdict: Verdict, reason: str, findings: tuple[Finding, ...], trace: GazeTrace | None
     ) -> Report:
-        return Report(caption, verdict, reason, findings, self.policy.name, self.heads.model, __version__, trace)
+        doubtful, repaired = [(f.claim.start, f.claim.end) for f in findings if f.flagged], caption
+        if self.policy.left == "drop":
+            repaired = without(caption, doubtful)
+        elif self.policy.left == "abstain" and verdict != Verdict.PASS:
+            repaired = ""
+        return Report(caption, verdict, reason, findings, self.policy.name, self.heads.model, __version__, trace, repaired)

@@ -301,6 +301,16 @@ def _classes(caption: str, tokens: list[re.Match[str]]) -> str:
     return classes
 
 
+def words(caption: str) -> list[tuple[Span, str]]:
+    """Every word and sign of a caption with its one-letter class: see the tables at the top of this module.
+
+    Beside them "N" a noun, "e" and "g" words in "-ed" and "-ing", "." the end of a sentence and "," any other sign.
+    """
+    tokens = list(_TOKEN.finditer(caption))
+    spans = [Span(token.start(), token.end(), token[0]) for token in tokens]
+    return list(zip(spans, _classes(caption, tokens), strict=True))
+
+
 def things(caption: str) -> list[Phrase]:
     """The object phrases of a caption, in order: what can be in a picture or not."""
     return [phrase for phrase in chunk(caption) if phrase.kind == "object"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gazeguard.errors import PolicyError
 
@@ -19,30 +19,49 @@ MAX_FILE_BYTES = 64 * 1024
 Rule = Literal["f1", "precision_0.9", "bound_0.05", "bound_0.02"]
 
 
-class _Policy(BaseModel):
+Threshold = Rule | Annotated[float, Field(ge=0, le=1)]
+MOST_REWINDS = 1000
+
+
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    version: Literal[1]
-    name: str = Field(min_length=1, max_length=64)
-    threshold: Rule | Annotated[float, Field(ge=0, le=1)] = "f1"
 
+class Rerank(_Strict):
+    """Move the scores of plausible words by what the gaze heads say for them.
 
-class Mark(_Policy):
-    """Write what the model writes; say which phrases are doubtful."""
+    strength:  how much a logit of readout counts beside a logit of the model
+    plausible: only words with at least this share of the likeliest word's probability are moved
+    """
 
-    action: Literal["mark"]
-
-
-class Rerank(_Policy):
-    """Move the scores of plausible words by what the gaze heads say for them; mark what is still doubtful."""
-
-    action: Literal["rerank"]
     strength: float = Field(ge=0, le=10)
     plausible: float = Field(gt=0, le=1)
 
 
-Policy = Mark | Rerank
-_PARSER: TypeAdapter[Policy] = TypeAdapter(Annotated[Policy, Field(discriminator="action")])
+class Rewind(_Strict):
+    """Take a phrase that is over its risk limit back to where it began, bar that beginning there, and go on another way.
+
+    budget:    how often per caption; 0 never
+    threshold: from which risk; as the policy's own if it is left out
+    """
+
+    budget: int = Field(ge=0, le=MOST_REWINDS)
+    threshold: Threshold | None = None
+
+
+class Policy(_Strict):
+    """What is done while a caption is written (``rerank``, ``rewind``), and with phrases that are flagged in the end.
+
+    threshold: the risk from which a claim is flagged
+    left:      flagged phrases are only marked; or dropped from the caption; or there is no caption (abstain)
+    """
+
+    version: Literal[1]
+    name: str = Field(min_length=1, max_length=64)
+    threshold: Threshold = "f1"
+    rerank: Rerank | None = None
+    rewind: Rewind | None = None
+    left: Literal["mark", "drop", "abstain"] = "mark"
 
 
 def policy_folder() -> Path:
@@ -90,7 +109,7 @@ def load_policy(name: str | Path) -> Policy:
 def parse_policy(data: Any, source: str = "the policy") -> Policy:
     """A policy from plain data. Raises `PolicyError`."""
     try:
-        return _PARSER.validate_python(data)
+        return Policy.model_validate(data)
     except ValidationError as error:
         raise PolicyError(f"{source}: {_explain(error, data)}") from error
 
@@ -107,18 +126,25 @@ def _explain(error: ValidationError, data: Any) -> str:
     """The first thing that is wrong, with its key, its value and what is allowed."""
     errors = error.errors(include_url=False)
     first = errors[0]
-    if first["type"] in ("union_tag_not_found", "union_tag_invalid", "model_attributes_type", "dict_type"):
-        actions = ", ".join(kind.model_fields["action"].annotation.__args__[0] for kind in Policy.__args__)
-        if not isinstance(data, dict):
-            return f"{_shown(data)} is given, but a policy is a mapping of keys to values. Allowed actions: {actions}."
-        given = f"action {_shown(data['action'])}" if "action" in data else "no action"
-        return f"{given} is given. Allowed actions: {actions}."
-    tag, key = str(first["loc"][0]), ".".join(str(part) for part in first["loc"][1:2])
-    allowed = next(kind for kind in Policy.__args__ if kind.model_fields["action"].annotation.__args__[0] == tag).model_fields
+    if not isinstance(data, dict):
+        return f"{_shown(data)} is given, but a policy is a mapping of keys to values. {_keys(Policy, '')}"
+    # The path ends in the names of a union's members where the schema leaves a choice: those are no keys of the file.
+    section = SECTIONS.get(first["loc"][0]) if len(first["loc"]) > 1 else None
+    path = first["loc"][: 2 if section else 1]
+    key, told = ".".join(str(part) for part in path), _keys(section or Policy, f"{path[0]}." if section else "")
     if first["type"] == "extra_forbidden":
-        value = _shown(first["input"])
-        return f"key {key!r} (value {value}) is not known. Keys of a {tag} policy: {', '.join(allowed)}."
+        return f"key {key!r} (value {_shown(first['input'])}) is not known. {told}"
     if first["type"] == "missing":
-        return f"key {key!r} is missing. Keys of a {tag} policy: {', '.join(allowed)}."
-    wanted = " or ".join(each["msg"] for each in errors if each["loc"][:2] == first["loc"][:2])
+        return f"key {key!r} is missing. {told}"
+    if path[0] in SECTIONS and len(path) == 1:
+        told = _keys(SECTIONS[key], f"{key}.")
+        return f"key {key!r} has the value {_shown(first['input'])}, but it holds keys of its own. {told}"
+    wanted = " or ".join(each["msg"] for each in errors if each["loc"][: len(path)] == path)
     return f"key {key!r} has the value {_shown(first['input'])}: {wanted}."
+
+
+SECTIONS: dict[Any, type[BaseModel]] = {"rerank": Rerank, "rewind": Rewind}
+
+
+def _keys(model: type[BaseModel], prefix: str) -> str:
+    return f"Known keys: {', '.join(f'{prefix}{name}' for name in model.model_fields)}."

@@ -87,6 +87,8 @@ class Report:
     model:   the watched model
     version: of GazeGuard
     trace:   the gaze behind the caption; None when none was recorded
+    repaired: what the policy lets through: the caption itself; or what is left of it without its flagged phrases; or, where
+              the policy abstains, "" for whatever did not pass
     """
 
     caption: str
@@ -97,6 +99,7 @@ class Report:
     model: str
     version: str
     trace: GazeTrace | None = None
+    repaired: str = ""
 
     def __post_init__(self) -> None:
         if self.trace is not None and self.trace.text != self.caption:
@@ -109,6 +112,7 @@ class Report:
         """The report as plain values, ready for JSON; without the trace, which has its own file format."""
         return {
             "caption": self.caption,
+            "repaired": self.repaired,
             "verdict": str(self.verdict),
             "reason": self.reason,
             "phrases": [finding.to_dict() for finding in self.findings],
@@ -128,6 +132,10 @@ class Report:
             parts += [text[done:start], "⟦", text[start:end], "⟧"]
             done = end
         return "".join(parts) + text[done:]
+
+    def printable(self) -> str:
+        """``repaired`` for a terminal, with no character that could steer it."""
+        return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", self.repaired)
 
     def to_html(self, image: Image.Image) -> str:
         """The replay `page` of this report alone, with ``image``, the picture that the caption is about."""

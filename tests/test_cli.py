@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.lab.truth import judged, mentions
+from gazeguard.policy import load_policy, policy_names
 
 run = CliRunner().invoke
 
@@ -72,7 +73,7 @@ def test_check_flags_what_is_not_there(picture):
     [
         (["caption", "nowhere.png"], "nowhere.png cannot be opened"),
         (["check", "pyproject.toml", "--caption", "A star."], "not a picture that Pillow can read"),
-        (["caption", "PICTURE", "--policy", "mrak"], "There is no policy 'mrak'. Known policies: mark, rerank"),
+        (["caption", "PICTURE", "--policy", "mrak"], "There is no policy 'mrak'. Known policies: "),
         (["caption", "PICTURE", "--model", "no/such/folder"], "cannot be loaded as a vision-language model"),
         (["heads", "no/such/folder"], "cannot be loaded as a vision-language model"),
     ],
@@ -120,6 +121,27 @@ def test_own_comics_find_heads_and_unusable_ones_are_said(tmp_path):
     assert "ranked by query over 2 strips" in result.stdout
     assert "No usable gaze heads" in result.stdout
     assert run(app, ["heads", "show"]).exit_code == 2
+
+
+def test_a_policy_is_shown_so_that_the_output_is_one_again(tmp_path):
+    """What show prints, validate takes, and it is the same policy."""
+    for name in policy_names():
+        shown = run(app, ["policy", "show", name])
+        assert shown.exit_code == 0, shown.output
+        (tmp_path / "again.yaml").write_text(shown.stdout)
+        assert load_policy(tmp_path / "again.yaml") == load_policy(name)
+        told = run(app, ["policy", "validate", str(tmp_path / "again.yaml")])
+        assert told.exit_code == 0
+        assert told.stdout.endswith(f"again.yaml is the policy {name!r}.\n")
+
+
+def test_a_wrong_policy_is_told_with_key_value_and_what_is_allowed(tmp_path):
+    (tmp_path / "mine.yaml").write_text("version: 1\nname: mine\nleft: cut\n")
+    told = run(app, ["policy", "validate", str(tmp_path / "mine.yaml")])
+    assert told.exit_code == 2
+    assert told.stdout == ""
+    said = "mine.yaml: key 'left' has the value 'cut': Input should be 'mark', 'drop' or 'abstain'."
+    assert said in " ".join(told.stderr.split())
 
 
 def test_help_names_every_command_and_the_exit_codes():

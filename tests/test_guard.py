@@ -193,7 +193,7 @@ def test_a_pipeline_is_watched(guard):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_rerank_works_while_beams_change_places_and_guesses_are_taken_back(guard, beams):
     """Rerank reads the row of the word that is being chosen, whatever else the pass held."""
-    policy = parse_policy({"version": 1, "name": "r", "action": "rerank", "strength": 5.0, "plausible": 0.01})
+    policy = parse_policy({"version": 1, "name": "r", "rerank": {"strength": 5.0, "plausible": 0.01}})
     strong, moved = GazeGuard(guard.model, guard.processor, policy), 0
     for sample in SAMPLES:
         inputs = batch_of(guard, [sample], num_beams=beams)
@@ -237,7 +237,7 @@ def test_a_streamer_gets_every_token(guard):
 
 def test_rerank_of_no_strength_is_plain_and_of_some_is_not(guard):
     """Strength 0 equals plain generate; a strength moves words, and the trace is still that of what was written."""
-    off, on = ({"version": 1, "name": "r", "action": "rerank", "strength": s, "plausible": 0.01} for s in (0.0, 5.0))
+    off, on = ({"version": 1, "name": "r", "rerank": {"strength": s, "plausible": 0.01}} for s in (0.0, 5.0))
     inputs = batch_of(guard)
     plain = guard.model.generate(**inputs)
     assert torch.equal(GazeGuard(guard.model, guard.processor, parse_policy(off)).generate(**inputs), plain)
@@ -435,3 +435,29 @@ def test_a_model_is_watched_once_at_a_time(guard):
         with pytest.raises(UnsupportedError, match="Leave the other watch first"), guard.watch():
             pass
         assert "generate" in vars(guard.model)
+
+
+def test_what_is_left_of_a_caption_is_as_the_policy_says(guard):
+    """mark lets the caption through, drop cuts what is flagged and nothing else, abstain gives nothing, with the reason."""
+    sample = next(s for s in lab.samples("test", 20, seed=7) if not s.picture.panels and len(s.picture.things) == 2)
+    one, two = sample.picture.things
+    absent = next(noun for noun in ("skull", "castle", "anchor") if noun not in {one.noun, two.noun})
+    wrong = f"There is a {one.colour} {one.noun} {one.place}, a green {absent} in the middle and a {two.colour} {two.noun}."
+    dropped = f"There is a {one.colour} {one.noun} {one.place} and a {two.colour} {two.noun}."
+    right = f"There is a {one.colour} {one.noun} {one.place}."
+    expected = {"mark": (wrong, right), "drop": (dropped, right), "abstain": ("", right)}
+    for left, texts in expected.items():
+        policy = parse_policy({"version": 1, "name": "own", "threshold": 0.5, "left": left})
+        strict = GazeGuard(guard.model, guard.processor, policy)
+        reports = [strict.check(sample.image, text, sample.prompt) for text in (wrong, right)]
+        assert tuple(report.repaired for report in reports) == texts
+        assert reports[0].reason == f"not supported by the picture: a green {absent}"
+        assert reports[0].caption == wrong
+        assert reports[0].to_dict()["repaired"] == texts[0]
+    assert GazeGuard(guard.model, guard.processor, "abstain").check(sample.image, "").repaired == ""
+
+
+def test_a_policy_that_this_version_cannot_follow_is_refused(lab_vlm):
+    policy = parse_policy({"version": 1, "name": "back", "rewind": {"budget": 3}})
+    with pytest.raises(UnsupportedError, match="Policy 'back' rewinds, which this version does not do"):
+        GazeGuard(*lab_vlm, policy=policy)

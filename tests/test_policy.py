@@ -10,11 +10,15 @@ from labkit import ANYTHING
 from pydantic import ValidationError
 
 from gazeguard.errors import PolicyError
-from gazeguard.policy import MAX_FILE_BYTES, Policy, load_policy, parse_policy, policy_folder, policy_names
+from gazeguard.policy import MAX_FILE_BYTES, SECTIONS, Policy, load_policy, parse_policy, policy_folder, policy_names
 
-RERANK = {"version": 1, "name": "mine", "action": "rerank", "strength": 0.5, "plausible": 0.02}
-RULES = "Input should be 'f1', 'precision_0.9', 'bound_0.05' or 'bound_0.02'"
-MARK = {"version": 1, "name": "mine", "action": "mark"}
+MINE = {"version": 1, "name": "mine"}
+FULL = MINE | {
+    "threshold": 0.25,
+    "rerank": {"strength": 0.5, "plausible": 0.02},
+    "rewind": {"budget": 4, "threshold": "f1"},
+    "left": "drop",
+}
 
 
 @pytest.mark.parametrize("name", policy_names())
@@ -24,51 +28,66 @@ def test_every_policy_that_comes_along_loads_by_name_and_by_path(name):
     assert policy == load_policy(policy_folder() / f"{name}.yaml")
 
 
-def test_every_action_comes_along():
-    assert {load_policy(name).action for name in policy_names()} == {"mark", "rerank"}
+def test_everything_a_policy_can_do_is_in_one_that_comes_along():
+    along = [load_policy(name) for name in policy_names()]
+    assert {policy.left for policy in along} == {"mark", "drop", "abstain"}
+    assert any(policy.rerank for policy in along)
 
 
 def test_what_a_file_says_is_what_the_policy_holds(tmp_path):
-    (tmp_path / "mine.yml").write_text(yaml.safe_dump(RERANK | {"threshold": 0.25}))
-    assert load_policy(tmp_path / "mine.yml").model_dump() == RERANK | {"threshold": 0.25}
-    assert parse_policy(MARK).threshold == "f1"
+    (tmp_path / "mine.yml").write_text(yaml.safe_dump(FULL))
+    assert load_policy(tmp_path / "mine.yml").model_dump() == FULL
+    least = parse_policy(MINE)
+    assert (least.threshold, least.rerank, least.rewind, least.left) == ("f1", None, None, "mark")
 
 
 def test_a_policy_cannot_be_changed():
-    with pytest.raises(ValidationError, match="frozen"):
-        parse_policy(MARK).threshold = 0.1
+    policy = parse_policy(FULL)
+    for part, key in ((policy, "threshold"), (policy.rewind, "budget")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(part, key, 1)
 
 
-MARK_KEYS = "Keys of a mark policy: version, name, threshold, action."
-RERANK_KEYS = "Keys of a rerank policy: version, name, threshold, action, strength, plausible."
-ACTIONS = "Allowed actions: mark, rerank."
+def test_every_key_is_explained():
+    """policies/README.md has a row for each key of the schema."""
+    told = (policy_folder() / "README.md").read_text(encoding="utf-8")
+    keys = [name for name in Policy.model_fields if name not in SECTIONS]
+    keys += [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
+    assert [key for key in keys if f"| `{key}` |" not in told] == []
+    assert [name for name in policy_names() if f"| `{name}` |" not in told] == []
+
+
+KEYS = "Known keys: version, name, threshold, rerank, rewind, left."
+RERANK_KEYS = "Known keys: rerank.strength, rerank.plausible."
+REWIND_KEYS = "Known keys: rewind.budget, rewind.threshold."
+RULES = "Input should be 'f1', 'precision_0.9', 'bound_0.05' or 'bound_0.02'"
+AT_LEAST = "Input should be greater than or equal to"
+LEFT = "Input should be 'mark', 'drop' or 'abstain'"
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (MARK | {"treshold": 0.5}, f"key 'treshold' (value 0.5) is not known. {MARK_KEYS}"),
-        (MARK | {"strength": 1}, f"key 'strength' (value 1) is not known. {MARK_KEYS}"),
-        (RERANK | {"action": "rewrite"}, f"action 'rewrite' is given. {ACTIONS}"),
-        (RERANK | {"action": ["mark"]}, f"action ['mark'] is given. {ACTIONS}"),
-        ({"version": 1, "name": "mine"}, f"no action is given. {ACTIONS}"),
-        (["mark"], f"['mark'] is given, but a policy is a mapping of keys to values. {ACTIONS}"),
-        (None, f"None is given, but a policy is a mapping of keys to values. {ACTIONS}"),
-        ({k: v for k, v in RERANK.items() if k != "strength"}, f"key 'strength' is missing. {RERANK_KEYS}"),
-        (MARK | {"version": 2}, "key 'version' has the value 2: Input should be 1."),
-        (MARK | {"name": ""}, "key 'name' has the value '': String should have at least 1 character."),
-        (MARK | {"name": 3}, "key 'name' has the value 3: Input should be a valid string."),
-        (
-            MARK | {"threshold": 2},
-            "key 'threshold' has the value 2: " + RULES + " or Input should be less than or equal to 1.",
-        ),
-        (
-            MARK | {"threshold": "0.5"},
-            "key 'threshold' has the value '0.5': " + RULES + " or Input should be a valid number.",
-        ),
-        (RERANK | {"strength": -1}, "key 'strength' has the value -1: Input should be greater than or equal to 0."),
-        (RERANK | {"plausible": 0}, "key 'plausible' has the value 0: Input should be greater than 0."),
-        (MARK | {"name": 16**5000}, "key 'name' has the value of type int: Input should be a valid string."),
+        (MINE | {"treshold": 0.5}, f"key 'treshold' (value 0.5) is not known. {KEYS}"),
+        (MINE | {"action": "mark"}, f"key 'action' (value 'mark') is not known. {KEYS}"),
+        (["mark"], f"['mark'] is given, but a policy is a mapping of keys to values. {KEYS}"),
+        (None, f"None is given, but a policy is a mapping of keys to values. {KEYS}"),
+        ({"version": 1}, f"key 'name' is missing. {KEYS}"),
+        (MINE | {"version": 2}, "key 'version' has the value 2: Input should be 1."),
+        (MINE | {"name": ""}, "key 'name' has the value '': String should have at least 1 character."),
+        (MINE | {"name": 3}, "key 'name' has the value 3: Input should be a valid string."),
+        (MINE | {"name": 16**5000}, "key 'name' has the value of type int: Input should be a valid string."),
+        (MINE | {"threshold": 2}, f"key 'threshold' has the value 2: {RULES} or Input should be less than or equal to 1."),
+        (MINE | {"threshold": "0.5"}, f"key 'threshold' has the value '0.5': {RULES} or Input should be a valid number."),
+        (MINE | {"left": "cut"}, f"key 'left' has the value 'cut': {LEFT}."),
+        (MINE | {"left": ["drop"]}, f"key 'left' has the value ['drop']: {LEFT}."),
+        (MINE | {3: 4}, "key '3' has the value 3: Keys should be strings."),
+        (MINE | {"rewind": 3}, f"key 'rewind' has the value 3, but it holds keys of its own. {REWIND_KEYS}"),
+        (MINE | {"rewind": {}}, f"key 'rewind.budget' is missing. {REWIND_KEYS}"),
+        (MINE | {"rewind": {"budget": -1}}, f"key 'rewind.budget' has the value -1: {AT_LEAST} 0."),
+        (MINE | {"rewind": {"budget": 1.0}}, "key 'rewind.budget' has the value 1.0: Input should be a valid integer."),
+        (MINE | {"rewind": {"budget": 1, "f": 3}}, f"key 'rewind.f' (value 3) is not known. {REWIND_KEYS}"),
+        (MINE | {"rerank": {"plausible": 0.1}}, f"key 'rerank.strength' is missing. {RERANK_KEYS}"),
     ],
 )
 def test_what_is_wrong_is_said(data, said):
@@ -79,15 +98,17 @@ def test_what_is_wrong_is_said(data, said):
 
 def test_an_endless_value_is_shown_short():
     with pytest.raises(PolicyError) as caught:
-        parse_policy(MARK | {"name": "x" * 100_000})
+        parse_policy(MINE | {"name": "x" * 100_000})
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("key", ["threshold", "strength", "plausible"])
+@pytest.mark.parametrize("key", ["threshold", "rerank.strength", "rerank.plausible", "rewind.threshold"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1])
 def test_no_number_out_of_range_is_taken(key, value):
+    *section, last = key.split(".")
+    wrong = {last: value} if not section else {section[0]: FULL[section[0]] | {last: value}}
     with pytest.raises(PolicyError, match=f"key '{key}' has the value"):
-        parse_policy(RERANK | {key: value})
+        parse_policy(FULL | wrong)
 
 
 @pytest.mark.parametrize("name", ["nobody", "", "../policies/mark", "mark "])
@@ -137,14 +158,15 @@ def test_a_large_file_is_not_read(path):
 def test_a_billion_laughs_are_not_laughed(path):
     """Anchors make a kilobyte of YAML into terabytes; the file is refused before it is unfolded."""
     lines = ["a0: &a0 [lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
-    path.write_text("\n".join([*lines, "action: *a29"]))
+    path.write_text("\n".join([*lines, "name: *a29"]))
     with pytest.raises(PolicyError, match=r"cannot be read as YAML: it has an alias, \*a0\. Write the value out"):
         load_policy(path)
 
 
-@given(ANYTHING | st.fixed_dictionaries({key: st.just(value) | ANYTHING for key, value in RERANK.items()}))
-@example(RERANK)
-@example(RERANK | {3: 4})
+@given(ANYTHING | st.fixed_dictionaries({key: st.just(value) | ANYTHING for key, value in FULL.items()}))
+@example(FULL)
+@example(FULL | {3: 4})
+@example(FULL | {"rewind": {3: 4}})
 def test_any_data_is_a_policy_or_refused(data):
     """Nothing else comes out, and what is taken is kept as it was given."""
     try:
@@ -153,11 +175,14 @@ def test_any_data_is_a_policy_or_refused(data):
         assert str(error).startswith("the policy: ")  # noqa: PT017
         return
     assert isinstance(policy, Policy)
-    assert {key: getattr(policy, key) for key in data} == data
+    kept = policy.model_dump()
+    for key, value in data.items():
+        inner = value if isinstance(value, dict) else {}
+        assert inner.items() <= kept[key].items() if inner else kept[key] == value
 
 
 @given(st.text())
-@example("version: 1\nname: x\naction: mark")
+@example("version: 1\nname: x\nleft: drop")
 def test_any_text_is_a_policy_or_refused(path, text):
     path.write_text(text, encoding="utf-8")
     try:
