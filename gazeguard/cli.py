@@ -1,4 +1,4 @@
-"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``train``, ``heads``, ``policy``, ``doctor``.
+"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``heads``, ``policy``, ``doctor``.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 nothing was flagged, 1 something was flagged,
 2 something could not be checked or the call was wrong. ``filter`` ends with 0 when every row has its place.

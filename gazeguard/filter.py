@@ -32,7 +32,7 @@ from gazeguard.files import Row, Slice, Source, identity, reason
 from gazeguard.guard import DEFAULT_PROMPT, GazeGuard
 from gazeguard.inputs import encode, has_pixels, load_image
 from gazeguard.policy import Policy
-from gazeguard.report import Report, Verdict
+from gazeguard.report import Report
 from gazeguard.results import Results
 
 COLUMNS = (
@@ -95,14 +95,14 @@ class CaptionFilter:
         self.max_new_tokens, self.image, self.caption = max_new_tokens, image, caption
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch's columns, and per row:
+        """The batch's columns, the captions that were written if there were none, and per row:
 
         gaze_verdict: "pass", "flag" or "unchecked"
         gaze_reason:  why, for the last two; empty for pass
         gaze_risk:    the highest risk of a phrase, in [0, 1]; None where no phrase was judged
         gaze_phrases: for each claim ``text``, ``span`` [start, end) in characters of the caption, ``kind``, ``risk``,
                       ``flagged``, and ``box``, the gazed region, [x0, y0, x1, y1] in pixels of the upright picture, or None
-        gaze_caption: the caption, or what the policy made of it, or what was written
+        gaze_caption: what the policy lets through: the caption, or what is left of it, or ""
         gaze_policy:  name of the policy
         gaze_version: of GazeGuard
 
@@ -115,7 +115,8 @@ class CaptionFilter:
         if any(column is not None and len(column) != len(images) for column in (captions, prompts)):
             raise InputError("The columns of the batch are not of one length. Pass one caption and one prompt per picture.")
         made = self.judge(images, captions, prompts)
-        return {**batch, **{name: [row[name] for row in made] for name in COLUMNS}}
+        added = COLUMNS if captions is not None else (self.caption, *COLUMNS)
+        return {**batch, **{name: [row[name] for row in made] for name in added}}
 
     def judge(
         self,
@@ -132,7 +133,7 @@ class CaptionFilter:
             asked = None if prompts is None else prompts[number]
             if captions is not None and not (isinstance(told, str) and told.strip()):
                 text, why = (told, "the caption is empty") if isinstance(told, str) else ("", "there is no caption")
-                reports[number] = self._unchecked(text, why)
+                reports[number] = self.guard._unchecked(text, why)
             else:
                 rows.append(_Row(number, image, told, self.prompt if asked is None else str(asked)))
         tick(len(reports))
@@ -142,10 +143,11 @@ class CaptionFilter:
             seen = [row for row in loaded if isinstance(row.image, Image.Image)]
             for row in loaded:
                 if not isinstance(row.image, Image.Image):
-                    reports[row.number] = self._unchecked(row.caption or "", row.image)
+                    reports[row.number] = self.guard._unchecked(row.caption or "", row.image)
             reports |= {row.number: report for row, report in zip(seen, self._judged(seen), strict=True)}
             tick(len(loaded))
-        return [columns(reports[number]) for number in range(len(images))]
+        made = [reports[number] for number in range(len(images))]
+        return [({self.caption: report.caption} if captions is None else {}) | columns(report) for report in made]
 
     def rows(
         self, rows: Sequence[Row], captioned: bool, tick: Callable[[int], object] = lambda rows: None
@@ -158,7 +160,8 @@ class CaptionFilter:
         for row in rows:
             if row.wrong:
                 tick(1)
-                told = columns(self._unchecked(row.caption if isinstance(row.caption, str) else "", row.wrong))
+                report = self.guard._unchecked(row.caption if isinstance(row.caption, str) else "", row.wrong)
+                told = ({} if captioned else {self.caption: ""}) | columns(report)
             else:
                 told = next(judged)
             made.append({**row.own, **told})
@@ -194,7 +197,7 @@ class CaptionFilter:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(rows) == 1:
-            return [self._unchecked(rows[0].caption or "", why)]
+            return [self.guard._unchecked(rows[0].caption or "", why)]
         half = len(rows) // 2
         return self._judged(rows[:half]) + self._judged(rows[half:])
 
@@ -217,10 +220,6 @@ class CaptionFilter:
         )
         return guard.reports
 
-    def _unchecked(self, caption: str, reason: str) -> Report:
-        guard = self.guard
-        return Report(caption, Verdict.UNCHECKED, reason, (), guard.policy.name, guard.heads.model, __version__)
-
 
 def columns(report: Report) -> dict[str, Any]:
     """`COLUMNS` of one report, as values that JSON and Arrow can hold."""
@@ -240,7 +239,7 @@ def columns(report: Report) -> dict[str, Any]:
         report.reason,
         max((phrase["risk"] for phrase in phrases), default=None),
         phrases,
-        report.caption,
+        report.repaired,
         report.policy,
         report.version,
     )

@@ -40,7 +40,7 @@ def keep(lab_vlm):
 @pytest.fixture(scope="module")
 def told(keep):
     """Captions of the lab's own."""
-    return keep({"image": IMAGES, "prompt": PROMPTS})["gaze_caption"]
+    return keep({"image": IMAGES, "prompt": PROMPTS})["caption"]
 
 
 # ------------------------------------------------------------------------------------------------------------- laws
@@ -81,6 +81,25 @@ def test_captions_that_are_missing_are_written_under_guard(keep, told):
     assert live["gaze_verdict"] == replayed["gaze_verdict"]
     short = CaptionFilter(keep.guard, max_new_tokens=3)({"image": IMAGES[:1], "prompt": PROMPTS[:1]})
     assert short["gaze_verdict"][0] == "unchecked"
+
+
+def test_the_policy_says_what_is_let_through(keep, told):
+    """drop leaves what is not flagged, abstain nothing but what passes; verdicts and phrases are those of mark."""
+    batch = {"image": [*IMAGES, b""], "caption": [*told, told[0]], "prompt": [*PROMPTS, None]}
+    marked = keep(batch)
+    assert marked["gaze_caption"] == batch["caption"]
+    for name in ("drop", "abstain"):
+        made = CaptionFilter(GazeGuard(keep.guard.model, keep.guard.processor, policy=name), batch_size=3)(batch)
+        assert made["caption"] == batch["caption"]
+        assert set(made["gaze_policy"]) == {name}
+        assert made["gaze_verdict"] == marked["gaze_verdict"]
+        for verdict, text, left in zip(made["gaze_verdict"], batch["caption"], made["gaze_caption"], strict=True):
+            if verdict == "pass":
+                assert left == text
+            elif name == "abstain":
+                assert left == ""
+            else:
+                assert (left != text) == (verdict == "flag")
 
 
 def test_an_empty_batch_has_every_column(keep):
@@ -327,7 +346,7 @@ def test_no_more_pictures_are_unpacked_than_are_needed_soon(keep, told, monkeypa
         def _judged(self, rows):
             most[0] = max(most[0], opened[0])
             opened[0] -= len(rows)
-            return [self._unchecked(row.caption, "not looked at") for row in rows]
+            return [self.guard._unchecked(row.caption, "not looked at") for row in rows]
 
     def counting(source):
         opened[0] += 1

@@ -182,7 +182,7 @@ def test_captions_are_written_for_a_folder_without_any(keep, tmp_path):
     told = told_in(tmp_path / "out/labelled.jsonl")
     assert [row["image"] for row in told] == ["0.png", "1.png", "2.png"]
     for i, row in enumerate(told):
-        assert row["gaze_caption"] == keep.guard.caption(tmp_path / f"in/{i}.png", do_sample=False).caption
+        assert row["caption"] == row["gaze_caption"] == keep.guard.caption(tmp_path / f"in/{i}.png", do_sample=False).caption
 
 
 # ------------------------------------------------------------------------------------------------------------ killed
