@@ -107,14 +107,16 @@ class Prompt:
 def patches_of(model: Any, inputs: Mapping[str, Any]) -> list[NDArray[np.float32]] | None:
     """The boxes of every picture of a batch whose sizes the processor told in patches, or None when it did not.
 
-    Qwen-VL and its many relatives tell (frames, height, width), Nemotron-H (height, width); patches are merged to a side
-    that each family keeps under a name of its own.
+    Qwen-VL and its many relatives tell (frames, height, width), Nemotron-H (height, width), Gemma 4 the (x, y) of every
+    patch, -1 for padding; patches are merged to a side that each family keeps under a name of its own.
     """
     grids = inputs.get("image_grid_thw", inputs.get("image_grid_hw"))
+    if grids is None and (places := inputs.get("image_position_ids")) is not None:
+        grids = np.asarray(places).max(axis=1)[:, ::-1] + 1
     if grids is None:
         return None
     vision = getattr(model.config, "vision_config", None)
-    names = ("spatial_merge_size", "merge_size", "merge_kernel_size")
+    names = ("spatial_merge_size", "merge_size", "merge_kernel_size", "pooling_kernel_size")
     merge = next((getattr(vision, name) for name in names if getattr(vision, name, None) is not None), 1)
     merge = merge[0] if isinstance(merge, (list, tuple)) else merge
     if (ratio := getattr(model.config, "downsample_ratio", None)) is not None:
@@ -132,7 +134,7 @@ def patches_of(model: Any, inputs: Mapping[str, Any]) -> list[NDArray[np.float32
     return made
 
 
-GRID_OF_CELLS = ("inkling2", "inkling2_mm_model")  # their ``image_grid_thw`` counts merged cells
+GRID_OF_CELLS = ("gemma4_unified", "inkling2", "inkling2_mm_model")  # what they tell counts merged cells
 
 
 def _thw(prompt: Prompt) -> Layout | None:
@@ -243,6 +245,18 @@ def _tiled_canvas(prompt: Prompt) -> Layout | None:
     return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
 
 
+def _codes(prompt: Prompt) -> Layout | None:
+    """Emu3: ``image_sizes`` in pixels of what is turned into codes, and one more token that ends each row."""
+    config, given = prompt.model.config, prompt.inputs.get("image_sizes")
+    if given is None or config.model_type != "emu3":
+        return None
+    edge, boxes = 2 ** (len(config.vq_config.channel_multiplier) - 1), []
+    for height, width in np.asarray(given).reshape(-1, 2).tolist():
+        rows = _lattice(height // edge, width // edge).reshape(height // edge, -1, 4)
+        boxes.append(np.concatenate((rows, _nowhere(len(rows))[:, None]), axis=1).reshape(-1, 4))
+    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+
+
 def canvases_of(model: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
     """(rows, columns) of the tiles of each of a prompt's pictures in Mllama; an id of 0 is no picture."""
     ratios = model.config.vision_config.supported_aspect_ratios
@@ -350,6 +364,7 @@ RULES: tuple[Rule, ...] = (
     _thw,
     _any_resolution,
     _pixel_sizes,
+    _codes,
     _padded_canvas,
     _tiled_canvas,
     _tagged_tiles,

@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from gazeguard.errors import InputError, UnsupportedError
-from gazeguard.grid import ImageGrid, Prompt, canvases_of, find_grid, image_cells, patches_of
+from gazeguard.grid import GRID_OF_CELLS, ImageGrid, Prompt, canvases_of, find_grid, image_cells, patches_of
 
 # What processors tell of each picture, one row per picture of the batch.
-PER_PICTURE = ("image_grid_thw", "image_grid_hw", "image_merge_sizes", "image_sizes")
+PER_PICTURE = ("image_grid_thw", "image_grid_hw", "image_merge_sizes", "image_position_ids", "image_sizes")
 # What they tell of each row's pictures, one row per prompt.
 PER_ROW = ("aspect_ratio_ids",)
 # What processors tell of each token of the prompt in more than one number; every written token is as the last one.
@@ -344,6 +344,11 @@ def _processed_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], share: M
     if "image_grid_thw" in share:
         patch = model.config.vision_config.patch_size
         return [(int(w) * patch, int(h) * patch) for _, h, w in share["image_grid_thw"]]
+    if "image_position_ids" in share:
+        edge = model.config.vision_config.patch_size
+        if model.config.model_type in GRID_OF_CELLS:
+            edge *= model.config.vision_config.pooling_kernel_size
+        return [tuple((places.max(axis=0) + 1) * edge) for places in share["image_position_ids"]]
     if "aspect_ratio_ids" in share:
         edge = model.config.vision_config.image_size
         return [(columns * edge, rows * edge) for rows, columns in canvases_of(model, share)]

@@ -15,6 +15,8 @@ from labkit import processor
 from PIL import Image
 from transformers import AddedToken, Idefics3Processor, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -369,3 +371,50 @@ def test_a_layout_that_does_not_add_up_is_refused():
     made = {"input_ids": torch.tensor([[7] * 5]), "image_grid_thw": [[1, 4, 4]]}
     with pytest.raises(UnsupportedError, match=r"has 5 image tokens, but thw expects 4: SimpleNamespace .* or grid="):
         find_grid(prompt_of(made, [(8, 8)], None, 7, merge=2))
+
+
+@pytest.mark.parametrize("size", [(300, 200), (90, 400)])
+def test_patches_that_tell_their_places(size):
+    """Gemma 4: patches come padded to one length with their (x, y); three by three of them are a token."""
+    used = Gemma4ImageProcessorPil(max_soft_tokens=70)
+    made = used(images=[Image.new("RGB", size), Image.new("RGB", size[::-1])], return_tensors="pt")
+    counts = made["num_soft_tokens_per_image"].tolist()
+    made["input_ids"] = torch.tensor([[1, *[7] * counts[0], 1, *[7] * counts[1]]])
+    config = SimpleNamespace(vision_config=SimpleNamespace(pooling_kernel_size=3), model_type="gemma4")
+    prompt = replace(prompt_of(made, [size, size[::-1]], None, 7), model=SimpleNamespace(config=config))
+    grid = find_grid(prompt)
+    assert np.bincount(grid.image).tolist() == counts
+    for number in range(2):
+        own = grid.image == number
+        np.testing.assert_allclose(grid.overlap((0, 0, *grid.sizes[number]), number)[own], 1, atol=1e-3)
+    columns = int(made["image_position_ids"][0, :, 0].max() + 1) // 3
+
+    def brightness(image):
+        seen = used(images=[image], return_tensors="pt")
+        places, bright = seen["image_position_ids"][0], seen["pixel_values"][0].mean(1)
+        real = places[:, 0] >= 0
+        cell = places[real, 0] // 3 + columns * (places[real, 1] // 3)
+        return torch.zeros(counts[0]).index_add(0, cell, bright[real]).numpy()
+
+    check_cells(grid, size, brightness, [slice(0, counts[0])])
+
+
+@pytest.mark.parametrize("size", [(300, 200), (90, 400)])
+def test_codes_with_a_token_after_each_row(size):
+    """Emu3: the last token of each row ends it and has no place."""
+    used = Emu3ImageProcessor(min_pixels=64 * 64, max_pixels=128 * 128, spatial_factor=8)
+    made = used(images=[Image.new("RGB", size)], return_tensors="pt")
+    height, width = (edge // 8 for edge in made["image_sizes"][0].tolist())
+    made["input_ids"] = torch.tensor([[1, *[7] * (height * (width + 1)), 1]])
+    config = SimpleNamespace(vq_config=SimpleNamespace(channel_multiplier=[1, 2, 2, 4]), model_type="emu3")
+    grid = find_grid(replace(prompt_of(made, [size], None, 7), model=SimpleNamespace(config=config)))
+    ends = np.arange(len(grid)) % (width + 1) == width
+    assert (np.isnan(grid.boxes).all(axis=1) == ends).all()
+    np.testing.assert_allclose(grid.overlap((0, 0, *size)), ~ends, atol=1e-3)
+
+    def brightness(image):
+        pixels = used(images=[image], return_tensors="pt")["pixel_values"].reshape(1, 3, height * 8, width * 8)
+        return patches(pixels, 8)
+
+    places = replace(grid, boxes=grid.boxes[~ends], image=grid.image[~ends])
+    check_cells(places, size, brightness, [slice(0, len(places))])
