@@ -225,6 +225,8 @@ def _tiled_canvas(prompt: Prompt) -> Layout | None:
     canvas = getattr(sys.modules.get(type(images).__module__), "get_optimal_tiled_canvas", None)
     if canvas is None or not hasattr(images, "crop_to_patches") or (images.crop_to_patches and not prompt.own_sizes):
         return None
+    if prompt.model.config.model_type in SEPARATED:  # Ovis2 has such a function, but asks another one, and has another order
+        return None
     tile = images.size["height"], images.size["width"]
     shapes = [  # (columns, rows) of each picture
         canvas((height, width), tile, images.min_patches, images.max_patches) if images.crop_to_patches else (1, 1)
@@ -263,6 +265,25 @@ def canvases_of(model: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [tuple(ratios[number - 1]) for number in np.asarray(inputs["aspect_ratio_ids"]).tolist() if number]
 
 
+def _tiles_from_the_corner(
+    rows: int, columns: int, size: tuple[int, int], edge: int, side: int, fill: bool = False
+) -> list[NDArray[np.float32]]:
+    """The boxes of each of ``rows`` x ``columns`` tiles of ``edge`` pixels; what lies beside the picture has no place.
+
+    The picture keeps its shape and fills the canvas from the upper left corner: all of it (``fill``), or as the processors of
+    Mllama and Llama 4 do it: neither side smaller than a tile if the other lets it, and none larger than the canvas.
+    """
+    canvas, made = (columns * edge, rows * edge), []
+    scale = min((most if fill else min(max(own, edge), most)) / own for own, most in zip(size, canvas, strict=True))
+    x1, y1 = (most / min(most, max(1, math.floor(own * scale))) for own, most in zip(size, canvas, strict=True))
+    for row, column in np.ndindex(rows, columns):
+        view = (column / columns * x1, row / rows * y1, (column + 1) / columns * x1, (row + 1) / rows * y1)
+        cells = np.clip(_lattice(side, side, view), 0, 1)
+        cells[(cells[:, 0] >= cells[:, 2]) | (cells[:, 1] >= cells[:, 3])] = np.nan
+        made.append(cells)
+    return made
+
+
 def _padded_canvas(prompt: Prompt) -> Layout | None:
     """Mllama: tiles row by row, each a class cell and a square; the picture fills its canvas from the upper left corner."""
     if "aspect_ratio_ids" not in prompt.inputs:
@@ -270,19 +291,52 @@ def _padded_canvas(prompt: Prompt) -> Layout | None:
     canvases, vision = canvases_of(prompt.model, prompt.inputs), prompt.model.config.vision_config
     if len(canvases) != len(prompt.sizes):
         return None
-    edge, side, boxes = vision.image_size, vision.image_size // vision.patch_size, []
+    side, boxes = vision.image_size // vision.patch_size, []
     for (rows, columns), size in zip(canvases, prompt.sizes, strict=True):
-        canvas = (columns * edge, rows * edge)
-        # As the processor: neither side smaller than a tile if the other lets it, and none larger than the canvas.
-        scale = min(min(max(own, edge), most) / own for own, most in zip(size, canvas, strict=True))
-        x1, y1 = (most / min(most, max(1, math.floor(own * scale))) for own, most in zip(size, canvas, strict=True))
-        for row, column in np.ndindex(rows, columns):
-            view = (column / columns * x1, row / rows * y1, (column + 1) / columns * x1, (row + 1) / rows * y1)
-            cells = np.clip(_lattice(side, side, view), 0, 1)
-            cells[(cells[:, 0] >= cells[:, 2]) | (cells[:, 1] >= cells[:, 3])] = np.nan  # beside the picture
-            boxes.append(np.concatenate((_nowhere(1), cells)))
+        for tile in _tiles_from_the_corner(rows, columns, size, vision.image_size, side):
+            boxes.append(np.concatenate((_nowhere(1), tile)))
     each = [rows * columns * (side**2 + 1) for rows, columns in canvases]
     return np.concatenate(boxes), np.repeat(np.arange(len(canvases)), each)
+
+
+# For models that put tokens between tiles: the one before or after the run of the whole picture, whether that run comes
+# first, and the token between two tiles of a row.
+SEPARATED = {
+    "llama4": ("<|image|>", False, "<|tile_x_separator|>"),
+    "ovis2": ("<IMG_GRID>", True, "<IMG_COL>"),
+}
+
+
+def _separated_tiles(prompt: Prompt) -> Layout | None:
+    """Ovis2 and Llama 4: tiles row by row with tokens between them, and the whole picture before or after its tiles."""
+    kind, tokenizer = prompt.model.config.model_type, getattr(prompt.processor, "tokenizer", None)
+    if kind not in SEPARATED or tokenizer is None or (kind == "llama4" and not prompt.own_sizes):
+        return None
+    mark, first, between = SEPARATED[kind]
+    whole, beside = tokenizer.convert_tokens_to_ids([mark, between])
+    if tokenizer.unk_token_id in (whole, beside) or None in (whole, beside):
+        return None
+    ids = np.concatenate(([-1], prompt.ids, [-1]))
+    around = [(ids[start], ids[start + length + 1]) for start, length in prompt.runs]
+    is_whole = [pair[first] == whole for pair in around]
+    joined = [pair[1] == beside for pair in around]
+    starts = [i for i in range(len(around)) if (is_whole[i] if first else i == 0 or is_whole[i - 1])]
+    if len(starts) != len(prompt.sizes) or sum(is_whole) != len(starts):
+        return None
+    boxes, images = [], []
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(around)], strict=True)):
+        tiles, side = end - start - 1, round(prompt.runs[start][1] ** 0.5)
+        rows = tiles - sum(joined[start:end])
+        canvas = (rows, tiles // rows) if tiles else (1, 1)
+        square = _lattice(side, side)
+        if kind == "llama4":  # padded on the right and below, and so is a picture of one tile
+            edge, fill = prompt.model.config.vision_config.image_size, prompt.processor.image_processor.resize_to_max_canvas
+            own = _tiles_from_the_corner(*canvas, prompt.sizes[number], edge, side, fill) + ([square] if tiles else [])
+        else:  # stretched
+            own = [square, *(_tiles_from_the_corner(*canvas, canvas[::-1], 1, side, fill=True) if tiles else [])]
+        boxes += own
+        images.append(np.full(sum(map(len, own)), number))
+    return np.concatenate(boxes), np.concatenate(images)
 
 
 def _one_and_square(prompt: Prompt) -> Layout | None:
@@ -318,6 +372,7 @@ NO_SQUARE = (
     "got_ocr2",
     "internvl",
     "lfm2_vl",
+    "llama4",
     "minicpm_ocr",
     "minicpmv4_6",
     "minicpmv4_7",
@@ -330,7 +385,7 @@ NO_SQUARE = (
 
 
 # Models whose tiles are runs of their own, so that several runs need not be several pictures.
-TILE_RUNS = ("aya_vision", "cohere2_vision", "llama4", "ovis2")
+TILE_RUNS = ("aya_vision", "cohere2_vision", "ovis2")
 
 
 def _one_square_per_picture(prompt: Prompt) -> Layout | None:
@@ -366,6 +421,7 @@ RULES: tuple[Rule, ...] = (
     _pixel_sizes,
     _codes,
     _padded_canvas,
+    _separated_tiles,
     _tiled_canvas,
     _tagged_tiles,
     _one_and_square,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from labkit import processor
 from PIL import Image
-from transformers import AddedToken, Idefics3Processor, LlavaProcessor
+from transformers import AddedToken, Idefics3Processor, Llama4Processor, LlavaProcessor, Ovis2Processor, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
@@ -23,6 +24,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -418,3 +420,78 @@ def test_codes_with_a_token_after_each_row(size):
 
     places = replace(grid, boxes=grid.boxes[~ends], image=grid.image[~ends])
     check_cells(places, size, brightness, [slice(0, len(places))])
+
+
+def taught(tokens: Sequence[str]) -> PreTrainedTokenizerBase:
+    """The lab's tokenizer with some more tokens."""
+    tokenizer = build_processor().tokenizer
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens])
+    return tokenizer
+
+
+@pytest.mark.parametrize("size", [(40, 40), (140, 90), (90, 200), (300, 60)])
+def test_tiles_with_tokens_between_them(size):
+    """Ovis2: the whole picture first, then tiles; the second picture's tokens are its own."""
+    images = Ovis2ImageProcessorPil(size={"height": 48, "width": 48}, crop_to_patches=True, max_patches=9)
+    marks = ["<IMG_START>", "<IMG_ATOM>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+    used = Ovis2Processor(images, taught(marks), image_seq_length=144)
+    token = used.tokenizer.convert_tokens_to_ids("<IMG_ATOM>")
+    model = SimpleNamespace(config=SimpleNamespace(model_type="ovis2", vision_config=SimpleNamespace()))
+    pictures = [Image.new("RGB", size), Image.new("RGB", (40, 40))]
+    made = used(images=pictures, text=["<image>this<image>that"], return_tensors="pt")
+    grid = find_grid(replace(prompt_of(made, [size, (40, 40)], used, token), model=model))
+    tiles = int(images(images=pictures, return_tensors="pt")["grids"][0].prod())  # as the image processor cut it
+    tiles = 0 if tiles == 1 else tiles
+    assert np.bincount(grid.image).tolist() == [(1 + tiles) * 144, 144]
+
+    def brightness(image):
+        return patches(images(images=[image], return_tensors="pt")["pixel_values"].flatten(0, -4), 4)
+
+    views = [slice(0, 144), *([slice(144, (tiles + 1) * 144)] if tiles else [])]
+    for view in views:
+        np.testing.assert_allclose(np.prod(grid.boxes[view, 2:] - grid.boxes[view, :2], axis=1).sum(), 1, atol=1e-3)
+        for cell in range(view.start, view.stop, 7):
+            assert int(np.argmax(brightness(lit(size, grid.pixels(cell)))[view])) == cell - view.start
+
+
+@pytest.mark.parametrize(("size", "tiles"), [((60, 48), (1, 2)), ((48, 24), (1, 1)), ((90, 70), (2, 2)), ((30, 140), (3, 1))])
+def test_tiles_from_the_corner_with_tokens_between_them(size, tiles):
+    """Llama 4: tiles of a canvas that the picture need not fill, then the whole picture, stretched; one tile is padded, too.
+
+    Its image processor needs torchvision, so the picture is laid onto the canvas here as that does it.
+    """
+    images = SimpleNamespace(resize_to_max_canvas=False)
+    tokens = ("<|image_start|>", "<|image|>", "<|patch|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>")
+    tokenizer = taught(tokens)
+    text = Llama4Processor._prompt_split_image(None, tiles, 144)
+    ids = tokenizer(text + "what" + text, return_tensors="pt")
+    used = SimpleNamespace(tokenizer=tokenizer, image_processor=images)
+    config = SimpleNamespace(model_type="llama4", vision_config=SimpleNamespace(image_size=48))
+    prompt = prompt_of(ids, [size, size], used, tokenizer.convert_tokens_to_ids("<|patch|>"))
+    prompt = replace(prompt, model=SimpleNamespace(config=config))
+    grid = find_grid(prompt)
+    rows, columns = tiles
+    count = rows * columns
+    each = (count + (count > 1)) * 144
+    assert np.bincount(grid.image).tolist() == [each, each]
+    np.testing.assert_array_equal(grid.boxes[:each], grid.boxes[each:])
+
+    most = [min(max(own, 48), edge) for own, edge in zip(size, (columns * 48, rows * 48), strict=True)]
+    scale = min(edge / own for own, edge in zip(size, most, strict=True))
+
+    def brightness(image):
+        canvas = Image.new("RGB", (columns * 48, rows * 48))
+        canvas.paste(image.resize(tuple(int(own * scale + 1e-9) for own in size)), (0, 0))
+        views = [canvas.crop((x * 48, y * 48, x * 48 + 48, y * 48 + 48)) for y in range(rows) for x in range(columns)]
+        views += [image.resize((48, 48))] if count > 1 else []
+        return patches(torch.tensor(np.stack([np.asarray(view) for view in views])).permute(0, 3, 1, 2).float(), 4)
+
+    for view in [slice(0, count * 144), *([slice(count * 144, each)] if count > 1 else [])]:
+        whole = np.nan_to_num(np.prod(grid.boxes[view, 2:] - grid.boxes[view, :2], axis=1)).sum()
+        assert whole == pytest.approx(1, abs=1e-3)
+        sizes = grid.boxes[view, 2:] - grid.boxes[view, :2]
+        full = (sizes > 0.7 * np.nanmax(sizes, axis=0)).all(axis=1)  # not those that hold but a sliver of the picture
+        for cell in (np.flatnonzero(full) + view.start)[::7]:
+            assert int(np.argmax(brightness(lit(size, grid.pixels(cell)))[view])) == cell - view.start
+    with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
+        find_grid(replace(prompt, own_sizes=False))
