@@ -429,7 +429,7 @@ def taught(tokens: Sequence[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@pytest.mark.parametrize("size", [(40, 40), (140, 90), (90, 200), (300, 60)])
+@pytest.mark.parametrize("size", [(40, 40), (140, 90), (90, 200), (1200, 240)])
 def test_tiles_with_tokens_between_them(size):
     """Ovis2: the whole picture first, then tiles; the second picture's tokens are its own."""
     images = Ovis2ImageProcessorPil(size={"height": 48, "width": 48}, crop_to_patches=True, max_patches=9)
@@ -450,7 +450,7 @@ def test_tiles_with_tokens_between_them(size):
     views = [slice(0, 144), *([slice(144, (tiles + 1) * 144)] if tiles else [])]
     for view in views:
         np.testing.assert_allclose(np.prod(grid.boxes[view, 2:] - grid.boxes[view, :2], axis=1).sum(), 1, atol=1e-3)
-        for cell in range(view.start, view.stop, 7):
+        for cell in range(view.start, view.stop, 13):
             assert int(np.argmax(brightness(lit(size, grid.pixels(cell)))[view])) == cell - view.start
 
 
