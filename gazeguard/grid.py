@@ -339,6 +339,25 @@ def _separated_tiles(prompt: Prompt) -> Layout | None:
     return np.concatenate(boxes), np.concatenate(images)
 
 
+def _rows_of_patches(prompt: Prompt) -> Layout | None:
+    """Fuyu: a run of patches per row of the picture, which is shrunk if too large and padded on the right and below."""
+    images = getattr(prompt.processor, "image_processor", None)
+    if prompt.model.config.model_type != "fuyu" or images is None or not prompt.own_sizes:
+        return None
+    boxes, lengths = [], []
+    for own in prompt.sizes:
+        scale = min(1.0, *(most / edge for edge, most in zip(own, (images.size["width"], images.size["height"]), strict=True)))
+        patch = images.patch_size["width"], images.patch_size["height"]
+        kept = [int(edge * scale) for edge in own]
+        columns, rows = (math.ceil(edge / side) for edge, side in zip(kept, patch, strict=True))
+        view = (0.0, 0.0, columns * patch[0] / kept[0], rows * patch[1] / kept[1])
+        boxes.append(np.clip(_lattice(rows, columns, view), 0, 1))
+        lengths += [columns] * rows
+    if lengths != [length for _, length in prompt.runs]:
+        return None
+    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+
+
 def _one_and_square(prompt: Prompt) -> Layout | None:
     """A cell without a place, then a square: the mean of all cells in Florence-2, the class cell in Idefics."""
     pictures, count = max(1, len(prompt.sizes)), sum(length for _, length in prompt.runs)
@@ -367,6 +386,7 @@ def _latents(prompt: Prompt) -> Layout | None:
 # shape, several views. A rule above may know them (some by their processor); where none does, they are refused.
 NO_SQUARE = (
     "deepseek_ocr2",
+    "fuyu",
     "gemma4",
     "gemma4_unified",
     "got_ocr2",
@@ -424,6 +444,7 @@ RULES: tuple[Rule, ...] = (
     _separated_tiles,
     _tiled_canvas,
     _tagged_tiles,
+    _rows_of_patches,
     _one_and_square,
     _one_square_per_picture,
 )

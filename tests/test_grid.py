@@ -14,9 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from labkit import processor
 from PIL import Image
-from transformers import AddedToken, Idefics3Processor, Llama4Processor, LlavaProcessor, Ovis2Processor, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    FuyuProcessor,
+    Idefics3Processor,
+    Llama4Processor,
+    LlavaProcessor,
+    Ovis2Processor,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
+from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -493,5 +502,38 @@ def test_tiles_from_the_corner_with_tokens_between_them(size, tiles):
         full = (sizes > 0.7 * np.nanmax(sizes, axis=0)).all(axis=1)  # not those that hold but a sliver of the picture
         for cell in (np.flatnonzero(full) + view.start)[::7]:
             assert int(np.argmax(brightness(lit(size, grid.pixels(cell)))[view])) == cell - view.start
+    with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
+        find_grid(replace(prompt, own_sizes=False))
+
+
+@pytest.mark.parametrize("size", [(100, 70), (300, 200), (45, 180)])
+def test_a_run_for_each_row(size):
+    """Fuyu: a newline after each row of patches; the last row and column hold what is left of the picture."""
+    images = FuyuImageProcessorPil(size={"height": 120, "width": 180}, patch_size={"height": 15, "width": 15})
+    tokenizer = taught(["|NEWLINE|", "|SPEAKER|", "<s>"])
+    used = FuyuProcessor(images, tokenizer)
+    model = SimpleNamespace(config=SimpleNamespace(model_type="fuyu"))
+
+    def run(image):
+        """What FuyuProcessor._process_images cuts; it does not run itself on what this image processor makes."""
+        made = images(images=[[image]])
+        kept = (made["image_unpadded_heights"][0][0], made["image_unpadded_widths"][0][0])
+        rows, columns = (-(-edge // 15) for edge in kept)
+        return np.asarray(made["images"][0][0])[:, : rows * 15, : columns * 15]
+
+    _, height, width = run(Image.new("RGB", size)).shape
+    text = used.replace_image_token({}, 0, num_patches=height * width // 225, row_width=width // 15)
+    ids = tokenizer([text], return_tensors="pt", add_special_tokens=False)
+    prompt = replace(prompt_of(ids, [size], used, tokenizer.convert_tokens_to_ids("|SPEAKER|")), model=model)
+    grid = find_grid(prompt)
+    assert len(prompt.runs) > 1
+    areas = np.prod(grid.boxes[:, 2:] - grid.boxes[:, :2], axis=1)
+    assert areas.sum() == pytest.approx(1, abs=1e-3)
+
+    def brightness(image):
+        return images.patchify_image(run(image)).mean(-1)
+
+    for cell in np.flatnonzero(areas > 0.5 * areas.max()):  # the last row and column may hold but a sliver
+        assert int(np.argmax(brightness(lit(size, grid.pixels(cell))))) == cell
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
         find_grid(replace(prompt, own_sizes=False))
