@@ -23,6 +23,7 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache
@@ -34,9 +35,11 @@ from gazeguard.phrases import Claim
 from gazeguard.policy import Rerank
 from gazeguard.tap import RIVALS, Tap, readout
 
+LIKELY = 0.01  # a way out that the model itself gives less than this is none
 REWOUND = 12  # tokens that one rewind may cost, on average over a caption's budget
 KEPT = ("DynamicLayer", "StaticLayer")  # cache layers in which a key can be closed and the others stay what they are
-_JOINT = re.compile(r"(?:[,;]?\s*\b(?:and|or|plus|with)|[,;])?\s*$")  # what leads from one thing of a list to the next
+_JOINTS = (",", ";", "and", "or", "plus", "with", "&")  # what leads from one thing of a list to the next
+_JOINT = re.compile(r"(?:[,;]?\s*(?:\b(?:and|or|plus|with)|&)|[,;])?\s*$")
 
 
 class RerankProcessor(LogitsProcessor):
@@ -88,15 +91,19 @@ class Settled(NamedTuple):
 
 
 def branches(claim: Claim, text: str) -> tuple[int, int]:
-    """The characters of ``text`` in which another way could have been taken instead of a false claim, end exclusive.
-
-    For a thing from the "and" or the comma that leads to it, or else its article, to its head noun; for an attribute or a
-    place that stands behind its thing those words alone: the thing itself may be there.
+    """The characters of ``text`` in which another way could have been taken than to name a thing, end exclusive: from the "and"
+    or the comma that leads to it, or else from its article, to where its head noun begins.
     """
-    head = claim.phrase.head
-    if claim.said != head:
-        return claim.said.start, claim.said.end
-    return _JOINT.search(text[: claim.phrase.start]).start(), head.start + 1
+    return _JOINT.search(text[: claim.phrase.start]).start(), claim.phrase.head.start + 1
+
+
+def joints(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that lead from one thing of a list to the next."""
+    forms = (
+        mark + word for word in _JOINTS for mark in ("", "\u0120", "\u2581")
+    )  # as byte-level BPE and SentencePiece write them
+    known = tokenizer.get_vocab()
+    return sorted({known[form] for form in forms if form in known})
 
 
 @dataclass(eq=False)
@@ -114,10 +121,10 @@ class _Row:
     settled: int = 0
     done: bool = False
 
-    def back_to(self, at: int) -> None:
-        """Forget the tokens from number ``at`` on, and never write that one there again."""
+    def back_to(self, at: int, barred: Sequence[int]) -> None:
+        """Forget the tokens from number ``at`` on, and never write those that are ``barred`` there again."""
         self.barred = {number: words for number, words in self.barred.items() if number <= at}
-        self.barred.setdefault(at, []).append(self.tokens[at])
+        self.barred.setdefault(at, []).extend(barred)
         del self.tokens[at:], self.passes[at:]
         self.left -= 1
 
@@ -129,11 +136,13 @@ class RewindLoop:
     judge:    is told after each pass, for every row, its tokens, the passes that wrote them, and whether it has ended (or None
               for a row that is done), and answers with what is `Settled`
     budget:   how often each row is taken back at most
+    joints:   the tokens that lead from one thing of a list to the next
     rerank:   moves the scores of every pass, as the tap heard it
     streamer: gets the prompt, and then whatever can no more be taken back
 
-    At a doubtful phrase the row goes back to that token of its `branches` whose second-best word was likeliest. The word that
-    stood there is barred, and the choice is made again among the others. Once the budget is spent, what is written stays.
+    At a doubtful phrase the row goes back to the joint that led to it, and the list ends there: all joints are barred. A thing
+    that no joint leads to is taken back to that token of its `branches` whose second-best word was likeliest; the word that
+    stood there is barred, unless no other is `LIKELY`. Once the budget is spent, what is written stays.
     ``passes`` (batch, T) int64 says after the run which pass wrote each token, 0 behind a row's end.
 
     With a budget of 0 all is as in `generate`. A rewound cache holds closed keys, so it is not returned. Raises
@@ -142,6 +151,7 @@ class RewindLoop:
 
     judge: Callable[[Sequence[tuple[list[int], list[int], bool] | None]], Sequence[Settled]]
     budget: int
+    joints: Sequence[int] = ()
     rerank: RerankProcessor | None = None
     streamer: BaseStreamer | None = None
     passes: Tensor | None = None
@@ -197,19 +207,29 @@ class RewindLoop:
             for b, (row, found, end) in enumerate(zip(rows, self.judge(told), ended, strict=True)):
                 row.settled = found.tokens
                 # The passes that are left must do for all that the row may still write.
-                if not row.done and found.doubt and row.left and len(seconds) + most - found.doubt.start <= passes:
-                    at = max(found.doubt, key=lambda t, b=b, row=row: float(seconds[row.passes[t]][b]))
-                    if model_kwargs.get("attention_mask") is None:  # where nothing is padding, generate leaves it out
-                        model_kwargs["attention_mask"] = ids.new_ones((batch, first + 1 + len(seconds)))
-                    _close(model_kwargs, b, [first + number for number in row.passes[at:]])
-                    row.back_to(at)
-                    lost = ids.new_full((len(seconds) - at,), pad)
-                    ids[b] = torch.cat((lost, input_ids[b], ids.new_tensor(row.tokens)))
+                if row.done or not row.left or len(seconds) + most - found.doubt.start > passes:
+                    at = None
                 else:
+                    at = self._branch(found.doubt, row.tokens, [float(seconds[row.passes[t]][b]) for t in found.doubt])
+                if at is None:
                     row.done = row.done or end or len(row.tokens) >= most
+                    continue
+                if model_kwargs.get("attention_mask") is None:  # where nothing is padding, generate leaves it out
+                    model_kwargs["attention_mask"] = ids.new_ones((batch, first + 1 + len(seconds)))
+                _close(model_kwargs, b, [first + number for number in row.passes[at:]])
+                row.back_to(at, self.joints if row.tokens[at] in self.joints else [row.tokens[at]])
+                lost = ids.new_full((len(seconds) - at,), pad)
+                ids[b] = torch.cat((lost, input_ids[b], ids.new_tensor(row.tokens)))
             shown.upto(rows[0])
         shown.end()
         return self._made(input_ids, rows, pad, kept, generation_config, model_kwargs)
+
+    def _branch(self, doubt: range, tokens: Sequence[int], seconds: Sequence[float]) -> int | None:
+        """Where to go back to; ``seconds`` (doubt,) nats is how likely the second-best words were. None: no way is likely."""
+        if not doubt or tokens[doubt.start] in self.joints:
+            return doubt.start if doubt else None
+        second, at = max(zip(seconds, doubt, strict=True))
+        return at if second > math.log(LIKELY) else None
 
     def _made(
         self,

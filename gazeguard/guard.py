@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from gazeguard import __version__, features
-from gazeguard.decode import RerankProcessor, RewindLoop, Settled, branches
+from gazeguard.decode import RerankProcessor, RewindLoop, Settled, branches, joints
 from gazeguard.detector import FILE_NAME as DETECTOR_FILE
 from gazeguard.detector import Detector
 from gazeguard.doctor import Check, examine
@@ -283,7 +283,7 @@ class GazeGuard:
                 rows, states = tap.collect(beams), tap.states(beams)
             else:
                 judge = _Judge(self, grids, _ends(config))
-                loop = RewindLoop(judge, self.policy.rewind.budget, rerank)
+                loop = RewindLoop(judge, self.policy.rewind.budget, joints(self.processor.tokenizer), rerank)
                 made = run([], loop)
                 whole = judge.seen()
         written = (made if isinstance(made, Tensor) else made.sequences)[:, keys.last + 1 :].cpu().numpy()
@@ -469,16 +469,15 @@ class GazeGuard:
             return self._made(trace.text, Verdict.UNCHECKED, "the caption was cut off by the length limit", findings, trace)
         return self._made(trace.text, Verdict.PASS, "", findings, trace)
 
-    def _doubtful(self, trace: GazeTrace, said: Sequence[Claim], new: Sequence[int]) -> Claim | None:
-        """Which of the ``new`` ones of a caption's claims is to be taken back: the first flagged thing, else the first one."""
-        kinds = [said[i].kind for i in new]
-        x = features.features(trace, said, new)[list(new)]
+    def _doubtful(self, trace: GazeTrace, said: Sequence[Claim], things: Sequence[int]) -> Claim | None:
+        """Which of these ``things`` among a caption's claims is to be taken back, the first of them; None if none is."""
+        kinds = [said[i].kind for i in things]
+        x = features.features(trace, said, things)[list(things)]
         if self.detector.unknown(x, kinds):
             return None  # the caption will be unchecked
-        rule = self.policy.rewind.threshold or self.policy.threshold
-        limits = [self.detector.threshold(kind, rule) for kind in kinds]
-        over = [said[i] for i, risk, limit in zip(new, self.detector.risk(x, kinds), limits, strict=True) if risk >= limit]
-        return min(over, key=lambda claim: claim.kind != "object", default=None)
+        limit = self.detector.threshold("object", self.policy.rewind.threshold or self.policy.threshold)
+        over = self.detector.risk(x, kinds) >= limit
+        return said[things[int(np.argmax(over))]] if over.any() else None
 
     def _unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:
         return self._made(caption, Verdict.UNCHECKED, reason, (), trace)
@@ -496,9 +495,9 @@ class GazeGuard:
 
 @dataclass(eq=False)
 class _Known:
-    """What has been judged of one row: the claims (kind, start, end), and how many first tokens hold no others."""
+    """What has been judged of one row: the things (start, end), and how many first tokens hold no others."""
 
-    judged: set[tuple[str, int, int]] = field(default_factory=set)
+    judged: set[tuple[int, int]] = field(default_factory=set)
     tokens: int = 0
     length: int = 0  # of the row when it was looked at last
 
@@ -506,8 +505,8 @@ class _Known:
 class _Judge:
     """What a guard knows of a batch while phrases may be taken back; the ``judge`` of a `RewindLoop`.
 
-    A claim is judged once it is complete, that is once another word stands behind it, by the features that it has in the end:
-    none of them looks ahead.
+    A thing is judged once it is complete, that is once another word stands behind it, by the features that it has in the end:
+    none of them looks ahead. Colours and places are not taken back: another one would be a guess.
     """
 
     def __init__(self, guard: GazeGuard, grids: Sequence[ImageGrid], ends: set[int]) -> None:
@@ -536,7 +535,7 @@ class _Judge:
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         before = len(tokenizer.decode(tokens[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         if len(tokens) <= known.length:  # it was taken back
-            known.judged = {claim for claim in known.judged if claim[2] <= before}
+            known.judged = {claim for claim in known.judged if claim[1] <= before}
             known.tokens = min(known.tokens, len(tokens) - 1)
         known.length = len(tokens)
         if not ended and text[before : before + 1].isalnum():
@@ -546,8 +545,8 @@ class _Judge:
             i
             for i, claim in enumerate(said)
             if (ended or claim.end < len(text.rstrip()))
-            and claim.kind in guard.detector.kinds
-            and (claim.kind, claim.start, claim.end) not in known.judged
+            and claim.kind == "object"
+            and (claim.start, claim.end) not in known.judged
         ]
         if not new:
             return Settled(known.tokens)
@@ -555,7 +554,7 @@ class _Judge:
         grid = self.grids[b * len(self.grids) // len(self._known)]
         trace = guard._trace(self.seen(), b, passes[: len(ids)], ids, text, offsets, grid, finished=True)
         doubtful = guard._doubtful(trace, said, new)
-        known.judged |= {(said[i].kind, said[i].start, said[i].end) for i in new}
+        known.judged |= {(said[i].start, said[i].end) for i in new}
         was, known.tokens = known.tokens, int(np.searchsorted(offsets[:, 1], max(said[i].end for i in new), side="right"))
         if doubtful is None:
             return Settled(known.tokens)
