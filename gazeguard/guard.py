@@ -10,6 +10,7 @@ report = guard.check(image, "In panel one there is a red star.")
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
 from gazeguard.inputs import decode, encode, grids_of, has_pixels, image_token_id, load_image, model_inputs
-from gazeguard.phrases import Claim, Parser, claims
+from gazeguard.phrases import Claim, Parser, claims, may_end_thing
 from gazeguard.policy import Policy, load_policy
 from gazeguard.repair import without
 from gazeguard.report import Finding, Report, Verdict, gaze_box
@@ -52,6 +53,7 @@ from gazeguard.trace import SHARES, GazeTrace
 
 HEADS_FILE = "heads.json"
 DEFAULT_PROMPT = "Describe the picture."
+_LAST_WORD = re.compile(r"[^\W_][\w'-]*$")
 UNSEEN = 0.01  # a caption whose gaze heads never gave the picture this share of attention was written without it
 
 # Ways of generating that cannot be watched: what tells them apart, and the way out.
@@ -415,12 +417,12 @@ class GazeGuard:
         for row, ids in zip(written, captions, strict=True):
             row[: len(ids)] = ids
         rows = Rows(*(tensor[:, :longest] for tensor in vars(rows).values()))
-        return self.heard(rows, states, torch.from_numpy(written).to(rows.hidden.device))
+        told = torch.from_numpy(written).to(rows.hidden.device)
+        return seen(self.tap.backbone, self.tap.heads, rows, told, self._wanted(states))
 
-    def heard(self, rows: Rows, states: Tensor | None, written: Tensor) -> Seen:
-        """What ``rows`` tell of the words ``written`` (batch, T) int64 that they predicted, as far as the detector asks."""
-        lies = self.detector is None or self.detector.uses("content", "named")
-        return seen(self.tap.backbone, self.tap.heads, rows, written, states, lies)
+    def _wanted(self, states: Tensor | None) -> Tensor | None:
+        """The states of the image cells, if the detector asks for what lies under the gaze."""
+        return states if self.detector is None or self.detector.uses("content", "named") else None
 
     def _trace(self, whole: Seen, row: int, passes: Sequence[int] | slice, *of: Any, finished: bool) -> GazeTrace:
         return whole.trace(row, passes, *of, heads=self.tap.heads, model=self.heads.model, finished=finished)
@@ -500,6 +502,7 @@ class _Known:
     judged: set[tuple[int, int]] = field(default_factory=set)
     tokens: int = 0
     length: int = 0  # of the row when it was looked at last
+    text: str = ""
 
 
 class _Judge:
@@ -513,6 +516,7 @@ class _Judge:
         self.guard, self.grids, self.ends = guard, grids, ends
         self._seen: Seen | None = None  # of all passes but those of `_unseen`
         self._unseen: list[list[int]] = []  # the words of every row that the latest passes wrote
+        self._words: Tensor | None = None  # (batch, passes) of `_seen`
         self._known: list[_Known] = []
 
     def __call__(self, rows: Sequence[tuple[list[int], list[int], bool] | None]) -> list[Settled]:
@@ -520,26 +524,36 @@ class _Judge:
         self._unseen.append([0 if row is None else row[0][-1] for row in rows])
         return [Settled(0) if row is None else self._settled(b, *row) for b, row in enumerate(rows)]
 
-    def seen(self) -> Seen:
-        """The numbers of all passes so far, (batch, passes)."""
+    def seen(self, lies: bool = True) -> Seen:
+        """The numbers of all passes, (batch, passes); with what ``lies`` under the gaze, which is costly, or without."""
+        guard, tap = self.guard, self.guard.tap
         if self._unseen:
-            tap, done = self.guard.tap, 0 if self._seen is None else self._seen.logprobs.shape[1]
-            words = torch.tensor(self._unseen, device=self.guard.model.device).T
-            new = self.guard.heard(tap.collect(start=done), tap.states(), words)
+            done = 0 if self._seen is None else self._seen.logprobs.shape[1]
+            words = torch.tensor(self._unseen, device=guard.model.device).T
+            new = seen(tap.backbone, tap.heads, tap.collect(start=done), words, None)
             self._seen, self._unseen = new if self._seen is None else self._seen.then(new), []
-        return self._seen
+            self._words = words if done == 0 else torch.cat((self._words, words), dim=1)
+        return self._seen.over(tap.backbone, guard._wanted(tap.states()), self._words) if lies else self._seen
 
     def _settled(self, b: int, tokens: list[int], passes: list[int], ended: bool) -> Settled:
         guard, known, tokenizer = self.guard, self._known[b], self.guard.processor.tokenizer
         ids = np.array(tokens[:-1] if tokens[-1] in self.ends else tokens, np.int64)
-        text = tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        before = len(tokenizer.decode(tokens[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+        def text_of(some: Sequence[int]) -> str:
+            return tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
         if len(tokens) <= known.length:  # it was taken back
-            known.judged = {claim for claim in known.judged if claim[1] <= before}
+            known.text = text_of(tokens[:-1])
+            known.judged = {thing for thing in known.judged if thing[1] <= len(known.text)}
             known.tokens = min(known.tokens, len(tokens) - 1)
-        known.length = len(tokens)
-        if not ended and text[before : before + 1].isalnum():
-            return Settled(known.tokens)  # it goes on with the last word
+        before, text = known.text, text_of(ids.tolist())
+        known.length, known.text = len(tokens), text
+        if not ended:
+            if text[len(before) : len(before) + 1].isalnum():
+                return Settled(known.tokens)  # it goes on with the last word
+            last = _LAST_WORD.search(before)
+            if guard.nlp is None and not (last and may_end_thing(last[0])):
+                return Settled(known.tokens)
         said = claims(text, guard.nlp)
         new = [
             i
@@ -552,7 +566,10 @@ class _Judge:
             return Settled(known.tokens)
         text, offsets = decode(tokenizer, ids)
         grid = self.grids[b * len(self.grids) // len(self._known)]
-        trace = guard._trace(self.seen(), b, passes[: len(ids)], ids, text, offsets, grid, finished=True)
+        whole = self.seen(lies=False).of(b, passes[: len(ids)])
+        states = guard._wanted(guard.tap.states())
+        whole = whole.over(guard.tap.backbone, None if states is None else states[b : b + 1], torch.from_numpy(ids)[None])
+        trace = guard._trace(whole, 0, slice(None), ids, text, offsets, grid, finished=True)
         doubtful = guard._doubtful(trace, said, new)
         known.judged |= {(said[i].start, said[i].end) for i in new}
         was, known.tokens = known.tokens, int(np.searchsorted(offsets[:, 1], max(said[i].end for i in new), side="right"))

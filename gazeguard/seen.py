@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,21 @@ class Seen:
         """These words, followed by ``later`` ones of the same batch."""
         return Seen(*(np.concatenate(pair, axis=1) for pair in zip(vars(self).values(), vars(later).values(), strict=True)))
 
+    def of(self, row: int, passes: Sequence[int]) -> Seen:
+        """The words of one row at some passes, a batch of one."""
+        return Seen(*(value[row : row + 1, passes] for value in vars(self).values()))
+
+    def over(self, backbone: Backbone, states: Tensor | None, written: Tensor) -> Seen:
+        """The same with what lies under the gaze, read off the image cells' ``states`` (see `Tap.states`); None adds nothing.
+
+        written: (batch, T) int64, the words
+        """
+        if states is None:
+            return self
+        gaze = torch.from_numpy(self.gaze).to(states.device)
+        under, named = (value.float().cpu().numpy() for value in content(backbone, states, gaze, written.to(states.device)))
+        return replace(self, content=under, named=named)
+
     def trace(
         self,
         row: int,
@@ -51,17 +66,12 @@ class Seen:
         return GazeTrace(text=text, token_ids=ids, offsets=offsets, grid=grid, **own, **about)
 
 
-def seen(
-    backbone: Backbone, heads: Sequence[Head], rows: Rows, written: Tensor, states: Tensor | None, lies: bool = True
-) -> Seen:
+def seen(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: Tensor, states: Tensor | None) -> Seen:
     """What the ``rows`` that predicted the words ``written`` (batch, T) int64 tell of them.
 
-    states: see `Tap.states`; lies: whether what lies under the gaze is wanted, which is NaN otherwise and without states
+    states: of the image cells, see `Tap.states`; without them what lies under the gaze is NaN
     """
     words = judge_words(backbone, heads, rows, written)
-    if lies and states is not None:
-        under, named = content(backbone, states, rows.gaze, written)
-    else:
-        under = named = torch.full_like(words.logprobs, torch.nan)
-    tensors = (words.logprobs, words.entropy, rows.gaze, rows.shares, words.readout, under, named)
-    return Seen(*(tensor.float().cpu().numpy() for tensor in tensors))
+    unknown = torch.full_like(words.logprobs, torch.nan)
+    tensors = (words.logprobs, words.entropy, rows.gaze, rows.shares, words.readout, unknown, unknown)
+    return Seen(*(tensor.float().cpu().numpy() for tensor in tensors)).over(backbone, states, written)
