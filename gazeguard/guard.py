@@ -278,7 +278,7 @@ class GazeGuard:
             tap.begin(Prompts.of(*keys), reordered=(config.num_beams or 1) > 1)
             if self._look is not None:
                 self._look.steer(tap, grids)
-            rerank = None if self.policy.rerank is None else RerankProcessor(tap, self.policy.rerank)
+            rerank = None if self.policy.rerank is None else RerankProcessor(tap, self.policy.rerank, self.processor.tokenizer)
             if self.policy.rewind is None:
                 loop, made = None, run([] if rerank is None else [rerank], None)
                 beams = getattr(made, "beam_indices", None)
