@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 import stat
 import threading
 import warnings
@@ -38,6 +39,8 @@ NO_WORD = -1  # stands for image cells where the model type has no token for the
 KEPT_AWAY = ("idefics",)
 PUTS_PICTURES_ITSELF = ("Florence2Processor",)  # before every prompt, where others want a token in the text
 MAX_IMAGE_BYTES = 64 * 2**20
+# What Pillow may read: pictures alone. For others it would start programs (EPS: Ghostscript).
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _OPENING = threading.Lock()  # warnings.catch_warnings changes what all threads see
 
 
@@ -68,13 +71,16 @@ class Encoded:
 
 
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """An upright RGB picture from a file, bytes or a PIL image. Raises `InputError` for anything else."""
+    """An upright RGB picture from a file of one of `FORMATS`, bytes or a PIL image. Raises `InputError` for anything else.
+
+    Of an animation it is the first frame; sixteen bits become eight; transparency is dropped, and the colour beneath it shows.
+    """
     if not isinstance(source, (str, Path, bytes, Image.Image)):
         raise InputError(f"Expected one picture (a path, bytes or a PIL image), not {type(source).__name__}.")
     name = str(source) if isinstance(source, (str, Path)) else "the given picture"
     try:
         if isinstance(source, Image.Image):
-            return _upright_rgb(source)
+            return _upright_rgb(source, name)
         if not isinstance(source, bytes):
             found = Path(source).stat()
             if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a pipe would be waited on for ever
@@ -83,9 +89,11 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
                 raise InputError(f"{name} is larger than {MAX_IMAGE_BYTES} bytes. Make the picture smaller first.")
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)  # reads the header alone
+            Image.init()
+            known = [kind for kind in FORMATS if kind in Image.OPEN]
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known)  # its header alone
         with image:
-            return _upright_rgb(image)
+            return _upright_rgb(image, name)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise InputError(f"{name} cannot be opened: {error.strerror}. Give the path of a picture.") from error
     except UnidentifiedImageError as error:
@@ -98,7 +106,14 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         raise InputError(f"{name} is damaged: {error}. Save the picture again, or leave it out.") from error
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    if not (image.width and image.height):
+        raise InputError(f"{name} is {image.width} x {image.height} pixels: there is nothing in it. Leave it out.")
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # a PIL image may be of a file not unpacked yet
+        size = f"{image.width} x {image.height}"
+        raise InputError(f"{name} has more pixels than is safe to unpack ({size}). Make it smaller first.")
+    if image.mode in ("I", "F"):
+        raise InputError(f"{name} holds numbers of 32 bits, and nobody says which is white. Save it with 8 or 16 bits.")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits at 255: a white page
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -133,6 +148,8 @@ def encode(
             f"{type(processor).__name__} is not a vision-language processor. "
             "Pass AutoProcessor.from_pretrained(...) of the model."
         )
+    for prompt in dict.fromkeys(prompts):
+        check_prompt(processor, prompt)
     side = "right" if model.config.is_encoder_decoder else "left"
     if processor.chat_template is None:
         own = type(processor).__name__ in PUTS_PICTURES_ITSELF
@@ -224,14 +241,33 @@ def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str,
     return made
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ids (T,) and the characters that each covers (T, 2), without special tokens: ``<image>`` in a caption is text."""
+def check_text(text: Any, what: str) -> None:
+    """Raise `InputError` for what is no text, or none that could be written down."""
+    if not isinstance(text, str):
+        raise InputError(f"The {what} is no text, but of type {type(text).__name__}. Pass a str.")
     try:
-        caption.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"Character {error.start} of the caption is half of a surrogate pair, which is no text. Repair its encoding."
+            f"Character {error.start} of the {what} is half of a surrogate pair, which is no text. Repair its encoding."
         ) from error
+
+
+def check_prompt(processor: ProcessorMixin, prompt: Any) -> None:
+    """Raise `InputError` for a prompt that names special tokens, which a processor would take for the tokens themselves."""
+    check_text(prompt, "prompt")
+    tokenizer = processor.tokenizer
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {*tokenizer.all_special_tokens, getattr(processor, "image_token", "")} - {tokenizer.unk_token, None, ""}
+    if found := sorted(name for name in special if name in prompt):
+        raise InputError(
+            f"The prompt holds {found[0]!r}, which the model would not read as words: it is a special token. Take it out."
+        )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids (T,) and the characters that each covers (T, 2), without special tokens: ``<image>`` in a caption is text."""
+    check_text(caption, "caption")
     if tokenizer.is_fast:
         made = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         return np.array(made["input_ids"], np.int64), np.array(made["offset_mapping"], np.int64).reshape(-1, 2)
