@@ -99,6 +99,7 @@ class Regression(BaseModel):
             data=fingerprint(x, false),
         )
 
+    @np.errstate(invalid="ignore", over="ignore")  # of a file with numbers near the largest; the guard takes no such risk
     def pull(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """What each feature adds to the logit, (claims, F)."""
         return (x - np.array(self.mean)) / np.array(self.scale) * np.array(self.weights)

@@ -88,9 +88,9 @@ class CaptionFilter:
                 "Give each at least 1."
             )
         if not isinstance(guard, GazeGuard):
-            model = AutoModelForImageTextToText.from_pretrained(guard).eval()
+            model = AutoModelForImageTextToText.from_pretrained(guard, trust_remote_code=False).eval()
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            guard = GazeGuard(model, AutoProcessor.from_pretrained(guard), policy=policy, **options)
+            guard = GazeGuard(model, AutoProcessor.from_pretrained(guard, trust_remote_code=False), policy=policy, **options)
         self.guard, self.batch_size, self.workers, self.prompt = guard, batch_size, workers, prompt
         self.max_new_tokens, self.image, self.caption = max_new_tokens, image, caption
 

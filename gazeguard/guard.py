@@ -458,6 +458,9 @@ class GazeGuard:
             return self._unchecked(trace.text, "no detector is fitted for this model", trace)
         if not (said := [claim for claim in said if claim.kind in self.detector.kinds]):
             return self._unchecked(trace.text, "the detector knows none of the kinds of claims in the caption", trace)
+        spans = [span for c in said for span in (c.said, c.phrase.head, *c.phrase.attributes, c.other) if span is not None]
+        if strange := next((span for span in spans if not trace.tokens(span.start, span.end)), None):
+            return self._unchecked(trace.text, f"no token covers {strange.text!r}", trace)
         kinds = [claim.kind for claim in said]
         x = features.features(trace, said)
         if unknown := self.detector.unknown(x, kinds):
@@ -465,6 +468,8 @@ class GazeGuard:
         if not (np.isfinite(trace.logprobs).all() and np.isfinite(trace.shares).all()):  # also what no feature reads
             return self._unchecked(trace.text, "the model gave no finite number for the caption's own words", trace)
         risks = self.detector.risk(x, kinds)
+        if not np.isfinite(risks).all():
+            return self._unchecked(trace.text, "the detector gave no finite risk", trace)
         limits = {kind: self.detector.threshold(kind, self.policy.threshold) for kind in set(kinds)}
         flagged = [risk >= limits[kind] for risk, kind in zip(risks, kinds, strict=True)]
         # Of a thing that is not there nobody asks for its colour or place.

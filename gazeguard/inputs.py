@@ -94,15 +94,16 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known)  # its header alone
         with image:
             return _upright_rgb(image, name)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{name} cannot be opened: {error.strerror}. Give the path of a picture.") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not a picture that Pillow can read. Give a PNG, JPEG or WebP file.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{name} has more pixels than is safe to unpack ({error}). Make it smaller first.") from error
     except InputError:
         raise
-    except Exception as error:  # Pillow's many readers raise almost anything for a damaged file
+    except Exception as error:
+        if why := getattr(error, "strerror", None):  # the system's word, where Pillow's own errors have none
+            raise InputError(f"{name} cannot be opened: {why}. Give the path of a picture.") from error
+        # Pillow's many readers raise almost anything for a damaged file.
         raise InputError(f"{name} is damaged: {error}. Save the picture again, or leave it out.") from error
 
 
