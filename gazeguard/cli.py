@@ -157,6 +157,7 @@ def demo(
         from gazeguard.lab.truth import judged, mentions
         from gazeguard.report import Entry, page
 
+        folder.mkdir(parents=True, exist_ok=True)
         guard = GazeGuard(*_load(None), policy=policy)
         samples = lab.samples("test", pictures, seed)
         reports = write_captions(guard, samples, do_sample=False, batch_size=5)
@@ -171,7 +172,6 @@ def demo(
             title = f"strip of {sample.picture.panels}" if sample.picture.panels else "scene"
             entries.append(Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth)))
             _show(entries[-1].title, report, truth or ["all of it is in the picture"])
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "replay.html"
         path.write_text(page(entries, title="GazeGuard demo"), encoding="utf-8")
         out.print(

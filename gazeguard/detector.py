@@ -104,6 +104,7 @@ class Regression(BaseModel):
         """What each feature adds to the logit, (claims, F)."""
         return (x - np.array(self.mean)) / np.array(self.scale) * np.array(self.weights)
 
+    @np.errstate(invalid="ignore", over="ignore")
     def logit(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """(claims,): the log-odds that each claim is false."""
         return self.pull(x).sum(-1) + self.bias

@@ -41,6 +41,7 @@ from gazeguard.heads import GazeHeads
 from gazeguard.inputs import (
     check_prompt,
     check_text,
+    context_of,
     decode,
     encode,
     grids_of,
@@ -391,7 +392,7 @@ class GazeGuard:
 
     def _too_long(self, tokens: int) -> str:
         """Why so many tokens cannot be judged; empty when the model's context holds them."""
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
+        limit = context_of(self.model)
         return f"prompt and caption have {tokens} tokens, more than the model's context of {limit}" if tokens > limit else ""
 
     def verify(self, inputs: Mapping[str, Any]) -> list[Check]:

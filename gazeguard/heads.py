@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from gazeguard.comics import Strip, draw_strips
-from gazeguard.errors import ArtifactError, InputError, MismatchError, UnsupportedError
+from gazeguard.errors import ArtifactError, InputError, MismatchError
 from gazeguard.grid import ImageGrid
 from gazeguard.inputs import Encoded, encode, grids_of, model_inputs
 from gazeguard.tap import Head, Prompts, Tap, find_backbone, keys_of, weight_of
@@ -507,11 +507,6 @@ def _agreement(matrices: NDArray[np.float32], k: int) -> float:
 
 def _choose(model: PreTrainedModel, heads: Sequence[Head], seen: Mapping[Way, NDArray[np.float32]]) -> GazeHeads:
     """The heads above the gap, with the figures behind them; ``seen`` as `_score` takes it."""
-    if not all(np.isfinite(made).all() for made in seen.values()):
-        raise UnsupportedError(
-            f"{type(model).__name__} gives attention that is no finite number, so no head can be scored. Load it in another "
-            "precision, such as dtype=torch.float32."
-        )
     ranked = seen.get("narration", seen["query"])[..., :-1]
     chosen = sorted(_top(ranked))
     scores = {way: _score(seen[way], np.random.default_rng(0), chosen) for way in seen}

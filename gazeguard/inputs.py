@@ -136,6 +136,11 @@ def image_token_id(model: PreTrainedModel) -> int:
     )
 
 
+def context_of(model: PreTrainedModel) -> float:
+    """How many tokens the model's decoder can read; infinite where its configuration does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+
+
 def encode(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -143,7 +148,10 @@ def encode(
     prompts: Sequence[str],
     captions: Sequence[str] = (),
 ) -> Encoded:
-    """One picture and one prompt per row, through the processor's chat template; on the model's device."""
+    """One picture and one prompt per row, through the processor's chat template; on the model's device.
+
+    Raises `InputError` for a prompt that names special tokens or, without captions, is longer than the model's context.
+    """
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise InputError(
             f"{type(processor).__name__} is not a vision-language processor. "
@@ -175,6 +183,9 @@ def encode(
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": side},
         )
+    tokens, limit = int(made["attention_mask"].sum(1).max()), context_of(model)
+    if not captions and not model.config.is_encoder_decoder and tokens > limit:
+        raise InputError(f"The prompt has {tokens} tokens, more than the model's context of {limit}. Make it shorter.")
     prompt = dict(made.to(model.device))
     forced = getattr(model.generation_config, "forced_bos_token_id", None)
     if model.config.is_encoder_decoder and forced is not None:  # BART: generate would write it before every caption

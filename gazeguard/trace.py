@@ -125,6 +125,8 @@ class GazeTrace:
             for name, array in arrays.items():
                 if array.dtype != (wanted := np.int64 if name in WHOLE else np.float32):
                     raise ArtifactError(f"{path} has {name} in {array.dtype}, where a trace has {np.dtype(wanted)}.")
+                if name in ("gaze", "shares") and ((array < 0) | (array > 1.001)).any():  # NaN, of a model's overflow, may be
+                    raise ArtifactError(f"{path} has {name} outside of 0 to 1, which is no attention.")
             if meta["format"] != FORMAT:
                 raise ArtifactError(f"{path} has trace format {meta['format']!r}; this version reads format {FORMAT}.")
             sizes = tuple((int(w), int(h)) for w, h in meta["sizes"])
