@@ -118,6 +118,8 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits at 255: a white page
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:  # Pillow wants it so
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
