@@ -88,9 +88,9 @@ class CaptionFilter:
                 "Give each at least 1."
             )
         if not isinstance(guard, GazeGuard):
-            model = AutoModelForImageTextToText.from_pretrained(guard).eval()
+            model = AutoModelForImageTextToText.from_pretrained(guard, trust_remote_code=False).eval()
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            guard = GazeGuard(model, AutoProcessor.from_pretrained(guard), policy=policy, **options)
+            guard = GazeGuard(model, AutoProcessor.from_pretrained(guard, trust_remote_code=False), policy=policy, **options)
         self.guard, self.batch_size, self.workers, self.prompt = guard, batch_size, workers, prompt
         self.max_new_tokens, self.image, self.caption = max_new_tokens, image, caption
 
@@ -258,14 +258,11 @@ def picture_of(source: Any) -> Image.Image | str:
             source = Image.fromarray(source)
         if source is None or (isinstance(source, float) and math.isnan(source)):  # how pandas says None
             return "there is no picture"
-        picture = load_image(source)
-        if not (picture.width and picture.height):
-            return f"the picture is {picture.width} x {picture.height} pixels: there is nothing in it"
+        return load_image(source)
     except InputError as error:
         return str(error).replace(name, "the picture") if name else str(error).replace("the given picture", "the picture")
     except Exception as error:  # of arrays that are no pictures, and of storage
         return f"the picture cannot be read: {reason(error)}"
-    return picture
 
 
 def explain(error: Exception) -> str:

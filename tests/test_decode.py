@@ -272,7 +272,7 @@ def test_what_cannot_be_rewound_is_refused_by_name(lab_vlm, batch, message):
 @pytest.mark.usefixtures("quietly")
 def test_caches_that_forget_are_refused():
     kind = families.gemma3(window=4)
-    with pytest.raises(UnsupportedError, match="taken back with a DynamicCache of .*DynamicSlidingWindowLayer"):
+    with pytest.raises(UnsupportedError, match=r"taken back with a DynamicCache of .*DynamicSlidingWindowLayer"):
         kind.model.generate(**kind.batch([0]), max_new_tokens=3, custom_generate=RewindLoop(Doubts({}), budget=1))
 
 
