@@ -141,7 +141,8 @@ def demo(
             caught, false_alarms = caught + len(wrong & flagged), false_alarms + len(flagged - wrong)
             truth = [f"{phrase.text}: {found[phrase].explained}" for phrase in found if phrase in flagged | wrong]
             title = f"strip of {sample.picture.panels}" if sample.picture.panels else "scene"
-            entries.append(Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth)))
+            panels = tuple((f"panel {n + 1}", sample.picture.panel_box(n)) for n in range(sample.picture.panels))
+            entries.append(Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth), panels))
             _show(entries[-1].title, report, truth or ["all of it is in the picture"])
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "replay.html"

@@ -30,6 +30,10 @@ from gazeguard.phrases import Claim
 from gazeguard.trace import GazeTrace
 
 LONGEST_EDGE = 1024  # pixels; larger pictures are shrunk in the page, which stays small enough to mail
+MANY, EDGE_OF_MANY = 50, 512  # a page of more captions than that shrinks its pictures further
+DRAWN = 4096  # colours; a picture of more is taken for a photograph, for which JPEG is smaller
+
+FIELDS = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 
 _WORD = re.compile(r"\w+(?:['\u2019\-]\w+)*|[^\w\s]+")  # U+2019: the apostrophe of print
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all that can steer a terminal; tab and newline stay
@@ -148,12 +152,15 @@ class Entry:
 
     image: the picture that the report is about (the first one, if there were several), at the size its boxes count in
     truth: lines of ground truth to show, such as "a blue moon: not in the picture"
+    parts: names and boxes of the parts of the picture between which the gaze is followed over time, such as the panels of
+           a strip; by default nine equal fields
     """
 
     title: str
     image: Image.Image
     report: Report
     truth: tuple[str, ...] = ()
+    parts: tuple[tuple[str, Box], ...] = ()
 
 
 def gaze_box(trace: GazeTrace, tokens: Sequence[int]) -> Box | None:
@@ -186,7 +193,7 @@ def page(entries: Sequence[Entry], title: str = "GazeGuard replay") -> str:
     if not entries:
         raise InputError("A replay page needs something to replay. Pass at least one Entry.")
     template, policy = _template()
-    values = {"title": html.escape(title), "policy": policy, "data": _json([_entry(entry) for entry in entries])}
+    values = {"title": html.escape(title), "policy": policy, "data": _json(_data(entries))}
     # One pass: a caption that contains "{{title}}" stays as it is.
     return re.sub(r"\{\{(title|policy|data)\}\}", lambda match: values[match[1]], template)
 
@@ -222,20 +229,33 @@ def _json(value: Any) -> str:
 # ----------------------------------------------------------------------------------------------------------- the data
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
-    """What the page knows about one caption."""
-    report, trace = entry.report, entry.report.trace
-    spans = [match.span() for match in _WORD.finditer(report.caption)]
-    return {
-        "title": entry.title,
-        "truth": list(entry.truth),
-        "report": report.to_dict(),
-        "image": _data_url(entry.image),
-        "size": list(entry.image.size),
-        "words": [_word(report, spans, index) for index in range(len(spans))],
-        "tail": report.caption[spans[-1][1] if spans else 0 :],
-        "gaze": None if trace is None else _gaze(trace, spans),
-    }
+def _data(entries: Sequence[Entry]) -> dict[str, Any]:
+    """All that the page shows. Captions share a picture and a grid by its number, so that each is in the page once."""
+    edge = LONGEST_EDGE if len(entries) <= MANY else EDGE_OF_MANY
+    images = {id(entry.image): entry.image for entry in entries}
+    urls = {key: _data_url(image, edge) for key, image in images.items()}
+    pictures: dict[str, int] = {}
+    grids: dict[str, int] = {}
+    captions = []
+    for entry in entries:
+        report, trace = entry.report, entry.report.trace
+        spans = [match.span() for match in _WORD.finditer(report.caption)]
+        gaze = None if trace is None else _word_gaze(trace, spans)
+        captions.append(
+            {
+                "title": entry.title,
+                "truth": list(entry.truth),
+                "report": report.to_dict(),
+                "picture": pictures.setdefault(urls[id(entry.image)], len(pictures)),
+                "size": list(entry.image.size),
+                "words": [_word(report, spans, index) for index in range(len(spans))],
+                "tail": report.caption[spans[-1][1] if spans else 0 :],
+                "starts": [_first_word(spans, finding.claim) for finding in report.findings],
+                "gaze": None if trace is None or gaze is None else _heat(trace, gaze, grids),
+                "stairs": None if trace is None or gaze is None else _stairs(trace, gaze, entry.parts),
+            }
+        )
+    return {"pictures": list(pictures), "grids": [json.loads(grid) for grid in grids], "captions": captions}
 
 
 def _word(report: Report, spans: list[tuple[int, int]], index: int) -> dict[str, Any]:
@@ -263,21 +283,49 @@ def _finding_at(findings: Sequence[Finding], start: int, end: int) -> int | None
     return max(hits, key=lambda i: (findings[i].flagged, findings[i].risk), default=None)
 
 
-def _gaze(trace: GazeTrace, spans: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """The heat of each word: ``cells``, boxes in shares of the picture, and ``heat``, base64 of words x cells bytes.
+def _first_word(spans: Sequence[tuple[int, int]], claim: Claim) -> int | None:
+    """The number of the first word that a claim has a part of."""
+    return next((i for i, (start, end) in enumerate(spans) if claim.start < end and claim.end > start), None)
 
-    255 is the caption's strongest look at any cell, so that words can be compared by eye.
-    """
-    placed = _placed(trace)
-    heat = np.zeros((len(spans), len(placed)))
+
+def _word_gaze(trace: GazeTrace, spans: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
+    """(words, N) float64: the gaze of each word on each cell; zero where no token covers the word."""
+    gaze = np.zeros((len(spans), len(trace.grid)))
     for row, (start, end) in enumerate(spans):
         if tokens := trace.tokens(start, end):
-            heat[row] = _mean_gaze(trace, tokens)[placed]
-    levels = np.rint(255 * heat / max(heat.max(initial=0), 1e-12)).astype(np.uint8)
-    return {
-        "cells": [[round(edge, 5) for edge in box] for box in trace.grid.boxes[placed].tolist()],
-        "heat": base64.b64encode(levels.tobytes()).decode(),
-    }
+            gaze[row] = _mean_gaze(trace, tokens)
+    return gaze
+
+
+def _heat(trace: GazeTrace, gaze: NDArray[np.float64], grids: dict[str, int]) -> dict[str, Any]:
+    """The heat of each word: ``grid``, the number of the cells, and ``heat``, base64 of words x cells bytes.
+
+    The cells are boxes in shares of the picture. 255 is the caption's strongest look at any of them, so that words can be
+    compared by eye.
+    """
+    placed = _placed(trace)
+    heat = gaze[:, placed]
+    cells = json.dumps([[round(edge, 5) for edge in box] for box in trace.grid.boxes[placed].tolist()])
+    return {"grid": grids.setdefault(cells, len(grids)), "heat": _levels(heat / max(heat.max(initial=0), 1e-12))}
+
+
+def _stairs(trace: GazeTrace, gaze: NDArray[np.float64], parts: Sequence[tuple[str, Box]]) -> dict[str, Any]:
+    """The gaze over time: ``names`` of parts of the picture, and ``levels``, base64 of words x parts bytes.
+
+    255 is all of a word's gaze on the picture, as far as its cells have a place.
+    """
+    if not parts:
+        width, height = trace.grid.sizes[0]
+        edges = [(x * width / 3, y * height / 3, (x + 1) * width / 3, (y + 1) * height / 3) for y in range(3) for x in range(3)]
+        parts = list(zip(FIELDS, edges, strict=True))
+    shares = gaze @ np.stack([trace.grid.overlap(box) for _, box in parts], axis=1)
+    total = gaze[:, _placed(trace)].sum(axis=1, keepdims=True)
+    return {"names": [name for name, _ in parts], "levels": _levels(np.clip(shares / np.maximum(total, 1e-12), 0, 1))}
+
+
+def _levels(shares: NDArray[np.float64]) -> str:
+    """Shares in [0, 1] as base64 of one byte each."""
+    return base64.b64encode(np.rint(255 * shares).astype(np.uint8).tobytes()).decode()
 
 
 def _placed(trace: GazeTrace) -> NDArray[np.int64]:
@@ -296,14 +344,15 @@ def _number(value: Any) -> float | None:
     return round(float(value), 4) if math.isfinite(value) else None
 
 
-def _data_url(image: Image.Image) -> str:
-    """The picture as a PNG in a data: URL, at most `LONGEST_EDGE` pixels long; its metadata stays behind."""
+def _data_url(image: Image.Image, edge: int) -> str:
+    """The picture in a data: URL, at most ``edge`` pixels long; its metadata stays behind."""
     small = image.convert("RGB")
-    small.thumbnail((LONGEST_EDGE, LONGEST_EDGE))  # never enlarges
+    small.thumbnail((edge, edge))  # never enlarges
     small.info.clear()
+    kind = "PNG" if small.getcolors(DRAWN) else "JPEG"
     buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    small.save(buffer, kind, optimize=True, **({"quality": 85} if kind == "JPEG" else {}))
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -42,7 +42,7 @@ def test_demo_counts_are_the_truth(tmp_path):
     result = run(app, ["demo", "--out", str(tmp_path), "--pictures", "4"])
     page = (tmp_path / "replay.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.S).group(1))
-    captions = [entry["report"]["caption"] for entry in data]
+    captions = [entry["report"]["caption"] for entry in data["captions"]]
     pairs = list(zip(lab.samples("test", 4), captions, strict=True))
     total = sum(len(mentions(sample.picture, text)) for sample, text in pairs)
     wrong = sum(len({c.phrase for c, _, false in judged(sample.picture, text) if false}) for sample, text in pairs)
