@@ -36,7 +36,8 @@ DRAWN = 4096  # colours; a picture of more is taken for a photograph, for which 
 FIELDS = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 
 _WORD = re.compile(r"\w+(?:['\u2019\-]\w+)*|[^\w\s]+")  # U+2019: the apostrophe of print
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all that can steer a terminal; tab and newline stay
+# All that can steer a terminal or turn the direction of writing, and halves of characters; tab and newline stay.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Verdict(StrEnum):
@@ -131,7 +132,7 @@ class Report:
 
     def marked(self) -> str:
         """The caption for a terminal: flagged phrases in ⟦ ⟧, and no character that could steer the terminal."""
-        text, parts, done = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", self.caption), [], 0
+        text, parts, done = _plain(self.caption), [], 0
         for start, end in _merged([(f.claim.start, f.claim.end) for f in self.findings if f.flagged]):
             parts += [text[done:start], "⟦", text[start:end], "⟧"]
             done = end
@@ -139,11 +140,33 @@ class Report:
 
     def printable(self) -> str:
         """``repaired`` for a terminal, with no character that could steer it."""
-        return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", self.repaired)
+        return _plain(self.repaired)
 
     def to_html(self, image: Image.Image) -> str:
         """The replay `page` of this report alone, with ``image``, the picture that the caption is about."""
         return page([Entry("Caption", image, self)], title="GazeGuard report")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: verdict, reason, the caption with its marks, and each flagged phrase. Static and small."""
+
+        def text(value: str) -> str:
+            return html.escape(_plain(value))
+
+        caption, parts, done = _plain(self.caption), [], 0
+        for start, end in _merged([(f.claim.start, f.claim.end) for f in self.findings if f.flagged]):
+            marked = f'<u style="text-decoration:underline wavy">{html.escape(caption[start:end])}</u><sup>?</sup>'
+            parts += [html.escape(caption[done:start]), marked]
+            done = end
+        rows = "".join(
+            f"<li>{text(str(f.claim))}: risk {f.risk:.2f}; {text('; '.join(f.reasons))}</li>"
+            for f in self.findings
+            if f.flagged
+        )
+        return (
+            f'<div style="max-width:45rem"><b>{self.verdict}</b>{text(self.reason and f" · {self.reason}")}'
+            f'<p dir="auto" style="white-space:pre-wrap;font-size:1.15em">{"".join(parts)}{html.escape(caption[done:])}</p>'
+            f"<ul>{rows}</ul></div>"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +184,11 @@ class Entry:
     report: Report
     truth: tuple[str, ...] = ()
     parts: tuple[tuple[str, Box], ...] = ()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the replay page of this caption, in a frame that can reach nothing around it."""
+        inside = html.escape(page([self], title=self.title))
+        return f'<iframe sandbox="allow-scripts" srcdoc="{inside}" style="width:100%;height:44rem;border:0"></iframe>'
 
 
 def gaze_box(trace: GazeTrace, tokens: Sequence[int]) -> Box | None:
@@ -193,7 +221,7 @@ def page(entries: Sequence[Entry], title: str = "GazeGuard replay") -> str:
     if not entries:
         raise InputError("A replay page needs something to replay. Pass at least one Entry.")
     template, policy = _template()
-    values = {"title": html.escape(title), "policy": policy, "data": _json(_data(entries))}
+    values = {"title": html.escape(_plain(title)), "policy": policy, "data": _json(_data(entries))}
     # One pass: a caption that contains "{{title}}" stays as it is.
     return re.sub(r"\{\{(title|policy|data)\}\}", lambda match: values[match[1]], template)
 
@@ -353,6 +381,11 @@ def _data_url(image: Image.Image, edge: int) -> str:
     buffer = io.BytesIO()
     small.save(buffer, kind, optimize=True, **({"quality": 85} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _plain(text: str) -> str:
+    """The text with a sign of one character in place of each that could steer what shows it."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
