@@ -13,7 +13,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -30,7 +30,6 @@ from gazeguard.phrases import Claim
 from gazeguard.trace import GazeTrace
 
 LONGEST_EDGE = 1024  # pixels; larger pictures are shrunk in the page, which stays small enough to mail
-MANY, EDGE_OF_MANY = 50, 512  # a page of more captions than that shrinks its pictures further
 DRAWN = 4096  # colours; a picture of more is taken for a photograph, for which JPEG is smaller
 
 FIELDS = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
@@ -173,14 +172,15 @@ class Report:
 class Entry:
     """One caption of a replay page.
 
-    image: the picture that the report is about (the first one, if there were several), at the size its boxes count in
+    image: the picture that the report is about (the first one, if there were several), at the size its boxes count in;
+           None where there is none that could be shown
     truth: lines of ground truth to show, such as "a blue moon: not in the picture"
     parts: names and boxes of the parts of the picture between which the gaze is followed over time, such as the panels of
            a strip; by default nine equal fields
     """
 
     title: str
-    image: Image.Image
+    image: Image.Image | None
     report: Report
     truth: tuple[str, ...] = ()
     parts: tuple[tuple[str, Box], ...] = ()
@@ -213,15 +213,19 @@ def gaze_box(trace: GazeTrace, tokens: Sequence[int]) -> Box | None:
     return (x0 * width, y0 * height, x1 * width, y1 * height)
 
 
-def page(entries: Sequence[Entry], title: str = "GazeGuard replay") -> str:
+def page(entries: Iterable[Entry], title: str = "GazeGuard replay", edge: int = LONGEST_EDGE) -> str:
     """One self-contained HTML file that replays the gaze of all ``entries``, word by word.
 
-    ``#entry=2&word=5`` after the file's address opens it there, both counted from one.
+    ``edge`` is the length in pixels to which larger pictures are shrunk: with 512, a page of 500 photographs stays below
+    100 MB. ``#entry=2&word=5`` after the file's address opens it there, both counted from one.
+
+    Raises `InputError` for no entries. They are asked for one by one, so that of many pictures one is held at a time.
     """
-    if not entries:
-        raise InputError("A replay page needs something to replay. Pass at least one Entry.")
     template, policy = _template()
-    values = {"title": html.escape(_plain(title)), "policy": policy, "data": _json(_data(entries))}
+    data = _data(entries, edge)
+    if not data["captions"]:
+        raise InputError("A replay page needs something to replay. Pass at least one Entry.")
+    values = {"title": html.escape(_plain(title)), "policy": policy, "data": _json(data)}
     # One pass: a caption that contains "{{title}}" stays as it is.
     return re.sub(r"\{\{(title|policy|data)\}\}", lambda match: values[match[1]], template)
 
@@ -257,16 +261,13 @@ def _json(value: Any) -> str:
 # ----------------------------------------------------------------------------------------------------------- the data
 
 
-def _data(entries: Sequence[Entry]) -> dict[str, Any]:
+def _data(entries: Iterable[Entry], edge: int) -> dict[str, Any]:
     """All that the page shows. Captions share a picture and a grid by its number, so that each is in the page once."""
-    edge = LONGEST_EDGE if len(entries) <= MANY else EDGE_OF_MANY
-    images = {id(entry.image): entry.image for entry in entries}
-    urls = {key: _data_url(image, edge) for key, image in images.items()}
     pictures: dict[str, int] = {}
     grids: dict[str, int] = {}
     captions = []
     for entry in entries:
-        report, trace = entry.report, entry.report.trace
+        image, report, trace = entry.image, entry.report, entry.report.trace
         spans = [match.span() for match in _WORD.finditer(report.caption)]
         gaze = None if trace is None else _word_gaze(trace, spans)
         captions.append(
@@ -274,8 +275,8 @@ def _data(entries: Sequence[Entry]) -> dict[str, Any]:
                 "title": entry.title,
                 "truth": list(entry.truth),
                 "report": report.to_dict(),
-                "picture": pictures.setdefault(urls[id(entry.image)], len(pictures)),
-                "size": list(entry.image.size),
+                "picture": None if image is None else pictures.setdefault(_data_url(image, edge), len(pictures)),
+                "size": [1, 1] if image is None else list(image.size),
                 "words": [_word(report, spans, index) for index in range(len(spans))],
                 "tail": report.caption[spans[-1][1] if spans else 0 :],
                 "starts": [_first_word(spans, finding.claim) for finding in report.findings],

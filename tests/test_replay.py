@@ -126,12 +126,13 @@ def some(number: int = 5) -> list[Entry]:
     """A page of captions: every third flagged, every third unchecked; titles "caption 0" and so on."""
     entries = []
     for index in range(number):
+        image = None if index % 6 == 2 else picture()
         report = [
             moon_report(),
             make_report(CAPTION, make_trace(CAPTION), find(CAPTION, 0, 10, 0.2)),
             Report("A re", Verdict.UNCHECKED, "The caption was cut off.", (), "mark", "toy", "0.1", None, "A re"),
         ][index % 3]
-        entries.append(Entry(f"caption {index}", picture(), report))
+        entries.append(Entry(f"caption {index}", image, report))
     return entries
 
 
@@ -229,7 +230,7 @@ def test_keys_step_through_words_and_captions(show: Callable[..., Replay]) -> No
     replay.keys(Keys.ARROW_DOWN)
     assert (replay.text("#title"), replay.word) == ("caption 1", ["A"])
     replay.keys(Keys.ARROW_DOWN)
-    assert (replay.text("#title"), replay.text("#seen")) == ("caption 2", "No gaze was recorded for this caption.")
+    assert (replay.text("#title"), replay.text("#seen")) == ("caption 2", "There is no picture to show.")
     replay.keys(*[Keys.ARROW_DOWN] * 9)
     assert replay.text("#title") == "caption 4"
     replay.keys(*[Keys.ARROW_UP] * 9)
@@ -324,8 +325,10 @@ def test_search_and_filters_choose_what_the_keys_walk_through(show: Callable[...
 def test_a_page_without_anything_to_step_through_is_quiet(show: Callable[..., Replay]) -> None:
     empty = make_report("", make_trace("", np.zeros((0, 2, 144))))
     unseen = Report("A re", Verdict.UNCHECKED, "Cut off.", (), "balanced", "toy", "0.1", None, "A re")
-    for report, seen in ((empty, ""), (unseen, "No gaze was recorded for this caption.")):
-        replay = show([Entry("a", picture(), report)])
+    none, lost = "No gaze was recorded for this caption.", "There is no picture to show."
+    for image, report, seen in ((picture(), empty, ""), (picture(), unseen, none), (None, unseen, lost)):
+        replay = show([Entry("a", image, report)])
+        assert replay.driver.find_element("id", "stage").is_displayed() == (image is not None)
         replay.keys(Keys.ARROW_RIGHT, Keys.SPACE, Keys.END, "f", "h", Keys.ARROW_DOWN)
         assert (replay.word, replay.text("#seen")) == ([], seen)
         assert not replay.driver.find_element("id", "nav").is_displayed()

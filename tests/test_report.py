@@ -17,7 +17,7 @@ from reportkit import CAPTION, NASTY, find, make_report, make_trace, moon_report
 
 from gazeguard.errors import InputError
 from gazeguard.grid import ImageGrid
-from gazeguard.report import EDGE_OF_MANY, LONGEST_EDGE, MANY, Entry, Report, Verdict, gaze_box, page
+from gazeguard.report import LONGEST_EDGE, Entry, Report, Verdict, gaze_box, page
 from gazeguard.trace import GazeTrace
 
 
@@ -336,11 +336,14 @@ def test_captions_share_a_picture_and_a_grid() -> None:
     assert len(data["pictures"]) == 2
 
 
-def test_a_page_of_many_has_smaller_pictures() -> None:
-    image = photo((900, 600))
-    few, many = (Page(page([Entry("t", image, make_report())] * number)).data for number in (MANY, MANY + 1))
-    assert picture_in(few)[1].size == (900, 600)
-    assert max(picture_in(many)[1].size) == EDGE_OF_MANY
+def test_pictures_are_shrunk_to_the_edge_that_is_asked_for() -> None:
+    data = Page(page(iter([Entry("t", photo((900, 600)), make_report()), Entry("t", picture(), make_report())]), edge=512)).data
+    assert [picture_in(data, number)[1].size for number in (0, 1)] == [(512, 341), (144, 144)]
+
+
+def test_an_entry_may_have_no_picture() -> None:
+    (entry,) = Page(page([Entry("t", None, make_report())])).captions
+    assert entry["picture"] is None
 
 
 def test_a_phrase_starts_at_its_first_word() -> None:
