@@ -242,7 +242,7 @@ def _template() -> tuple[str, str]:
     assert script
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style[1])}; script-src {_hash(script[1])}; "
-        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
     return template, policy
 
@@ -269,7 +269,7 @@ def _data(entries: Iterable[Entry], edge: int) -> dict[str, Any]:
     for entry in entries:
         image, report, trace = entry.image, entry.report, entry.report.trace
         spans = [match.span() for match in _WORD.finditer(report.caption)]
-        gaze = None if trace is None else _word_gaze(trace, spans)
+        gaze = None if trace is None else _gaze(trace, spans, entry.parts, grids)
         captions.append(
             {
                 "title": entry.title,
@@ -280,8 +280,7 @@ def _data(entries: Iterable[Entry], edge: int) -> dict[str, Any]:
                 "words": [_word(report, spans, index) for index in range(len(spans))],
                 "tail": report.caption[spans[-1][1] if spans else 0 :],
                 "starts": [_first_word(spans, finding.claim) for finding in report.findings],
-                "gaze": None if trace is None or gaze is None else _heat(trace, gaze, grids),
-                "stairs": None if trace is None or gaze is None else _stairs(trace, gaze, entry.parts),
+                "gaze": gaze,
             }
         )
     return {"pictures": list(pictures), "grids": [json.loads(grid) for grid in grids], "captions": captions}
@@ -317,44 +316,39 @@ def _first_word(spans: Sequence[tuple[int, int]], claim: Claim) -> int | None:
     return next((i for i, (start, end) in enumerate(spans) if claim.start < end and claim.end > start), None)
 
 
-def _word_gaze(trace: GazeTrace, spans: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
-    """(words, N) float64: the gaze of each word on each cell; zero where no token covers the word."""
+def _gaze(
+    trace: GazeTrace, spans: Sequence[tuple[int, int]], parts: Sequence[tuple[str, Box]], grids: dict[str, int]
+) -> dict[str, Any]:
+    """Where the gaze was at each word, as base64 of bytes.
+
+    grid, heat:   the number of the grid, cells as boxes in shares of the picture; and words x cells levels, of which 255 is
+                  the caption's strongest look at any cell, so that words can be compared by eye
+    parts, share: names of parts of the picture; and words x parts levels, of which 255 is all of the word's gaze on the
+                  picture, as far as its cells have a place
+    """
     gaze = np.zeros((len(spans), len(trace.grid)))
     for row, (start, end) in enumerate(spans):
         if tokens := trace.tokens(start, end):
             gaze[row] = _mean_gaze(trace, tokens)
-    return gaze
-
-
-def _heat(trace: GazeTrace, gaze: NDArray[np.float64], grids: dict[str, int]) -> dict[str, Any]:
-    """The heat of each word: ``grid``, the number of the cells, and ``heat``, base64 of words x cells bytes.
-
-    The cells are boxes in shares of the picture. 255 is the caption's strongest look at any of them, so that words can be
-    compared by eye.
-    """
-    placed = _placed(trace)
-    heat = gaze[:, placed]
-    cells = json.dumps([[round(edge, 5) for edge in box] for box in trace.grid.boxes[placed].tolist()])
-    return {"grid": grids.setdefault(cells, len(grids)), "heat": _levels(heat / max(heat.max(initial=0), 1e-12))}
-
-
-def _stairs(trace: GazeTrace, gaze: NDArray[np.float64], parts: Sequence[tuple[str, Box]]) -> dict[str, Any]:
-    """The gaze over time: ``names`` of parts of the picture, and ``levels``, base64 of words x parts bytes.
-
-    255 is all of a word's gaze on the picture, as far as its cells have a place.
-    """
     if not parts:
         width, height = trace.grid.sizes[0]
-        edges = [(x * width / 3, y * height / 3, (x + 1) * width / 3, (y + 1) * height / 3) for y in range(3) for x in range(3)]
-        parts = list(zip(FIELDS, edges, strict=True))
-    shares = gaze @ np.stack([trace.grid.overlap(box) for _, box in parts], axis=1)
-    total = gaze[:, _placed(trace)].sum(axis=1, keepdims=True)
-    return {"names": [name for name, _ in parts], "levels": _levels(np.clip(shares / np.maximum(total, 1e-12), 0, 1))}
+        corners = [(x * width / 3, y * height / 3) for y in range(3) for x in range(3)]
+        parts = [(name, (x, y, x + width / 3, y + height / 3)) for name, (x, y) in zip(FIELDS, corners, strict=True)]
+    placed = _placed(trace)
+    heat, total = gaze[:, placed], gaze[:, placed].sum(axis=1, keepdims=True)
+    share = gaze @ np.stack([trace.grid.overlap(box) for _, box in parts], axis=1) / np.maximum(total, 1e-12)
+    cells = json.dumps([[round(edge, 5) for edge in box] for box in trace.grid.boxes[placed].tolist()])
+    return {
+        "grid": grids.setdefault(cells, len(grids)),
+        "heat": _levels(heat / max(heat.max(initial=0), 1e-12)),
+        "parts": [name for name, _ in parts],
+        "share": _levels(share),
+    }
 
 
 def _levels(shares: NDArray[np.float64]) -> str:
-    """Shares in [0, 1] as base64 of one byte each."""
-    return base64.b64encode(np.rint(255 * shares).astype(np.uint8).tobytes()).decode()
+    """Shares in [0, 1] as base64 of one byte each; what rounding has put outside is put back."""
+    return base64.b64encode(np.rint(255 * np.clip(shares, 0, 1)).astype(np.uint8).tobytes()).decode()
 
 
 def _placed(trace: GazeTrace) -> NDArray[np.int64]:

@@ -449,7 +449,9 @@ def test_flags_are_told_without_colour(show: Callable[..., Replay]) -> None:
 
 @pytest.mark.parametrize("width", [360, 800, 1280])
 def test_nothing_sticks_out_to_the_side(show: Callable[..., Replay], width: int) -> None:
-    replay = show([Entry("a long title " * 20 + "w" * 300, picture(), make_report("w" * 400, make_trace("w" * 400))), *some(3)])
+    word = "w" * 400
+    report = make_report(word, make_trace(word), find(word, 0, 400, 0.9, True, reasons=(word,)))
+    replay = show([Entry("a long title " + word, picture(), report, (word,), ((word, (0.0, 0.0, 144.0, 144.0)),)), *some(3)])
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     replay.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:

@@ -245,10 +245,10 @@ def test_the_stairs_are_shares_of_a_words_gaze_on_the_picture() -> None:
     report = make_report(text, make_trace(text, gaze, ImageGrid.regular(6, 6, (60, 60))))
     half = (("upper half", (0.0, 0.0, 60.0, 30.0)), ("a corner", (50.0, 50.0, 60.0, 60.0)))
     whole, parts = Page(page([Entry("t", picture((60, 60)), report), Entry("t", picture((60, 60)), report, (), half)])).captions
-    assert whole["stairs"]["names"][0] == "top left"
-    assert list(base64.b64decode(whole["stairs"]["levels"])) == [191, 0, 0, 0, 0, 0, 0, 0, 64] + [0] * 9
-    assert parts["stairs"]["names"] == ["upper half", "a corner"]
-    assert list(base64.b64decode(parts["stairs"]["levels"])) == [191, 64, 0, 0]
+    assert whole["gaze"]["parts"][0] == "top left"
+    assert list(base64.b64decode(whole["gaze"]["share"])) == [191, 0, 0, 0, 0, 0, 0, 0, 64] + [0] * 9
+    assert parts["gaze"]["parts"] == ["upper half", "a corner"]
+    assert list(base64.b64decode(parts["gaze"]["share"])) == [191, 64, 0, 0]
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -256,7 +256,7 @@ def test_nine_fields_share_out_all_the_gaze(seed: int) -> None:
     gaze = np.random.default_rng(seed).exponential(size=(3, 2, 25)) ** 3
     trace = make_trace("a b c", gaze, ImageGrid.regular(5, 5, (50, 40)))
     (entry,) = Page(page([Entry("t", picture((50, 40)), make_report("a b c", trace))])).captions
-    levels = np.frombuffer(base64.b64decode(entry["stairs"]["levels"]), np.uint8).reshape(3, 9)
+    levels = np.frombuffer(base64.b64decode(entry["gaze"]["share"]), np.uint8).reshape(3, 9)
     assert np.abs(levels.sum(axis=1, dtype=np.int64) - 255).max() <= 4  # each of nine is rounded
 
 
