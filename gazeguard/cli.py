@@ -1,4 +1,4 @@
-"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``heads``, ``policy``, ``doctor``.
+"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``replay``, ``heads``, ``policy``, ``doctor``.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 nothing was flagged, 1 something was flagged,
 2 something could not be checked or the call was wrong. ``filter`` ends with 0 when every row has its place.
@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,7 +171,8 @@ def demo(
             caught, false_alarms = caught + len(wrong & flagged), false_alarms + len(flagged - wrong)
             truth = [f"{phrase.text}: {found[phrase].explained}" for phrase in found if phrase in flagged | wrong]
             title = f"strip of {sample.picture.panels}" if sample.picture.panels else "scene"
-            entries.append(Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth)))
+            panels = tuple((f"panel {n + 1}", sample.picture.panel_box(n)) for n in range(sample.picture.panels))
+            entries.append(Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth), panels))
             _show(entries[-1].title, report, truth or ["all of it is in the picture"])
         path = folder / "replay.html"
         path.write_text(page(entries, title="GazeGuard demo"), encoding="utf-8")
@@ -320,6 +322,48 @@ def filter_(
             for reason, count in summary["reasons"].get(verdict, {}).items():
                 out.print(Padding(Text(f"{count}: {_printable(reason)}", style="dim"), (0, 0, 0, 2)))
         out.print(f"{summary['rows']} rows: [bold]{escape(str(folder))}[/]")
+
+
+@app.command()
+def replay(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="What filter reads: a .jsonl, .parquet or .tar, or a folder.")],
+    html: Annotated[Path, typer.Argument(metavar="PAGE", help="The .html file to write.")],
+    model: ModelOption = None,
+    policy: PolicyOption = "mark",
+    prompt: PromptOption = "Describe the picture.",
+    most: Annotated[int, typer.Option(min=1, help="Show at most so many captions.")] = 500,
+    skip_passed: Annotated[bool, typer.Option("--skip-passed", help="Show only what was flagged or not checked.")] = False,
+    edge: Annotated[int, typer.Option(min=16, help="Shrink pictures to so many pixels.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model sees at once.")] = 16,
+    image_column: Annotated[str, typer.Option(help="Name of the pictures in JSONL and parquet.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="Name of the captions in JSONL and parquet.")] = "caption",
+) -> None:
+    """Write one page that replays many captions word by word, with a list to search and to filter by verdict.
+
+    Captions that the input lacks are written first, as filter does.
+    """
+    with _errors():
+        import torch
+
+        from gazeguard.files import open_input
+        from gazeguard.filter import CaptionFilter
+        from gazeguard.filter import replay as entries
+        from gazeguard.guard import GazeGuard
+        from gazeguard.report import page
+
+        if not html.parent.is_dir():  # said before the work, not after it
+            raise InputError(f"{html.parent}, where the page is to go, is no folder. Make it, or give another path.")
+        rows = open_input(source, image_column, caption_column)
+        loaded, processor = _load(model)
+        if torch.cuda.is_available():
+            loaded.to("cuda")
+        guard = GazeGuard(loaded, processor, policy=policy)
+        keep = CaptionFilter(guard, batch_size=batch_size, prompt=prompt, image=image_column, caption=caption_column)
+        with Progress(TextColumn("replaying"), MofNCompleteColumn(), _Rate(), console=err) as progress:
+            found = islice(entries(keep, rows, passed=not skip_passed), most)
+            text = page(progress.track(found, total=min(most, rows.count())), title=f"GazeGuard: {source.name}", edge=edge)
+        html.write_text(text, encoding="utf-8")
+        out.print(f"Replay page: [bold]{escape(str(html))}[/]")
 
 
 @app.command()
