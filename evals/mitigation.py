@@ -5,8 +5,9 @@ rule: the least CHAIR_i, greedy and sampled captions together, among those that 
 in either. Test pictures are written with the chosen setting; greedily with the others, too, for the curves.
 
 ``{method}_{figure}_{greedy|sampled}{|_shifted}``: ``chair_i``, ``chair_s``, ``recall``, ``f1``, ``mentions`` and ``words`` per
-caption; against plain, on the same pictures: ``chair_i_reduction`` and ``words_change``, relative, ``recall_change``, in
-shares, ``passes_ratio``, of rows that went through the decoder, and ``time_ratio``, interleaved.
+caption; ``misplaced``, mentions of what is in the picture but not where it is said to be, which CHAIR lets pass, and ``wrong``,
+these and the false ones. Against plain, on the same pictures: ``chair_i_reduction``, ``wrong_reduction`` and ``words_change``,
+relative; ``recall_change``, in shares; ``passes_ratio``, of rows that went through the decoder; ``time_ratio``, interleaved.
 ``{method}_over_{other}``: CHAIR_i less the other's at equal recall; below 0 is better. The other may take any setting, or a
 mean of two, that keeps as much recall. ``drop_*_at_10``: when the tenth of things with the greatest risk is cut.
 ``yes_no_*``: POPE-form questions, greedily.
@@ -285,10 +286,12 @@ def counts(samples: Sequence[lab.Sample], captions: Sequence[str]) -> Counts:
     for sample, caption in zip(samples, captions, strict=True):
         named = mentions(sample.picture, caption)
         false = sum(not mention.present for mention in named)
+        misplaced = sum(mention.present and not mention.placed for mention in named)
         kinds = {mention.phrase.head.text.lower() for mention in named}
         there = {thing.noun for thing in sample.picture.things}
-        rows.append((false, len(named), false > 0, len(kinds & there), len(there), len(kinds), len(caption.split()), 1))
-    names = ("false", "mentions", "lies", "right", "there", "kinds", "words", "captions")
+        of_false = (false, misplaced, false + misplaced, len(named), false > 0)
+        rows.append((*of_false, len(kinds & there), len(there), len(kinds), len(caption.split()), 1))
+    names = ("false", "misplaced", "wrong", "mentions", "lies", "right", "there", "kinds", "words", "captions")
     return dict(zip(names, np.array(rows, float).T, strict=True))
 
 
@@ -300,6 +303,8 @@ def added(several: Sequence[Counts]) -> Counts:
 PARTS = {
     "chair_i": ("false", "mentions"),
     "chair_s": ("lies", "captions"),
+    "misplaced": ("misplaced", "mentions"),
+    "wrong": ("wrong", "mentions"),
     "recall": ("right", "there"),
     "mentions": ("mentions", "captions"),
     "words": ("words", "captions"),
@@ -317,19 +322,26 @@ def f1(of: Counts, drawn: NDArray[np.int64]) -> float:
     return float(2 * (of["right"] @ drawn) / max(1e-12, (of["kinds"] + of["there"]) @ drawn))
 
 
+def measured(own: Counts) -> dict[str, Figure]:
+    """The figures of captions by themselves."""
+    count = len(own["captions"])
+    found = {name: over_images(count, functools.partial(share, own, name)) for name in PARTS}
+    return found | {"f1": over_images(count, functools.partial(f1, own))}
+
+
 def compared(own: Counts, plain: Counts) -> dict[str, Figure]:
-    """The figures of captions, and what they are against plain ones of the same pictures."""
+    """What captions are against plain ones of the same pictures."""
     count = len(own["captions"])
 
     def relative(name: str, drawn: NDArray[np.int64]) -> float:
         return share(own, name, drawn) / max(1e-12, share(plain, name, drawn)) - 1
 
-    found = {name: over_images(count, functools.partial(share, own, name)) for name in PARTS}
-    found["f1"] = over_images(count, functools.partial(f1, own))
-    found["chair_i_reduction"] = over_images(count, lambda drawn: -relative("chair_i", drawn))
-    found["words_change"] = over_images(count, functools.partial(relative, "words"))
-    found["recall_change"] = over_images(count, lambda drawn: share(own, "recall", drawn) - share(plain, "recall", drawn))
-    return found
+    return {
+        "chair_i_reduction": over_images(count, lambda drawn: -relative("chair_i", drawn)),
+        "wrong_reduction": over_images(count, lambda drawn: -relative("wrong", drawn)),
+        "words_change": over_images(count, functools.partial(relative, "words")),
+        "recall_change": over_images(count, lambda drawn: share(own, "recall", drawn) - share(plain, "recall", drawn)),
+    }
 
 
 def at_recall(curve: Sequence[tuple[float, float]], recall: float) -> float:
@@ -468,12 +480,15 @@ def figures_of(done: Mapping[Job, Done], choice: Mapping[str, str], split: str, 
         if setting not in curves[method]:
             continue
         own = curves[method][setting]
-        base = added(plain[: len(own)])
-        found |= {f"{method}_{key}": made for key, made in compared(added(own), base).items()}
+        found |= {f"{method}_{key}": made for key, made in measured(added(own)).items()}
+        if method == "plain":
+            continue
+        against = compared(added(own), added(plain[: len(own)]))
+        found |= {f"{method}_{key}": made for key, made in against.items()}
         if spent := passes.get((method, setting)):
             found[f"{method}_passes_ratio"] = figure(sum(spent) / sum(passes["plain", ""][: len(own)]))
         for other, settings in curves.items():
-            if method != "plain" and other not in ("plain", method) and (method in OURS or other == "truncated") and settings:
+            if other not in ("plain", method) and (method in OURS or other == "truncated") and settings:
                 seeds = min(len(own), *map(len, settings.values()))
                 curve = [added(each[:seeds]) for each in (plain, *settings.values())]
                 found[f"{method}_over_{other}"] = over(added(own[:seeds]), curve)
