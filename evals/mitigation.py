@@ -51,7 +51,7 @@ from gazeguard.repair import without
 from gazeguard.report import Report
 
 SEED = 400  # of the pictures
-PICTURES, TUNING, QUICK = 300, 100, 24  # of a test split; of the validation split; of a test split with --quick
+PICTURES, TUNING, QUICK = 200, 60, 24  # of a test split; of the validation split; of a test split with --quick
 NEW = 200  # tokens at most
 ROWS = 25  # prompts in a batch
 SAMPLED_SEEDS = 5
@@ -62,7 +62,17 @@ AT = 0.1  # the coverage that is a figure
 WAYS = {"greedy": False, "sampled": True}
 SPLITS = {"test": "", "shifted": "_shifted"}
 OURS = ("rerank", "rewind", "rewind_verify", "drop")
-FIVE_SEEDS = ("plain", "truncated", "drop", "text_only_drop", "rerank", "rewind", "rewind_verify", "random_rerank")
+FIVE_SEEDS = (
+    "plain",
+    "truncated",
+    "drop",
+    "text_only_drop",
+    "rerank",
+    "rewind",
+    "rewind_verify",
+    "random_rerank",
+    "random_rewind",
+)
 PLAIN_KEYS = {
     **dict.fromkeys(("rerank", "rewind"), ("chair_i_reduction", "recall_change", "time_ratio")),
     "rewind_verify": ("chair_i_reduction", "recall_change"),
@@ -89,6 +99,12 @@ def random_heads() -> GazeGuard:
     known = lab_guard()
     heads = known.heads.with_heads(known.heads.matched(np.random.default_rng(SEED)))
     return GazeGuard(known.model, known.processor, heads=heads)
+
+
+@functools.cache
+def random_detector() -> GazeGuard:
+    """The same with a detector fitted on what such heads see."""
+    return peers.random_guard(lab_guard(), 100, 1)
 
 
 def of_ids(decoder: Callable[..., Tensor], **settings: Any) -> Writer:
@@ -122,11 +138,11 @@ def of_policy(policy: Policy, base: Callable[[], GazeGuard] = lab_guard) -> Writ
     return write_guarded
 
 
-def varied(name: str, section: str, key: str, values: Sequence[float]) -> dict[str, Policy]:
+def varied(name: str, section: str, key: str, values: Sequence[float | None]) -> dict[str, Policy]:
     """A policy of the package with other values of one key, by value."""
     policy = load_policy(name)
     part = getattr(policy, section)
-    return {f"{value:g}": policy.model_copy(update={section: part.model_copy(update={key: value})}) for value in values}
+    return {str(value): policy.model_copy(update={section: part.model_copy(update={key: value})}) for value in values}
 
 
 @functools.cache
@@ -134,15 +150,18 @@ def methods() -> dict[str, dict[str, Writer]]:
     """Every way of writing: its settings, the usual one first."""
     everything = lab_guard().heads.all_heads
     gaze, middle = lab_guard().heads.heads, peers.middle_heads(everything)
-    strengths = varied("rerank", "rerank", "strength", (0.5, 0.25, 1.0, 2.0))
+    ends = varied("rerank", "rerank", "end", (2.0, 1.0, 3.0, 0.0))
+    risks = varied("rewind", "rewind", "threshold", (None, 0.1, 0.9))
     return {
         "plain": {"": of_ids(generated)},
         "beam": {str(beams): of_ids(generated, num_beams=beams) for beams in (3, 5)},
         "vcd": {f"{alpha:g}": of_ids(peers.vcd, alpha=alpha) for alpha in (1.0, 0.25, 0.5)},
         "pai": {f"{boost:g}": of_ids(peers.pai, heads=middle, boost=boost, alpha=boost / 5) for boost in (0.5, 0.25, 1.0)},
         "blindfolded": {f"{alpha:g}": of_ids(peers.blindfolded, heads=gaze, alpha=alpha) for alpha in (0.5, 0.25, 1.0)},
-        "rerank": {value: of_policy(policy) for value, policy in strengths.items()},
-        "random_rerank": {value: of_policy(policy, random_heads) for value, policy in strengths.items()},
+        "rerank": {value: of_policy(policy) for value, policy in ends.items()},
+        "random_rerank": {value: of_policy(policy, random_heads) for value, policy in ends.items()},
+        "rewind": {value: of_policy(policy) for value, policy in risks.items()},
+        "random_rewind": {value: of_policy(policy, random_detector) for value, policy in risks.items()},
     }
 
 

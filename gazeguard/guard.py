@@ -58,7 +58,7 @@ from gazeguard.policy import Policy, load_policy
 from gazeguard.repair import without
 from gazeguard.report import Finding, Report, Verdict, gaze_box
 from gazeguard.seen import Seen, seen
-from gazeguard.steer import STRENGTH, Look, Mode, Target
+from gazeguard.steer import STRENGTH, Look, Mode, Target, undescribed
 from gazeguard.tap import Keys, Prompts, Rows, Tap, keys_of
 from gazeguard.trace import SHARES, GazeTrace
 
@@ -350,6 +350,31 @@ class GazeGuard:
         batch = encode(self.model, self.processor, [picture], [prompt])
         self.generate(**batch.inputs, **{"max_new_tokens": 256, "picture_sizes": [[picture.size]], **arguments})
         return self.reports[0]
+
+    def look_again(self, image: Any, report: Report, regions: int = 2, prompt: str = "Name one object.") -> list[Report]:
+        """Before giving up on a place: name what lies where a caption has not been.
+
+        The gaze heads are turned to the ``regions`` of the picture on which they rested least while things were named, and the
+        model answers ``prompt`` once for each, in one batch. What passes and was not named before is returned, as a report of
+        its own; the caption stays as it is. It costs a short generation, and is done only when it is called.
+        """
+        if report.trace is None or not report.findings:
+            raise InputError("The report has no trace of a caption that names things, so nothing says where it has not been.")
+        picture, trace = load_image(image), report.trace
+        named = [finding.claim.phrase.head for finding in report.findings if finding.claim.kind == "object"]
+        gaze = np.array([trace.gaze[trace.tokens(head.start, head.end).start].mean(0) for head in named])
+        batch = encode(self.model, self.processor, [picture] * regions, [prompt] * regions)
+        before = self.reports
+        with self.look_at(undescribed(trace.grid, gaze, regions)):
+            self.generate(**batch.inputs, max_new_tokens=24, do_sample=False, picture_sizes=[[picture.size]] * regions)
+        made, self.reports = self.reports, before
+        known, found = {head.text.lower() for head in named}, []
+        for answer in made:
+            things = {finding.claim.phrase.head.text.lower() for finding in answer.findings}
+            if answer.verdict == Verdict.PASS and not things & known:
+                found.append(answer)
+                known |= things
+        return found
 
     # ----------------------------------------------------------------------------------------------------- replay
 

@@ -113,3 +113,16 @@ def cells_in(grid: ImageGrid, box: Box, image: int = 0) -> NDArray[np.bool_]:
             "pixels of the picture; when generate gets the processor's output alone, pass picture_sizes, too."
         )
     return share >= min(0.5, float(share.max()))
+
+
+def undescribed(grid: ImageGrid, gaze: NDArray[np.floating], count: int) -> list[Box]:
+    """Where has a caption not been? The ``count`` fields of the first picture, cut into thirds both ways, on which the gaze
+    rested least; boxes in pixels.
+
+    gaze: (things, cells) attention at the words that name things; none at all leaves every field undescribed alike
+    """
+    width, height = grid.sizes[0]
+    fields = [(x * width / 3, y * height / 3, (x + 1) * width / 3, (y + 1) * height / 3) for y in range(3) for x in range(3)]
+    # At the best thing's, not in all: a field is described when one thing in it was.
+    seen = [gaze[:, cells_in(grid, field)].sum(1).max(initial=0) for field in fields]
+    return [fields[i] for i in np.argsort(seen, kind="stable")[:count]]
