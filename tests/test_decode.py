@@ -90,16 +90,17 @@ def test_taken_back_words_leave_no_trace(name, cache):
 def test_a_barred_word_never_comes_back_where_it_stood():
     """Going back to the same place again and again takes the words there in the order of their likelihood."""
     kind = family("LLaVA")
-    inputs, start = kind.batch([0]), kind.batch([0])["input_ids"].shape[1]
-    order = kind.model(**model_inputs(kind.model, inputs)).logits[0, -1].argsort(descending=True)
-    for budget in range(4):
-        doubts = [Settled(0, range(1)) for _ in range(10)]
+    inputs = kind.batch([0])
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    probability, order = kind.model.generate(**inputs, **options).scores[0][0].softmax(-1).sort(descending=True)
+    # A word that the model gives less than one in a hundred is no way out.
+    likely = int((probability[1:] > 0.01).sum())
+    assert likely >= 4
+    for budget in (0, 1, 2, 3, likely + 5):
+        doubts = [Settled(0, range(1)) for _ in range(likely + 6)]
         loop = RewindLoop(lambda rows, doubts=doubts: [doubts.pop() if len(rows[0][0]) == 1 else Settled(0)], budget)
-        made = kind.model.generate(**inputs, max_new_tokens=3, do_sample=False, custom_generate=loop)
-        # A word that the model gives less than one in a hundred is no way out.
-        probability = kind.model(**model_inputs(kind.model, inputs)).logits[0, -1].softmax(-1)[order]
-        likely = int((probability[1:] > 0.01).int().cumprod(0).sum())
-        assert made[0, start] == order[min(budget, likely)]
+        made = kind.model.generate(**inputs, **options, custom_generate=loop)
+        assert made.sequences[0, inputs["input_ids"].shape[1]] == order[min(budget, likely)]
 
 
 def test_without_a_budget_it_is_generate(lab_vlm, batch):
