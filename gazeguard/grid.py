@@ -597,7 +597,6 @@ NO_SQUARE = (
     "minicpmv4_6",
     "minicpmv4_7",
     "molmo2",
-    "pp_chart2table",
     "qianfan_ocr",
     "step3p7",
     "unlimited_ocr",

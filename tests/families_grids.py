@@ -552,6 +552,6 @@ LAYOUTS: dict[str, str] = {
     "Kimi-K2.5": "h/2 x w/2 from image_grid_thw and merge_kernel_size, row-major",
     "MuseGlimmer": "h/2 x w/2 from image_grid_thw and merge_size, row-major",
     "MuseSpark": "h/2 x w/2 from image_grid_thw and merge_size, row-major",
-    "Inkling": "ceil(H/patch) x ceil(W/patch) of the resized picture, row-major; no grid among the inputs",
+    "Inkling": "ceil(H/patch) x (W//patch + 1) of the resized picture, row-major; no grid among the inputs",
     "Inkling2": "h x w from image_grid_thw, which counts merged cells already, row-major",
 }

@@ -10,9 +10,13 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import families_others
 import numpy as np
 import pytest
 import torch
+from families import Family
+from families_grids import glm4v, qwen2_5_vl_video
+from families_tiles import VIDEO, lfm2_vl, llava_next_video
 from hypothesis import given
 from hypothesis import strategies as st
 from labkit import processor
@@ -47,13 +51,16 @@ from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import Min
 from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.pp_chart2table.image_processing_pil_pp_chart2table import PPChart2TableImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.step3p7.image_processing_step3p7 import Step3p7ImageProcessor
 
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid, Prompt, find_grid, image_cells
+from gazeguard.inputs import grids_of
 from gazeguard.lab.model import IMAGE, build_processor
 from gazeguard.lab.world import CELL, CELLS, PAGE
+from gazeguard.tap import Prompts, keys_of
 
 SIZES = st.tuples(st.integers(24, 900), st.integers(24, 900))
 SIDES = st.integers(1, 12)
@@ -349,6 +356,15 @@ def test_tiles_are_not_taken_for_pictures():
     config = SimpleNamespace(model_type="aya_vision", vision_config=SimpleNamespace())
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
         find_grid(replace(prompt, model=SimpleNamespace(config=config), own_sizes=False))
+
+
+def test_a_page_without_tiles():
+    """PP-Chart2Table has the model of GOT-OCR2, and an image processor that never cuts tiles."""
+    used, size = PPChart2TableImageProcessorPil(size={"height": 64, "width": 64}), (100, 70)
+    made = {"input_ids": torch.tensor([[1, *[7] * 64, 1]])}
+    prompt = prompt_of(made, [size], SimpleNamespace(image_processor=used), 7)
+    grid = find_grid(replace(prompt, model=model_of("pp_chart2table")))
+    check_cells(grid, size, lambda image: patches(used(images=[image], return_tensors="pt")["pixel_values"], 8), [slice(0, 64)])
 
 
 def test_answers_of_a_resampler_have_no_place():
@@ -900,3 +916,95 @@ def test_frames_of_a_video():
         frames = [dark] * 3
         frames[cell // each] = lit(size, grid.pixels(cell))
         assert int(np.argmax(brightness(frames)[1])) == cell
+
+
+# --------------------------------------------------------------------------------------- whose cells are they, in a batch
+
+
+def told_grids(kind: Family, inputs: dict[str, torch.Tensor], used: object = None, **told: object) -> list[ImageGrid]:
+    keys = keys_of(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    return grids_of(kind.model, used, inputs, keys.ids, keys.mask, **told)
+
+
+def test_pictures_and_videos_in_the_order_of_their_tokens():
+    """Row 1 holds a picture before its video; a video is one picture, with the cells of a frame for each frame."""
+    kind = qwen2_5_vl_video()
+    inputs = kind.batch()
+    grids = told_grids(kind, inputs)
+    for row, grid in enumerate(grids):
+        frames, height, width = inputs["video_grid_thw"][row].tolist()
+        frame = ImageGrid.regular(height // 2, width // 2, (4 * width, 4 * height))
+        before = kind.cells(row)[0] if row == 1 else 0
+        assert grid.image.tolist() == [0] * before + [row % 2] * (frames * len(frame))
+        np.testing.assert_array_equal(grid.boxes[before:], np.tile(frame.boxes, (frames, 1)))
+        assert grid.sizes[-1] == frame.sizes[0]
+    _, height, width = inputs["image_grid_thw"][0].tolist()
+    picture = ImageGrid.regular(height // 2, width // 2, (4 * width, 4 * height))
+    np.testing.assert_array_equal(grids[1].boxes[: len(picture)], picture.boxes)
+    assert grids[1].sizes[0] == picture.sizes[0]
+    own = told_grids(kind, inputs, sizes=[[(30, 20)], [(64, 48), (30, 20)], [(9, 8)]])
+    assert own[1].sizes == ((64, 48), (30, 20))
+
+
+def test_frames_that_have_the_id_of_pictures():
+    """GLM-4V writes the cells of a video's frames as those of pictures; only video_grid_thw tells them."""
+    kind = glm4v()
+    made = kind.batch([0])
+    cells = kind.cells(0)[0]
+    told = {name: made[name] for name in ("input_ids", "attention_mask")}
+    grid = told_grids(kind, {**told, "video_grid_thw": torch.tensor([[2, 2, cells]])})[0]
+    assert len(grid) == cells
+    np.testing.assert_array_equal(grid.boxes, np.tile(ImageGrid.regular(1, cells // 2, (8, 8)).boxes, (2, 1)))
+
+
+def test_frames_whose_places_nothing_tells():
+    """A video of LLaVA-NeXT-Video is heard, not taken for text; where in it is for the caller to say."""
+    kind = llava_next_video()
+    inputs = kind.batch([0])
+    inputs["input_ids"][inputs["input_ids"] == kind.image_token] = VIDEO
+    cells = int((inputs["input_ids"] == VIDEO).sum())
+    with pytest.raises(UnsupportedError) as caught:
+        told_grids(kind, inputs)
+    assert str(caught.value) == (
+        f"Row 0 of the batch holds a video, and no rule says where in its frames the {cells} image tokens of "
+        "LlavaNextVideoForConditionalGeneration lie: only video_grid_thw tells. Pass grid=ImageGrid(...) with one box per "
+        "token, or leave the video out."
+    )
+    known = ImageGrid.regular(1, cells, (9, 9))
+    assert told_grids(kind, inputs, known=known) == [known]
+    keys = keys_of(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    assert int(Prompts.of(*keys).cells.sum()) == cells
+
+
+def test_every_row_of_a_batch_gets_its_own_runs():
+    """Lfm2-VL: row 0 has two pictures, row 1 tiles; the shapes of all of them come in one list."""
+    kind, tokenizer = lfm2_vl(), taught(LFM2)
+    kind.model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    single, tiles = (
+        Lfm2VlProcessor._build_image_tokens(SimpleNamespace(**NAMES), rows, 1, 4, count, True, True)
+        for rows, count in ((1, 6), (2, 3))
+    )
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    made = tokenizer([f"this {single} and {single}", tiles], return_tensors="pt", padding=True)
+    shapes = [(4, 6), (6, 4), (4, 4), (4, 4), (6, 2)]
+    inputs = {**made, "spatial_shapes": torch.tensor(shapes)}
+    used, sizes = SimpleNamespace(tokenizer=tokenizer), [[(60, 40), (40, 60)], [(30, 90)]]
+    two, tiled = told_grids(kind, inputs, used, sizes=sizes)
+    assert two.image.tolist() == [0] * 6 + [1] * 6
+    assert [two.pixels(cell) for cell in (0, 6)] == [pytest.approx((0, 0, 20, 20)), pytest.approx((0, 0, 20, 20))]
+    assert [tiled.pixels(cell) for cell in (0, 4, 8)] == [
+        pytest.approx((0, 0, 15, 22.5)),
+        pytest.approx((0, 45, 15, 67.5)),
+        pytest.approx((0, 0, 30, 30)),
+    ]
+
+
+def test_pictures_that_are_no_words_are_told_apart():
+    """Idefics: rows have one or two pictures, a class cell and a square each."""
+    kind = families_others.MAKERS["Idefics"]()
+    grids = told_grids(kind, kind.batch())
+    square = ImageGrid.regular(4, 4, (16, 16))
+    for row, grid in enumerate(grids):
+        assert grid.image.tolist() == np.repeat(np.arange(1 + row % 2), 17).tolist()
+        assert np.isnan(grid.boxes[::17]).all()
+        np.testing.assert_array_equal(grid.boxes[-16:], square.boxes)
