@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 import torch
 from families import Family
 from families_grids import glm4v, qwen2_5_vl_video
-from families_tiles import VIDEO, lfm2_vl, llava_next_video
+from families_tiles import VIDEO, lfm2_vl, llava_next_video, minicpm_ocr, minicpmv4_6, minicpmv4_7, molmo2, step3p7
 from hypothesis import given
 from hypothesis import strategies as st
 from labkit import processor
@@ -887,7 +888,8 @@ def test_queries_of_several_views_belong_to_their_picture():
     assert np.isnan(grid.boxes).all()
 
 
-def test_frames_of_a_video():
+@pytest.mark.parametrize("between", [[], [5, 6]], ids=["one run", "a time before each frame"])
+def test_frames_of_a_video(between):
     """Qwen-VL: a square in frame f lights the token of its cell in that frame; the cells of each frame have the same boxes.
 
     Its video processor needs torchvision; frames are cut here by that of pictures, whose order of patches is the same.
@@ -904,7 +906,8 @@ def test_frames_of_a_video():
     dark = Image.new("RGB", size)
     cut, seen = brightness([dark] * 3)
     _, height, width = cut["image_grid_thw"][0].tolist()
-    made = {"input_ids": torch.tensor([[1, *[8] * len(seen), 1]]), "video_grid_thw": torch.tensor([[3, height, width]])}
+    frame = [*between, *[8] * (len(seen) // 3)]
+    made = {"input_ids": torch.tensor([[1, *frame, *frame, *frame, 1]]), "video_grid_thw": torch.tensor([[3, height, width]])}
     config = SimpleNamespace(
         vision_config=SimpleNamespace(spatial_merge_size=2), model_type="qwen2_vl", image_token_id=7, video_token_id=8
     )
@@ -916,6 +919,54 @@ def test_frames_of_a_video():
         frames = [dark] * 3
         frames[cell // each] = lit(size, grid.pixels(cell))
         assert int(np.argmax(brightness(frames)[1])) == cell
+
+
+# ------------------------------------------------------------------------------- what the models make of what is cut
+
+
+def strip(patch: int) -> tuple[object, ...]:
+    return 0, slice(None), slice(None), slice(4 * patch, 4 * patch + 4)
+
+
+def page(patch: int) -> tuple[object, ...]:
+    top, left = (slice(4 * n, 4 * n + 4) for n in divmod(patch, 8))
+    return 0, slice(None), top, left
+
+
+@pytest.mark.parametrize(
+    ("make", "where", "columns", "merge", "first"),
+    [
+        (lfm2_vl, lambda patch: (0, patch), 4, 2, 0),
+        (minicpmv4_6, strip, 8, 4, 0),
+        (minicpmv4_7, strip, 8, 4, 0),
+        (minicpm_ocr, strip, 4, 2, 0),
+        (molmo2, lambda patch: (0, patch), 4, 2, 0),
+        (molmo2, lambda patch: (1, patch), 4, 2, 4),
+        (step3p7, page, 8, 4, 1),  # behind one tile
+    ],
+)
+def test_tokens_come_row_by_row_out_of_the_tower(make, where, columns, merge, first):
+    """With the tower's attention switched off, a change to a patch changes the one token that the rules say is its."""
+    kind = make()
+    with torch.no_grad():
+        for name, weight in kind.model.named_parameters():
+            if name.endswith(("out_proj.weight", "o_proj.weight")) and "pool" not in name and "adapter" not in name:
+                weight.zero_()
+        takes = inspect.signature(kind.model.model.get_image_features).parameters
+        inputs = {name: value for name, value in kind.batch([0]).items() if name in takes}
+
+        def tokens(pixels: torch.Tensor) -> torch.Tensor:
+            made = kind.model.get_image_features(**{**inputs, "pixel_values": pixels})
+            return torch.cat(list(getattr(made, "pooler_output", made)))
+
+        before = tokens(inputs["pixel_values"])
+        # Step 3.7 merges by convolutions that reach over the edges of cells, though not from their first patches.
+        for patch in [4 * row * columns + 4 * column for row, column in np.ndindex(2, 2)] if first == 1 else range(columns**2):
+            pixels = inputs["pixel_values"].clone()
+            pixels[where(patch)] += 1
+            moved = (tokens(pixels) - before).abs().amax(1) > 1e-5
+            row, column = (edge // merge for edge in divmod(patch, columns))
+            assert torch.nonzero(moved).flatten().tolist() == [first + row * (columns // merge) + column]
 
 
 # --------------------------------------------------------------------------------------- whose cells are they, in a batch
