@@ -38,7 +38,7 @@ from gazeguard.doctor import Check, examine
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
-from gazeguard.inputs import decode, encode, grids_of, has_pixels, image_token_id, load_image, model_inputs
+from gazeguard.inputs import decode, encode, grids_of, has_pixels, image_token_id, load_image, model_inputs, one_picture_a_row
 from gazeguard.phrases import Parser, claims
 from gazeguard.policy import Policy, load_policy
 from gazeguard.repair import without
@@ -195,6 +195,12 @@ class GazeGuard:
             raise UnsupportedError(
                 "custom_generate=guard gets no prompt from an encoder-decoder. Call guard.generate with the same arguments."
             )
+        times = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if times > 1 and self.grid is None and not one_picture_a_row(model_kwargs, len(input_ids)):
+            raise UnsupportedError(
+                "custom_generate=guard gets the pictures of a prompt in another order when several captions or beams are "
+                "written for it, and some prompt has not just one. Call guard.generate with the same arguments."
+            )
         wants_dict = generation_config.return_dict_in_generate
         generation_config.return_dict_in_generate = True
         loop = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
@@ -250,7 +256,8 @@ class GazeGuard:
             texts.append(text)
             offsets.append(where)
             finished.append(stop < len(row))
-        grids = [grid for grid in grids for _ in range(len(captions) // len(grids))]
+        # Several captions of a prompt, or several beams for each caption.
+        grids = [grids[i * len(grids) // len(captions)] for i in range(len(captions))]
         self.reports = self._report(rows, states, grids, captions, texts, offsets, finished)
         return made
 

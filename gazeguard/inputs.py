@@ -353,6 +353,12 @@ def grids_of(
     return grids
 
 
+def one_picture_a_row(inputs: Mapping[str, Any], rows: int) -> bool:
+    """Whether all that a processor told of pictures, videos and their parts is one thing for each of the ``rows``."""
+    names = (*PER_PICTURE, *PER_VIDEO, *PER_RUN, *PER_CELL)
+    return all(len(inputs[name]) == rows for name in names if inputs.get(name) is not None)
+
+
 def _pictures_of(number: int, rows: int, pictures: int, sizes: Sequence[Sequence[tuple[int, int]]] | None) -> slice:
     """Which pictures of a batch belong to a row: as many as it has sizes, or an equal share when nobody said."""
     if sizes is not None:
