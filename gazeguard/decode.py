@@ -1,14 +1,45 @@
-"""How is the next word chosen? A LogitsProcessor that lets the gaze heads have their say."""
+"""How is the next word chosen? By what the gaze heads say for it; and a phrase that they contradict is taken back.
+
+`RerankProcessor` is a LogitsProcessor. `RewindLoop` is a decode loop for ``generate(custom_generate=...)``: greedy and
+sampled, any batch. A phrase is taken back without touching the cache: the keys of what was taken back are closed to every
+later word of their row by the attention mask, and positions go on from the branch, so that each row of a batch goes back by
+itself and a static cache serves as well as a growing one. What is written then is what would have been written had the
+phrase never been there (a test compares the two).
+"""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import Cache
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
 
+from gazeguard.errors import UnsupportedError
+from gazeguard.phrases import Claim
 from gazeguard.policy import Rerank
 from gazeguard.tap import RIVALS, Tap, readout
+
+LIKELY = 0.01  # a way out that the model itself gives less than this is none
+REWOUND = 12  # tokens that one rewind may cost, on average over a caption's budget
+KEPT = ("DynamicLayer", "StaticLayer")  # cache layers in which a key can be closed and the others stay what they are
+_JOINTS = (",", ";", "and", "or", "plus", "with", "&")  # what leads from one thing of a list to the next
+_JOINT = re.compile(r"(?:[,;]?\s*(?:\b(?:and|or|plus|with)|&)|[,;])?\s*$")
 
 
 class RerankProcessor(LogitsProcessor):
@@ -43,3 +74,254 @@ class RerankProcessor(LogitsProcessor):
         mean = (looked * plausible).sum(-1, keepdim=True) / plausible.sum(-1, keepdim=True)
         moved = top + self.policy.strength * (looked - mean) * plausible
         return scores.scatter(-1, words, moved.to(scores.dtype))
+
+
+# ------------------------------------------------------------------------------------------------------------ rewind
+
+
+class Settled(NamedTuple):
+    """What is known of a row after its newest word.
+
+    tokens: so many of its first tokens hold only phrases that have been judged
+    doubt:  the tokens at which a doubtful phrase could have gone another way; empty when there is none
+    """
+
+    tokens: int
+    doubt: range = range(0)
+
+
+def branches(claim: Claim, text: str) -> tuple[int, int]:
+    """The characters of ``text`` in which another way could have been taken than to name a thing, end exclusive: from the "and"
+    or the comma that leads to it, or else from its article, to where its head noun begins.
+    """
+    return _JOINT.search(text[: claim.phrase.start]).start(), claim.phrase.head.start + 1
+
+
+def joints(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that lead from one thing of a list to the next."""
+    forms = (
+        mark + word for word in _JOINTS for mark in ("", "\u0120", "\u2581")
+    )  # as byte-level BPE and SentencePiece write them
+    known = tokenizer.get_vocab()
+    return sorted({known[form] for form in forms if form in known})
+
+
+@dataclass(eq=False)
+class _Row:
+    """One row of the batch while it is written.
+
+    passes: the pass of the model that wrote each token; barred: token's number -> words that may not stand there
+    left:   how often the row may still be taken back; settled: see `Settled`
+    """
+
+    left: int
+    tokens: list[int] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    barred: dict[int, list[int]] = field(default_factory=dict)
+    settled: int = 0
+    done: bool = False
+
+    def back_to(self, at: int, barred: Sequence[int]) -> None:
+        """Forget the tokens from number ``at`` on, and never write those that are ``barred`` there again."""
+        self.barred = {number: words for number, words in self.barred.items() if number <= at}
+        self.barred.setdefault(at, []).extend(barred)
+        del self.tokens[at:], self.passes[at:]
+        self.left -= 1
+
+
+@dataclass(eq=False)
+class RewindLoop:
+    """The decode loop that takes back doubtful phrases; one object serves one ``generate``.
+
+    judge:    is told after each pass, for every row, its tokens, the passes that wrote them, and whether it has ended (or None
+              for a row that is done), and answers with what is `Settled`
+    budget:   how often each row is taken back at most
+    joints:   the tokens that lead from one thing of a list to the next
+    rerank:   moves the scores of every pass, as the tap heard it
+    streamer: gets the prompt, and then whatever can no more be taken back
+
+    At a doubtful phrase the row goes back to the joint that led to it, and the list ends there: all joints are barred. A thing
+    that no joint leads to is taken back to that token of its `branches` whose second-best word was likeliest; the word that
+    stood there is barred, unless no other is `LIKELY`. Once the budget is spent, what is written stays.
+    ``passes`` (batch, T) int64 says after the run which pass wrote each token, 0 behind a row's end.
+
+    With a budget of 0 all is as in `generate`. A rewound cache holds closed keys, so it is not returned. Raises
+    `UnsupportedError` for a cache whose keys cannot be closed, and for a streamer of several captions.
+    """
+
+    judge: Callable[[Sequence[tuple[list[int], list[int], bool] | None]], Sequence[Settled]]
+    budget: int
+    joints: Sequence[int] = ()
+    rerank: RerankProcessor | None = None
+    streamer: BaseStreamer | None = None
+    passes: Tensor | None = None
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        batch, prompt = input_ids.shape
+        most = generation_config.max_length - prompt
+        passes = most + self.budget * REWOUND
+        _prepare_cache(model_kwargs, prompt + passes)
+        ends = StoppingCriteriaList(own for own in stopping_criteria if not isinstance(own, MaxLengthCriteria))
+        pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
+        mask = model_kwargs.get("attention_mask")
+        told = max(prompt, getattr(generation_config, "_mask_length", 0)) if mask is None else mask.shape[1]
+        first = told - 1  # the key of the query that predicts the first new token
+        rows = [_Row(self.budget) for _ in range(batch)]
+        shown = _Shown(self.streamer, input_ids)
+        # A row's ids are as many pads as passes were lost on it, its prompt, and what it has written: one more each pass.
+        ids, seconds = input_ids, []
+        kept: dict[str, list[Tensor]] = {
+            name: [] for name in ("scores", "logits") if getattr(generation_config, f"output_{name}")
+        }
+        while not all(row.done for row in rows):
+            later = {"next_sequence_length": 1} if seconds else {"is_first_iteration": True}
+            outputs = model(**model.prepare_inputs_for_generation(ids, **later, **model_kwargs), return_dict=True)
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
+            scores = logits if self.rerank is None else self.rerank(ids, logits)
+            scores = _processed(logits_processor, ids, scores, [0 if r.done else len(seconds) - len(r.tokens) for r in rows])
+            for b, row in enumerate(rows):
+                if not row.done and (barred := row.barred.get(len(row.tokens))):
+                    scores = scores.clone()
+                    scores[b, barred] = -math.inf
+            for name, values in kept.items():
+                values.append(scores if name == "scores" else logits)
+            chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
+            seconds.append(_second(scores, chosen))
+            words = [pad if row.done else word for row, word in zip(rows, chosen.tolist(), strict=True)]
+            ids = torch.cat((ids, ids.new_tensor(words)[:, None]), dim=1)
+            for row, word in zip(rows, words, strict=True):
+                if not row.done:
+                    row.tokens.append(word)
+                    row.passes.append(len(seconds) - 1)
+            ended = ends(ids, None).tolist() if len(ends) else [False] * batch
+            told = [None if row.done else (row.tokens, row.passes, end) for row, end in zip(rows, ended, strict=True)]
+            for b, (row, found, end) in enumerate(zip(rows, self.judge(told), ended, strict=True)):
+                row.settled = found.tokens
+                # The passes that are left must do for all that the row may still write.
+                if row.done or not row.left or len(seconds) + most - found.doubt.start > passes:
+                    at = None
+                else:
+                    at = self._branch(found.doubt, row.tokens, [float(seconds[row.passes[t]][b]) for t in found.doubt])
+                if at is None:
+                    row.done = row.done or end or len(row.tokens) >= most
+                    continue
+                if model_kwargs.get("attention_mask") is None:  # where nothing is padding, generate leaves it out
+                    model_kwargs["attention_mask"] = ids.new_ones((batch, first + 1 + len(seconds)))
+                _close(model_kwargs, b, [first + number for number in row.passes[at:]])
+                row.back_to(at, self.joints if row.tokens[at] in self.joints else [row.tokens[at]])
+                lost = ids.new_full((len(seconds) - at,), pad)
+                ids[b] = torch.cat((lost, input_ids[b], ids.new_tensor(row.tokens)))
+            shown.upto(rows[0])
+        shown.end()
+        return self._made(input_ids, rows, pad, kept, generation_config, model_kwargs)
+
+    def _branch(self, doubt: range, tokens: Sequence[int], seconds: Sequence[float]) -> int | None:
+        """Where to go back to; ``seconds`` (doubt,) nats is how likely the second-best words were. None: no way is likely."""
+        if not doubt or tokens[doubt.start] in self.joints:
+            return doubt.start if doubt else None
+        second, at = max(zip(seconds, doubt, strict=True))
+        return at if second > math.log(LIKELY) else None
+
+    def _made(
+        self,
+        input_ids: Tensor,
+        rows: Sequence[_Row],
+        pad: int,
+        kept: dict[str, list[Tensor]],
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """What ``generate`` returns."""
+
+        def table(values: list[list[int]], filler: int) -> Tensor:
+            longest = max(map(len, values))
+            return input_ids.new_tensor([[*own, *[filler] * (longest - len(own))] for own in values])
+
+        self.passes = table([row.passes for row in rows], 0)
+        ids = torch.cat((input_ids, table([row.tokens for row in rows], pad)), dim=1)
+        if not config.return_dict_in_generate:
+            return ids
+        all_rows = torch.arange(len(rows), device=ids.device)
+        told: dict[str, Any] = {
+            name: tuple(torch.stack(values)[step, all_rows] for step in self.passes.T) for name, values in kept.items()
+        }
+        if all(row.left == self.budget for row in rows):
+            told |= {name: value for name, value in model_kwargs.items() if isinstance(value, Cache)}
+        return GenerateDecoderOnlyOutput(sequences=ids, **told)
+
+
+class _Shown:
+    """What a streamer has been given of the only caption; nothing without a streamer."""
+
+    def __init__(self, streamer: BaseStreamer | None, prompt: Tensor) -> None:
+        if streamer is not None and len(prompt) > 1:
+            raise UnsupportedError("A streamer shows one caption at a time. Give one prompt, or leave the streamer out.")
+        self.streamer, self.count = streamer, 0
+        if streamer is not None:
+            streamer.put(prompt.cpu())
+
+    def upto(self, row: _Row) -> None:
+        if self.streamer is None:
+            return
+        new = row.tokens[self.count : len(row.tokens) if row.done else row.settled]
+        for token in new:
+            self.streamer.put(torch.tensor([token]))
+        self.count += len(new)
+
+    def end(self) -> None:
+        if self.streamer is not None:
+            self.streamer.end()
+
+
+def _prepare_cache(model_kwargs: dict[str, Any], length: int) -> None:
+    """Make sure that keys can be closed in the cache, and give a static one room for ``length`` of them.
+
+    Raises `UnsupportedError` for other caches, and for none.
+    """
+    cache = next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
+    if cache is None or not kinds <= set(KEPT) or getattr(cache, "offloading", False):
+        named = "no cache" if cache is None else f"a {type(cache).__name__} of {', '.join(sorted(kinds))}"
+        raise UnsupportedError(
+            f"A phrase cannot be taken back with {named}: what was written could not be closed to the words that follow. Use a "
+            "dynamic or a static cache (use_cache=True), or a policy without rewind."
+        )
+    for layer in cache.layers:
+        if hasattr(layer, "max_cache_len") and not layer.is_initialized:
+            layer.max_cache_len = max(layer.max_cache_len, length)
+
+
+def _close(model_kwargs: dict[str, Any], row: int, keys: Sequence[int]) -> None:
+    """Close these keys of a row to all later words, and let its next position be that of the first of them."""
+    model_kwargs["attention_mask"][row, list(keys)] = 0
+    if (positions := model_kwargs.get("position_ids")) is not None:  # (..., batch or 1, length)
+        batch = len(model_kwargs["attention_mask"])
+        positions = positions.expand(*positions.shape[:-2], batch, -1).clone()
+        positions[..., row, -1] = positions[..., row, keys[0]]
+        model_kwargs["position_ids"] = positions
+
+
+def _processed(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, lost: Sequence[int]) -> Tensor:
+    """Scores after the processors, which see each row without the ``lost`` pads in front: they may count words."""
+    if not any(lost):
+        return processors(ids, scores)
+    made = torch.empty_like(scores)
+    for count in set(lost):
+        of = [b for b, own in enumerate(lost) if own == count]
+        made[of] = processors(ids[of, count:], scores[of])
+    return made
+
+
+def _second(scores: Tensor, chosen: Tensor) -> Tensor:
+    """(batch,) nats: the log-probability of the likeliest word that was not ``chosen`` (batch,)."""
+    best, words = scores.topk(2, dim=-1)
+    return torch.where(words[:, 0] == chosen, best[:, 1], best[:, 0]) - scores.logsumexp(-1)

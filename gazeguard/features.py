@@ -7,7 +7,7 @@ the few that speak.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +57,10 @@ def meaning(name: str, high: bool) -> str:
     return MEANING[name.partition("@")[0]][high]
 
 
-def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
+def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Collection[int] | None = None) -> NDArray[np.float64]:
     """(len(claims), len(names(trace.heads))) float64: one row per claim of the trace's caption, in order.
+
+    wanted: the numbers of the claims whose rows are; the others are left zero. By default all.
 
     All but ``readout_words`` and ``surprise`` are of the first token of the words that decide the claim (`Claim.said`).
 
@@ -92,6 +94,8 @@ def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
             things.append(claim.phrase)
             tokens = trace.tokens(claim.phrase.start, claim.phrase.end)
             inside[tokens.start : tokens.stop] = True
+        if wanted is not None and i not in wanted:
+            continue
         earlier = things[:-1]
         at, said = first(claim.said), trace.tokens(claim.said.start, claim.said.end)
         words = [first(part) for part in (*claim.phrase.attributes, claim.phrase.head)] if claim.kind == "object" else said

@@ -10,8 +10,11 @@ report = guard.check(image, "In panel one there is a red star.")
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from transformers import (
 )
 
 from gazeguard import __version__, features
-from gazeguard.decode import RerankProcessor
+from gazeguard.decode import RerankProcessor, RewindLoop, Settled, branches, joints
 from gazeguard.detector import FILE_NAME as DETECTOR_FILE
 from gazeguard.detector import Detector
 from gazeguard.doctor import Check, examine
@@ -39,16 +42,18 @@ from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
 from gazeguard.inputs import decode, encode, grids_of, has_pixels, image_token_id, load_image, model_inputs, one_picture_a_row
-from gazeguard.phrases import Parser, claims
+from gazeguard.phrases import Claim, Parser, claims, may_end_thing
 from gazeguard.policy import Policy, load_policy
 from gazeguard.repair import without
 from gazeguard.report import Finding, Report, Verdict, gaze_box
+from gazeguard.seen import Seen, seen
 from gazeguard.steer import STRENGTH, Look, Mode, Target
-from gazeguard.tap import Prompts, Rows, Tap, content, judge_words, keys_of
+from gazeguard.tap import Prompts, Rows, Tap, keys_of
 from gazeguard.trace import SHARES, GazeTrace
 
 HEADS_FILE = "heads.json"
 DEFAULT_PROMPT = "Describe the picture."
+_LAST_WORD = re.compile(r"[^\W_][\w'-]*$")
 UNSEEN = 0.01  # a caption whose gaze heads never gave the picture this share of attention was written without it
 
 # Ways of generating that cannot be watched: what tells them apart, and the way out.
@@ -66,6 +71,26 @@ _REFUSED = (
     ("token healing, which rewrites the prompt", lambda c: c.token_healing, "token_healing=False"),
 )
 
+
+# What a policy that rewinds cannot do beside.
+_NOT_REWOUND = (
+    ("beams while phrases are taken back", lambda c: (c.num_beams or 1) > 1, "num_beams=1, or a policy without rewind"),
+    (
+        "speculation while phrases are taken back",
+        lambda c: c.prompt_lookup_num_tokens or c.is_assistant,
+        "no prompt look-up, or a policy without rewind",
+    ),
+    (
+        "guidance while phrases are taken back",
+        lambda c: (c.guidance_scale or 1) != 1,
+        "no guidance, or a policy without rewind",
+    ),
+    (
+        "attentions or hidden states of words that may be taken back",
+        lambda c: c.output_attentions or c.output_hidden_states,
+        "neither of them, or a policy without rewind",
+    ),
+)
 
 _NAMED = frozenset(inspect.signature(GenerationMixin.generate).parameters)  # arguments that configure nothing
 
@@ -109,8 +134,6 @@ class GazeGuard:
         image_token_id(model)
         self.model, self.processor, self.grid, self.nlp = model, processor, grid, nlp
         self.policy = policy if isinstance(policy, Policy) else load_policy(policy)
-        if self.policy.rewind is not None:
-            raise UnsupportedError(f"Policy {self.policy.name!r} rewinds, which this version does not do. Leave rewind out.")
         self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.load(heads or self._own(HEADS_FILE))
         self.heads.check_model(model)
         if self.heads.unusable:
@@ -120,6 +143,11 @@ class GazeGuard:
         self.detector = Detector.from_pretrained(detector) if isinstance(detector, str | Path) else detector
         if self.detector is not None:
             self.detector.check_heads(self.heads)
+        elif self.policy.rewind is not None:
+            raise InputError(
+                f"Policy {self.policy.name!r} takes back what a detector doubts, and none is known for this model. Fit one "
+                "with gazeguard train, or choose a policy without rewind."
+            )
         self.tap = Tap(model, self.heads.heads)
         self.reports: list[Report] = []
         self._look: Look | None = None
@@ -155,11 +183,18 @@ class GazeGuard:
         if mask is None and config.pad_token_id is not None and config.pad_token_id not in _ends(config):
             mask = ids != config.pad_token_id  # as generate does
 
-        def run(more: Sequence[LogitsProcessor]) -> Any:
-            own = dict(arguments)
+        def run(more: Sequence[LogitsProcessor], loop: RewindLoop | None) -> Any:
+            own = arguments | {"return_dict_in_generate": True}
             if more:
                 own["logits_processor"] = LogitsProcessorList([*more, *(arguments.get("logits_processor") or ())])
-            return type(self.model).generate(self.model, inputs, **own | {"return_dict_in_generate": True})
+            if loop is not None:
+                if other := next((name for name in ("custom_generate", "assistant_model") if own.get(name)), None):
+                    raise UnsupportedError(
+                        f"Policy {self.policy.name!r} takes phrases back in a decode loop of its own, which leaves no room for "
+                        f"{other}. Leave that out, or choose a policy without rewind."
+                    )
+                own["custom_generate"], loop.streamer = loop, own.pop("streamer", None)
+            return type(self.model).generate(self.model, inputs, **own)
 
         made = self._watched(run, ids, mask, arguments, config, sizes)
         return made if config.return_dict_in_generate or isinstance(made, Tensor) else made.sequences
@@ -203,10 +238,11 @@ class GazeGuard:
             )
         wants_dict = generation_config.return_dict_in_generate
         generation_config.return_dict_in_generate = True
-        loop = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
+        own = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
 
-        def run(more: Sequence[LogitsProcessor]) -> Any:
-            return loop(
+        def run(more: Sequence[LogitsProcessor], loop: RewindLoop | None) -> Any:
+            decode = own if loop is None else partial(loop, model)
+            return decode(
                 input_ids,
                 logits_processor=LogitsProcessorList([*more, *logits_processor]),
                 stopping_criteria=stopping_criteria,
@@ -221,7 +257,7 @@ class GazeGuard:
     @torch.no_grad()
     def _watched(
         self,
-        run: Callable[[Sequence[LogitsProcessor]], Any],
+        run: Callable[[Sequence[LogitsProcessor], RewindLoop | None], Any],
         ids: Tensor,
         mask: Tensor | None,
         inputs: Mapping[str, Any],
@@ -232,9 +268,14 @@ class GazeGuard:
 
         sizes: of the pictures of every prompt; ``ids`` may hold each prompt several times, one after the other
         """
-        for what, is_so, way_out in _REFUSED:
+        for what, is_so, way_out in (*_REFUSED, *(_NOT_REWOUND if self.policy.rewind else ())):
             if is_so(config):
                 raise UnsupportedError(f"GazeGuard cannot watch {what}. Generate with {way_out}.")
+        if self.policy.rewind is not None and self.model.config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"Policy {self.policy.name!r} takes phrases back, which a guard around an encoder-decoder cannot do. Choose a "
+                "policy without rewind."
+            )
         if sizes is not None:
             sizes = [own for own in sizes for _ in range(ids.shape[0] // len(sizes))]
         keys = keys_of(self.model, inputs, ids, mask)
@@ -243,22 +284,29 @@ class GazeGuard:
             tap.begin(Prompts.of(*keys), reordered=(config.num_beams or 1) > 1)
             if self._look is not None:
                 self._look.steer(tap, grids)
-            made = run([RerankProcessor(tap, self.policy.rerank)] if self.policy.rerank is not None else [])
-            beams = getattr(made, "beam_indices", None)
-            rows, states = tap.collect(beams), tap.states(beams)
-        written = (made if isinstance(made, Tensor) else made.sequences)[:, keys.last + 1 :]
+            rerank = None if self.policy.rerank is None else RerankProcessor(tap, self.policy.rerank)
+            if self.policy.rewind is None:
+                loop, made = None, run([] if rerank is None else [rerank], None)
+                beams = getattr(made, "beam_indices", None)
+                rows, states = tap.collect(beams), tap.states(beams)
+            else:
+                judge = _Judge(self, grids, _ends(config))
+                loop = RewindLoop(judge, self.policy.rewind.budget, joints(self.processor.tokenizer), rerank)
+                made = run([], loop)
+                whole = judge.seen()
+        written = (made if isinstance(made, Tensor) else made.sequences)[:, keys.last + 1 :].cpu().numpy()
         ends = _ends(config)
-        captions, texts, offsets, finished = [], [], [], []
-        for row in written.cpu().numpy():
-            stop = next((i for i, token in enumerate(row.tolist()) if token in ends), len(row))
-            text, where = decode(self.processor.tokenizer, row[:stop])
-            captions.append(row[:stop])
-            texts.append(text)
-            offsets.append(where)
-            finished.append(stop < len(row))
-        # Several captions of a prompt, or several beams for each caption.
-        grids = [grids[i * len(grids) // len(captions)] for i in range(len(captions))]
-        self.reports = self._report(rows, states, grids, captions, texts, offsets, finished)
+        stops = [next((i for i, token in enumerate(row.tolist()) if token in ends), len(row)) for row in written]
+        captions = [row[:stop] for row, stop in zip(written, stops, strict=True)]
+        if loop is None:
+            whole = self._seen(rows, states, captions)
+        self.reports = []
+        for b, ids in enumerate(captions):
+            text, offsets = decode(self.processor.tokenizer, ids)
+            own = slice(len(ids)) if loop is None else loop.passes[b, : len(ids)].tolist()
+            grid = grids[b * len(grids) // len(captions)]
+            trace = self._trace(whole, b, own, ids, text, offsets, grid, finished=stops[b] < len(written[b]))
+            self.reports.append(self.judge(trace))
         return made
 
     @contextmanager
@@ -355,8 +403,12 @@ class GazeGuard:
                 )
             self.model(**given, use_cache=False, **few)
             rows, states = tap.collect(), tap.states()
-        done = self._report(rows, states, grids, batch.caption_ids, told, batch.offsets, [True] * len(todo))
-        return dict(zip(todo, done, strict=True))
+        whole = self._seen(rows, states, batch.caption_ids)
+        done = {}
+        for row, (i, ids) in enumerate(zip(todo, batch.caption_ids, strict=True)):
+            trace = self._trace(whole, row, slice(len(ids)), ids, told[row], batch.offsets[row], grids[row], finished=True)
+            done[i] = self.judge(trace)
+        return done
 
     def verify(self, inputs: Mapping[str, Any]) -> list[Check]:
         """Does watching work for this model? Measured on a batch as the processor makes it: see `gazeguard.doctor`."""
@@ -364,51 +416,22 @@ class GazeGuard:
 
     # ---------------------------------------------------------------------------------------------------- judging
 
-    def _report(
-        self,
-        rows: Rows,
-        states: Tensor | None,
-        grids: Sequence[ImageGrid],
-        captions: Sequence[NDArray[np.int64]],
-        texts: Sequence[str],
-        offsets: Sequence[NDArray[np.int64]],
-        finished: Sequence[bool],
-    ) -> list[Report]:
+    def _seen(self, rows: Rows, states: Tensor | None, captions: Sequence[NDArray[np.int64]]) -> Seen:
+        """What ``rows`` tell of captions of these ids, (T,) each, which were written one word per row."""
         longest = max(len(ids) for ids in captions)
         written = np.zeros((len(captions), longest), np.int64)
         for row, ids in zip(written, captions, strict=True):
             row[: len(ids)] = ids
         rows = Rows(*(tensor[:, :longest] for tensor in vars(rows).values()))
         told = torch.from_numpy(written).to(rows.hidden.device)
-        words = judge_words(self.tap.backbone, self.tap.heads, rows, told)
-        if states is not None and (self.detector is None or self.detector.uses("content", "named")):
-            lies, named = content(self.tap.backbone, states, rows.gaze, told)
-        else:
-            lies = named = torch.full_like(words.logprobs, torch.nan)
-        reports = []
-        for b, (grid, ids) in enumerate(zip(grids, captions, strict=True)):
+        return seen(self.tap.backbone, self.tap.heads, rows, told, self._wanted(states))
 
-            def of(tensor: Tensor, row: int = b, length: int = len(ids)) -> NDArray[np.float32]:
-                return tensor[row, :length].float().cpu().numpy()
+    def _wanted(self, states: Tensor | None) -> Tensor | None:
+        """The states of the image cells, if the detector asks for what lies under the gaze."""
+        return states if self.detector is None or self.detector.uses("content", "named") else None
 
-            trace = GazeTrace(
-                text=texts[b],
-                token_ids=np.asarray(ids, np.int64),
-                offsets=offsets[b],
-                logprobs=of(words.logprobs),
-                entropy=of(words.entropy),
-                gaze=of(rows.gaze)[..., : len(grid)],
-                shares=of(rows.shares),
-                readout=of(words.readout),
-                content=of(lies),
-                named=of(named),
-                heads=self.tap.heads,
-                grid=grid,
-                model=self.heads.model,
-                finished=finished[b],
-            )
-            reports.append(self.judge(trace))
-        return reports
+    def _trace(self, whole: Seen, row: int, passes: Sequence[int] | slice, *of: Any, finished: bool) -> GazeTrace:
+        return whole.trace(row, passes, *of, heads=self.tap.heads, model=self.heads.model, finished=finished)
 
     def judge(self, trace: GazeTrace) -> Report:
         """The verdict on a trace: which phrases are doubtful, where the gaze was, and why."""
@@ -454,6 +477,16 @@ class GazeGuard:
             return self._made(trace.text, Verdict.UNCHECKED, "the caption was cut off by the length limit", findings, trace)
         return self._made(trace.text, Verdict.PASS, "", findings, trace)
 
+    def _doubtful(self, trace: GazeTrace, said: Sequence[Claim], things: Sequence[int]) -> Claim | None:
+        """Which of these ``things`` among a caption's claims is to be taken back, the first of them; None if none is."""
+        kinds = [said[i].kind for i in things]
+        x = features.features(trace, said, things)[list(things)]
+        if self.detector.unknown(x, kinds):
+            return None  # the caption will be unchecked
+        limit = self.detector.threshold("object", self.policy.rewind.threshold or self.policy.threshold)
+        over = self.detector.risk(x, kinds) >= limit
+        return said[things[int(np.argmax(over))]] if over.any() else None
+
     def _unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:
         return self._made(caption, Verdict.UNCHECKED, reason, (), trace)
 
@@ -466,3 +499,87 @@ class GazeGuard:
         elif self.policy.left == "abstain" and verdict != Verdict.PASS:
             repaired = ""
         return Report(caption, verdict, reason, findings, self.policy.name, self.heads.model, __version__, trace, repaired)
+
+
+@dataclass(eq=False)
+class _Known:
+    """What has been judged of one row: the things (start, end), and how many first tokens hold no others."""
+
+    judged: set[tuple[int, int]] = field(default_factory=set)
+    tokens: int = 0
+    length: int = 0  # of the row when it was looked at last
+    text: str = ""
+
+
+class _Judge:
+    """What a guard knows of a batch while phrases may be taken back; the ``judge`` of a `RewindLoop`.
+
+    A thing is judged once it is complete, that is once another word stands behind it, by the features that it has in the end:
+    none of them looks ahead. Colours and places are not taken back: another one would be a guess.
+    """
+
+    def __init__(self, guard: GazeGuard, grids: Sequence[ImageGrid], ends: set[int]) -> None:
+        self.guard, self.grids, self.ends = guard, grids, ends
+        self._seen: Seen | None = None  # of all passes but those of `_unseen`
+        self._unseen: list[list[int]] = []  # the words of every row that the latest passes wrote
+        self._words: Tensor | None = None  # (batch, passes) of `_seen`
+        self._known: list[_Known] = []
+
+    def __call__(self, rows: Sequence[tuple[list[int], list[int], bool] | None]) -> list[Settled]:
+        self._known = self._known or [_Known() for _ in rows]
+        self._unseen.append([0 if row is None else row[0][-1] for row in rows])
+        return [Settled(0) if row is None else self._settled(b, *row) for b, row in enumerate(rows)]
+
+    def seen(self, lies: bool = True) -> Seen:
+        """The numbers of all passes, (batch, passes); with what ``lies`` under the gaze, which is costly, or without."""
+        guard, tap = self.guard, self.guard.tap
+        if self._unseen:
+            done = 0 if self._seen is None else self._seen.logprobs.shape[1]
+            words = torch.tensor(self._unseen, device=guard.model.device).T
+            new = seen(tap.backbone, tap.heads, tap.collect(start=done), words, None)
+            self._seen, self._unseen = new if self._seen is None else self._seen.then(new), []
+            self._words = words if done == 0 else torch.cat((self._words, words), dim=1)
+        return self._seen.over(tap.backbone, guard._wanted(tap.states()), self._words) if lies else self._seen
+
+    def _settled(self, b: int, tokens: list[int], passes: list[int], ended: bool) -> Settled:
+        guard, known, tokenizer = self.guard, self._known[b], self.guard.processor.tokenizer
+        ids = np.array(tokens[:-1] if tokens[-1] in self.ends else tokens, np.int64)
+
+        def text_of(some: Sequence[int]) -> str:
+            return tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+        if len(tokens) <= known.length:  # it was taken back
+            known.text = text_of(tokens[:-1])
+            known.judged = {thing for thing in known.judged if thing[1] <= len(known.text)}
+            known.tokens = min(known.tokens, len(tokens) - 1)
+        before, text = known.text, text_of(ids.tolist())
+        known.length, known.text = len(tokens), text
+        if not ended:
+            if text[len(before) : len(before) + 1].isalnum():
+                return Settled(known.tokens)  # it goes on with the last word
+            last = _LAST_WORD.search(before)
+            if guard.nlp is None and not (last and may_end_thing(last[0])):
+                return Settled(known.tokens)
+        said = claims(text, guard.nlp)
+        new = [
+            i
+            for i, claim in enumerate(said)
+            if (ended or claim.end < len(text.rstrip()))
+            and claim.kind == "object"
+            and (claim.start, claim.end) not in known.judged
+        ]
+        if not new:
+            return Settled(known.tokens)
+        text, offsets = decode(tokenizer, ids)
+        grid = self.grids[b * len(self.grids) // len(self._known)]
+        whole = self.seen(lies=False).of(b, passes[: len(ids)])
+        states = guard._wanted(guard.tap.states())
+        whole = whole.over(guard.tap.backbone, None if states is None else states[b : b + 1], torch.from_numpy(ids)[None])
+        trace = guard._trace(whole, 0, slice(None), ids, text, offsets, grid, finished=True)
+        doubtful = guard._doubtful(trace, said, new)
+        known.judged |= {(said[i].start, said[i].end) for i in new}
+        was, known.tokens = known.tokens, int(np.searchsorted(offsets[:, 1], max(said[i].end for i in new), side="right"))
+        if doubtful is None:
+            return Settled(known.tokens)
+        at = trace.tokens(*branches(doubtful, text))
+        return Settled(was, range(max(was, at.start), at.stop))

@@ -196,6 +196,7 @@ _PARTS = re.compile(rf"(?P<place>{_PLACE})|(?P<thing>{_THING})|.", re.DOTALL)
 # The last run of nouns is the head; "area" or "scene" may trail it.
 _HEAD = re.compile(r"(?<!N)(?P<head>N++)[xSI]*+(?=a*+$)")
 # What is absent: from the word that says so to the first thing, and on through "cups, plates or forks".
+_LAST = frozenset("NZAYMVmxSI")  # what `_CONTEXT` can turn into a noun is among them
 _ABSENT = re.compile(r"-[^-ptq.,cK]*+(?P<absent>K(?:(?:,K)*+,?+\|K)*+)")
 
 # A list marker, a word, a clitic, the end of a paragraph, any other sign.
@@ -282,6 +283,11 @@ def _class_of(word: str) -> str:
         parts = {_CLASS.get(part) for part in word.split("-")}
         return "L" if parts == {"L"} else "a" if word.startswith("well-") or word.endswith(("ed", "ing")) else "A"
     return next((letter for endings, letter in _ENDINGS if len(word) > 3 and word.endswith(endings)), "N")
+
+
+def may_end_thing(word: str) -> bool:
+    """Whether a thing's name can end with this word: cheap to ask of every word of a caption that is being written."""
+    return _class_of(word.lower()) in _LAST
 
 
 def _classes(caption: str, tokens: list[re.Match[str]]) -> str:

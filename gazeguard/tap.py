@@ -570,8 +570,9 @@ class Track:
         start, rows = next(part for part in reversed(self.parts) if part[0] <= at)
         return rows[:, at - start]
 
-    def joined(self) -> Tensor:
-        return torch.cat([rows for _, rows in self.parts], dim=1)
+    def joined(self, start: int = 0) -> Tensor:
+        """The rows from ``start`` on."""
+        return torch.cat([rows[:, max(0, start - at) :] for at, rows in self.parts if at + rows.shape[1] > start], dim=1)
 
 
 @dataclass(frozen=True)
@@ -957,16 +958,17 @@ class Tap:
         device = self.model.device
         return torch.cat([layer.gaze.joined().to(device) for layer in self._heard()], dim=2)
 
-    def collect(self, beams: Tensor | None = None) -> Rows:
+    def collect(self, beams: Tensor | None = None, start: int = 0) -> Rows:
         """Everything heard since ``begin``. Raises `NothingSeenError` when that is nothing.
 
         beams: (captions, T) int64, the row of the batch that each word was written in, if rows changed places; the
                ``beam_indices`` of ``generate``
+        start: the first row that is wanted
         """
-        heard = [tuple(track.joined() for track in (la.gaze, la.shares, la.output)) for la in self._heard()]
+        heard = [tuple(track.joined(start) for track in (la.gaze, la.shares, la.output)) for la in self._heard()]
         device = self._prompts.columns.device
         tensors = [_side_by_side([part.to(device) for part in parts], dim=2) for parts in zip(*heard, strict=True)]
-        tensors.append(self._hidden.joined())
+        tensors.append(self._hidden.joined(start))
         if beams is not None:
             own = beams.to(device).clamp(min=0)
             steps = torch.arange(own.shape[1], device=device)
