@@ -1,4 +1,4 @@
-"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``heads``, ``policy``, ``doctor``.
+"""And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``replay``, ``heads``, ``policy``, ``doctor``.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 nothing was flagged, 1 something was flagged,
 2 something could not be checked or the call was wrong. ``filter`` ends with 0 when every row has its place.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from gazeguard import __version__
 from gazeguard.errors import GazeGuardError, InputError
 
 # torch and transformers take seconds to import; each command imports what it needs, so that --help is quick.
@@ -38,7 +41,8 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 FLAGGED, FAILED, STOPPED = 1, 2, 128  # STOPPED plus the number of the signal
 
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Folder or hub id of a vision-language model. [default: the lab's own]")
+    str | None,
+    typer.Option("--model", help="Folder or hub id of a vision-language model.", show_default="the lab's own"),
 ]
 PolicyOption = Annotated[str, typer.Option("--policy", help="Name of a policy, or the path of a .yaml file.")]
 PromptOption = Annotated[str, typer.Option("--prompt", help="What the model is asked, or what the caption answers.")]
@@ -46,18 +50,41 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object per pi
 PageOption = Annotated[Path | None, typer.Option("--html", help="Also write a replay page here.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gazeguard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    for stream in (sys.stdout, sys.stderr):  # a name or a caption that the terminal cannot write is shown escaped
+        stream.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What GazeGuard raises on purpose becomes one line on stderr and exit code 2."""
+    """What GazeGuard raises on purpose, and files that cannot be read or written, become one line and exit code 2."""
     try:
         yield
-    except GazeGuardError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    except (GazeGuardError, OSError) as error:
+        told = str(error)
+        if not isinstance(error, GazeGuardError):
+            told = f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}. Give another path."
+        err.print(Text.assemble(("error:", "bold red"), " ", _printable(" ".join(told.split()))), soft_wrap=True)
         raise typer.Exit(FAILED) from error
 
 
+def _printable(text: str) -> str:
+    """Text from outside in one line, without what could steer the terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 def _load(model: str | None) -> tuple[Any, Any]:
-    from huggingface_hub.errors import HfHubHTTPError
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils.logging import disable_progress_bar
 
@@ -68,9 +95,11 @@ def _load(model: str | None) -> tuple[Any, Any]:
         if model is None:
             return lab.load()
         try:
-            return AutoModelForImageTextToText.from_pretrained(model).eval(), AutoProcessor.from_pretrained(model)
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            reason = str(error).strip().splitlines()[0]
+            # False: not even a question whether code from there may run.
+            loaded = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=False)
+            return loaded.eval(), AutoProcessor.from_pretrained(model, trust_remote_code=False)
+        except Exception as error:  # of a folder that is no model transformers raises almost anything
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
                 f"{model} cannot be loaded as a vision-language model: {reason} "
                 "Give the folder or hub id of a model of transformers' AutoModelForImageTextToText."
@@ -80,14 +109,14 @@ def _load(model: str | None) -> tuple[Any, Any]:
 def _show(title: str, report: Any, truth: Sequence[str] = ()) -> None:
     """One caption on the terminal: verdict, marked text, reasons, and the truth where it is known."""
     style = {"pass": "green", "flag": "bold red", "unchecked": "yellow"}[report.verdict]
-    out.print(Text.assemble((f"{report.verdict.upper():9}", style), " ", (title, "bold")))
+    out.print(Text.assemble((f"{report.verdict.upper():9}", style), " ", (_printable(title), "bold")))
     out.print(Padding(Text(report.marked()), (0, 0, 0, 2)))
     for finding in report.findings:
         if finding.flagged:
             line = f"⟦{finding.claim}⟧ risk {finding.risk:.2f}: {'; '.join(finding.reasons)}"
             out.print(Padding(Text(line, style="red"), (0, 0, 0, 4)))
     if report.verdict == "unchecked":
-        out.print(Padding(Text(report.reason, style="yellow"), (0, 0, 0, 4)))
+        out.print(Padding(Text(_printable(report.reason), style="yellow"), (0, 0, 0, 4)))
     if report.repaired != report.caption:
         out.print(Padding(Text(f"left: {report.printable() or 'nothing'}", style="green"), (0, 0, 0, 4)))
     for line in truth:
@@ -129,6 +158,7 @@ def demo(
         from gazeguard.lab.truth import judged, mentions
         from gazeguard.report import Entry, page
 
+        folder.mkdir(parents=True, exist_ok=True)
         guard = GazeGuard(*_load(None), policy=policy)
         samples = lab.samples("test", pictures, seed)
         reports = write_captions(guard, samples, do_sample=False, batch_size=5)
@@ -141,9 +171,9 @@ def demo(
             caught, false_alarms = caught + len(wrong & flagged), false_alarms + len(flagged - wrong)
             truth = [f"{phrase.text}: {found[phrase].explained}" for phrase in found if phrase in flagged | wrong]
             title = f"strip of {sample.picture.panels}" if sample.picture.panels else "scene"
-            entries.append(Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth)))
+            panels = tuple((f"panel {n + 1}", sample.picture.panel_box(n)) for n in range(sample.picture.panels))
+            entries.append(Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth), panels))
             _show(entries[-1].title, report, truth or ["all of it is in the picture"])
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "replay.html"
         path.write_text(page(entries, title="GazeGuard demo"), encoding="utf-8")
         out.print(
@@ -174,7 +204,7 @@ def caption(
             entries = [
                 Entry(name, picture, guard.caption(picture, prompt)) for name, picture in zip(images, pictures, strict=True)
             ]
-    _finish(entries, html, as_json, images)
+        _finish(entries, html, as_json, images)
 
 
 @app.command()
@@ -196,7 +226,7 @@ def check(
         picture = load_image(image)
         guard = GazeGuard(*_load(model), policy=policy)
         entry = Entry(image, picture, guard.check(picture, text, prompt))
-    _finish([entry], html, as_json, [image])
+        _finish([entry], html, as_json, [image])
 
 
 class _Rate(ProgressColumn):
@@ -290,8 +320,50 @@ def filter_(
         for place, verdict in (("kept", "pass"), ("flagged", "flag"), ("excluded", "unchecked")):
             out.print(f"[bold]{summary[place]}[/] {place}")
             for reason, count in summary["reasons"].get(verdict, {}).items():
-                out.print(Padding(Text(f"{count}: {reason}", style="dim"), (0, 0, 0, 2)))
+                out.print(Padding(Text(f"{count}: {_printable(reason)}", style="dim"), (0, 0, 0, 2)))
         out.print(f"{summary['rows']} rows: [bold]{escape(str(folder))}[/]")
+
+
+@app.command()
+def replay(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="What filter reads: a .jsonl, .parquet or .tar, or a folder.")],
+    html: Annotated[Path, typer.Argument(metavar="PAGE", help="The .html file to write.")],
+    model: ModelOption = None,
+    policy: PolicyOption = "mark",
+    prompt: PromptOption = "Describe the picture.",
+    most: Annotated[int, typer.Option(min=1, help="Show at most so many captions.")] = 500,
+    skip_passed: Annotated[bool, typer.Option("--skip-passed", help="Show only what was flagged or not checked.")] = False,
+    edge: Annotated[int, typer.Option(min=16, help="Shrink pictures to so many pixels.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model sees at once.")] = 16,
+    image_column: Annotated[str, typer.Option(help="Name of the pictures in JSONL and parquet.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="Name of the captions in JSONL and parquet.")] = "caption",
+) -> None:
+    """Write one page that replays many captions word by word, with a list to search and to filter by verdict.
+
+    Captions that the input lacks are written first, as filter does.
+    """
+    with _errors():
+        import torch
+
+        from gazeguard.files import open_input
+        from gazeguard.filter import CaptionFilter
+        from gazeguard.filter import replay as entries
+        from gazeguard.guard import GazeGuard
+        from gazeguard.report import page
+
+        if not html.parent.is_dir():  # said before the work, not after it
+            raise InputError(f"{html.parent}, where the page is to go, is no folder. Make it, or give another path.")
+        rows = open_input(source, image_column, caption_column)
+        loaded, processor = _load(model)
+        if torch.cuda.is_available():
+            loaded.to("cuda")
+        guard = GazeGuard(loaded, processor, policy=policy)
+        keep = CaptionFilter(guard, batch_size=batch_size, prompt=prompt, image=image_column, caption=caption_column)
+        with Progress(TextColumn("replaying"), MofNCompleteColumn(), _Rate(), console=err) as progress:
+            found = islice(entries(keep, rows, passed=not skip_passed), most)
+            text = page(progress.track(found, total=min(most, rows.count())), title=f"GazeGuard: {source.name}", edge=edge)
+        html.write_text(text, encoding="utf-8")
+        out.print(f"Replay page: [bold]{escape(str(html))}[/]")
 
 
 @app.command()
@@ -302,7 +374,7 @@ def train(
         "detector"
     ),
     heads_file: Annotated[
-        Path | None, typer.Option("--heads", help="Gaze heads. [default: those in the model's folder]")
+        Path | None, typer.Option("--heads", help="Gaze heads.", show_default="those in the model's folder")
     ] = None,
     ask: Annotated[
         bool, typer.Option("--ask", help="Label what the rows tell nothing of by asking the model itself: weak labels.")
@@ -405,8 +477,10 @@ def policy_validate(file: Annotated[Path, typer.Argument(metavar="FILE", help="A
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub id of a model. [default: the lab's own]")] = None,
-    image: Annotated[str | None, typer.Option("--image", help="A picture to try it on. [default: a drawn comic strip]")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id of a model.", show_default="the lab's own")] = None,
+    image: Annotated[
+        str | None, typer.Option("--image", help="A picture to try it on.", show_default="a drawn comic strip")
+    ] = None,
 ) -> None:
     """Examine whether watching works for a model: exit code 0 when every check passes, 1 when one fails."""
     with _errors():

@@ -36,6 +36,7 @@ from gazeguard.policy import Rerank
 from gazeguard.tap import RIVALS, Tap, readout
 
 LIKELY = 0.01  # a way out that the model itself gives less than this is none
+NEWS = 0.3  # attention on what has not been named yet, from which a caption has reason to go on
 REWOUND = 12  # tokens that one rewind may cost, on average over a caption's budget
 KEPT = ("DynamicLayer", "StaticLayer")  # cache layers in which a key can be closed and the others stay what they are
 _JOINTS = (",", ";", "and", "or", "plus", "with", "&")  # what leads from one thing of a list to the next
@@ -43,37 +44,72 @@ _JOINT = re.compile(r"(?:[,;]?\s*(?:\b(?:and|or|plus|with)|&)|[,;])?\s*$")
 
 
 class RerankProcessor(LogitsProcessor):
-    """Adds ``strength`` times the weighted readout to the scores of plausible words; other scores stay as they are.
+    """Adds to the scores of plausible words what the gaze heads say for them; other scores stay as they are.
 
-    The readout of a candidate is what the gaze heads' output adds to its logit, relative to the mean over the plausible
-    candidates of this step, so that a step without a visual choice is left alone. Candidates are the `RIVALS` likeliest
-    words, and of these only words of at least ``plausible`` times the likeliest one's probability are moved.
+    Words: ``strength`` times the readout of a candidate, what the gaze heads' output adds to its logit, relative to the mean
+    over the plausible candidates of this step, so that a step without a visual choice is left alone.
+
+    Ends: things are made up where a list goes on although nothing is left to name. A full stop gains up to ``end`` logits, the
+    more the less *news* lies under the gaze: the heads' mean attention on cells that show a word (read as in the logit lens,
+    with a probability over one half) that has not been written yet. `NEWS` of it is reason enough to go on.
+
+    Candidates are the `RIVALS` likeliest words, plausible those of at least ``plausible`` times the likeliest one's
+    probability. A step in which every row has one plausible word costs no more than a look at the scores.
     """
 
-    def __init__(self, tap: Tap, policy: Rerank) -> None:
-        self.tap, self.policy = tap, policy
+    def __init__(self, tap: Tap, policy: Rerank, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tap, self.policy, self.tokenizer = tap, policy, tokenizer
+        self._stops = _spelt(tokenizer, (".",))
+        self._shown: Tensor | None = None  # (batch, N) int64: the word that each image cell shows, -1 for none
+        self._prompt = 0  # tokens before the first new one
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores: (batch, vocabulary) logits or log-probabilities of the word after ``input_ids`` (batch, length)."""
-        backbone, heads = self.tap.backbone, self.tap.heads
-        heard = self.tap.at(input_ids.shape[1] - 1)
+        position = input_ids.shape[1] - 1
+        heard = self.tap.at(position)
         if heard is None:  # prompt look-up tries its guesses on the processors before the model has seen them
             return scores
-        output, hidden = heard
+        if self._shown is None:
+            self._prompt, self._shown = input_ids.shape[1], self._words_shown(len(input_ids))
         top, words = scores.topk(min(RIVALS, scores.shape[-1]), dim=-1)
-        directions = backbone.directions()(words)  # (batch, candidates, width)
+        plausible = top - top[:, :1] >= math.log(self.policy.plausible)
+        if not plausible[:, 1:].any():
+            return scores
+        backbone, heads, (output, hidden) = self.tap.backbone, self.tap.heads, heard
         count = words.shape[1]
         looked = readout(
             backbone,
             heads,
             output[:, None].expand(-1, count, -1, -1),
             hidden[:, None].expand(-1, count, -1),
-            directions,
+            backbone.directions()(words),  # (batch, candidates, width)
         ).sum(-1)
-        plausible = top - top[:, :1] >= math.log(self.policy.plausible)
         mean = (looked * plausible).sum(-1, keepdim=True) / plausible.sum(-1, keepdim=True)
-        moved = top + self.policy.strength * (looked - mean) * plausible
-        return scores.scatter(-1, words, moved.to(scores.dtype))
+        gain = self.policy.strength * (looked - mean)
+        stop = torch.isin(words, self._stops.to(words.device))
+        if self.policy.end and (stop & plausible).any():
+            gain = gain + stop * (self.policy.end * (1 - self._news(input_ids, position) / NEWS).clamp(min=0))[:, None]
+        return scores.scatter(-1, words, (top + gain * plausible).to(scores.dtype))
+
+    def _news(self, input_ids: Tensor, position: int) -> Tensor:
+        """(batch,): the heads' mean attention on cells that show a word which is not among those written."""
+        written = input_ids[:, self._prompt :]
+        new = (self._shown >= 0) & (self._shown[:, :, None] != written[:, None]).all(-1)  # (batch, N)
+        return (self.tap.gaze_at(position).mean(1) * new).sum(-1)
+
+    def _words_shown(self, rows: int) -> Tensor:
+        """`_shown`, from what the last layer made of the cells when it read the prompt."""
+        states, backbone = self.tap.states(), self.tap.backbone
+        if states is None or not self.policy.end:
+            return torch.full((rows, 1), -1, device=self.tap.model.device)
+        shown = []
+        for row in states:
+            likely, word = backbone.logits(row.nan_to_num()).softmax(-1).max(-1)
+            names = {int(own): self.tokenizer.decode([int(own)]).strip() for own in word.unique()}
+            named = [own for own, name in names.items() if name.isalpha() and len(name) > 2]
+            known = (likely > 0.5) & torch.isin(word, word.new_tensor(named)) & ~row.isnan().any(-1)
+            shown.append(word.masked_fill(~known, -1))
+        return torch.stack(shown)
 
 
 # ------------------------------------------------------------------------------------------------------------ rewind
@@ -99,11 +135,14 @@ def branches(claim: Claim, text: str) -> tuple[int, int]:
 
 def joints(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that lead from one thing of a list to the next."""
-    forms = (
-        mark + word for word in _JOINTS for mark in ("", "\u0120", "\u2581")
-    )  # as byte-level BPE and SentencePiece write them
+    return _spelt(tokenizer, _JOINTS).tolist()
+
+
+def _spelt(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Tensor:
+    """The tokens that are one of these words, with a space in front or without, as BPE and SentencePiece write it."""
     known = tokenizer.get_vocab()
-    return sorted({known[form] for form in forms if form in known})
+    forms = (mark + word for word in words for mark in ("", "\u0120", "\u2581"))
+    return torch.tensor(sorted({known[form] for form in forms if form in known}), dtype=torch.int64)
 
 
 @dataclass(eq=False)
@@ -188,6 +227,7 @@ class RewindLoop:
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
             scores = logits if self.rerank is None else self.rerank(ids, logits)
             scores = _processed(logits_processor, ids, scores, [0 if r.done else len(seconds) - len(r.tokens) for r in rows])
+            total = scores.logsumexp(-1)  # of all words, barred or not: how likely a word is does not depend on what was tried
             for b, row in enumerate(rows):
                 if not row.done and (barred := row.barred.get(len(row.tokens))):
                     scores = scores.clone()
@@ -195,7 +235,7 @@ class RewindLoop:
             for name, values in kept.items():
                 values.append(scores if name == "scores" else logits)
             chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
-            seconds.append(_second(scores, chosen))
+            seconds.append(_second(scores, chosen) - total)
             words = [pad if row.done else word for row, word in zip(rows, chosen.tolist(), strict=True)]
             ids = torch.cat((ids, ids.new_tensor(words)[:, None]), dim=1)
             for row, word in zip(rows, words, strict=True):
@@ -322,6 +362,6 @@ def _processed(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, los
 
 
 def _second(scores: Tensor, chosen: Tensor) -> Tensor:
-    """(batch,) nats: the log-probability of the likeliest word that was not ``chosen`` (batch,)."""
+    """(batch,): the score of the best word that was not ``chosen`` (batch,)."""
     best, words = scores.topk(2, dim=-1)
-    return torch.where(words[:, 0] == chosen, best[:, 1], best[:, 0]) - scores.logsumexp(-1)
+    return torch.where(words[:, 0] == chosen, best[:, 1], best[:, 0])

@@ -99,10 +99,12 @@ class Regression(BaseModel):
             data=fingerprint(x, false),
         )
 
+    @np.errstate(invalid="ignore", over="ignore")  # of a file with numbers near the largest; the guard takes no such risk
     def pull(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """What each feature adds to the logit, (claims, F)."""
         return (x - np.array(self.mean)) / np.array(self.scale) * np.array(self.weights)
 
+    @np.errstate(invalid="ignore", over="ignore")
     def logit(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """(claims,): the log-odds that each claim is false."""
         return self.pull(x).sum(-1) + self.bias

@@ -57,6 +57,7 @@ def meaning(name: str, high: bool) -> str:
     return MEANING[name.partition("@")[0]][high]
 
 
+@np.errstate(invalid="ignore", over="ignore")  # what a model's overflow makes of them is not finite, and the guard says so
 def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Collection[int] | None = None) -> NDArray[np.float64]:
     """(len(claims), len(names(trace.heads))) float64: one row per claim of the trace's caption, in order.
 

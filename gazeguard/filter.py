@@ -32,7 +32,7 @@ from gazeguard.files import Row, Slice, Source, identity, reason
 from gazeguard.guard import DEFAULT_PROMPT, GazeGuard
 from gazeguard.inputs import encode, has_pixels, load_image
 from gazeguard.policy import Policy
-from gazeguard.report import Report
+from gazeguard.report import Entry, Report
 from gazeguard.results import Results
 
 COLUMNS = (
@@ -88,9 +88,9 @@ class CaptionFilter:
                 "Give each at least 1."
             )
         if not isinstance(guard, GazeGuard):
-            model = AutoModelForImageTextToText.from_pretrained(guard).eval()
+            model = AutoModelForImageTextToText.from_pretrained(guard, trust_remote_code=False).eval()
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            guard = GazeGuard(model, AutoProcessor.from_pretrained(guard), policy=policy, **options)
+            guard = GazeGuard(model, AutoProcessor.from_pretrained(guard, trust_remote_code=False), policy=policy, **options)
         self.guard, self.batch_size, self.workers, self.prompt = guard, batch_size, workers, prompt
         self.max_new_tokens, self.image, self.caption = max_new_tokens, image, caption
 
@@ -126,6 +126,17 @@ class CaptionFilter:
         tick: Callable[[int], object] = lambda rows: None,
     ) -> list[dict[str, Any]]:
         """What `__call__` adds, one mapping per row; ``captions`` None: they are written. ``tick`` hears of rows done."""
+        reports = self.reports(images, captions, prompts, tick)
+        return [({self.caption: report.caption} if captions is None else {}) | columns(report) for report in reports]
+
+    def reports(
+        self,
+        images: Sequence[Any],
+        captions: Sequence[Any] | None,
+        prompts: Sequence[Any] | None = None,
+        tick: Callable[[int], object] = lambda rows: None,
+    ) -> list[Report]:
+        """The whole report on each row, with its gaze, which takes more room than what `judge` makes of it."""
         reports: dict[int, Report] = {}
         rows: list[_Row] = []
         for number, image in enumerate(images):
@@ -146,8 +157,7 @@ class CaptionFilter:
                     reports[row.number] = self.guard._unchecked(row.caption or "", row.image)
             reports |= {row.number: report for row, report in zip(seen, self._judged(seen), strict=True)}
             tick(len(loaded))
-        made = [reports[number] for number in range(len(images))]
-        return [({self.caption: report.caption} if captions is None else {}) | columns(report) for report in made]
+        return [reports[number] for number in range(len(images))]
 
     def rows(
         self, rows: Sequence[Row], captioned: bool, tick: Callable[[int], object] = lambda rows: None
@@ -221,6 +231,22 @@ class CaptionFilter:
         return guard.reports
 
 
+def replay(keep: CaptionFilter, source: Source, passed: bool = True) -> Iterator[Entry]:
+    """The rows of an input in their order, judged, as entries of a replay page; without ``passed`` only what did not pass."""
+    numbered = enumerate(source.rows(), 1)
+    while rows := list(islice(numbered, keep.batch_size * AHEAD)):
+        good = [row for _, row in rows if not row.wrong]
+        captions = [row.caption for row in good] if source.captioned else None
+        reports = iter(keep.reports([row.image for row in good], captions, [row.prompt for row in good]))
+        for number, row in rows:
+            told = row.caption if isinstance(row.caption, str) else ""
+            report = keep.guard._unchecked(told, row.wrong) if row.wrong else next(reports)
+            if passed or report.verdict != "pass":
+                picture = picture_of(row.image)
+                name = row.own.get(keep.image) or row.own.get("key") or f"row {number}"
+                yield Entry(str(name), picture if isinstance(picture, Image.Image) else None, report)
+
+
 def columns(report: Report) -> dict[str, Any]:
     """`COLUMNS` of one report, as values that JSON and Arrow can hold."""
     phrases = [
@@ -258,14 +284,11 @@ def picture_of(source: Any) -> Image.Image | str:
             source = Image.fromarray(source)
         if source is None or (isinstance(source, float) and math.isnan(source)):  # how pandas says None
             return "there is no picture"
-        picture = load_image(source)
-        if not (picture.width and picture.height):
-            return f"the picture is {picture.width} x {picture.height} pixels: there is nothing in it"
+        return load_image(source)
     except InputError as error:
         return str(error).replace(name, "the picture") if name else str(error).replace("the given picture", "the picture")
     except Exception as error:  # of arrays that are no pictures, and of storage
         return f"the picture cannot be read: {reason(error)}"
-    return picture
 
 
 def explain(error: Exception) -> str:

@@ -37,9 +37,9 @@ class ImageGrid:
     sizes: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        if self.boxes.shape != (len(self.image), 4):
+        if self.image.ndim != 1 or self.boxes.shape != (len(self.image), 4):
             raise InputError(
-                f"An ImageGrid needs one box per cell: boxes have shape {self.boxes.shape} for {len(self.image)} cells. "
+                f"An ImageGrid needs one box per cell: boxes have shape {self.boxes.shape} for {self.image.size} cells. "
                 "Pass boxes of shape (cells, 4)."
             )
         if len(self.image) and not 0 <= self.image.min() <= self.image.max() < len(self.sizes):

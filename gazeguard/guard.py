@@ -38,22 +38,35 @@ from gazeguard.decode import RerankProcessor, RewindLoop, Settled, branches, joi
 from gazeguard.detector import FILE_NAME as DETECTOR_FILE
 from gazeguard.detector import Detector
 from gazeguard.doctor import Check, examine
-from gazeguard.errors import InputError, UnsupportedError
+from gazeguard.errors import GazeGuardError, InputError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
-from gazeguard.inputs import decode, encode, grids_of, has_pixels, image_token_id, load_image, model_inputs, one_picture_a_row
+from gazeguard.inputs import (
+    check_prompt,
+    check_text,
+    context_of,
+    decode,
+    encode,
+    grids_of,
+    has_pixels,
+    image_token_id,
+    load_image,
+    model_inputs,
+    one_picture_a_row,
+)
 from gazeguard.phrases import Claim, Parser, claims, may_end_thing
 from gazeguard.policy import Policy, load_policy
 from gazeguard.repair import without
 from gazeguard.report import Finding, Report, Verdict, gaze_box
 from gazeguard.seen import Seen, seen
 from gazeguard.steer import STRENGTH, Look, Mode, Target
-from gazeguard.tap import Prompts, Rows, Tap, keys_of
+from gazeguard.tap import Keys, Prompts, Rows, Tap, keys_of
 from gazeguard.trace import SHARES, GazeTrace
 
 HEADS_FILE = "heads.json"
 DEFAULT_PROMPT = "Describe the picture."
 _LAST_WORD = re.compile(r"[^\W_][\w'-]*$")
+MAX_REASON = 300  # characters that a processor may say
 UNSEEN = 0.01  # a caption whose gaze heads never gave the picture this share of attention was written without it
 
 # Ways of generating that cannot be watched: what tells them apart, and the way out.
@@ -98,6 +111,11 @@ _NAMED = frozenset(inspect.signature(GenerationMixin.generate).parameters)  # ar
 def _ends(config: GenerationConfig) -> set[int]:
     ends = config.eos_token_id
     return {ends} if isinstance(ends, int) else set(ends or ())
+
+
+def _line(error: Exception) -> str:
+    """What a processor says, in one line that is not too long."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:MAX_REASON]
 
 
 def _no_batches(*_: Any, **__: Any) -> None:
@@ -284,7 +302,7 @@ class GazeGuard:
             tap.begin(Prompts.of(*keys), reordered=(config.num_beams or 1) > 1)
             if self._look is not None:
                 self._look.steer(tap, grids)
-            rerank = None if self.policy.rerank is None else RerankProcessor(tap, self.policy.rerank)
+            rerank = None if self.policy.rerank is None else RerankProcessor(tap, self.policy.rerank, self.processor.tokenizer)
             if self.policy.rewind is None:
                 loop, made = None, run([] if rerank is None else [rerank], None)
                 beams = getattr(made, "beam_indices", None)
@@ -300,13 +318,15 @@ class GazeGuard:
         captions = [row[:stop] for row, stop in zip(written, stops, strict=True)]
         if loop is None:
             whole = self._seen(rows, states, captions)
+        prompted = self._prompted(keys, mask)
         self.reports = []
         for b, ids in enumerate(captions):
             text, offsets = decode(self.processor.tokenizer, ids)
             own = slice(len(ids)) if loop is None else loop.passes[b, : len(ids)].tolist()
             grid = grids[b * len(grids) // len(captions)]
             trace = self._trace(whole, b, own, ids, text, offsets, grid, finished=stops[b] < len(written[b]))
-            self.reports.append(self.judge(trace))
+            reason = self._too_long(prompted[b * len(prompted) // len(captions)] + len(ids))
+            self.reports.append(self._unchecked(text, reason, trace) if reason else self.judge(trace))
         return made
 
     @contextmanager
@@ -343,7 +363,8 @@ class GazeGuard:
     def check(self, image: Any, caption: str, prompt: str = DEFAULT_PROMPT) -> Report:
         """Judge a caption that anything wrote, by one teacher-forced pass. ``prompt`` is what it answers.
 
-        An empty caption, one longer than the model's context and a picture that cannot be read are *unchecked*.
+        An empty caption, one longer than the model's context, a picture that cannot be read or that the processor refuses,
+        and a prompt that names special tokens are *unchecked*.
         """
         return self.check_all([image], [caption], prompt)[0]
 
@@ -360,14 +381,15 @@ class GazeGuard:
         pictures: dict[int, Image.Image] = {}
         for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
             try:
-                pictures[i] = load_image(image)
+                check_text(caption, "caption")
                 if not caption.strip():
                     raise InputError("the caption is empty")
+                check_prompt(self.processor, prompts[i])
+                pictures[i] = load_image(image)
             except InputError as error:
-                reports[i] = self._unchecked(caption, str(error))
-        todo = [i for i in pictures if i not in reports]
-        if todo:
-            reports |= self._replay(todo, pictures, captions, prompts)
+                reports[i] = self._unchecked(caption if isinstance(caption, str) else "", str(error))
+        if pictures:
+            reports |= self._replay(list(pictures), pictures, captions, prompts)
         return [reports[i] for i in range(len(captions))]
 
     def _replay(
@@ -375,14 +397,21 @@ class GazeGuard:
     ) -> dict[int, Report]:
         """Reports of the rows ``todo``, from one teacher-forced pass over those that fit into the context."""
         told = [captions[i] for i in todo]
-        batch = encode(self.model, self.processor, [pictures[i] for i in todo], [prompts[i] for i in todo], told)
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
+        try:
+            batch = encode(self.model, self.processor, [pictures[i] for i in todo], [prompts[i] for i in todo], told)
+        except GazeGuardError:
+            raise
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # one picture's shape, say, refused for all
+            if len(todo) == 1:
+                return {todo[0]: self._unchecked(told[0], f"the processor refuses it: {_line(error)}")}
+            parts = (todo[: len(todo) // 2], todo[len(todo) // 2 :])
+            return {i: report for part in parts for i, report in self._replay(part, pictures, captions, prompts).items()}
         keys = keys_of(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
-        lengths = [keys.last + 1 + len(ids) for ids in batch.caption_ids]
+        prompted = self._prompted(keys, batch.prompt_mask)
         long = {
-            i: self._unchecked(captions[i], f"prompt and caption have {n} tokens, more than the model's context of {limit}")
-            for i, n in zip(todo, lengths, strict=True)
-            if n > limit
+            i: self._unchecked(captions[i], reason)
+            for i, before, ids in zip(todo, prompted, batch.caption_ids, strict=True)
+            if (reason := self._too_long(before + len(ids)))
         }
         if long:
             rest = [i for i in todo if i not in long]
@@ -409,6 +438,17 @@ class GazeGuard:
             trace = self._trace(whole, row, slice(len(ids)), ids, told[row], batch.offsets[row], grids[row], finished=True)
             done[i] = self.judge(trace)
         return done
+
+    def _prompted(self, keys: Keys, mask: Tensor | None) -> list[int]:
+        """How many tokens, padding aside, each row's decoder reads before what is written."""
+        if self.model.config.is_encoder_decoder or mask is None or mask.ndim != 2:
+            return [keys.last + 1] * len(keys.ids)
+        return mask[:, : keys.last + 1].sum(1).tolist()
+
+    def _too_long(self, tokens: int) -> str:
+        """Why so many tokens cannot be judged; empty when the model's context holds them."""
+        limit = context_of(self.model)
+        return f"prompt and caption have {tokens} tokens, more than the model's context of {limit}" if tokens > limit else ""
 
     def verify(self, inputs: Mapping[str, Any]) -> list[Check]:
         """Does watching work for this model? Measured on a batch as the processor makes it: see `gazeguard.doctor`."""
@@ -445,6 +485,9 @@ class GazeGuard:
             return self._unchecked(trace.text, "no detector is fitted for this model", trace)
         if not (said := [claim for claim in said if claim.kind in self.detector.kinds]):
             return self._unchecked(trace.text, "the detector knows none of the kinds of claims in the caption", trace)
+        spans = [span for c in said for span in (c.said, c.phrase.head, *c.phrase.attributes, c.other) if span is not None]
+        if strange := next((span for span in spans if not trace.tokens(span.start, span.end)), None):
+            return self._unchecked(trace.text, f"no token covers {strange.text!r}", trace)
         kinds = [claim.kind for claim in said]
         x = features.features(trace, said)
         if unknown := self.detector.unknown(x, kinds):
@@ -452,6 +495,8 @@ class GazeGuard:
         if not (np.isfinite(trace.logprobs).all() and np.isfinite(trace.shares).all()):  # also what no feature reads
             return self._unchecked(trace.text, "the model gave no finite number for the caption's own words", trace)
         risks = self.detector.risk(x, kinds)
+        if not np.isfinite(risks).all():
+            return self._unchecked(trace.text, "the detector gave no finite risk", trace)
         limits = {kind: self.detector.threshold(kind, self.policy.threshold) for kind in set(kinds)}
         flagged = [risk >= limits[kind] for risk, kind in zip(risks, kinds, strict=True)]
         # Of a thing that is not there nobody asks for its colour or place.

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
@@ -42,6 +42,7 @@ MAX_FILE_BYTES = 16 * 2**20
 MAX_SHARE = 0.25  # at most this share of all heads are gaze heads
 SINK = 10.0  # a cell is a sink when it gets so many times the mean cell's attention, whatever is said
 MIN_CELLS = 2  # image cells that a panel needs
+MOST_LAYERS = 4096  # and heads of a layer, that a file may name
 MIN_SEEN, LATTICE = 0.9, 16  # share of a panel that the processor must keep, on a lattice of so many points each way
 
 
@@ -71,6 +72,17 @@ class Score(BaseModel):
     null_mass: tuple[float, ...] = Field(description="mass with the said panels shuffled")
     sinks: tuple[float, ...] = Field(description="attention on sinks, which is left out of everything else")
     matrix: tuple[tuple[float, ...], ...] = Field(description="said x attended panel, mean over the gaze heads")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Score:
+        of_heads = [self.mass, self.selectivity, self.contrast, self.routing, self.null_mass, self.sinks]
+        if len({len(figures) for figures in of_heads}) != 1:
+            raise ValueError("mass, selectivity, contrast, routing, null_mass and sinks are not of one length")
+        if any(len(row) != len(self.matrix) for row in self.matrix):
+            raise ValueError("matrix is not square")
+        if not np.isfinite([number for figures in (*of_heads, *self.matrix) for number in figures]).all():
+            raise ValueError("every number must be finite")
+        return self
 
 
 class Step(BaseModel):
@@ -104,6 +116,27 @@ class GazeHeads(BaseModel):
     split_half: float = Field(description="share of the gaze heads that both halves of the strips agree on")
     unusable: str = Field(default="", description="why these heads do not tell where the model looks; empty if they do")
     staircase: tuple[Step, ...] = Field(default=(), description="one narration, token by token")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GazeHeads:
+        if strange := sorted(set(self.heads) - set(self.all_heads)):
+            raise ValueError(f"heads: {strange[0]} is not in all_heads")
+        for layer, head in self.all_heads:
+            if not (0 <= layer < MOST_LAYERS and 0 <= head < MOST_LAYERS):
+                raise ValueError(f"all_heads: {(layer, head)} is no head of any model")
+        for name in ("heads", "all_heads"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ValueError(f"{name}: a head is there twice")
+        for name in ("narration", "query"):
+            score = getattr(self, name)
+            if score is not None and len(score.mass) != len(self.all_heads):
+                raise ValueError(f"{name}: it has figures of {len(score.mass)} heads, not of all {len(self.all_heads)}")
+        panels = len(self.staircase[0].looked) if self.staircase else 0
+        if any(len(step.looked) != panels or (step.said or 0) not in range(panels) for step in self.staircase):
+            raise ValueError("staircase: its steps are not about the same panels")
+        if not np.isfinite([number for step in self.staircase for number in step.looked]).all():
+            raise ValueError("staircase: every number must be finite")
+        return self
 
     @property
     def ranked_by(self) -> Way:
@@ -219,7 +252,8 @@ def find_heads(
     if not all(strip.narration for strip in strips):
         del ways["narration"]
     kept = None if keep is None else _Kept(Path(keep), f"{fingerprint(model)}/{_digest(strips)}")
-    seen = {} if kept is None else kept.load()
+    count = min(panels)
+    seen = {} if kept is None else kept.load(set(ways), (len(heads), count, count + 1))
     groups = [strips[i : i + batch_size] for i in range(len(seen.get("query", ())), len(strips), batch_size)]
     with torch.no_grad(), Tap(model, heads) as tap:
         for group in track(groups, "finding gaze heads", console=Console(stderr=True), disable=not progress):
@@ -262,17 +296,21 @@ class _Kept:
         save_file({way: np.ascontiguousarray(made) for way, made in seen.items()}, new, metadata={"source": self.source})
         new.replace(self.path)
 
-    def load(self) -> dict[str, NDArray[np.float32]]:
+    def load(self, ways: set[Way], shape: tuple[int, int, int]) -> dict[str, NDArray[np.float32]]:
+        """What has been seen in these ways, (strips, *shape) each; nothing when there is no file."""
         if not self.path.exists():
             return {}
         try:
             with safe_open(self.path, "np") as file:
                 source = (file.metadata() or {}).get("source")
                 seen = {way: file.get_tensor(way) for way in sorted(file.keys())}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:  # types that numpy lacks
             raise ArtifactError(f"{self.path} is no interrupted search for heads ({error}). Delete it.") from error
         if source != self.source:
             raise MismatchError(f"{self.path} holds a search with another model or other strips. Delete it, or keep another.")
+        shapes = {made.shape for made in seen.values()}
+        if set(seen) != ways or len(shapes) != 1 or shapes.pop()[1:] != shape:
+            raise ArtifactError(f"{self.path} does not hold what an interrupted search has seen. Delete it.")
         return seen
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 import stat
 import threading
 import warnings
@@ -53,6 +54,8 @@ NO_WORD = -1  # stands for image cells where the model type has no token for the
 KEPT_AWAY = ("idefics",)
 PUTS_PICTURES_ITSELF = ("Florence2Processor",)  # before every prompt, where others want a token in the text
 MAX_IMAGE_BYTES = 64 * 2**20
+# What Pillow may read: pictures alone. For others it would start programs (EPS: Ghostscript).
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _OPENING = threading.Lock()  # warnings.catch_warnings changes what all threads see
 
 
@@ -83,13 +86,16 @@ class Encoded:
 
 
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """An upright RGB picture from a file, bytes or a PIL image. Raises `InputError` for anything else."""
+    """An upright RGB picture from a file of one of `FORMATS`, bytes or a PIL image. Raises `InputError` for anything else.
+
+    Of an animation it is the first frame; sixteen bits become eight; transparency is dropped, and the colour beneath it shows.
+    """
     if not isinstance(source, (str, Path, bytes, Image.Image)):
         raise InputError(f"Expected one picture (a path, bytes or a PIL image), not {type(source).__name__}.")
     name = str(source) if isinstance(source, (str, Path)) else "the given picture"
     try:
         if isinstance(source, Image.Image):
-            return _upright_rgb(source)
+            return _upright_rgb(source, name)
         if not isinstance(source, bytes):
             found = Path(source).stat()
             if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a pipe would be waited on for ever
@@ -98,25 +104,37 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
                 raise InputError(f"{name} is larger than {MAX_IMAGE_BYTES} bytes. Make the picture smaller first.")
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)  # reads the header alone
+            Image.init()
+            known = [kind for kind in FORMATS if kind in Image.OPEN]
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known)  # its header alone
         with image:
-            return _upright_rgb(image)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{name} cannot be opened: {error.strerror}. Give the path of a picture.") from error
+            return _upright_rgb(image, name)
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not a picture that Pillow can read. Give a PNG, JPEG or WebP file.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{name} has more pixels than is safe to unpack ({error}). Make it smaller first.") from error
     except InputError:
         raise
-    except Exception as error:  # Pillow's many readers raise almost anything for a damaged file
+    except Exception as error:
+        if why := getattr(error, "strerror", None):  # the system's word, where Pillow's own errors have none
+            raise InputError(f"{name} cannot be opened: {why}. Give the path of a picture.") from error
+        # Pillow's many readers raise almost anything for a damaged file.
         raise InputError(f"{name} is damaged: {error}. Save the picture again, or leave it out.") from error
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    if not (image.width and image.height):
+        raise InputError(f"{name} is {image.width} x {image.height} pixels: there is nothing in it. Leave it out.")
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # a PIL image may be of a file not unpacked yet
+        size = f"{image.width} x {image.height}"
+        raise InputError(f"{name} has more pixels than is safe to unpack ({size}). Make it smaller first.")
+    if image.mode in ("I", "F"):
+        raise InputError(f"{name} holds numbers of 32 bits, and nobody says which is white. Save it with 8 or 16 bits.")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits at 255: a white page
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:  # Pillow wants it so
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
@@ -141,6 +159,11 @@ def cell_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     return (image_token_id(model), *(() if video is None else (int(video),)))
 
 
+def context_of(model: PreTrainedModel) -> float:
+    """How many tokens the model's decoder can read; infinite where its configuration does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+
+
 def encode(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -148,12 +171,17 @@ def encode(
     prompts: Sequence[str],
     captions: Sequence[str] = (),
 ) -> Encoded:
-    """One picture and one prompt per row, through the processor's chat template; on the model's device."""
+    """One picture and one prompt per row, through the processor's chat template; on the model's device.
+
+    Raises `InputError` for a prompt that names special tokens or, without captions, is longer than the model's context.
+    """
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise InputError(
             f"{type(processor).__name__} is not a vision-language processor. "
             "Pass AutoProcessor.from_pretrained(...) of the model."
         )
+    for prompt in dict.fromkeys(prompts):
+        check_prompt(processor, prompt)
     side = "right" if model.config.is_encoder_decoder else "left"
     if processor.chat_template is None:
         own = type(processor).__name__ in PUTS_PICTURES_ITSELF
@@ -178,6 +206,9 @@ def encode(
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": side},
         )
+    tokens, limit = int(made["attention_mask"].sum(1).max()), context_of(model)
+    if not captions and not model.config.is_encoder_decoder and tokens > limit:
+        raise InputError(f"The prompt has {tokens} tokens, more than the model's context of {limit}. Make it shorter.")
     prompt = dict(made.to(model.device))
     forced = getattr(model.generation_config, "forced_bos_token_id", None)
     if model.config.is_encoder_decoder and forced is not None:  # BART: generate would write it before every caption
@@ -245,14 +276,33 @@ def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str,
     return made
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ids (T,) and the characters that each covers (T, 2), without special tokens: ``<image>`` in a caption is text."""
+def check_text(text: Any, what: str) -> None:
+    """Raise `InputError` for what is no text, or none that could be written down."""
+    if not isinstance(text, str):
+        raise InputError(f"The {what} is no text, but of type {type(text).__name__}. Pass a str.")
     try:
-        caption.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"Character {error.start} of the caption is half of a surrogate pair, which is no text. Repair its encoding."
+            f"Character {error.start} of the {what} is half of a surrogate pair, which is no text. Repair its encoding."
         ) from error
+
+
+def check_prompt(processor: ProcessorMixin, prompt: Any) -> None:
+    """Raise `InputError` for a prompt that names special tokens, which a processor would take for the tokens themselves."""
+    check_text(prompt, "prompt")
+    tokenizer = processor.tokenizer
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {*tokenizer.all_special_tokens, getattr(processor, "image_token", "")} - {tokenizer.unk_token, None, ""}
+    if found := sorted(name for name in special if name in prompt):
+        raise InputError(
+            f"The prompt holds {found[0]!r}, which the model would not read as words: it is a special token. Take it out."
+        )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids (T,) and the characters that each covers (T, 2), without special tokens: ``<image>`` in a caption is text."""
+    check_text(caption, "caption")
     if tokenizer.is_fast:
         made = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         return np.array(made["input_ids"], np.int64), np.array(made["offset_mapping"], np.int64).reshape(-1, 2)

@@ -77,9 +77,8 @@ def _staircase(axes: Axes, heads: GazeHeads) -> None:
         if step.said is not None:
             axes.add_patch(Rectangle((at - 0.5, step.said - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=0.8))
     few = max(1, len(heads.staircase) // 40)
-    axes.set_xticks(
-        range(0, len(heads.staircase), few), [step.text for step in heads.staircase[::few]], rotation=90, fontsize=7
-    )
+    words = [step.text for step in heads.staircase[::few]]
+    axes.set_xticks(range(0, len(heads.staircase), few), words, rotation=90, fontsize=7, parse_math=False)
     panels = len(heads.staircase[0].looked)
     axes.set_yticks(range(panels), range(1, panels + 1))
     axes.set(ylabel="panel", title="one narration: the look (shade) and the panel that is described (frame)")

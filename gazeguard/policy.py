@@ -32,10 +32,12 @@ class Rerank(_Strict):
 
     strength:  how much a logit of readout counts beside a logit of the model
     plausible: only words with at least this share of the likeliest word's probability are moved
+    end:       logits that a full stop gains where the gaze finds nothing that has not been named
     """
 
     strength: float = Field(ge=0, le=10)
     plausible: float = Field(gt=0, le=1)
+    end: float = Field(default=0.0, ge=0, le=10)
 
 
 class Rewind(_Strict):

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -30,9 +30,13 @@ from gazeguard.phrases import Claim
 from gazeguard.trace import GazeTrace
 
 LONGEST_EDGE = 1024  # pixels; larger pictures are shrunk in the page, which stays small enough to mail
+DRAWN = 4096  # colours; a picture of more is taken for a photograph, for which JPEG is smaller
+
+FIELDS = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 
 _WORD = re.compile(r"\w+(?:['\u2019\-]\w+)*|[^\w\s]+")  # U+2019: the apostrophe of print
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all that can steer a terminal; tab and newline stay
+# All that can steer a terminal or turn the direction of writing, and halves of characters; tab and newline stay.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Verdict(StrEnum):
@@ -127,7 +131,7 @@ class Report:
 
     def marked(self) -> str:
         """The caption for a terminal: flagged phrases in ⟦ ⟧, and no character that could steer the terminal."""
-        text, parts, done = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", self.caption), [], 0
+        text, parts, done = _plain(self.caption), [], 0
         for start, end in _merged([(f.claim.start, f.claim.end) for f in self.findings if f.flagged]):
             parts += [text[done:start], "⟦", text[start:end], "⟧"]
             done = end
@@ -135,25 +139,56 @@ class Report:
 
     def printable(self) -> str:
         """``repaired`` for a terminal, with no character that could steer it."""
-        return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", self.repaired)
+        return _plain(self.repaired)
 
     def to_html(self, image: Image.Image) -> str:
         """The replay `page` of this report alone, with ``image``, the picture that the caption is about."""
         return page([Entry("Caption", image, self)], title="GazeGuard report")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: verdict, reason, the caption with its marks, and each flagged phrase. Static and small."""
+
+        def text(value: str) -> str:
+            return html.escape(_plain(value))
+
+        caption, parts, done = _plain(self.caption), [], 0
+        for start, end in _merged([(f.claim.start, f.claim.end) for f in self.findings if f.flagged]):
+            marked = f'<u style="text-decoration:underline wavy">{html.escape(caption[start:end])}</u><sup>?</sup>'
+            parts += [html.escape(caption[done:start]), marked]
+            done = end
+        rows = "".join(
+            f"<li>{text(str(f.claim))}: risk {f.risk:.2f}; {text('; '.join(f.reasons))}</li>"
+            for f in self.findings
+            if f.flagged
+        )
+        return (
+            f'<div style="max-width:45rem"><b>{self.verdict}</b>{text(self.reason and f" · {self.reason}")}'
+            f'<p dir="auto" style="white-space:pre-wrap;font-size:1.15em">{"".join(parts)}{html.escape(caption[done:])}</p>'
+            f"<ul>{rows}</ul></div>"
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
     """One caption of a replay page.
 
-    image: the picture that the report is about (the first one, if there were several), at the size its boxes count in
+    image: the picture that the report is about (the first one, if there were several), at the size its boxes count in;
+           None where there is none that could be shown
     truth: lines of ground truth to show, such as "a blue moon: not in the picture"
+    parts: names and boxes of the parts of the picture between which the gaze is followed over time, such as the panels of
+           a strip; by default nine equal fields
     """
 
     title: str
-    image: Image.Image
+    image: Image.Image | None
     report: Report
     truth: tuple[str, ...] = ()
+    parts: tuple[tuple[str, Box], ...] = ()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the replay page of this caption, in a frame that can reach nothing around it."""
+        inside = html.escape(page([self], title=self.title))
+        return f'<iframe sandbox="allow-scripts" srcdoc="{inside}" style="width:100%;height:44rem;border:0"></iframe>'
 
 
 def gaze_box(trace: GazeTrace, tokens: Sequence[int]) -> Box | None:
@@ -178,15 +213,19 @@ def gaze_box(trace: GazeTrace, tokens: Sequence[int]) -> Box | None:
     return (x0 * width, y0 * height, x1 * width, y1 * height)
 
 
-def page(entries: Sequence[Entry], title: str = "GazeGuard replay") -> str:
+def page(entries: Iterable[Entry], title: str = "GazeGuard replay", edge: int = LONGEST_EDGE) -> str:
     """One self-contained HTML file that replays the gaze of all ``entries``, word by word.
 
-    ``#entry=2&word=5`` after the file's address opens it there, both counted from one.
+    ``edge`` is the length in pixels to which larger pictures are shrunk: with 512, a page of 500 photographs stays below
+    100 MB. ``#entry=2&word=5`` after the file's address opens it there, both counted from one.
+
+    Raises `InputError` for no entries. They are asked for one by one, so that of many pictures one is held at a time.
     """
-    if not entries:
-        raise InputError("A replay page needs something to replay. Pass at least one Entry.")
     template, policy = _template()
-    values = {"title": html.escape(title), "policy": policy, "data": _json([_entry(entry) for entry in entries])}
+    data = _data(entries, edge)
+    if not data["captions"]:
+        raise InputError("A replay page needs something to replay. Pass at least one Entry.")
+    values = {"title": html.escape(_plain(title)), "policy": policy, "data": _json(data)}
     # One pass: a caption that contains "{{title}}" stays as it is.
     return re.sub(r"\{\{(title|policy|data)\}\}", lambda match: values[match[1]], template)
 
@@ -203,7 +242,7 @@ def _template() -> tuple[str, str]:
     assert script
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style[1])}; script-src {_hash(script[1])}; "
-        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
     return template, policy
 
@@ -222,20 +261,29 @@ def _json(value: Any) -> str:
 # ----------------------------------------------------------------------------------------------------------- the data
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
-    """What the page knows about one caption."""
-    report, trace = entry.report, entry.report.trace
-    spans = [match.span() for match in _WORD.finditer(report.caption)]
-    return {
-        "title": entry.title,
-        "truth": list(entry.truth),
-        "report": report.to_dict(),
-        "image": _data_url(entry.image),
-        "size": list(entry.image.size),
-        "words": [_word(report, spans, index) for index in range(len(spans))],
-        "tail": report.caption[spans[-1][1] if spans else 0 :],
-        "gaze": None if trace is None else _gaze(trace, spans),
-    }
+def _data(entries: Iterable[Entry], edge: int) -> dict[str, Any]:
+    """All that the page shows. Captions share a picture and a grid by its number, so that each is in the page once."""
+    pictures: dict[str, int] = {}
+    grids: dict[str, int] = {}
+    captions = []
+    for entry in entries:
+        image, report, trace = entry.image, entry.report, entry.report.trace
+        spans = [match.span() for match in _WORD.finditer(report.caption)]
+        gaze = None if trace is None else _gaze(trace, spans, entry.parts, grids)
+        captions.append(
+            {
+                "title": entry.title,
+                "truth": list(entry.truth),
+                "report": report.to_dict(),
+                "picture": None if image is None else pictures.setdefault(_data_url(image, edge), len(pictures)),
+                "size": [1, 1] if image is None else list(image.size),
+                "words": [_word(report, spans, index) for index in range(len(spans))],
+                "tail": report.caption[spans[-1][1] if spans else 0 :],
+                "starts": [_first_word(spans, finding.claim) for finding in report.findings],
+                "gaze": gaze,
+            }
+        )
+    return {"pictures": list(pictures), "grids": [json.loads(grid) for grid in grids], "captions": captions}
 
 
 def _word(report: Report, spans: list[tuple[int, int]], index: int) -> dict[str, Any]:
@@ -263,21 +311,44 @@ def _finding_at(findings: Sequence[Finding], start: int, end: int) -> int | None
     return max(hits, key=lambda i: (findings[i].flagged, findings[i].risk), default=None)
 
 
-def _gaze(trace: GazeTrace, spans: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """The heat of each word: ``cells``, boxes in shares of the picture, and ``heat``, base64 of words x cells bytes.
+def _first_word(spans: Sequence[tuple[int, int]], claim: Claim) -> int | None:
+    """The number of the first word that a claim has a part of."""
+    return next((i for i, (start, end) in enumerate(spans) if claim.start < end and claim.end > start), None)
 
-    255 is the caption's strongest look at any cell, so that words can be compared by eye.
+
+def _gaze(
+    trace: GazeTrace, spans: Sequence[tuple[int, int]], parts: Sequence[tuple[str, Box]], grids: dict[str, int]
+) -> dict[str, Any]:
+    """Where the gaze was at each word, as base64 of bytes.
+
+    grid, heat:   the number of the grid, cells as boxes in shares of the picture; and words x cells levels, of which 255 is
+                  the caption's strongest look at any cell, so that words can be compared by eye
+    parts, share: names of parts of the picture; and words x parts levels, of which 255 is all of the word's gaze on the
+                  picture, as far as its cells have a place
     """
-    placed = _placed(trace)
-    heat = np.zeros((len(spans), len(placed)))
+    gaze = np.zeros((len(spans), len(trace.grid)))
     for row, (start, end) in enumerate(spans):
         if tokens := trace.tokens(start, end):
-            heat[row] = _mean_gaze(trace, tokens)[placed]
-    levels = np.rint(255 * heat / max(heat.max(initial=0), 1e-12)).astype(np.uint8)
+            gaze[row] = _mean_gaze(trace, tokens)
+    if not parts:
+        width, height = trace.grid.sizes[0]
+        corners = [(x * width / 3, y * height / 3) for y in range(3) for x in range(3)]
+        parts = [(name, (x, y, x + width / 3, y + height / 3)) for name, (x, y) in zip(FIELDS, corners, strict=True)]
+    placed = _placed(trace)
+    heat, total = gaze[:, placed], gaze[:, placed].sum(axis=1, keepdims=True)
+    share = gaze @ np.stack([trace.grid.overlap(box) for _, box in parts], axis=1) / np.maximum(total, 1e-12)
+    cells = json.dumps([[round(edge, 5) for edge in box] for box in trace.grid.boxes[placed].tolist()])
     return {
-        "cells": [[round(edge, 5) for edge in box] for box in trace.grid.boxes[placed].tolist()],
-        "heat": base64.b64encode(levels.tobytes()).decode(),
+        "grid": grids.setdefault(cells, len(grids)),
+        "heat": _levels(heat / max(heat.max(initial=0), 1e-12)),
+        "parts": [name for name, _ in parts],
+        "share": _levels(share),
     }
+
+
+def _levels(shares: NDArray[np.float64]) -> str:
+    """Shares in [0, 1] as base64 of one byte each; what rounding has put outside is put back."""
+    return base64.b64encode(np.rint(255 * np.clip(shares, 0, 1)).astype(np.uint8).tobytes()).decode()
 
 
 def _placed(trace: GazeTrace) -> NDArray[np.int64]:
@@ -296,14 +367,20 @@ def _number(value: Any) -> float | None:
     return round(float(value), 4) if math.isfinite(value) else None
 
 
-def _data_url(image: Image.Image) -> str:
-    """The picture as a PNG in a data: URL, at most `LONGEST_EDGE` pixels long; its metadata stays behind."""
+def _data_url(image: Image.Image, edge: int) -> str:
+    """The picture in a data: URL, at most ``edge`` pixels long; its metadata stays behind."""
     small = image.convert("RGB")
-    small.thumbnail((LONGEST_EDGE, LONGEST_EDGE))  # never enlarges
+    small.thumbnail((edge, edge))  # never enlarges
     small.info.clear()
+    kind = "PNG" if small.getcolors(DRAWN) else "JPEG"
     buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    small.save(buffer, kind, optimize=True, **({"quality": 85} if kind == "JPEG" else {}))
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _plain(text: str) -> str:
+    """The text with a sign of one character in place of each that could steer what shows it."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -941,6 +941,12 @@ class Tap:
         outputs = [layer.output.row(row).float() for layer in self._layers.values()]
         return _side_by_side(outputs, dim=1), self._hidden.row(row)
 
+    def gaze_at(self, position: int) -> Tensor:
+        """The heads' attention on the image cells, (batch, H, N) float32, of a row that `at` has heard."""
+        for layer in self._layers.values():
+            self._read_pending(layer)
+        return torch.cat([layer.gaze.row(position - self._first) for layer in self._layers.values()], dim=1)
+
     def _heard(self) -> list[Layer]:
         """The layers, with everything read. Raises `NothingSeenError` when one heard nothing."""
         for number in self._numbers:

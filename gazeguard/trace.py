@@ -31,6 +31,8 @@ SHARES = ("picture", "prompt", "generated", "first")  # where a row's attention 
 MAX_FILE_BYTES = 2**30
 FORMAT = 2
 
+WHOLE = ("token_ids", "offsets", "grid_image")  # arrays of whole numbers in a file; all others are float32
+
 F32 = NDArray[np.float32]
 
 
@@ -120,6 +122,11 @@ class GazeTrace:
             with safe_open(path, framework="numpy") as file:
                 meta = json.loads((file.metadata() or {})["gazeguard"])
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            for name, array in arrays.items():
+                if array.dtype != (wanted := np.int64 if name in WHOLE else np.float32):
+                    raise ArtifactError(f"{path} has {name} in {array.dtype}, where a trace has {np.dtype(wanted)}.")
+                if name in ("gaze", "shares") and ((array < 0) | (array > 1.001)).any():  # NaN, of a model's overflow, may be
+                    raise ArtifactError(f"{path} has {name} outside of 0 to 1, which is no attention.")
             if meta["format"] != FORMAT:
                 raise ArtifactError(f"{path} has trace format {meta['format']!r}; this version reads format {FORMAT}.")
             sizes = tuple((int(w), int(h)) for w, h in meta["sizes"])

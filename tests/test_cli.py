@@ -24,6 +24,11 @@ def picture(tmp_path_factory):
     return path, sample
 
 
+def data_of(page: str) -> dict:
+    """What a replay page holds."""
+    return json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.S).group(1))
+
+
 def test_demo_shows_captions_truth_and_a_page(tmp_path):
     """Every caption is printed with its verdict, what is flagged has a reason, and the page opens by itself."""
     result = run(app, ["demo", "--out", str(tmp_path), "--pictures", "4"])
@@ -41,8 +46,7 @@ def test_demo_counts_are_the_truth(tmp_path):
     """The printed sum agrees with a recount of the captions that the page holds."""
     result = run(app, ["demo", "--out", str(tmp_path), "--pictures", "4"])
     page = (tmp_path / "replay.html").read_text(encoding="utf-8")
-    data = json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.S).group(1))
-    captions = [entry["report"]["caption"] for entry in data]
+    captions = [entry["report"]["caption"] for entry in data_of(page)["captions"]]
     pairs = list(zip(lab.samples("test", 4), captions, strict=True))
     total = sum(len(mentions(sample.picture, text)) for sample, text in pairs)
     wrong = sum(len({c.phrase for c, _, false in judged(sample.picture, text) if false}) for sample, text in pairs)
@@ -92,6 +96,36 @@ def test_an_empty_caption_is_unchecked_and_exit_code_2(picture):
     result = run(app, ["check", str(picture[0]), "--caption", "", "--json"])
     assert result.exit_code == 2
     assert json.loads(result.stdout)["verdict"] == "unchecked"
+
+
+def test_replay_makes_one_page_of_many_rows(picture, tmp_path):
+    """The rows in order, with their gaze; one without its picture is there, unchecked; those that pass may be left out."""
+    path, sample = picture
+    thing = sample.picture.things[0]
+    told = [f"There is a {thing.colour} {thing.noun}.", "There is a pink castle and a green skull."]
+    rows = [{"image": path.name, "caption": caption} for caption in told] + [{"image": "gone.png", "caption": told[0]}]
+    source, page = path.parent / "rows.jsonl", tmp_path / "page.html"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(app, ["replay", str(source), str(page), "--batch-size", "2"])
+    assert result.exit_code == 0, result.output
+    data = data_of(page.read_text(encoding="utf-8"))
+    captions = data["captions"]
+    assert [caption["title"] for caption in captions] == [path.name, path.name, "gone.png"]
+    assert [caption["report"]["caption"] for caption in captions] == [*told, told[0]]
+    assert [caption["report"]["verdict"] for caption in captions] == ["pass", "flag", "unchecked"]
+    assert [caption["picture"] for caption in captions] == [0, 0, None]
+    assert [caption["gaze"] is None for caption in captions] == [False, False, True]
+    assert len(data["pictures"]) == 1
+
+    run(app, ["replay", str(source), str(page), "--skip-passed", "--most", "1"])
+    (caption,) = data_of(page.read_text(encoding="utf-8"))["captions"]
+    assert caption["report"]["verdict"] == "flag"
+
+
+def test_a_replay_page_without_a_folder_is_refused_before_the_work(picture, tmp_path):
+    result = run(app, ["replay", str(picture[0].parent), str(tmp_path / "nowhere" / "page.html")])
+    assert result.exit_code == 2
+    assert "where the page is to go, is no folder" in result.stderr
 
 
 def test_heads_are_found_and_kept(tmp_path):
@@ -147,5 +181,5 @@ def test_a_wrong_policy_is_told_with_key_value_and_what_is_allowed(tmp_path):
 def test_help_names_every_command_and_the_exit_codes():
     """--help is complete, and quick, since nothing heavy is imported for it."""
     text = run(app, ["--help"]).output
-    assert all(name in text for name in ("demo", "caption", "check", "filter", "heads"))
+    assert all(name in text for name in ("demo", "caption", "check", "filter", "replay", "heads"))
     assert "Exit codes" in text

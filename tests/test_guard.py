@@ -465,9 +465,3 @@ def test_what_is_left_of_a_caption_is_as_the_policy_says(guard):
         assert reports[0].caption == wrong
         assert reports[0].to_dict()["repaired"] == texts[0]
     assert GazeGuard(guard.model, guard.processor, "abstain").check(sample.image, "").repaired == ""
-
-
-def test_a_policy_that_this_version_cannot_follow_is_refused(lab_vlm):
-    policy = parse_policy({"version": 1, "name": "back", "rewind": {"budget": 3}})
-    with pytest.raises(UnsupportedError, match="Policy 'back' rewinds, which this version does not do"):
-        GazeGuard(*lab_vlm, policy=policy)

@@ -4,81 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
-import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from reportkit import CAPTION, NASTY, find, make_report, make_trace, moon_report, picture
 
 from gazeguard.errors import InputError
 from gazeguard.grid import ImageGrid
-from gazeguard.phrases import Claim, Phrase, Span
-from gazeguard.report import LONGEST_EDGE, Entry, Finding, Report, Verdict, gaze_box, page
+from gazeguard.report import LONGEST_EDGE, Entry, Report, Verdict, gaze_box, page
 from gazeguard.trace import GazeTrace
-
-CAPTION = "A red ball lies on the grass under a blue moon."
-NASTY = (
-    "</script><script>alert(1)</script>",
-    '<img src=x onerror="alert(1)">',
-    "<!-- <script> {{data}} {{title}} {{policy}}",
-    "\"quotes\" 'single' & &lt; \\u003c \\",
-    "line\u2028and\u2029paragraph",
-    "emoji 🌙 and e\u0301, then 月",
-)
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-
-
-def make_trace(text: str, gaze: np.ndarray | None = None, grid: ImageGrid | None = None) -> GazeTrace:
-    """A trace with one token per word; ``gaze`` (tokens, heads, cells) is random unless given."""
-    spans = [match.span() for match in re.finditer(r"\S+", text)]
-    grid = grid or ImageGrid.regular(12, 12, (144, 144))
-    rng = np.random.default_rng(0)
-    if gaze is None:
-        gaze = rng.random((len(spans), 2, len(grid)))
-    tokens, heads = len(spans), gaze.shape[1]
-    return GazeTrace(
-        text=text,
-        token_ids=np.arange(tokens),
-        offsets=np.array(spans, dtype=np.int64).reshape(-1, 2),
-        logprobs=np.full(tokens, -0.5, dtype=np.float32),
-        entropy=np.ones(tokens, dtype=np.float32),
-        gaze=gaze.astype(np.float32),
-        shares=np.full((tokens, heads, 4), 0.25, dtype=np.float32),
-        readout=rng.normal(size=(tokens, heads)).astype(np.float32),
-        content=np.full(tokens, -2, dtype=np.float32),
-        named=np.full(tokens, -1, dtype=np.float32),
-        heads=tuple((0, head) for head in range(heads)),
-        grid=grid,
-        model="toy",
-    )
-
-
-def find(caption: str, start: int, end: int, risk: float = 0.5, flagged: bool = False, **more: object) -> Finding:
-    text = caption[start:end]
-    thing = Phrase(start, end, text, "object", Span(start, end, text), (), 0)
-    return Finding(Claim("object", start, end, text, thing, thing.head, None), risk, flagged, **more)
-
-
-def make_report(caption: str = CAPTION, trace: GazeTrace | None = None, *findings: Finding) -> Report:
-    verdict = Verdict.FLAG if any(f.flagged for f in findings) else Verdict.PASS
-    return Report(caption, verdict, "one phrase" * (verdict == "flag"), findings, "balanced", "toy", "0.1", trace)
-
-
-def moon_report() -> Report:
-    start = CAPTION.index("a blue moon")
-    moon = find(CAPTION, start, start + 11, 0.9, True, reasons=("gaze wanders",), box=(12.0, 0.0, 48.0, 36.0))
-    return make_report(CAPTION, make_trace(CAPTION), find(CAPTION, 0, 10, 0.1), moon)
-
-
-def picture(size: tuple[int, int] = (144, 144)) -> Image.Image:
-    return Image.new("RGB", size, (90, 140, 200))
 
 
 class Page(HTMLParser):
@@ -88,6 +28,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.inside: dict[str, list[str]] = {}
+        self.text: list[str] = []
         self._open: str | None = None
         self.feed(text)
         self.close()
@@ -102,12 +43,17 @@ class Page(HTMLParser):
         self._open = None
 
     def handle_data(self, data: str) -> None:
+        self.text.append(data)
         if self._open in ("script", "style", "title"):
             self.inside[self._open][-1] += data
 
     @property
-    def data(self) -> list[dict]:
+    def data(self) -> dict:
         return json.loads(self.inside["script"][0])
+
+    @property
+    def captions(self) -> list[dict]:
+        return self.data["captions"]
 
 
 # -------------------------------------------------------------------------------------------------------- the report
@@ -156,6 +102,7 @@ def test_marked_wraps_what_is_flagged() -> None:
 
 def test_marked_gives_the_terminal_no_orders() -> None:
     assert make_report("a \x1b[31mdog\x07\n\tand").marked() == "a �[31mdog�\n\tand"
+    assert make_report("a \u202egod\u2069 \ud800").marked() == "a �god� �"
 
 
 @given(st.text("ab \n", max_size=30), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=5))
@@ -246,7 +193,7 @@ def test_text_from_outside_is_never_markup(nasty: str) -> None:
     read = Page(text)
     assert [tag for tag, _ in read.tags] == [tag for tag, _ in Page(plain).tags]
     assert read.inside["title"] == [nasty]
-    (entry,) = read.data
+    (entry,) = read.captions
     assert entry["report"] == report.to_dict()
     assert (entry["title"], entry["truth"]) == (nasty, [nasty])
     assert "\u2028" not in read.inside["script"][0]
@@ -255,7 +202,7 @@ def test_text_from_outside_is_never_markup(nasty: str) -> None:
 
 @given(st.text(max_size=60))
 def test_the_words_make_up_the_caption(caption: str) -> None:
-    (entry,) = Page(page([Entry("t", picture((4, 4)), make_report(caption, make_trace(caption)))])).data
+    (entry,) = Page(page([Entry("t", picture((4, 4)), make_report(caption, make_trace(caption)))])).captions
     assert "".join(word["gap"] + word["text"] for word in entry["words"]) + entry["tail"] == caption
 
 
@@ -285,101 +232,152 @@ def test_heat_is_relative_to_the_strongest_look() -> None:
     boxes[3] = np.nan  # no place: left out of the page
     gaze = np.array([[[0.5, 0.25, 0, 0.9]], [[0, 0, 0.1, 0]]])
     trace = make_trace(text, gaze, ImageGrid(boxes, np.zeros(4, dtype=np.int64), ((8, 8),)))
-    (entry,) = Page(page([Entry("t", picture((8, 8)), make_report(text, trace))])).data
-    assert entry["gaze"]["cells"] == [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1]]
-    assert list(base64.b64decode(entry["gaze"]["heat"])) == [255, 128, 0, 0, 0, 51]
+    data = Page(page([Entry("t", picture((8, 8)), make_report(text, trace))])).data
+    gaze = data["captions"][0]["gaze"]
+    assert data["grids"][gaze["grid"]] == [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1]]
+    assert list(base64.b64decode(gaze["heat"])) == [255, 128, 0, 0, 0, 51]
+
+
+def test_the_stairs_are_shares_of_a_words_gaze_on_the_picture() -> None:
+    """By default on nine fields, whatever lies in them; else on the parts that are named, which need not cover it all."""
+    text = "red dog"
+    gaze = np.stack([cells((0, 0, 0.3), (5, 5, 0.1), rows=6, columns=6), cells(rows=6, columns=6)])[:, None]
+    report = make_report(text, make_trace(text, gaze, ImageGrid.regular(6, 6, (60, 60))))
+    half = (("upper half", (0.0, 0.0, 60.0, 30.0)), ("a corner", (50.0, 50.0, 60.0, 60.0)))
+    whole, parts = Page(page([Entry("t", picture((60, 60)), report), Entry("t", picture((60, 60)), report, (), half)])).captions
+    assert whole["gaze"]["parts"][0] == "top left"
+    assert list(base64.b64decode(whole["gaze"]["share"])) == [191, 0, 0, 0, 0, 0, 0, 0, 64] + [0] * 9
+    assert parts["gaze"]["parts"] == ["upper half", "a corner"]
+    assert list(base64.b64decode(parts["gaze"]["share"])) == [191, 64, 0, 0]
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_nine_fields_share_out_all_the_gaze(seed: int) -> None:
+    gaze = np.random.default_rng(seed).exponential(size=(3, 2, 25)) ** 3
+    trace = make_trace("a b c", gaze, ImageGrid.regular(5, 5, (50, 40)))
+    (entry,) = Page(page([Entry("t", picture((50, 40)), make_report("a b c", trace))])).captions
+    levels = np.frombuffer(base64.b64decode(entry["gaze"]["share"]), np.uint8).reshape(3, 9)
+    assert np.abs(levels.sum(axis=1, dtype=np.int64) - 255).max() <= 4  # each of nine is rounded
 
 
 def test_a_word_sums_its_log_probabilities_and_hides_what_is_no_number() -> None:
     text = "moonlight 🌙"
     trace = make_trace(text)
     trace.offsets[:] = [(0, 4), (4, 9)]
-    (entry,) = Page(page([Entry("t", picture(), make_report(text, trace))])).data
+    (entry,) = Page(page([Entry("t", picture(), make_report(text, trace))])).captions
     assert entry["words"][0]["logprob"] == -1.0
     assert entry["words"][0]["shares"] == [0.25] * 4
     assert "logprob" not in entry["words"][1]  # no token covers it
     trace.logprobs[:] = -np.inf
-    assert Page(page([Entry("t", picture(), make_report(text, trace))])).data[0]["words"][0]["logprob"] is None
+    assert Page(page([Entry("t", picture(), make_report(text, trace))])).captions[0]["words"][0]["logprob"] is None
 
 
 def test_a_word_in_two_phrases_shows_the_flagged_one() -> None:
     caption = "a dog on grass"
     report = make_report(caption, None, find(caption, 0, 14, 0.6), find(caption, 0, 5, 0.5, True))
-    (entry,) = Page(report.to_html(picture())).data
+    (entry,) = Page(report.to_html(picture())).captions
     assert [word["phrase"] for word in entry["words"]] == [1, 1, 0, 0]
 
 
 def test_an_unchecked_report_renders_without_a_trace() -> None:
     for caption in ("A red ball lies on the gra", ""):
         report = Report(caption, Verdict.UNCHECKED, "The caption was cut off.", (), "balanced", "toy", "0.1", None)
-        (entry,) = Page(report.to_html(picture())).data
+        (entry,) = Page(report.to_html(picture())).captions
         assert entry["gaze"] is None
         assert entry["report"]["reason"] == "The caption was cut off."
         assert "logprob" not in json.dumps(entry["words"])
 
 
 def test_a_trace_without_tokens_renders() -> None:
-    (entry,) = Page(make_report("", make_trace("", np.zeros((0, 2, 144)))).to_html(picture())).data
+    (entry,) = Page(make_report("", make_trace("", np.zeros((0, 2, 144)))).to_html(picture())).captions
     assert entry["gaze"]["heat"] == ""
     assert entry["words"] == []
 
 
-def test_a_large_picture_is_shrunk_and_loses_its_metadata() -> None:
-    image = Image.new("RGBA", (3000, 1500))
+def picture_in(data: dict, number: int = 0) -> tuple[str, Image.Image, bytes]:
+    """Kind, picture and bytes of the picture that a caption is shown with."""
+    start, coded = data["pictures"][data["captions"][number]["picture"]].split(";base64,")
+    raw = base64.b64decode(coded)
+    return start.removeprefix("data:image/"), Image.open(io.BytesIO(raw)), raw
+
+
+def photo(size: tuple[int, int] = (300, 200)) -> Image.Image:
+    """Soft noise: many colours, as in a photograph."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(("image", "kind"), [(Image.new("RGBA", (3000, 1500)), "png"), (photo((3000, 1500)), "jpeg")])
+def test_a_large_picture_is_shrunk_and_loses_its_metadata(image: Image.Image, kind: str) -> None:
     image.info["comment"] = "where I live"
-    (entry,) = Page(make_report().to_html(image)).data
-    png = base64.b64decode(entry["image"].removeprefix("data:image/png;base64,"))
-    assert entry["size"] == [3000, 1500]
-    assert b"where I live" not in png
-    assert int.from_bytes(png[16:20], "big") == LONGEST_EDGE
+    image.getexif()[270] = "where I live"
+    data = Page(make_report().to_html(image)).data
+    found, shown, raw = picture_in(data)
+    assert found == kind
+    assert data["captions"][0]["size"] == [3000, 1500]
+    assert b"where I live" not in raw
+    assert shown.size == (LONGEST_EDGE, LONGEST_EDGE // 2)
     assert image.size == (3000, 1500)
+
+
+def test_a_photograph_looks_as_before() -> None:
+    _, shown, _ = picture_in(Page(make_report().to_html(photo())).data)
+    assert np.abs(np.asarray(shown, dtype=float) - np.asarray(photo(), dtype=float)).mean() < 3
+
+
+def test_captions_share_a_picture_and_a_grid() -> None:
+    """Two captions of one picture hold it once; another picture and another grid are added."""
+    other, wide = picture((60, 20)), make_trace(CAPTION, grid=ImageGrid.regular(2, 6, (60, 20)))
+    entries = [Entry("a", picture(), moon_report())] * 2 + [Entry("c", other, make_report(CAPTION, wide))]
+    data = Page(page(entries)).data
+    assert [caption["picture"] for caption in data["captions"]] == [0, 0, 1]
+    assert [caption["gaze"]["grid"] for caption in data["captions"]] == [0, 0, 1]
+    assert [len(grid) for grid in data["grids"]] == [144, 12]
+    assert len(data["pictures"]) == 2
+
+
+def test_pictures_are_shrunk_to_the_edge_that_is_asked_for() -> None:
+    data = Page(page(iter([Entry("t", photo((900, 600)), make_report()), Entry("t", picture(), make_report())]), edge=512)).data
+    assert [picture_in(data, number)[1].size for number in (0, 1)] == [(512, 341), (144, 144)]
+
+
+def test_an_entry_may_have_no_picture() -> None:
+    (entry,) = Page(page([Entry("t", None, make_report())])).captions
+    assert entry["picture"] is None
+
+
+def test_a_phrase_starts_at_its_first_word() -> None:
+    caption = "a dog, a cat"
+    report = make_report(caption, None, find(caption, 7, 12), find(caption, 0, 5), find(caption, 5, 6))
+    assert Page(report.to_html(picture())).captions[0]["starts"] == [3, 0, 2]
+
+
+# ------------------------------------------------------------------------------------------------------ in a notebook
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_a_notebook_shows_text_from_outside_as_text(nasty: str) -> None:
+    finding = find(nasty, 0, 3, 0.9, True, reasons=(nasty,))
+    shown = Report(nasty, Verdict.FLAG, nasty, (finding,), nasty, nasty, nasty)._repr_html_()
+    read = Page(shown)
+    plain = Page(make_report("abcd", None, find("abcd", 0, 3, 0.9, True, reasons=("why",)))._repr_html_())
+    assert [tag for tag, _ in read.tags] == [tag for tag, _ in plain.tags]
+    assert "".join(read.text).count(nasty[3:]) == 3  # the caption, the reason, the reasons of the phrase
+
+
+def test_a_notebook_shows_verdict_marks_and_risk() -> None:
+    text = "".join(Page(moon_report()._repr_html_()).text)
+    assert text == f"flag · one phrase{CAPTION[:-1]}?.a blue moon: risk 0.90; gaze wanders"
+    assert "\u202e" not in make_report("a\u202eb\x00")._repr_html_()
+
+
+def test_an_entry_is_the_replay_page_in_a_frame() -> None:
+    entry = Entry(NASTY[0], picture(), moon_report())
+    ((tag, attributes),) = Page(entry._repr_html_()).tags
+    assert (tag, attributes["sandbox"]) == ("iframe", "allow-scripts")
+    assert attributes["srcdoc"] == page([entry], title=NASTY[0])
 
 
 def test_a_page_of_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="at least one Entry"):
         page([])
-
-
-# ------------------------------------------------------------------------------------------------------ in a browser
-
-
-def browse(path: Path, fragment: str, profile: Path) -> tuple[str, str]:
-    """The DOM after the page's script ran, and what the browser logged."""
-    quiet = ("background-networking", "component-update", "dev-shm-usage", "gpu", "quic", "sync")
-    flags = ["--headless", "--no-sandbox", "--no-first-run", "--enable-logging=stderr", f"--user-data-dir={profile}"]
-    flags += [f"--disable-{part}" for part in quiet]
-    command = [str(CHROMIUM), *flags, "--dump-dom", path.as_uri() + fragment]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, done.stderr
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium binary on the PATH")
-def test_chromium_shows_the_linked_word_and_reports_no_error(tmp_path: Path) -> None:
-    caption = 'A dog says "</script><img src=x onerror=alert(1)>"'
-    entries = [
-        Entry("moon", picture(), moon_report(), ("a blue moon: not in the picture",)),
-        Entry(NASTY[1], picture((60, 20)), make_report(caption, make_trace(caption), find(caption, 0, 5))),
-        Entry("cut off", picture(), Report("A re", Verdict.UNCHECKED, "Cut off.", (), "balanced", "toy", "0.1", None)),
-        Entry("empty", picture(), make_report("", make_trace("", np.zeros((0, 2, 144))))),
-    ]
-    path = tmp_path / "replay.html"
-    path.write_text(page(entries), encoding="utf-8")
-
-    dom, log = browse(path, "#entry=1&word=10", tmp_path / "one")
-    assert "CONSOLE" not in log
-    words = re.findall(r'<button[^>]*aria-current="true"[^>]*>([^<]*)</button>', dom)
-    assert words == ["blue"]
-    assert 'aria-label="blue, flagged"' in dom
-    assert "0.90 ? flagged" in dom
-    assert re.search(r'id="truths"><li>a blue moon: not in the picture', dom)
-
-    dom, log = browse(path, "#entry=2&word=2", tmp_path / "two")
-    assert "CONSOLE" not in log
-    assert re.findall(r'<button[^>]*aria-current="true"[^>]*>([^<]*)</button>', dom) == ["dog"]
-    assert "onerror=alert(1)&gt;" in re.sub(r"</?(button|span)[^>]*>", "", dom)
-    assert not re.search(r"<img[^>]*onerror", dom)
-
-    for entry, words in ((3, []), (4, [])):
-        dom, log = browse(path, f"#entry={entry}", tmp_path / str(entry))
-        assert "CONSOLE" not in log
-        assert re.findall(r'<button[^>]*aria-current="true"[^>]*>([^<]*)</button>', dom) == words
