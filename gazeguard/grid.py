@@ -7,9 +7,11 @@ no modes: a tile's cells have the tile's boxes, a thumbnail's cells cover the pi
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -70,11 +72,18 @@ class ImageGrid:
         return (x0 * width, y0 * height, x1 * width, y1 * height)
 
 
-def _lattice(rows: int, columns: int, view: Box = (0.0, 0.0, 1.0, 1.0)) -> NDArray[np.float32]:
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+Layout = tuple[NDArray[np.float32], NDArray[np.int64]]  # the box of every image token, and the picture that it belongs to
+
+
+def _lattice(rows: int, columns: int, view: Box = WHOLE) -> NDArray[np.float32]:
     """(rows * columns, 4) float32 boxes, row-major, over ``view``."""
-    x = np.linspace(view[0], view[2], columns + 1)
-    y = np.linspace(view[1], view[3], rows + 1)
-    top, left = (index.ravel() for index in np.indices((rows, columns)))
+    return _between(np.linspace(view[1], view[3], rows + 1), np.linspace(view[0], view[2], columns + 1))
+
+
+def _between(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float32]:
+    """((len(y) - 1) * (len(x) - 1), 4) float32 boxes, row-major, between lines at ``y`` and ``x``."""
+    top, left = (index.ravel() for index in np.indices((len(y) - 1, len(x) - 1)))
     return np.stack((x[left], y[top], x[left + 1], y[top + 1]), axis=1).astype(np.float32)
 
 
@@ -83,11 +92,32 @@ def _nowhere(count: int) -> NDArray[np.float32]:
     return np.full((count, 4), np.nan, np.float32)
 
 
+def _inside(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The part of each box (cells, 4) that lies in the picture; what lies beside it, on padding, has no place."""
+    cells = np.clip(boxes, 0, 1)
+    cells[(cells[:, 0] >= cells[:, 2]) | (cells[:, 1] >= cells[:, 3])] = np.nan
+    return cells
+
+
+def _with_newlines(boxes: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
+    """Boxes (cells, 4) in ``rows`` rows, and one more token without a place at the end of each."""
+    return np.concatenate((boxes.reshape(rows, -1, 4), _nowhere(rows)[:, None]), axis=1).reshape(-1, 4)
+
+
+def _tiles(rows: int, columns: int) -> list[Box]:
+    """The views of ``rows`` x ``columns`` equal tiles, row by row."""
+    return [(c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r, c in np.ndindex(rows, columns)]
+
+
+def _side_by_side(pictures: Sequence[NDArray[np.float32]]) -> Layout:
+    """The tokens of several pictures, one picture after the other."""
+    return np.concatenate(pictures), np.repeat(np.arange(len(pictures)), [len(boxes) for boxes in pictures])
+
+
 # --------------------------------------------------------------------------------------------- one rule per layout
 # A rule gets the run lengths of image tokens, the prompt's ids, the processor's output, the processor and the pictures'
 # sizes, and says the box of every image token and which picture it belongs to, or None when it does not apply.
 
-Layout = tuple[NDArray[np.float32], NDArray[np.int64]]
 Rule = Callable[["Prompt"], Layout | None]
 
 
@@ -104,78 +134,194 @@ class Prompt:
     own_sizes: bool = True  # the sizes are the pictures' own, not those of what the processor made of them
 
 
-def patches_of(model: Any, inputs: Mapping[str, Any]) -> list[NDArray[np.float32]] | None:
+def patches_of(model: Any, inputs: Mapping[str, Any], what: str = "image") -> list[NDArray[np.float32]] | None:
     """The boxes of every picture of a batch whose sizes the processor told in patches, or None when it did not.
 
     Qwen-VL and its many relatives tell (frames, height, width), Nemotron-H (height, width), Gemma 4 the (x, y) of every
-    patch, -1 for padding; patches are merged to a side that each family keeps under a name of its own.
+    patch, -1 for padding; patches are merged to a side that each family keeps under a name of its own. Molmo 2 tells the
+    (height, width) of two views in cells, and the patches of each cell. ``what`` may be "video": frame after frame.
     """
-    grids = inputs.get("image_grid_thw", inputs.get("image_grid_hw"))
-    if grids is None and (places := inputs.get("image_position_ids")) is not None:
-        grids = np.asarray(places).max(axis=1)[:, ::-1] + 1
-    if grids is None:
+    if what == "image" and inputs.get("image_grids") is not None:
+        return _pooled_patches(inputs)
+    if (grids := _told_grids(inputs, what)) is None:
         return None
-    vision = getattr(model.config, "vision_config", None)
-    names = ("spatial_merge_size", "merge_size", "merge_kernel_size", "pooling_kernel_size")
-    merge = next((getattr(vision, name) for name in names if getattr(vision, name, None) is not None), 1)
-    merge = merge[0] if isinstance(merge, (list, tuple)) else merge
-    if (ratio := getattr(model.config, "downsample_ratio", None)) is not None:
-        merge = round(1 / ratio)
-    merged = np.full(len(grids), 1 if model.config.model_type in GRID_OF_CELLS else merge)
-    merged = np.asarray(inputs.get("image_merge_sizes", merged))
+    merged = np.full(len(grids), 1 if model.config.model_type in GRID_OF_CELLS else _merge_of(model))
+    merged = np.asarray(inputs.get(f"{what}_merge_sizes", merged))
     made = []
-    for (*frames, height, width), side in zip(np.asarray(grids).tolist(), merged.tolist(), strict=True):
+    for (*frames, height, width), side in zip(grids.tolist(), merged.tolist(), strict=True):
         boxes = np.tile(_lattice(height // side, width // side), (*frames, 1) if frames else (1, 1))
         if model.config.model_type == "hunyuan_vl":  # a newline after each row, and a token before and after the picture
-            rows = boxes.reshape(height // side, -1, 4)
-            boxes = np.concatenate((rows, _nowhere(len(rows))[:, None]), axis=1).reshape(-1, 4)
-            boxes = np.concatenate((_nowhere(1), boxes, _nowhere(1)))
+            boxes = np.concatenate((_nowhere(1), _with_newlines(boxes, height // side), _nowhere(1)))
         made.append(boxes)
     return made
 
 
 GRID_OF_CELLS = ("gemma4_unified", "inkling2", "inkling2_mm_model")  # what they tell counts merged cells
+# Those that pad a picture on the right and below: what they tell counts the padding, too.
+PADDED = ("glm5_next", "inkling2", "inkling2_mm_model", "kimi_k25")
+
+
+def _told_grids(inputs: Mapping[str, Any], what: str) -> NDArray[np.int64] | None:
+    """([frames,] height, width) of every picture or video, in patches or cells."""
+    grids = inputs.get(f"{what}_grid_thw", inputs.get(f"{what}_grid_hw"))
+    if grids is None and (places := inputs.get(f"{what}_position_ids")) is not None:
+        grids = np.asarray(places).max(axis=1)[:, ::-1] + 1
+    return None if grids is None else np.asarray(grids)
+
+
+def _merge_of(model: Any) -> int:
+    """How many patches a side make one cell."""
+    if (ratio := getattr(model.config, "downsample_ratio", None)) is not None:
+        return round(1 / ratio)
+    vision = getattr(model.config, "vision_config", None)
+    names = ("spatial_merge_size", "merge_size", "merge_kernel_size", "pooling_kernel_size")
+    merge = next((getattr(vision, name) for name in names if getattr(vision, name, None) is not None), 1)
+    return merge[0] if isinstance(merge, (list, tuple)) else merge
+
+
+def _pooled_patches(inputs: Mapping[str, Any]) -> list[NDArray[np.float32]] | None:
+    """Molmo 2: the whole picture, then a finer view; a cell at the edge may hold fewer patches: -1 stands for none."""
+    grids, windows = np.asarray(inputs["image_grids"]), inputs.get("image_token_pooling")
+    if windows is None or len(windows) != (grids[:, 0] * grids[:, 1] + grids[:, 2] * grids[:, 3]).sum():
+        return None
+    windows, made, at = np.asarray(windows), [], 0
+    side = math.isqrt(windows.shape[1])
+    for grid in grids.tolist():
+        views = []
+        for rows, columns in (grid[:2], grid[2:]):
+            real = windows[at : at + rows * columns].reshape(rows, columns, side, side) >= 0
+            lines = [np.cumsum([0, *real.any(axis=axes).sum(axis=1)]) for axes in ((1, 3), (0, 2))]
+            views.append(_between(*(line / line[-1] for line in lines)))
+            at += rows * columns
+        made.append(np.concatenate(views))
+    return made
+
+
+Told = tuple[str, int, NDArray[np.float32]]  # "image" or "video", its number among those of its kind, and its boxes
+
+
+def video_token_id(model: Any) -> int | None:
+    """The id of a video's cells, where it is another one than that of a picture's."""
+    names = (("image_token_id", "image_token_index"), ("video_token_id", "video_token_index"))
+    image, video = (next((v for name in own if (v := getattr(model.config, name, None)) is not None), None) for own in names)
+    return None if image is None or video == image else video
+
+
+def pictures_told(model: Any, inputs: Mapping[str, Any]) -> dict[str, Iterator[Told]] | None:
+    """The pictures and the videos of a batch whose patches the processor told, or None: see `patches_of`."""
+    told = {what: patches_of(model, inputs, what) for what in ("image", "video")}
+    if told["image"] is None and told["video"] is None:
+        return None
+    queues = {what: iter([(what, *own) for own in enumerate(boxes or ())]) for what, boxes in told.items()}
+    # GLM-4V gives the frames of videos the id of pictures.
+    return queues if told["image"] is not None else dict.fromkeys(queues, queues["video"])
+
+
+def next_told(model: Any, queues: Mapping[str, Iterator[Told]], cells: NDArray[np.int64]) -> list[Told]:
+    """The next pictures and videos of a batch, for a prompt whose image tokens are ``cells``, in the order of their tokens."""
+    films, made, at = cells == video_token_id(model), [], 0
+    while at < len(cells) and (picture := next(queues["video" if films[at] else "image"], None)) is not None:
+        made.append(picture)
+        at += len(picture[2])
+    return made
+
+
+def canvas_of(model: Any, inputs: Mapping[str, Any], what: str, number: int) -> tuple[int, int]:
+    """(width, height) in pixels of what the processor made of a picture or video."""
+    if what == "image" and inputs.get("image_grids") is not None:
+        height, width = np.asarray(inputs["image_grids"])[number, 2:].tolist()
+        return width, height
+    height, width = _told_grids(inputs, what)[number, -2:].tolist()
+    edge = model.config.vision_config.patch_size * (_merge_of(model) if model.config.model_type in GRID_OF_CELLS else 1)
+    return width * edge, height * edge
 
 
 def _thw(prompt: Prompt) -> Layout | None:
-    """Pictures whose sizes the processor told in patches: see `patches_of`."""
-    boxes = patches_of(prompt.model, prompt.inputs)
-    if boxes is None:
+    """Pictures and videos whose sizes the processor told in patches: see `patches_of`."""
+    queues = pictures_told(prompt.model, prompt.inputs)
+    if queues is None:
         return None
-    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+    cells = np.concatenate([prompt.ids[start : start + length] for start, length in prompt.runs])
+    made = []
+    for i, (what, number, boxes) in enumerate(next_told(prompt.model, queues, cells)):
+        if prompt.own_sizes and prompt.model.config.model_type in PADDED and i < len(prompt.sizes):
+            own, canvas = prompt.sizes[i], canvas_of(prompt.model, prompt.inputs, what, number)
+            scale = min(most / edge for most, edge in zip(canvas, own, strict=True))
+            # Small pictures are made larger by GLM-5 alone.
+            images = getattr(prompt.processor, "image_processor", None)
+            least = getattr(images, "min_image_tokens", 0) if prompt.model.config.model_type == "glm5_next" else 0
+            if math.prod(own) >= least * (prompt.model.config.vision_config.patch_size * _merge_of(prompt.model)) ** 2:
+                scale = min(1.0, scale)
+            share = [most / max(1, math.floor(edge * scale)) for most, edge in zip(canvas, own, strict=True)]
+            boxes = _inside(boxes * np.tile(share, 2).astype(np.float32))
+        made.append(boxes)
+    return _side_by_side(made)
+
+
+def _shapes(prompt: Prompt) -> list[tuple[int, int]] | None:
+    """(rows, columns) of each run of image tokens: as the processor told them in patches, or squares; None if they do not fit.
+
+    Lfm2-VL and MiniCPM-V tell (height, width) in patches, of which two by two or four by four are a token.
+    """
+    told = prompt.inputs.get("spatial_shapes", prompt.inputs.get("target_sizes"))
+    lengths = [length for _, length in prompt.runs]
+    if told is None:
+        return [(round(length**0.5),) * 2 for length in lengths]
+    if len(told) != len(lengths):
+        return None
+    shapes = []
+    for (height, width), length in zip(np.asarray(told).tolist(), lengths, strict=True):
+        side = math.isqrt(height * width // length)
+        if height % side or width % side or height * width != side**2 * length:
+            return None
+        shapes.append((height // side, width // side))
+    return shapes
+
+
+TILE = re.compile(r"<\|?(?:img_)?row_(\d+)_col_(\d+)\|?>")  # before the run of a tile
+OVERVIEW = ("<global-img>", "<|img_thumbnail|>")  # before the run of the whole picture, which ends its tiles
 
 
 def _tagged_tiles(prompt: Prompt) -> Layout | None:
-    """Idefics3, SmolVLM: ``<row_i_col_j>`` before each tile's run, the whole picture last as ``<global-img>``."""
-    tokenizer = getattr(prompt.processor, "tokenizer", None)
-    if tokenizer is None:
+    """Idefics3, SmolVLM, Lfm2-VL: ``<row_i_col_j>`` before each tile's run, the whole picture last, behind a tag of its own.
+
+    Lfm2-VL may leave out the whole picture, and has another tag before one without tiles.
+    """
+    tokenizer, kind = getattr(prompt.processor, "tokenizer", None), prompt.model.config.model_type
+    if tokenizer is None or (shapes := _shapes(prompt)) is None:
         return None
-    whole = tokenizer.convert_tokens_to_ids("<global-img>")
     tags = [tokenizer.convert_ids_to_tokens(int(prompt.ids[start - 1])) if start else "" for start, _ in prompt.runs]
-    if whole in (None, tokenizer.unk_token_id) or "<global-img>" not in tags:
+    tiles = [TILE.fullmatch(tag) for tag in tags]
+    alone = [kind == "lfm2_vl" and tag == "<|image_start|>" for tag in tags]
+    whole = [lone or tag in OVERVIEW for lone, tag in zip(alone, tags, strict=True)]
+    if not any(whole) and not (kind == "lfm2_vl" and any(tiles)):
         return None
-    boxes, images, tiles = [], [], []
-    for tag, (_, length) in zip(tags, prompt.runs, strict=True):
-        side = round(length**0.5)
-        if tag == "<global-img>":
-            rows, columns = (max((t[i] for t in tiles), default=1) for i in (0, 1))
-            for row, column in tiles:
-                view = ((column - 1) / columns, (row - 1) / rows, column / columns, row / rows)
-                boxes.append(_lattice(side, side, view))
-            boxes.append(_lattice(side, side))
-            images.append(np.full((len(tiles) + 1) * side * side, len(images)))
-            tiles = []
-        else:
-            tiles.append(tuple(int(part) for part in tag.strip("<>").split("_")[1::2]))
-    return np.concatenate(boxes), np.concatenate(images)
+    places = [tuple(map(int, tile.groups())) if tile else None for tile in tiles]
+    starts = [i for i in range(len(tags)) if places[i] == (1, 1) or alone[i] or (whole[i] and (i == 0 or whole[i - 1]))]
+    if starts[:1] != [0] or any(place is None and not own for place, own in zip(places, whole, strict=True)):
+        return None
+    pictures = []
+    for start, end in zip(starts, [*starts[1:], len(tags)], strict=True):
+        rows, columns = (max((place[i] for place in places[start:end] if place), default=1) for i in (0, 1))
+        views = dict(zip(np.ndindex(rows, columns), _tiles(rows, columns), strict=True))
+        boxes = []
+        for place, shape in zip(places[start:end], shapes[start:end], strict=True):
+            boxes.append(_lattice(*shape, views[place[0] - 1, place[1] - 1] if place else WHOLE))
+        pictures.append(np.concatenate(boxes))
+    return _side_by_side(pictures)
 
 
 def _any_resolution(prompt: Prompt) -> Layout | None:
-    """LLaVA-NeXT and -OneVision: the whole picture first, then a finer map without its padding, a newline after each row."""
+    """LLaVA-NeXT and -OneVision: the whole picture first, then a finer map without its padding, a newline after each row.
+
+    Granite4Vision shrinks each side of a tile first.
+    """
     config, given = prompt.model.config, prompt.inputs.get("image_sizes")
     if given is None or getattr(config, "image_grid_pinpoints", None) is None:
         return None
-    patch, side = config.vision_config.patch_size, config.vision_config.image_size // config.vision_config.patch_size
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    side = int(side * Fraction(getattr(config, "downsample_rate", None) or 1))
+    patch = config.vision_config.image_size // config.vision_config.patch_size * config.vision_config.patch_size / side
     count = sum(length for _, length in prompt.runs)
     pictures = np.asarray(given).reshape(-1, 2).tolist()
     boxes = []
@@ -200,10 +346,9 @@ def _any_resolution(prompt: Prompt) -> Layout | None:
             ratio = math.sqrt(lines * columns / (int(most) * side**2))
             if ratio > 1.1:
                 lines, columns = int(lines // ratio), int(columns // ratio)
-        fine = np.clip(_lattice(lines, columns, view), 0, 1).reshape(lines, columns, 4)
-        newlines = _nowhere(lines).reshape(lines, 1, 4)
-        boxes += [np.concatenate((_lattice(side, side), np.concatenate((fine, newlines), axis=1).reshape(-1, 4)))]
-    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+        fine = np.clip(_lattice(lines, columns, view), 0, 1)
+        boxes.append(np.concatenate((_lattice(side, side), _with_newlines(fine, lines))))
+    return _side_by_side(boxes)
 
 
 def _pixel_sizes(prompt: Prompt) -> Layout | None:
@@ -213,7 +358,7 @@ def _pixel_sizes(prompt: Prompt) -> Layout | None:
         return None
     edge = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
     boxes = [_lattice(height // edge, width // edge) for height, width in np.asarray(given).reshape(-1, 2).tolist()]
-    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+    return _side_by_side(boxes)
 
 
 def _tiled_canvas(prompt: Prompt) -> Layout | None:
@@ -225,7 +370,7 @@ def _tiled_canvas(prompt: Prompt) -> Layout | None:
     canvas = getattr(sys.modules.get(type(images).__module__), "get_optimal_tiled_canvas", None)
     if canvas is None or not hasattr(images, "crop_to_patches") or (images.crop_to_patches and not prompt.own_sizes):
         return None
-    if prompt.model.config.model_type in SEPARATED:  # Ovis2 has such a function, but asks another one, and has another order
+    if prompt.model.config.model_type in (*SEPARATED, "unlimited_ocr"):  # they have such a function, and another order
         return None
     tile = images.size["height"], images.size["width"]
     shapes = [  # (columns, rows) of each picture
@@ -236,15 +381,9 @@ def _tiled_canvas(prompt: Prompt) -> Layout | None:
     side = round((sum(length for _, length in prompt.runs) / tiles) ** 0.5)
     boxes = []
     for columns, rows in shapes:
-        views = [
-            (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
-            for row in range(rows)
-            for column in range(columns)
-        ]
-        if len(views) > 1:
-            views.append((0.0, 0.0, 1.0, 1.0))
+        views = [*_tiles(rows, columns), *([WHOLE] if columns * rows > 1 else [])]
         boxes.append(np.concatenate([_lattice(side, side, view) for view in views]))
-    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+    return _side_by_side(boxes)
 
 
 def _codes(prompt: Prompt) -> Layout | None:
@@ -254,9 +393,8 @@ def _codes(prompt: Prompt) -> Layout | None:
         return None
     edge, boxes = 2 ** (len(config.vq_config.channel_multiplier) - 1), []
     for height, width in np.asarray(given).reshape(-1, 2).tolist():
-        rows = _lattice(height // edge, width // edge).reshape(height // edge, -1, 4)
-        boxes.append(np.concatenate((rows, _nowhere(len(rows))[:, None]), axis=1).reshape(-1, 4))
-    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+        boxes.append(_with_newlines(_lattice(height // edge, width // edge), height // edge))
+    return _side_by_side(boxes)
 
 
 def canvases_of(model: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -273,15 +411,11 @@ def _tiles_from_the_corner(
     The picture keeps its shape and fills the canvas from the upper left corner: all of it (``fill``), or as the processors of
     Mllama and Llama 4 do it: neither side smaller than a tile if the other lets it, and none larger than the canvas.
     """
-    canvas, made = (columns * edge, rows * edge), []
+    canvas = (columns * edge, rows * edge)
     scale = min((most if fill else min(max(own, edge), most)) / own for own, most in zip(size, canvas, strict=True))
     x1, y1 = (most / min(most, max(1, math.floor(own * scale))) for own, most in zip(size, canvas, strict=True))
-    for row, column in np.ndindex(rows, columns):
-        view = (column / columns * x1, row / rows * y1, (column + 1) / columns * x1, (row + 1) / rows * y1)
-        cells = np.clip(_lattice(side, side, view), 0, 1)
-        cells[(cells[:, 0] >= cells[:, 2]) | (cells[:, 1] >= cells[:, 3])] = np.nan
-        made.append(cells)
-    return made
+    views = [(left * x1, top * y1, right * x1, bottom * y1) for left, top, right, bottom in _tiles(rows, columns)]
+    return [_inside(_lattice(side, side, view)) for view in views]
 
 
 def _padded_canvas(prompt: Prompt) -> Layout | None:
@@ -299,44 +433,79 @@ def _padded_canvas(prompt: Prompt) -> Layout | None:
     return np.concatenate(boxes), np.repeat(np.arange(len(canvases)), each)
 
 
-# For models that put tokens between tiles: the one before or after the run of the whole picture, whether that run comes
-# first, and the token between two tiles of a row.
+# For models that put tokens between tiles: the token before (0) or after (1) the run of the whole picture, whether that run
+# comes first, and the token that ends a row of tiles. A name in words is what the tokenizer calls the token.
+MINICPM = ("image_start_token", 0, True, "\n")
 SEPARATED = {
-    "llama4": ("<|image|>", False, "<|tile_x_separator|>"),
-    "ovis2": ("<IMG_GRID>", True, "<IMG_COL>"),
+    "llama4": ("<|image|>", 0, False, "<|tile_y_separator|>"),
+    "minicpm_ocr": MINICPM,
+    "minicpmv4_6": MINICPM,
+    "minicpmv4_7": MINICPM,
+    "ovis2": ("<IMG_GRID>", 1, True, "<IMG_ROW>"),
+    "step3p7": ("<im_start>", 0, False, "<patch_newline>"),
 }
+ASK_SIZES = ("llama4", "step3p7")  # they pad pictures of some shapes
 
 
 def _separated_tiles(prompt: Prompt) -> Layout | None:
-    """Ovis2 and Llama 4: tiles row by row with tokens between them, and the whole picture before or after its tiles."""
+    """Ovis2, MiniCPM-V, Step 3.7, Llama 4: tiles row by row with tokens between them, the whole picture before or after."""
     kind, tokenizer = prompt.model.config.model_type, getattr(prompt.processor, "tokenizer", None)
-    if kind not in SEPARATED or tokenizer is None or (kind == "llama4" and not prompt.own_sizes):
+    if kind not in SEPARATED or tokenizer is None or (kind in ASK_SIZES and not prompt.own_sizes):
         return None
-    mark, first, between = SEPARATED[kind]
-    whole, beside = tokenizer.convert_tokens_to_ids([mark, between])
-    if tokenizer.unk_token_id in (whole, beside) or None in (whole, beside):
+    mark, after, first, ends_row = SEPARATED[kind]
+    whole = tokenizer.convert_tokens_to_ids(getattr(tokenizer, mark, mark))
+    line = tokenizer.encode(ends_row, add_special_tokens=False)
+    if whole in (None, tokenizer.unk_token_id) or len(line) != 1 or (shapes := _shapes(prompt)) is None:
         return None
     ids = np.concatenate(([-1], prompt.ids, [-1]))
-    around = [(ids[start], ids[start + length + 1]) for start, length in prompt.runs]
-    is_whole = [pair[first] == whole for pair in around]
-    joined = [pair[1] == beside for pair in around]
-    starts = [i for i in range(len(around)) if (is_whole[i] if first else i == 0 or is_whole[i - 1])]
+    is_whole = [ids[start + length + 1 if after else start] == whole for start, length in prompt.runs]
+    starts = [i for i in range(len(is_whole)) if (is_whole[i] if first else i == 0 or is_whole[i - 1])]
     if len(starts) != len(prompt.sizes) or sum(is_whole) != len(starts):
         return None
-    boxes, images = [], []
-    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(around)], strict=True)):
-        tiles, side = end - start - 1, round(prompt.runs[start][1] ** 0.5)
-        rows = tiles - sum(joined[start:end])
-        canvas = (rows, tiles // rows) if tiles else (1, 1)
-        square = _lattice(side, side)
+    pictures = []
+    for own, start, end in zip(prompt.sizes, starts, [*starts[1:], len(is_whole)], strict=True):
+        page, tiles = (start, range(start + 1, end)) if first else (end - 1, range(start, end - 1))
+        gaps = [prompt.ids[sum(prompt.runs[i]) : prompt.runs[i + 1][0]] for i in tiles[:-1]]
+        rows = 1 + sum(line[0] in gap for gap in gaps)
+        columns = max(1, len(tiles) // rows)
+        if tiles and rows * columns != len(tiles):
+            return None
+        square = _lattice(*shapes[page])
         if kind == "llama4":  # padded on the right and below, and so is a picture of one tile
             edge, fill = prompt.model.config.vision_config.image_size, prompt.processor.image_processor.resize_to_max_canvas
-            own = _tiles_from_the_corner(*canvas, prompt.sizes[number], edge, side, fill) + ([square] if tiles else [])
+            corner = _tiles_from_the_corner(rows, columns, own, edge, shapes[page][0], fill)
+            boxes = [*corner, square] if tiles else corner
         else:  # stretched
-            own = [square, *(_tiles_from_the_corner(*canvas, canvas[::-1], 1, side, fill=True) if tiles else [])]
-        boxes += own
-        images.append(np.full(sum(map(len, own)), number))
-    return np.concatenate(boxes), np.concatenate(images)
+            boxes = [_lattice(*shapes[i], view) for i, view in zip(tiles, _tiles(rows, columns), strict=False)]
+            boxes.insert(0 if first else len(boxes), square)
+        if kind == "step3p7" and min(own) < 32 and max(own) > 4 * min(own):  # made square first, on the right or below
+            boxes = [_inside(part * np.tile(max(own) / np.array(own, np.float32), 2)) for part in boxes]
+        pictures.append(np.concatenate(boxes))
+    return _side_by_side(pictures)
+
+
+def _map_and_page(prompt: Prompt) -> Layout | None:
+    """Unlimited-OCR: a map of all tiles, then the whole picture with its margins, a token after each row and one at the end."""
+    used, images = prompt.processor, getattr(prompt.processor, "image_processor", None)
+    canvas = getattr(sys.modules.get(type(images).__module__), "get_optimal_tiled_canvas", None)
+    if prompt.model.config.model_type != "unlimited_ocr" or canvas is None or not prompt.own_sizes:
+        return None
+    target, edge = max(images.size["height"], images.size["width"]), images.tile_size
+    page, tile = (math.ceil(side // used.patch_size / used.downsample_ratio) for side in (target, edge))
+    pictures = []
+    for width, height in prompt.sizes:
+        boxes = []
+        if images.crop_to_patches and max(width, height) > edge:
+            columns, rows = canvas((height, width), (edge, edge), images.min_patches, images.max_patches)
+            boxes.append(_with_newlines(_lattice(rows * tile, columns * tile), rows * tile))
+        view = WHOLE
+        if images.crop_to_patches or target > images.maximum_pad_value:  # it keeps its shape, in the middle of a square
+            kept = [round(side * target / max(width, height)) for side in (width, height)]
+            (x0, x1), (y0, y1) = ((-lost / own, (max(kept) - lost) / own) for own in kept for lost in [(max(kept) - own) // 2])
+            view = (x0, y0, x1, y1)
+        boxes += [_with_newlines(_inside(_lattice(page, page, view)), page), _nowhere(1)]
+        pictures.append(np.concatenate(boxes))
+    return _side_by_side(pictures)
 
 
 def _rows_of_patches(prompt: Prompt) -> Layout | None:
@@ -355,7 +524,23 @@ def _rows_of_patches(prompt: Prompt) -> Layout | None:
         lengths += [columns] * rows
     if lengths != [length for _, length in prompt.runs]:
         return None
-    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+    return _side_by_side(boxes)
+
+
+def _rows_and_one_column(prompt: Prompt) -> Layout | None:
+    """Inkling: a picture, resized if its processor says so, cut from the corner; a column more than its width may need."""
+    images = getattr(prompt.processor, "image_processor", None)
+    if prompt.model.config.model_type != "inkling_mm_model" or images is None or not prompt.own_sizes:
+        return None
+    edge, pictures = images.size["height"], []
+    for own in prompt.sizes:
+        target = max(own) * (images.rescale_image_frac or 1)
+        if images.rescale_image_max_upscaled_long_edge is not None:
+            target = min(target, max(images.rescale_image_max_upscaled_long_edge, max(own)))
+        width, height = own if target == max(own) else (math.floor(side * target / max(own) + 0.5) for side in own)
+        rows, columns = math.ceil(height / edge), width // edge + 1
+        pictures.append(_inside(_lattice(rows, columns, (0.0, 0.0, columns * edge / width, rows * edge / height))))
+    return _side_by_side(pictures)
 
 
 def _one_and_square(prompt: Prompt) -> Layout | None:
@@ -363,13 +548,26 @@ def _one_and_square(prompt: Prompt) -> Layout | None:
     pictures, count = max(1, len(prompt.sizes)), sum(length for _, length in prompt.runs)
     if prompt.model.config.model_type not in ("florence2", "idefics"):
         return None
+    if prompt.model.config.model_type == "idefics":  # whose pictures are one run, padding aside
+        vision = prompt.model.config.vision_config
+        pictures = count // ((vision.image_size // vision.patch_size) ** 2 + 1)
     side = round((count // pictures - 1) ** 0.5)
     boxes = np.concatenate((_nowhere(1), _lattice(side, side)))
     return np.tile(boxes, (pictures, 1)), np.repeat(np.arange(pictures), len(boxes))
 
 
 # Models whose image tokens are the answers of a resampler: each has seen all of the picture, and none has a place.
-LATENTS = ("aria", "blip-2", "idefics", "idefics2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5")
+LATENTS = (
+    "aria",
+    "blip-2",
+    "deepseek_ocr2",  # queries that have seen a tile, or all of the picture
+    "idefics",
+    "idefics2",
+    "instructblip",
+    "instructblipvideo",
+    "kosmos-2",
+    "kosmos-2.5",
+)
 
 
 def _latents(prompt: Prompt) -> Layout | None:
@@ -379,17 +577,19 @@ def _latents(prompt: Prompt) -> Layout | None:
         return None
     count = sum(length for _, length in prompt.runs)
     pictures = max(1, len(prompt.sizes))
+    if len(prompt.runs) == pictures:  # they need not be of one length
+        return _nowhere(count), np.repeat(np.arange(pictures), [length for _, length in prompt.runs])
     return _nowhere(count), np.arange(count) * pictures // max(1, count)
 
 
 # Models that may turn a picture into a square number of tokens that are no square: tiles in one run, pictures in their own
 # shape, several views. A rule above may know them (some by their processor); where none does, they are refused.
 NO_SQUARE = (
-    "deepseek_ocr2",
     "fuyu",
     "gemma4",
     "gemma4_unified",
     "got_ocr2",
+    "inkling_mm_model",
     "internvl",
     "lfm2_vl",
     "llama4",
@@ -397,7 +597,6 @@ NO_SQUARE = (
     "minicpmv4_6",
     "minicpmv4_7",
     "molmo2",
-    "pp_chart2table",
     "qianfan_ocr",
     "step3p7",
     "unlimited_ocr",
@@ -419,7 +618,7 @@ def _one_square_per_picture(prompt: Prompt) -> Layout | None:
     for (_, length), size in zip(prompt.runs, prompt.sizes, strict=True):
         side = round(length**0.5)
         boxes.append(_lattice(side, side, _centre_crop(prompt.processor, size)))
-    return np.concatenate(boxes), np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+    return _side_by_side(boxes)
 
 
 def _centre_crop(processor: Any, size: tuple[int, int]) -> Box:
@@ -442,17 +641,19 @@ RULES: tuple[Rule, ...] = (
     _codes,
     _padded_canvas,
     _separated_tiles,
+    _map_and_page,
     _tiled_canvas,
     _tagged_tiles,
     _rows_of_patches,
+    _rows_and_one_column,
     _one_and_square,
     _one_square_per_picture,
 )
 
 
-def image_cells(ids: NDArray[np.int64], image_token_id: int) -> tuple[tuple[int, int], ...]:
-    """(start, length) of each unbroken run of image tokens in ``ids``, shape (tokens,)."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], (ids == image_token_id).astype(np.int8), [0]))))
+def image_cells(ids: NDArray[np.int64], tokens: int | tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(start, length) of each unbroken run of image tokens, one id or several, in ``ids``, shape (tokens,)."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], np.isin(ids, tokens).astype(np.int8), [0]))))
     return tuple((int(start), int(end - start)) for start, end in edges.reshape(-1, 2))
 
 

@@ -52,6 +52,7 @@ from gazeguard.inputs import (
     image_token_id,
     load_image,
     model_inputs,
+    one_picture_a_row,
 )
 from gazeguard.phrases import Claim, Parser, claims, may_end_thing
 from gazeguard.policy import Policy, load_policy
@@ -246,6 +247,12 @@ class GazeGuard:
         if model.config.is_encoder_decoder:
             raise UnsupportedError(
                 "custom_generate=guard gets no prompt from an encoder-decoder. Call guard.generate with the same arguments."
+            )
+        times = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if times > 1 and self.grid is None and not one_picture_a_row(model_kwargs, len(input_ids)):
+            raise UnsupportedError(
+                "custom_generate=guard gets the pictures of a prompt in another order when several captions or beams are "
+                "written for it, and some prompt has not just one. Call guard.generate with the same arguments."
             )
         wants_dict = generation_config.return_dict_in_generate
         generation_config.return_dict_in_generate = True

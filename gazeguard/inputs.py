@@ -27,10 +27,25 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from gazeguard.errors import InputError, UnsupportedError
-from gazeguard.grid import GRID_OF_CELLS, ImageGrid, Prompt, canvases_of, find_grid, image_cells, patches_of
+from gazeguard.grid import (
+    ImageGrid,
+    Prompt,
+    canvas_of,
+    canvases_of,
+    find_grid,
+    image_cells,
+    next_told,
+    pictures_told,
+    video_token_id,
+)
 
 # What processors tell of each picture, one row per picture of the batch.
-PER_PICTURE = ("image_grid_thw", "image_grid_hw", "image_merge_sizes", "image_position_ids", "image_sizes")
+PER_PICTURE = ("image_grid_thw", "image_grid_hw", "image_grids", "image_merge_sizes", "image_position_ids", "image_sizes")
+# The same of each video.
+PER_VIDEO = ("video_grid_thw", "video_merge_sizes")
+# What they tell of each picture or tile that is an unbroken run of image tokens, and of each image token.
+PER_RUN = ("spatial_shapes", "target_sizes")
+PER_CELL = ("image_token_pooling",)
 # What they tell of each row's pictures, one row per prompt.
 PER_ROW = ("aspect_ratio_ids",)
 # What processors tell of each token of the prompt in more than one number; every written token is as the last one.
@@ -136,6 +151,12 @@ def image_token_id(model: PreTrainedModel) -> int:
     raise UnsupportedError(
         f"{type(model).__name__} has no image token in its configuration: {why}. Use a vision-language model with image tokens."
     )
+
+
+def cell_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids that mark cells of pictures and, if they have one of their own, of videos: see `image_token_id`."""
+    video = video_token_id(model)
+    return (image_token_id(model), *(() if video is None else (int(video),)))
 
 
 def context_of(model: PreTrainedModel) -> float:
@@ -334,38 +355,58 @@ def grids_of(
 
     sizes: for each row the (width, height) in pixels of its pictures; by default what the processor made of them
     known: the grid of every row, for a layout that no rule knows
+    A video is one picture, whose cells come once for each of its frames. (Qwen-VL makes one frame of two.)
     Raises `InputError` for a row without a picture, `UnsupportedError` for a layout that no rule knows.
     """
-    token = image_token_id(model)
+    tokens = cell_token_ids(model)
     rows = ids.cpu().numpy()
     real = np.ones_like(rows, bool) if mask is None else mask.cpu().numpy().astype(bool)
-    told = {name: np.asarray(inputs[name].cpu()) for name in PER_PICTURE if inputs.get(name) is not None}
-    patches = iter(enumerate(patches_of(model, told) or ()))
+    names = (*PER_PICTURE, *PER_VIDEO, *PER_RUN, *PER_CELL)
+    told = {name: np.asarray(inputs[name].cpu()) for name in names if inputs.get(name) is not None}
+    queues = pictures_told(model, told)
+    seen, views = 0, 0  # image tokens and runs of them in the rows before
     grids = []
     for number, (row, is_real) in enumerate(zip(rows, real, strict=True)):
         own = row[is_real]
-        runs = image_cells(own, token)
+        runs, cells = image_cells(own, tokens), own[np.isin(own, tokens)]
         if not runs:
             raise InputError(
-                f"Row {number} of the batch has no image token (id {token}): the picture did not reach the prompt. Put an "
+                f"Row {number} of the batch has no image token (id {tokens[0]}): the picture did not reach the prompt. Put an "
                 'image into the message, {"type": "image", "image": ...}, and pass the processor\'s output whole.'
             )
         if known is not None:
-            grids.append(_fitted(known, sum(length for _, length in runs), sizes[number] if sizes is not None else None))
+            grids.append(_fitted(known, len(cells), sizes[number] if sizes is not None else None))
             continue
-        share: dict[str, Any] = {}
-        if patches_of(model, told) is not None:
-            left, mine = sum(length for _, length in runs), []
-            while left > 0 and (picture := next(patches, None)) is not None:
-                mine.append(picture[0])
-                left -= len(picture[1])
-            share = {name: value[mine] for name, value in told.items()}
+        if (cells == video_token_id(model)).any() and "video_grid_thw" not in told:
+            raise UnsupportedError(
+                f"Row {number} of the batch holds a video, and no rule says where in its frames the {len(cells)} image tokens "
+                f"of {type(model).__name__} lie: only video_grid_thw tells. Pass grid=ImageGrid(...) with one box per token, "
+                "or leave the video out."
+            )
+        share: dict[str, Any] = {name: told[name][views : views + len(runs)] for name in PER_RUN if name in told}
+        share |= {name: told[name][seen : seen + len(cells)] for name in PER_CELL if name in told}
+        views, seen, given = views + len(runs), seen + len(cells), None
+        if queues is not None:
+            mine = next_told(model, queues, cells)
+            for what, parts in (("image", PER_PICTURE), ("video", PER_VIDEO)):
+                chosen = [picture for kind, picture, _ in mine if kind == what]
+                share |= {name: told[name][chosen] for name in parts if name in told and chosen}
+            given = [canvas_of(model, told, what, picture) for what, picture, _ in mine]
         elif "image_sizes" in told:
             share["image_sizes"] = told["image_sizes"][_pictures_of(number, len(rows), len(told["image_sizes"]), sizes)]
         share |= {name: np.asarray(inputs[name][number].cpu()) for name in PER_ROW if inputs.get(name) is not None}
-        given = sizes[number] if sizes is not None else _processed_sizes(model, inputs, share, len(runs))
+        if sizes is not None:
+            given = sizes[number]
+        elif not given:
+            given = _processed_sizes(model, inputs, share, len(runs))
         grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor, sizes is not None)))
     return grids
+
+
+def one_picture_a_row(inputs: Mapping[str, Any], rows: int) -> bool:
+    """Whether all that a processor told of pictures, videos and their parts is one thing for each of the ``rows``."""
+    names = (*PER_PICTURE, *PER_VIDEO, *PER_RUN, *PER_CELL)
+    return all(len(inputs[name]) == rows for name in names if inputs.get(name) is not None)
 
 
 def _pictures_of(number: int, rows: int, pictures: int, sizes: Sequence[Sequence[tuple[int, int]]] | None) -> slice:
@@ -391,18 +432,12 @@ def _processed_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], share: M
     """(width, height) of each picture as the vision encoder sees it, for callers who kept no original."""
     if "image_sizes" in share:
         return [(int(width), int(height)) for height, width in share["image_sizes"]]
-    if "image_grid_thw" in share:
-        patch = model.config.vision_config.patch_size
-        return [(int(w) * patch, int(h) * patch) for _, h, w in share["image_grid_thw"]]
-    if "image_position_ids" in share:
-        edge = model.config.vision_config.patch_size
-        if model.config.model_type in GRID_OF_CELLS:
-            edge *= model.config.vision_config.pooling_kernel_size
-        return [tuple((places.max(axis=0) + 1) * edge) for places in share["image_position_ids"]]
     if "aspect_ratio_ids" in share:
         edge = model.config.vision_config.image_size
         return [(columns * edge, rows * edge) for rows, columns in canvases_of(model, share)]
     pixels = inputs.get("pixel_values")
+    if pixels is not None and model.config.model_type in KEPT_AWAY:
+        runs = pixels.shape[1]
     if pixels is not None and pixels.ndim >= 4:
         return [(int(pixels.shape[-1]), int(pixels.shape[-2]))] * runs
     # generate has turned the pixels into features already; most encoders take one square size

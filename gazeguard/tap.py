@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from gazeguard.errors import InputError, NothingSeenError, UnsupportedError
-from gazeguard.inputs import decoder_prompt, image_token_id
+from gazeguard.inputs import cell_token_ids, decoder_prompt, image_token_id
 
 EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
@@ -52,13 +52,13 @@ class Keys(NamedTuple):
 
     ids:   (batch, S) int64, one per key; the image token where a key is an image cell
     mask:  (batch, S), 0 for keys that no word may look at; None when there are none
-    image: the image token
+    image: the ids that stand for image cells
     last:  the position, among all that the decoder reads, of the query that predicts the first written token
     """
 
     ids: Tensor
     mask: Tensor | None
-    image: int
+    image: tuple[int, ...]
     last: int
 
 
@@ -140,7 +140,7 @@ def keys_of(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, mask
     look = look_of(model)
     keys, seen = (ids, mask) if look is None else look.keys(model, inputs, ids, mask)
     read = decoder_prompt(model, inputs) if model.config.is_encoder_decoder else ids
-    return Keys(keys, seen, image_token_id(model), read.shape[1] - 1)
+    return Keys(keys, seen, cell_token_ids(model), read.shape[1] - 1)
 
 
 # ------------------------------------------------------------------------------------------------ the parts of a model
@@ -494,10 +494,12 @@ class Prompts:
     last: int
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int, last: int | None = None) -> Prompts:
+    def of(
+        cls, input_ids: Tensor, attention_mask: Tensor | None, tokens: int | tuple[int, ...], last: int | None = None
+    ) -> Prompts:
         """Read off a batch of prompt ids (batch, P), or off what `keys_of` says: ``Prompts.of(*keys_of(...))``."""
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        image = (input_ids == image_token_id) & real
+        image = torch.isin(input_ids, torch.as_tensor(tokens, device=input_ids.device)) & real
         cells = int(image.sum(1).max())
         # A stable sort brings each row's image positions to the front, in order.
         order = torch.argsort(~image, dim=1, stable=True)[:, :cells]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from families import END, IMAGE, START, TEXT, TOWER, WIDTH, Family, _noise, draw_weights
+from families import END, IMAGE, START, TEXT, TOWER, WIDTH, Family, _noise, draw_weights, qwen2_5_vl
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -95,6 +95,43 @@ def _grid(
 
 
 # ----------------------------------------------------------------------------------------------------------- the Qwens
+
+
+FRAMES = 2
+
+
+@dataclass(frozen=True)
+class Film(Family):
+    """Every row holds a video, under an id and a token type of its own, odd rows a picture before it."""
+
+    def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
+        made = super().batch(rows)
+        made["mm_token_type_ids"] = made["mm_token_type_ids"] + 2 * (made["input_ids"] == TOKENS["video_token_id"])
+        return made
+
+    def _prompt(self, row: int) -> Tensor:
+        prompt = super()._prompt(row)
+        last = torch.nonzero(prompt == IMAGE)[-self.cells(row)[-1] :, 0]
+        return prompt.index_fill(0, last, TOKENS["video_token_id"])
+
+
+def qwen2_5_vl_video() -> Family:
+    """Videos of two frames, some behind a picture."""
+
+    def film(row: int) -> tuple[int, int, int]:
+        return FRAMES, *_shape(row + 1)
+
+    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+        films = [film(row) for row in rows]
+        pixels = [_noise(row + 50, math.prod(told), *DEEP) for row, told in zip(rows, films, strict=True)]
+        made = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor(films)}
+        odd = [row for row in rows if row % 2]
+        return {**made, **(_patches(odd, DEEP) if odd else {})}
+
+    def cells(row: int) -> list[int]:
+        return [*(_merged(row) if row % 2 else []), math.prod(film(row)) // 4]
+
+    return Film("Qwen2.5-VL (video)", qwen2_5_vl().model, cells, pictures, TYPES)
 
 
 def qwen2_vl() -> Family:
@@ -475,6 +512,7 @@ def inkling2() -> Family:
 
 
 MAKERS: dict[str, Callable[[], Family]] = {
+    "Qwen2.5-VL (video)": qwen2_5_vl_video,
     "Qwen2-VL": qwen2_vl,
     "Qwen3-VL-MoE": qwen3_vl_moe,
     "Qwen3.5": qwen3_5,
@@ -507,12 +545,13 @@ MAKERS: dict[str, Callable[[], Family]] = {
 
 _PLAIN = "h/2 x w/2 from image_grid_thw and spatial_merge_size, row-major"
 LAYOUTS: dict[str, str] = {
+    "Qwen2.5-VL (video)": "frames (pairs of them) of h/2 x w/2 from video_grid_thw, row-major; an id of its own",
     **dict.fromkeys(MAKERS, _PLAIN),
     "HunYuan-VL": "begin, h/2 rows of w/2 cells and a newline, end, all with the image id; h, w from image_grid_thw",
     "VideoLlama3": "h/m x w/m from image_grid_thw, row-major, m from image_merge_sizes",
     "Kimi-K2.5": "h/2 x w/2 from image_grid_thw and merge_kernel_size, row-major",
     "MuseGlimmer": "h/2 x w/2 from image_grid_thw and merge_size, row-major",
     "MuseSpark": "h/2 x w/2 from image_grid_thw and merge_size, row-major",
-    "Inkling": "ceil(H/patch) x ceil(W/patch) of the resized picture, row-major; no grid among the inputs",
+    "Inkling": "ceil(H/patch) x (W//patch + 1) of the resized picture, row-major; no grid among the inputs",
     "Inkling2": "h x w from image_grid_thw, which counts merged cells already, row-major",
 }

@@ -714,7 +714,7 @@ LAYOUTS: dict[str, str] = {
     "DeepseekVL": "24 x 24 row-major, fixed",
     "DeepseekVL-Hybrid": "24 x 24 row-major, fixed, for both towers",
     "GOT-OCR2": "patches of 16 x 16 in one run, row by row, thumbnail last; no separator, nor between pages",
-    "PPChart2Table": "as GOT-OCR2",
+    "PPChart2Table": "16 x 16 row-major, one page a picture",
     "LightOnOCR": "h/(patch*merge) x w/(patch*merge) from image_sizes, row-major, no break token",
     "Mistral-Large-4": "h/(patch*merge) x w/(patch*merge) from image_sizes, row-major",
     "Lfm2-VL": "h/2 x w/2 of spatial_shapes row-major; tiles behind <|img_row_i_col_j|>, thumbnail last",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -10,6 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
+from families import Family
+from families_tiles import VIDEO
 from hypothesis import given
 from hypothesis import strategies as st
 from labkit import processor
@@ -18,29 +25,43 @@ from transformers import (
     AddedToken,
     FuyuProcessor,
     Idefics3Processor,
+    Lfm2VlProcessor,
     Llama4Processor,
     LlavaProcessor,
+    MiniCPMV4_6Processor,
+    Molmo2Processor,
     Ovis2Processor,
     PreTrainedTokenizerBase,
+    Step3p7Processor,
 )
+from transformers.image_utils import SizeDict
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deepseek_ocr2.image_processing_pil_deepseek_ocr2 import DeepseekOcr2ImageProcessorPil
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.granite4_vision.modeling_granite4_vision import Granite4VisionModel
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.pp_chart2table.image_processing_pil_pp_chart2table import PPChart2TableImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.step3p7.image_processing_step3p7 import Step3p7ImageProcessor
+from zoo import MAKERS, works
 
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import ImageGrid, Prompt, find_grid, image_cells
+from gazeguard.inputs import grids_of
 from gazeguard.lab.model import IMAGE, build_processor
 from gazeguard.lab.world import CELL, CELLS, PAGE
+from gazeguard.tap import Prompts, keys_of
 
 SIZES = st.tuples(st.integers(24, 900), st.integers(24, 900))
 SIDES = st.integers(1, 12)
@@ -210,25 +231,32 @@ PINPOINTS = [[48, 96], [96, 48], [96, 96], [48, 144], [144, 48]]
 
 
 @pytest.mark.parametrize("size", [(96, 48), (300, 200), (90, 400), (100, 97), (31, 190)])
-@pytest.mark.parametrize("family", ["next", "onevision", "onevision, shrunk"])
+@pytest.mark.parametrize("family", ["next", "onevision", "onevision, shrunk", "granite"])
 def test_any_resolution(size, family):
     """The processor's real tiles, packed by the model's own function: a square lights the token whose box holds it."""
-    next_one = family == "next"
+    next_one = family in ("next", "granite")
+    edge = 8 if family == "granite" else 4  # of a token in pixels
+    base = (48 // edge) ** 2
     kind = LlavaNextImageProcessorPil if next_one else LlavaOnevisionImageProcessorPil
     edges = {"shortest_edge": 48} if next_one else {"height": 48, "width": 48}
     crop = {"crop_size": {"height": 48, "width": 48}} if next_one else {}
     used = kind(size=edges, image_grid_pinpoints=PINPOINTS, resample=2, **crop)
     vision = SimpleNamespace(image_size=48, patch_size=4)
-    most = {"next": {}, "onevision": {"vision_aspect_ratio": "anyres_max_9"}}.get(
-        family, {"vision_aspect_ratio": "anyres_max_1"}
-    )
+    most = {
+        "next": {},
+        "granite": {"downsample_rate": "1/2"},
+        "onevision": {"vision_aspect_ratio": "anyres_max_9"},
+        "onevision, shrunk": {"vision_aspect_ratio": "anyres_max_1"},
+    }[family]
     config = SimpleNamespace(vision_config=vision, image_grid_pinpoints=PINPOINTS, model_type="llava", **most)
-    model, newline = SimpleNamespace(config=config), torch.full((1,), -1e9)
+    model, newline = SimpleNamespace(config=config, layerwise_projectors=(), downsample_rate="1/2"), torch.full((1,), -1e9)
 
     def packed(image):
         made = used(images=[image], return_tensors="pt")
-        tiles = torch.from_numpy(patches(made["pixel_values"][0], 4)).reshape(-1, 144, 1)
-        if next_one:
+        tiles = torch.from_numpy(patches(made["pixel_values"][0], edge)).reshape(-1, base, 1)
+        if family == "granite":
+            features = Granite4VisionModel.pack_image_features(model, [tiles], made["image_sizes"], "default", newline)
+        elif next_one:
             features, _ = LlavaNextModel.pack_image_features(model, [tiles], made["image_sizes"], "default", newline)
         else:
             ratio = most["vision_aspect_ratio"]
@@ -243,10 +271,10 @@ def test_any_resolution(size, family):
     np.testing.assert_array_equal(np.isnan(grid.boxes[:, 0]), newlines)
     assert newlines.sum() > 0
     real = np.flatnonzero(~newlines)
-    for view in (real[:144], real[144:]):
+    for view in (real[:base], real[base:]):
         width = grid.boxes[view, 2] - grid.boxes[view, 0]
         height = grid.boxes[view, 3] - grid.boxes[view, 1]
-        assert (width * height).sum() == pytest.approx(1, abs=0.04), "unpadding may cut a line of the picture, too"
+        assert (width * height).sum() == pytest.approx(1, abs=0.04 if edge == 4 else 0.34), "unpadding may cut a line, too"
         for cell in view[[3, len(view) // 3, len(view) // 2 + 1, -4]]:
             x0, y0, x1, y1 = grid.pixels(cell)
             picture = lit(size, (x0 - (x1 - x0) / 3, y0 - (y1 - y0) / 3, x1 + (x1 - x0) / 3, y1 + (y1 - y0) / 3))
@@ -329,6 +357,15 @@ def test_tiles_are_not_taken_for_pictures():
     config = SimpleNamespace(model_type="aya_vision", vision_config=SimpleNamespace())
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
         find_grid(replace(prompt, model=SimpleNamespace(config=config), own_sizes=False))
+
+
+def test_a_page_without_tiles():
+    """PP-Chart2Table has the model of GOT-OCR2, and an image processor that never cuts tiles."""
+    used, size = PPChart2TableImageProcessorPil(size={"height": 64, "width": 64}), (100, 70)
+    made = {"input_ids": torch.tensor([[1, *[7] * 64, 1]])}
+    prompt = prompt_of(made, [size], SimpleNamespace(image_processor=used), 7)
+    grid = find_grid(replace(prompt, model=model_of("pp_chart2table")))
+    check_cells(grid, size, lambda image: patches(used(images=[image], return_tensors="pt")["pixel_values"], 8), [slice(0, 64)])
 
 
 def test_answers_of_a_resampler_have_no_place():
@@ -431,9 +468,14 @@ def test_codes_with_a_token_after_each_row(size):
     check_cells(places, size, brightness, [slice(0, len(places))])
 
 
+@functools.cache
+def untaught() -> PreTrainedTokenizerBase:
+    return build_processor().tokenizer
+
+
 def taught(tokens: Sequence[str]) -> PreTrainedTokenizerBase:
     """The lab's tokenizer with some more tokens."""
-    tokenizer = build_processor().tokenizer
+    tokenizer = copy.deepcopy(untaught())
     tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens])
     return tokenizer
 
@@ -537,3 +579,485 @@ def test_a_run_for_each_row(size):
         assert int(np.argmax(brightness(lit(size, grid.pixels(cell))))) == cell
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
         find_grid(replace(prompt, own_sizes=False))
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, *parts: str) -> dict[str, torch.Tensor]:
+    return tokenizer(["".join(parts)], return_tensors="pt", add_special_tokens=False)
+
+
+def model_of(kind: str, **config: object) -> SimpleNamespace:
+    return SimpleNamespace(config=SimpleNamespace(model_type=kind, vision_config=SimpleNamespace(), **config))
+
+
+def areas(grid: ImageGrid, view: slice = slice(None)) -> np.ndarray:
+    """The shares of the picture that cells cover, 0 for those without a place."""
+    return np.nan_to_num(np.prod(grid.boxes[view, 2:] - grid.boxes[view, :2], axis=1))
+
+
+def check_some(grid: ImageGrid, size, brightness, view: slice) -> None:
+    """As `check_cells`, for seven cells all over a view, slivers at the edge of the picture aside."""
+    cells = np.flatnonzero(areas(grid, view) > 0.5 * areas(grid, view).max()) + view.start
+    for cell in cells[np.linspace(0, len(cells) - 1, 7).round().astype(int)]:
+        assert int(np.nanargmax(brightness(lit(size, grid.pixels(cell)))[view])) == cell - view.start
+
+
+def cropped(image: Image.Image, rows: int, columns: int, edge: int) -> np.ndarray:
+    """The mean brightness of each 4 x 4 patch of each tile of ``edge`` pixels, after a picture filled the canvas of tiles."""
+    canvas = np.asarray(image.resize((columns * edge, rows * edge)), np.float32)
+    tiles = [canvas[y : y + edge, x : x + edge] for y in range(0, rows * edge, edge) for x in range(0, columns * edge, edge)]
+    return patches(torch.tensor(np.stack(tiles)).permute(0, 3, 1, 2), 4)
+
+
+LFM2 = ["<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
+LFM2 += [f"<|img_row_{row}_col_{column}|>" for row in range(1, 4) for column in range(1, 4)]
+
+
+@pytest.mark.parametrize(("size", "tiles"), [((200, 120), (1, 1)), ((300, 200), (2, 3)), ((90, 270), (3, 1))])
+@pytest.mark.parametrize("overview", [True, False])
+def test_tagged_tiles_of_any_shape(size, tiles, overview):
+    """Lfm2-VL: the whole picture keeps its shape, and may be left out beside tiles. Two pictures, one of them without tiles.
+
+    Its image processor needs torchvision, so the picture is cut here as that does it; the tags are the processor's own.
+    """
+    tokenizer = taught(LFM2)
+    rows, columns = tiles
+    shapes = [(12, 12)] * (rows * columns if rows * columns > 1 else 0) + [(8, 16)] * (overview or rows * columns == 1)
+
+    def text(rows, columns):
+        return Lfm2VlProcessor._build_image_tokens(SimpleNamespace(**NAMES), rows, columns, 36, 32, overview, True)
+
+    made = ids_of(tokenizer, "one", text(rows, columns), "two", text(1, 1), "three")
+    made["spatial_shapes"] = torch.tensor([*shapes, (8, 16)])
+    used = SimpleNamespace(tokenizer=tokenizer)
+    prompt = prompt_of(made, [size, (64, 32)], used, tokenizer.convert_tokens_to_ids("<image>"))
+    grid = find_grid(replace(prompt, model=model_of("lfm2_vl")))
+    count = sum(height * width // 4 for height, width in shapes)
+    assert np.bincount(grid.image).tolist() == [count, 32]
+
+    def brightness(image):
+        fine = cropped(image, rows, columns, 24) if rows * columns > 1 else np.zeros(0)
+        page = np.asarray(image.resize((32, 16)), np.float32)
+        return np.concatenate((fine, patches(torch.tensor(page).permute(2, 0, 1)[None], 4)))
+
+    parts = [slice(0, rows * columns * 36)] if rows * columns > 1 else []
+    for view in [*parts, *([slice(count - 32, count)] if overview or not parts else [])]:
+        assert areas(grid, view).sum() == pytest.approx(1, abs=1e-3)
+        check_some(grid, size, brightness, view)
+
+
+NAMES = {
+    "image_token": "<image>",
+    "image_start_token": "<|image_start|>",
+    "image_end_token": "<|image_end|>",
+    "image_thumbnail_token": "<|img_thumbnail|>",
+}
+
+
+def test_tiles_without_their_tags_are_refused():
+    """Lfm2-VL may be told to write no tags: then nobody knows which tokens are the whole picture."""
+    tokenizer = taught(LFM2)
+    text = Lfm2VlProcessor._build_image_tokens(SimpleNamespace(**NAMES), 2, 2, 36, 32, True, False)
+    made = ids_of(tokenizer, text) | {"spatial_shapes": torch.tensor([(12, 12)] * 4 + [(8, 16)])}
+    prompt = prompt_of(made, [(60, 60)], SimpleNamespace(tokenizer=tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
+    with pytest.raises(UnsupportedError, match=r"No rule says where the 176 image tokens .* or grid=ImageGrid"):
+        find_grid(replace(prompt, model=model_of("lfm2_vl")))
+
+
+STEP = ["<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>", "<im_end>", "<im_patch>"]
+
+
+@pytest.mark.parametrize("size", [(90, 70), (200, 120), (300, 250), (250, 90), (1000, 20)])
+def test_tiles_as_the_processor_plans_them(size):
+    """Step 3.7: a run for each tile, then the whole; thin pictures are made square first. Its own plan, cuts and tokens."""
+    tokenizer = taught(STEP)
+    plan = SimpleNamespace(max_image_size=400, _is_extreme_aspect=Step3p7ImageProcessor._is_extreme_aspect)
+    plan._plan_patches = lambda *given: Step3p7ImageProcessor._plan_patches(plan, *given)
+    plan.pad = lambda images, pad_size: [
+        torch.nn.functional.pad(one, (0, pad_size.width - one.shape[2], 0, pad_size.height - one.shape[1])) for one in images
+    ]
+
+    def resized(images: torch.Tensor, size: SizeDict, resample: object = None) -> torch.Tensor:
+        return torch.nn.functional.interpolate(images, (size.height, size.width), mode="area")
+
+    plan.resize = resized
+
+    def run(image):
+        pixels = torch.tensor(np.asarray(image, np.float32)).permute(2, 0, 1)
+        page, tiles, columns, rows = Step3p7ImageProcessor._get_image_patches(plan, pixels, 96, 64, None)
+        tiles = [resized(tile[None], SizeDict(height=64, width=64)) for tile in tiles]
+        fine = patches(torch.cat(tiles), 8) if tiles else np.zeros(0)
+        return fine, patches(page[None], 8), rows, columns
+
+    fine, page, rows, columns = run(Image.new("RGB", size))
+    ends = [column == columns - 1 and row < rows - 1 for row in range(rows) for column in range(columns)]
+    told = {"num_local_patches": [len(fine) // 64], "patch_newline_masks": [ends]}
+    marks = SimpleNamespace(patch_feature_placeholder="<im_patch>" * 64, image_feature_placeholder="<im_patch>" * 144)
+    text = Step3p7Processor.replace_image_token(marks, told, 0)
+    used = SimpleNamespace(tokenizer=tokenizer)
+    prompt = prompt_of(ids_of(tokenizer, text, "what", text), [size, size], used, tokenizer.convert_tokens_to_ids("<im_patch>"))
+    prompt = replace(prompt, model=model_of("step3p7"))
+    grid = find_grid(prompt)
+    each = len(fine) + len(page)
+    assert np.bincount(grid.image).tolist() == [each, each]
+    for view in [*([slice(0, len(fine))] if len(fine) else []), slice(len(fine), each)]:
+        assert areas(grid, view).sum() == pytest.approx(1, abs=1e-3)
+        check_some(grid, size, lambda image: np.concatenate(run(image)[:2]), view)
+    with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
+        find_grid(replace(prompt, own_sizes=False))
+
+
+@pytest.mark.parametrize("size", [(100, 70), (300, 200), (90, 300), (320, 310)])
+@pytest.mark.parametrize(("kind", "mode"), [("minicpmv4_6", "16x"), ("minicpmv4_7", "16x"), ("minicpm_ocr", "4x")])
+def test_slices_after_the_whole_picture(size, kind, mode):
+    """MiniCPM-V: a run for the whole picture, then one for each slice, rows of slices ended by a line break."""
+    marks = {"image_start_token": "<image>", "image_end_token": "</image>"}
+    marks |= {"slice_start_token": "<slice>", "slice_end_token": "</slice>", "image_token": "<|cell|>"}
+    tokenizer = taught(list(marks.values()))
+    tokenizer.image_start_token = "<image>"
+    merge = 4 if mode == "16x" else 2
+    images = MiniCPMV4_6ImageProcessorPil(max_slice_nums=9, scale_resolution=96, patch_size=4, downsample_mode=mode)
+    writes = SimpleNamespace(slice_mode=True, **marks)
+
+    def text(made, number):
+        return MiniCPMV4_6Processor.replace_image_token(writes, made, number, image_token_divisor=merge**2)
+
+    made = images(images=[Image.new("RGB", size), Image.new("RGB", (100, 60))], return_tensors="pt")
+    ids = ids_of(tokenizer, text(made, 0), "this", text(made, 1), "that") | {"target_sizes": made["target_sizes"]}
+    prompt = prompt_of(
+        ids, [size, (100, 60)], SimpleNamespace(tokenizer=tokenizer), tokenizer.convert_tokens_to_ids("<|cell|>")
+    )
+    prompt = replace(prompt, model=model_of(kind))
+    grid = find_grid(prompt)
+    count, views = int((grid.image == 0).sum()), made["num_patches_per_image"][0]
+    whole = int(made["target_sizes"][0].prod()) // merge**2
+    assert count == int(made["target_sizes"][:views].prod(1).sum()) // merge**2
+
+    def brightness(image):
+        seen, at, cells = images(images=[image], return_tensors="pt"), 0, []
+        strip = seen["pixel_values"][0].mean((0, 1)).reshape(-1, 4).mean(1)  # a number for each patch
+        for height, width in seen["target_sizes"].tolist():
+            patch = strip[at : at + height * width].reshape(1, 1, height, width)
+            cells.append(torch.nn.functional.avg_pool2d(patch, merge).flatten().numpy())
+            at += height * width
+        return np.concatenate(cells)
+
+    for view in [slice(0, whole), *([slice(whole, count)] if views > 1 else [])]:
+        assert areas(grid, view).sum() == pytest.approx(1, abs=1e-3)
+        check_some(grid, size, brightness, view)
+    wrong = replace(prompt, inputs={"target_sizes": made["target_sizes"] + 1})
+    with pytest.raises(UnsupportedError, match="or grid=ImageGrid"):
+        find_grid(wrong)
+
+
+@pytest.mark.parametrize("size", [(100, 70), (400, 200), (90, 400)])
+@pytest.mark.parametrize("columns", [True, False])
+def test_two_views_of_pooled_patches(size, columns):
+    """Molmo 2: windows of patches, the last of a row and column with but one; the processor's own crops, windows and tokens."""
+    tokenizer = taught(["<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<im_end>"])
+
+    def resized(image, size, resample, antialias):
+        return torch.nn.functional.interpolate(image, (size.height, size.width), mode="area")
+
+    used = SimpleNamespace(resize=resized, rescale_and_normalize=lambda image, *_: image)
+    used._build_overlapping_crops = lambda images, **given: Molmo2ImageProcessor._build_overlapping_crops(used, images, **given)
+    options = {"max_crops": 6, "overlap_margins": [2, 2], "crop_size": 60, "resample": None, "image_patch_size": 4}
+    options |= {"do_rescale": False, "rescale_factor": 1.0, "do_normalize": False, "image_mean": [], "image_std": []}
+
+    def run(image):
+        pixels = torch.tensor(np.asarray(image, np.float32)).permute(2, 0, 1)[None]
+        cut = Molmo2ImageProcessor._image_batch_to_patches_and_grids
+        grid, patch, windows = cut(used, pixels, image_pooling_w=2, image_pooling_h=2, **options)
+        bright, real = patch[0].mean(-1).flatten(), windows[0] >= 0
+        cells = (bright[windows[0].clamp(min=0)] * real).sum(1) / real.sum(1)
+        return {"image_grids": grid, "image_token_pooling": windows[0].int()}, cells.numpy()
+
+    told, cells = run(Image.new("RGB", size))
+    writes = SimpleNamespace(image_use_col_tokens=columns, use_single_crop_col_tokens=None, use_single_crop_start_token=True)
+    made = ids_of(tokenizer, "look", Molmo2Processor.replace_image_token(writes, told, 0)) | told
+    assert (told["image_token_pooling"] < 0).any(), "a side of fifteen patches has a window of one"
+    prompt = prompt_of(made, [size], None, tokenizer.convert_tokens_to_ids("<im_patch>"))
+    grid = find_grid(replace(prompt, model=model_of("molmo2")))
+    assert len(grid) == len(cells)
+    first = int(told["image_grids"][0, :2].prod())
+    for view in (slice(0, first), slice(first, len(grid))):
+        assert areas(grid, view).sum() == pytest.approx(1, abs=1e-3)
+        check_some(grid, size, lambda image: run(image)[1], view)
+    with pytest.raises(UnsupportedError, match="or grid=ImageGrid"):
+        find_grid(replace(prompt, model=model_of("molmo2"), inputs={"image_grids": told["image_grids"]}))
+
+
+@pytest.mark.parametrize("size", [(100, 70), (120, 80), (45, 180)])
+@pytest.mark.parametrize("share", [None, 1.7, 0.5])
+def test_patches_from_the_corner(size, share):
+    """Inkling: rows of patches of the resized picture, and one column more than it fills if its width is a multiple.
+
+    Its image processor needs torchvision, so the picture is cut here as that does it.
+    """
+    most = 250
+    images = SimpleNamespace(
+        size={"height": 20, "width": 20}, rescale_image_frac=share, rescale_image_max_upscaled_long_edge=most
+    )
+    ratio = min(max(size) * (share or 1), max(most, max(size))) / max(size)
+    width, height = (int(side * ratio + 0.5) for side in size)
+    rows, columns = -(-height // 20), width // 20 + 1
+    made = {"input_ids": torch.tensor([[1, *[7] * (rows * columns), 1]])}
+    prompt = prompt_of(made, [size], SimpleNamespace(image_processor=images), 7)
+    prompt = replace(prompt, model=model_of("inkling_mm_model"))
+    grid = find_grid(prompt)
+    assert areas(grid).sum() == pytest.approx(1, abs=1e-3)
+    assert np.isnan(grid.boxes[columns - 1 :: columns]).all() == (width % 20 == 0)
+
+    def brightness(image):
+        canvas = Image.new("RGB", (columns * 20, rows * 20))
+        canvas.paste(image.resize((width, height)), (0, 0))
+        return patches(torch.tensor(np.asarray(canvas, np.float32)).permute(2, 0, 1)[None], 20)
+
+    check_some(grid, size, brightness, slice(0, len(grid)))
+    with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
+        find_grid(replace(prompt, own_sizes=False))
+
+
+@pytest.mark.parametrize(("kind", "merge", "limit"), [("inkling2", 1, None), ("kimi_k25", 2, 200), ("glm5_next", 2, 200)])
+@pytest.mark.parametrize("size", [(100, 70), (161, 90), (300, 250)])
+def test_padding_that_is_told_as_patches(kind, merge, limit, size):
+    """Pictures that keep their shape, or are shrunk, and are padded on the right and below: what is told counts padding."""
+    edge = 10 * merge
+    scale = min(1.0, (limit or max(size)) / max(size))
+    kept = tuple(int(side * scale) for side in size)
+    columns, rows = (-(-side // edge) for side in kept)
+    made = {"input_ids": torch.tensor([[1, *[7] * (rows * columns)]]), "image_grid_thw": [[1, rows * merge, columns * merge]]}
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=merge, patch_size=10), model_type=kind)
+    prompt = replace(prompt_of(made, [size], None, 7), model=SimpleNamespace(config=config))
+    grid = find_grid(prompt)
+    assert areas(grid).sum() == pytest.approx(1, abs=1e-3)
+
+    def brightness(image):
+        canvas = Image.new("RGB", (columns * edge, rows * edge))
+        canvas.paste(image.resize(kept), (0, 0))
+        return patches(torch.tensor(np.asarray(canvas, np.float32)).permute(2, 0, 1)[None], edge)
+
+    check_some(grid, size, brightness, slice(0, len(grid)))
+    padded = find_grid(replace(prompt, sizes=((columns * edge, rows * edge),), own_sizes=False))
+    np.testing.assert_allclose(padded.boxes, ImageGrid.regular(rows, columns, (1, 1)).boxes, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(60, 40), (300, 200), (90, 400), (150, 150)])
+@pytest.mark.parametrize("crop", [True, False])
+def test_a_map_of_tiles_and_the_page(size, crop):
+    """Unlimited-OCR: cuts and pads as DeepSeek-OCR 2 does, whose image processor runs here; packed as its model does it."""
+    images = DeepseekOcr2ImageProcessorPil(
+        size={"height": 64, "width": 64}, tile_size=64 if not crop else 32, min_patches=2, max_patches=6, crop_to_patches=crop
+    )
+    images.background_color = [0, 0, 0]  # darker than what is looked for
+    images.maximum_pad_value = 32  # an option of Unlimited-OCR: larger pages keep their shape
+    used = SimpleNamespace(image_processor=images, patch_size=2, downsample_ratio=2)
+
+    def run(image):
+        made = images(images=[image], return_tensors="pt")
+        page = torch.nn.functional.pad(torch.tensor(patches(made["pixel_values"], 4)).reshape(16, 16), (0, 1), value=-9)
+        fine = torch.zeros(0)
+        if int(made["num_local_patches"][0]):
+            columns, rows = round_canvas(size)
+            fine = torch.tensor(patches(made["pixel_values_local"], 4)).reshape(rows, columns, 8, 8)
+            fine = torch.nn.functional.pad(fine.transpose(1, 2).reshape(rows * 8, columns * 8), (0, 1), value=-9)
+        return np.concatenate((fine.flatten(), page.flatten(), [-9.0]))
+
+    def round_canvas(size):
+        module = sys.modules[DeepseekOcr2ImageProcessorPil.__module__]
+        return module.get_optimal_tiled_canvas(size[::-1], (32, 32), 2, 6)
+
+    cells = run(Image.new("RGB", size))
+    prompt = prompt_of({"input_ids": torch.tensor([[1, *[7] * len(cells)]])}, [size], used, 7)
+    prompt = replace(prompt, model=model_of("unlimited_ocr"))
+    grid = find_grid(prompt)
+    assert np.isnan(grid.boxes[cells == -9]).all()
+    first = len(cells) - 16 * 17 - 1
+    assert (first > 0) == (crop and max(size) > 32)
+    for view in [*([slice(0, first)] if first else []), slice(first, len(cells))]:
+        assert areas(grid, view).sum() == pytest.approx(1, abs=1e-3)
+        check_some(grid, size, run, view)
+    with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
+        find_grid(replace(prompt, own_sizes=False))
+
+
+def test_queries_of_several_views_belong_to_their_picture():
+    """DeepSeek-OCR 2: queries that have seen a tile or a page; a picture with tiles has more of them than one without."""
+    made = {"input_ids": torch.tensor([[1, *[7] * 33, 1, *[7] * 9, 1]])}
+    grid = find_grid(replace(prompt_of(made, [(40, 30), (20, 20)], None, 7), model=model_of("deepseek_ocr2")))
+    assert np.bincount(grid.image).tolist() == [33, 9]
+    assert np.isnan(grid.boxes).all()
+
+
+@pytest.mark.parametrize("between", [[], [5, 6]], ids=["one run", "a time before each frame"])
+def test_frames_of_a_video(between):
+    """Qwen-VL: a square in frame f lights the token of its cell in that frame; the cells of each frame have the same boxes.
+
+    Its video processor needs torchvision; frames are cut here by that of pictures, whose order of patches is the same.
+    """
+    used, size = (
+        Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, min_pixels=28**2 * 16, max_pixels=28**2 * 100),
+        (300, 200),
+    )
+
+    def brightness(frames):
+        cut = used(images=frames, return_tensors="pt")
+        return cut, cut["pixel_values"].mean(1).reshape(-1, 4).mean(1).numpy()
+
+    dark = Image.new("RGB", size)
+    cut, seen = brightness([dark] * 3)
+    _, height, width = cut["image_grid_thw"][0].tolist()
+    frame = [*between, *[8] * (len(seen) // 3)]
+    made = {"input_ids": torch.tensor([[1, *frame, *frame, *frame, 1]]), "video_grid_thw": torch.tensor([[3, height, width]])}
+    config = SimpleNamespace(
+        vision_config=SimpleNamespace(spatial_merge_size=2), model_type="qwen2_vl", image_token_id=7, video_token_id=8
+    )
+    grid = find_grid(replace(prompt_of(made, [size], None, 8), model=SimpleNamespace(config=config)))
+    each = len(seen) // 3
+    assert len(grid) == 3 * each
+    assert set(grid.image) == {0}
+    for cell in range(0, 3 * each, 3 * each // 6 - 1):
+        frames = [dark] * 3
+        frames[cell // each] = lit(size, grid.pixels(cell))
+        assert int(np.argmax(brightness(frames)[1])) == cell
+
+
+# ------------------------------------------------------------------------------- what the models make of what is cut
+
+
+def strip(patch: int) -> tuple[object, ...]:
+    return 0, slice(None), slice(None), slice(4 * patch, 4 * patch + 4)
+
+
+def page(patch: int) -> tuple[object, ...]:
+    top, left = (slice(4 * n, 4 * n + 4) for n in divmod(patch, 8))
+    return 0, slice(None), top, left
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "columns", "merge", "first"),
+    [
+        ("Lfm2-VL", lambda patch: (0, patch), 4, 2, 0),
+        ("MiniCPM-V 4.6", strip, 8, 4, 0),
+        ("MiniCPM-V 4.7", strip, 8, 4, 0),
+        ("MiniCPM-OCR", strip, 4, 2, 0),
+        ("Molmo2", lambda patch: (0, patch), 4, 2, 0),
+        ("Molmo2", lambda patch: (1, patch), 4, 2, 4),
+        ("Step3p7", page, 8, 4, 1),  # behind one tile
+    ],
+)
+def test_tokens_come_row_by_row_out_of_the_tower(name, where, columns, merge, first):
+    """With the tower's attention switched off, a change to a patch changes the one token that the rules say is its."""
+    if not works(name):
+        pytest.skip(f"transformers {transformers.__version__} lacks this class or runs it wrongly")
+    kind = MAKERS[name]()
+    with torch.no_grad():
+        for path, weight in kind.model.named_parameters():
+            if path.endswith(("out_proj.weight", "o_proj.weight")) and "pool" not in path and "adapter" not in path:
+                weight.zero_()
+        takes = inspect.signature(kind.model.model.get_image_features).parameters
+        inputs = {key: value for key, value in kind.batch([0]).items() if key in takes}
+
+        def tokens(pixels: torch.Tensor) -> torch.Tensor:
+            made = kind.model.get_image_features(**{**inputs, "pixel_values": pixels})
+            return torch.cat(list(getattr(made, "pooler_output", made)))
+
+        before = tokens(inputs["pixel_values"])
+        # Step 3.7 merges by convolutions that reach over the edges of cells, though not from their first patches.
+        for patch in [4 * row * columns + 4 * column for row, column in np.ndindex(2, 2)] if first == 1 else range(columns**2):
+            pixels = inputs["pixel_values"].clone()
+            pixels[where(patch)] += 1
+            moved = (tokens(pixels) - before).abs().amax(1) > 1e-5
+            row, column = (edge // merge for edge in divmod(patch, columns))
+            assert torch.nonzero(moved).flatten().tolist() == [first + row * (columns // merge) + column]
+
+
+# --------------------------------------------------------------------------------------- whose cells are they, in a batch
+
+
+def told_grids(kind: Family, inputs: dict[str, torch.Tensor], used: object = None, **told: object) -> list[ImageGrid]:
+    keys = keys_of(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    return grids_of(kind.model, used, inputs, keys.ids, keys.mask, **told)
+
+
+def test_pictures_and_videos_in_the_order_of_their_tokens():
+    """Row 1 holds a picture before its video; a video is one picture, with the cells of a frame for each frame."""
+    kind = MAKERS["Qwen2.5-VL (video)"]()
+    inputs = kind.batch()
+    grids = told_grids(kind, inputs)
+    for row, grid in enumerate(grids):
+        frames, height, width = inputs["video_grid_thw"][row].tolist()
+        frame = ImageGrid.regular(height // 2, width // 2, (4 * width, 4 * height))
+        before = kind.cells(row)[0] if row == 1 else 0
+        assert grid.image.tolist() == [0] * before + [row % 2] * (frames * len(frame))
+        np.testing.assert_array_equal(grid.boxes[before:], np.tile(frame.boxes, (frames, 1)))
+        assert grid.sizes[-1] == frame.sizes[0]
+    _, height, width = inputs["image_grid_thw"][0].tolist()
+    picture = ImageGrid.regular(height // 2, width // 2, (4 * width, 4 * height))
+    np.testing.assert_array_equal(grids[1].boxes[: len(picture)], picture.boxes)
+    assert grids[1].sizes[0] == picture.sizes[0]
+    own = told_grids(kind, inputs, sizes=[[(30, 20)], [(64, 48), (30, 20)], [(9, 8)]])
+    assert own[1].sizes == ((64, 48), (30, 20))
+
+
+def test_frames_that_have_the_id_of_pictures():
+    """GLM-4V writes the cells of a video's frames as those of pictures; only video_grid_thw tells them."""
+    kind = MAKERS["GLM-4V"]()
+    made = kind.batch([0])
+    cells = kind.cells(0)[0]
+    told = {name: made[name] for name in ("input_ids", "attention_mask")}
+    grid = told_grids(kind, {**told, "video_grid_thw": torch.tensor([[2, 2, cells]])})[0]
+    assert len(grid) == cells
+    np.testing.assert_array_equal(grid.boxes, np.tile(ImageGrid.regular(1, cells // 2, (8, 8)).boxes, (2, 1)))
+
+
+def test_frames_whose_places_nothing_tells():
+    """A video of LLaVA-NeXT-Video is heard, not taken for text; where in it is for the caller to say."""
+    kind = MAKERS["LLaVA-NeXT-Video"]()
+    inputs = kind.batch([0])
+    inputs["input_ids"][inputs["input_ids"] == kind.image_token] = VIDEO
+    cells = int((inputs["input_ids"] == VIDEO).sum())
+    with pytest.raises(UnsupportedError) as caught:
+        told_grids(kind, inputs)
+    assert str(caught.value) == (
+        f"Row 0 of the batch holds a video, and no rule says where in its frames the {cells} image tokens of "
+        "LlavaNextVideoForConditionalGeneration lie: only video_grid_thw tells. Pass grid=ImageGrid(...) with one box per "
+        "token, or leave the video out."
+    )
+    known = ImageGrid.regular(1, cells, (9, 9))
+    assert told_grids(kind, inputs, known=known) == [known]
+    keys = keys_of(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    assert int(Prompts.of(*keys).cells.sum()) == cells
+
+
+def test_every_row_of_a_batch_gets_its_own_runs():
+    """Lfm2-VL: row 0 has two pictures, row 1 tiles; the shapes of all of them come in one list."""
+    kind, tokenizer = MAKERS["Lfm2-VL"](), taught(LFM2)
+    kind.model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    single, tiles = (
+        Lfm2VlProcessor._build_image_tokens(SimpleNamespace(**NAMES), rows, 1, 4, count, True, True)
+        for rows, count in ((1, 6), (2, 3))
+    )
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    made = tokenizer([f"this {single} and {single}", tiles], return_tensors="pt", padding=True)
+    shapes = [(4, 6), (6, 4), (4, 4), (4, 4), (6, 2)]
+    inputs = {**made, "spatial_shapes": torch.tensor(shapes)}
+    used, sizes = SimpleNamespace(tokenizer=tokenizer), [[(60, 40), (40, 60)], [(30, 90)]]
+    two, tiled = told_grids(kind, inputs, used, sizes=sizes)
+    assert two.image.tolist() == [0] * 6 + [1] * 6
+    assert [two.pixels(cell) for cell in (0, 6)] == [pytest.approx((0, 0, 20, 20)), pytest.approx((0, 0, 20, 20))]
+    assert [tiled.pixels(cell) for cell in (0, 4, 8)] == [
+        pytest.approx((0, 0, 15, 22.5)),
+        pytest.approx((0, 45, 15, 67.5)),
+        pytest.approx((0, 0, 30, 30)),
+    ]
+
+
+def test_pictures_that_are_no_words_are_told_apart():
+    """Idefics: rows have one or two pictures, a class cell and a square each."""
+    kind = MAKERS["Idefics"]()
+    grids = told_grids(kind, kind.batch())
+    square = ImageGrid.regular(4, 4, (16, 16))
+    for row, grid in enumerate(grids):
+        assert grid.image.tolist() == np.repeat(np.arange(1 + row % 2), 17).tolist()
+        assert np.isnan(grid.boxes[::17]).all()
+        np.testing.assert_array_equal(grid.boxes[-16:], square.boxes)

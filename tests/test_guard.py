@@ -48,6 +48,16 @@ def test_mark_writes_what_plain_generate_writes(guard, how):
     assert len(guard.reports) == len(plain)
 
 
+def test_a_loop_that_is_handed_pictures_in_another_order_refuses(guard):
+    """For two beams generate makes g0 g0 g1 g1 of a row's grids g0 g1, where g0 g1 g0 g1 would be right."""
+    inputs = batch_of(guard, SAMPLES[:1], num_beams=2)
+    made = guard.model.generate(**inputs, custom_generate=guard)
+    assert torch.equal(made, guard.generate(**inputs))
+    config = guard.model._prepare_generation_config(None, num_beams=2)[0]
+    with pytest.raises(UnsupportedError, match=r"in another order .* Call guard\.generate with the same arguments"):
+        guard(guard.model, inputs["input_ids"], [], [], config, image_grid_thw=torch.ones(2, 3))
+
+
 def test_replay_equals_live(guard):
     """Law (b): checking the caption that was generated gives the trace of its generation."""
     guard.generate(**batch_of(guard, max_new_tokens=200))

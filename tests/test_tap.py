@@ -214,7 +214,7 @@ def test_replay_equals_live(name):
     told = story(name)
     again = replay(family(name), family(name).model, told.inputs, told.written)
     assert again.gaze.shape[1] == NEW + 1, "the row after the last word is heard too"
-    same_rows(part(again, (slice(None), slice(NEW))), told.rows, 1e-5)
+    same_rows(part(again, (slice(None), slice(NEW))), told.rows, 2e-5)  # some rounding of states that are larger than one
 
 
 @every_family

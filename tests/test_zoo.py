@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from zoo import EXCEPTIONS, LAWS, LAYOUTS, MAKERS, OTHERS, works
+from zoo import BY_PROCESSOR, EXCEPTIONS, LAWS, LAYOUTS, MAKERS, OTHERS, works
 
 from gazeguard.errors import UnsupportedError
 from gazeguard.inputs import image_token_id
@@ -39,3 +39,4 @@ def test_what_cannot_be_watched_is_refused_by_name(name):
 def test_there_are_sixty_families_and_each_layout_is_told():
     assert len(MAKERS) >= 60
     assert set(LAYOUTS) == set(MAKERS)
+    assert set(BY_PROCESSOR) <= set(MAKERS)
