@@ -175,3 +175,37 @@ def test_speculation_writes_what_plain_decoding_writes(guard):
     """A schedule counts tokens, not passes: with guesses that are taken back, the words are the same."""
     look = ({0: LEFT, 7: RIGHT},)
     assert written(guard, STRIPS[:1], look=look) == written(guard, STRIPS[:1], look=look, prompt_lookup_num_tokens=3)
+
+
+def test_what_a_caption_left_out_is_found_by_looking_again(guard):
+    """Told of one half of a scene alone, the guard looks at the other and names what is there; it says nothing twice, and the
+    caption's own report stays the guard's.
+    """
+    found = 0
+    for sample in lab.samples("validation", 16, seed=9, kind="scene"):
+        things = sample.picture.things
+        if len(things) < 4:
+            continue
+        told = " and ".join(f"a {thing} {thing.place}" for thing in things[: len(things) // 2])
+        report = guard.check(sample.image, f"There is {told}.", sample.prompt)
+        before = guard.reports
+        for more in guard.look_again(sample.image, report, regions=3):
+            assert more.verdict == "pass"
+            named = {finding.claim.phrase.head.text for finding in more.findings}
+            assert not named & {finding.claim.phrase.head.text for finding in report.findings}
+            found += bool(named & {thing.noun for thing in things})
+        assert guard.reports is before
+    assert found >= 8
+    with pytest.raises(InputError, match="The report has no trace of a caption that names things"):
+        guard.look_again(STRIPS[0].image, guard.check(STRIPS[0].image, ""))
+
+
+def test_undescribed_fields_are_those_without_gaze():
+    grid = ImageGrid.square(6, (90, 90)) if hasattr(ImageGrid, "square") else None
+    gaze = np.zeros((2, 36))
+    gaze[0, 0], gaze[1, 35] = 1, 1  # the first and the last cell
+    boxes = undescribed(grid, gaze, 7)
+    assert (0, 0, 30, 30) not in boxes
+    assert (60, 60, 90, 90) not in boxes
+    assert len(set(boxes)) == 7
+    assert undescribed(grid, np.zeros((0, 36)), 1) == [(0, 0, 30, 30)]
