@@ -12,7 +12,7 @@ from gazeguard import lab
 from gazeguard.errors import InputError
 from gazeguard.grid import ImageGrid
 from gazeguard.inputs import encode
-from gazeguard.steer import Look, cells_in
+from gazeguard.steer import Look, cells_in, undescribed
 
 GRID = ImageGrid.regular(12, 12, (144, 144))
 STRIPS = [sample for sample in lab.samples("validation", 60, 5, "strip") if sample.picture.panels == 6][:3]
@@ -201,7 +201,7 @@ def test_what_a_caption_left_out_is_found_by_looking_again(guard):
 
 
 def test_undescribed_fields_are_those_without_gaze():
-    grid = ImageGrid.square(6, (90, 90)) if hasattr(ImageGrid, "square") else None
+    grid = ImageGrid.regular(6, 6, (90, 90))
     gaze = np.zeros((2, 36))
     gaze[0, 0], gaze[1, 35] = 1, 1  # the first and the last cell
     boxes = undescribed(grid, gaze, 7)
