@@ -22,7 +22,7 @@ from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.errors import InputError, OutputError
 from gazeguard.files import open_input
-from gazeguard.filter import COLUMNS, CaptionFilter, filter_files, settings
+from gazeguard.filter import COLUMNS, CaptionFilter, filter_files
 from gazeguard.guard import GazeGuard
 from gazeguard.results import Results, kind_of
 
@@ -62,7 +62,7 @@ def empty_rows(tmp_path_factory):
 def into(keep: CaptionFilter, path: Path, folder: Path, label_only: bool = False) -> dict:
     source = open_input(path)
     root = path if path.is_dir() else path.parent
-    return filter_files(keep, source, Results(folder, settings(keep, source, root, CHUNK, label_only), label_only), CHUNK)
+    return filter_files(keep, source, Results(folder, keep.settings(source, root, CHUNK, label_only), label_only), CHUNK)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -331,7 +331,7 @@ def test_another_run_is_not_gone_on_with(keep, rows, unbroken, empty_rows, tmp_p
     other = CaptionFilter(keep.guard, batch_size=3)
     (tmp_path / "parts").mkdir()
     source = open_input(rows)
-    (tmp_path / "parts/run.json").write_text(json.dumps(settings(keep, source, rows.parent, CHUNK, False)))
+    (tmp_path / "parts/run.json").write_text(json.dumps(keep.settings(source, rows.parent, CHUNK, False)))
     with pytest.raises(InputError, match="another batch size, which"):
         into(other, rows, tmp_path)
     (tmp_path / "parts/run.json").write_text("[]")
@@ -348,7 +348,7 @@ def test_a_folder_with_other_things_is_left_alone(keep, rows, tmp_path):
 
 def test_two_runs_do_not_write_into_one_folder(keep, rows, tmp_path):
     source = open_input(rows)
-    results = Results(tmp_path / "out", settings(keep, source, rows.parent, CHUNK, False))
+    results = Results(tmp_path / "out", keep.settings(source, rows.parent, CHUNK, False))
     with results.opened(), pytest.raises(InputError, match="Another run is writing into"):
         into(keep, rows, tmp_path / "out")
     into(keep, rows, tmp_path / "out")
