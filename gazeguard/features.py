@@ -8,6 +8,7 @@ the few that speak.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +79,12 @@ def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
     """
     rows = np.zeros((len(claims), len(names(trace.heads))))
 
+    @cache  # a thing is asked for with each of its claims, and again with those that come after it
+    def tokens(span: Span) -> range:
+        return trace.tokens(span.start, span.end)
+
     def first(span: Span) -> int:
-        return trace.tokens(span.start, span.end).start
+        return tokens(span).start
 
     things: list[Phrase] = []
     inside = np.zeros(len(trace), bool)
@@ -90,10 +95,10 @@ def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
     for i, claim in enumerate(claims):
         if claim.phrase not in things:
             things.append(claim.phrase)
-            tokens = trace.tokens(claim.phrase.start, claim.phrase.end)
-            inside[tokens.start : tokens.stop] = True
+            thing = trace.tokens(claim.phrase.start, claim.phrase.end)
+            inside[thing.start : thing.stop] = True
         earlier = things[:-1]
-        at, said = first(claim.said), trace.tokens(claim.said.start, claim.said.end)
+        at, said = first(claim.said), tokens(claim.said)
         words = [first(part) for part in (*claim.phrase.attributes, claim.phrase.head)] if claim.kind == "object" else said
         between = np.flatnonzero(~inside[:at])
         usual = picture[between].mean(0) if len(between) else picture[at]
@@ -137,8 +142,13 @@ def _there(trace: GazeTrace, where: NDArray[np.float64], claim: Claim) -> float:
 
 def pick(x: NDArray[np.float64], heads: Sequence[tuple[int, int]], wanted: Sequence[str]) -> NDArray[np.float64]:
     """Some of the columns of `features`, by name: (phrases, len(wanted))."""
-    columns = names(heads)
-    return x[:, [columns.index(name) for name in wanted]]
+    return x[:, _columns(tuple(heads), tuple(wanted))]
+
+
+@cache
+def _columns(heads: tuple[tuple[int, int], ...], wanted: tuple[str, ...]) -> list[int]:
+    known = names(heads)
+    return [known.index(name) for name in wanted]
 
 
 def _agreement(where: NDArray[np.float64]) -> float:

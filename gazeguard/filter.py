@@ -131,28 +131,32 @@ class CaptionFilter:
         tick: Callable[[int], object] = lambda rows: None,
     ) -> list[dict[str, Any]]:
         """What `__call__` adds, one mapping per row; ``captions`` None: they are written. ``tick`` hears of rows done."""
-        reports: dict[int, Report] = {}
+        made: dict[int, dict[str, Any]] = {}
         rows: list[_Row] = []
+
+        def put(number: int, report: Report) -> None:  # without its trace, which is large
+            made[number] = ({self.caption: report.caption} if captions is None else {}) | columns(report)
+
         for number, image in enumerate(images):
             told = None if captions is None else captions[number]
             asked = None if prompts is None else prompts[number]
             if captions is not None and not (isinstance(told, str) and told.strip()):
                 text, why = (told, "the caption is empty") if isinstance(told, str) else ("", "there is no caption")
-                reports[number] = self.guard._unchecked(text, why)
+                put(number, self.guard._unchecked(text, why))
             else:
                 rows.append(_Row(number, image, told, self.prompt if asked is None else str(asked)))
-        tick(len(reports))
+        tick(len(made))
         rows.sort(key=lambda row: len(row.caption or ""))  # stable: the order never depends on anything else
         groups = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
         for loaded in self._loaded(groups):
             seen = [row for row in loaded if isinstance(row.image, Image.Image)]
             for row in loaded:
                 if not isinstance(row.image, Image.Image):
-                    reports[row.number] = self.guard._unchecked(row.caption or "", row.image)
-            reports |= {row.number: report for row, report in zip(seen, self._judged(seen), strict=True)}
+                    put(row.number, self.guard._unchecked(row.caption or "", row.image))
+            for row, report in zip(seen, self._judged(seen), strict=True):
+                put(row.number, report)
             tick(len(loaded))
-        made = [reports[number] for number in range(len(images))]
-        return [({self.caption: report.caption} if captions is None else {}) | columns(report) for report in made]
+        return [made[number] for number in range(len(images))]
 
     def rows(
         self, rows: Sequence[Row], captioned: bool, tick: Callable[[int], object] = lambda rows: None
@@ -343,6 +347,12 @@ def ray_filter(dataset: Any, model: str | Path, actors: int = 1, rows: int = 256
     )
 
 
+class _Actor(CaptionFilter):
+    def process(self) -> int:
+        """Its number, which says that it is there."""
+        return os.getpid()
+
+
 class RayPool:
     """`CaptionFilter` in Ray actors, for `filter_files`: chunks are judged side by side and come back in their order.
 
@@ -365,7 +375,7 @@ class RayPool:
         if gpus and actors and actors > gpus:
             self.close()
             raise InputError(f"{actors} actors are asked for, but the cluster has {gpus} GPUs. Ask for at most so many.")
-        actor = ray.remote(CaptionFilter).options(num_gpus=min(gpus, 1), max_restarts=-1, max_task_retries=RETRIES)
+        actor = ray.remote(_Actor).options(num_gpus=min(gpus, 1), max_restarts=-1, max_task_retries=RETRIES)
         self.actors = [actor.remote(str(model), **options) for _ in range(actors or gpus or 2)]
 
     def __enter__(self) -> RayPool:
@@ -380,6 +390,10 @@ class RayPool:
             self._ray.kill(actor)
         if self._own:
             self._ray.shutdown()
+
+    def processes(self) -> list[int]:
+        """The process of each actor, on whatever machine it is."""
+        return [self._come(actor.process.remote()) for actor in self.actors]
 
     def settings(self, source: Source, root: str | Path, chunk: int, label_only: bool) -> dict[str, str]:
         """`CaptionFilter.settings` of the first actor."""

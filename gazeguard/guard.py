@@ -429,16 +429,16 @@ class GazeGuard:
         flagged = [
             flag and (claim.kind == "object" or claim.phrase not in absent) for claim, flag in zip(said, flagged, strict=True)
         ]
-        reasons = self.detector.reasons(x, kinds)
+        of_flagged = iter(self.detector.reasons(x[flagged], [kind for kind, flag in zip(kinds, flagged, strict=True) if flag]))
         findings = tuple(
             Finding(
                 claim=claim,
                 risk=float(risk),
                 flagged=bool(flag),
-                reasons=why if flag else (),
+                reasons=next(of_flagged) if flag else (),
                 box=gaze_box(trace, trace.tokens(claim.said.start, claim.said.end)),
             )
-            for claim, risk, flag, why in zip(said, risks, flagged, reasons, strict=True)
+            for claim, risk, flag in zip(said, risks, flagged, strict=True)
         )
         doubtful = [str(finding.claim) for finding in findings if finding.flagged]
         if doubtful:
