@@ -180,9 +180,7 @@ def of_ray(work: Path, count: int, chunk: int) -> dict[str, Figure]:
     }
 
 
-Only = Annotated[
-    str | None, typer.Option("--only", help="speed, kills or ray: this part anew, the others as the file has them.")
-]
+Only = Annotated[str | None, typer.Option("--only", help="speed, kills or ray: this part anew, others as the file has them.")]
 
 
 def main(out: Out, quick: Quick = False, only: Only = None) -> None:

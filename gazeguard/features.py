@@ -77,48 +77,68 @@ def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
     together:      overlap with the gaze of the words that belong to it (`Claim.other`), mean over heads; 1 if none do
     there:         how far the gaze agrees with words like "top left", 0 to 1; 0.5 when no such word is said
     """
-    rows = np.zeros((len(claims), len(names(trace.heads))))
+    if not claims:
+        return np.zeros((0, len(names(trace.heads))))
 
-    @cache  # a thing is asked for with each of its claims, and again with those that come after it
+    @cache  # a thing is asked for with each of its claims
     def tokens(span: Span) -> range:
         return trace.tokens(span.start, span.end)
 
     def first(span: Span) -> int:
         return tokens(span).start
 
-    things: list[Phrase] = []
-    inside = np.zeros(len(trace), bool)
-    gaze = trace.gaze.astype(np.float64)
-    where = gaze / np.maximum(gaze.sum(-1, keepdims=True), 1e-9)  # (T, H, N)
-    spread = -(where * np.log(np.maximum(where, 1e-12))).sum(-1) / np.log(max(2, where.shape[-1]))
+    def where(rows: Sequence[int]) -> NDArray[np.float64]:
+        """(rows, H, N): how each head's gaze on the picture is spread while these tokens are written."""
+        gaze = trace.gaze[list(rows)].astype(np.float64)
+        return gaze / np.maximum(gaze.sum(-1, keepdims=True), 1e-9)
+
+    at = [first(claim.said) for claim in claims]
+    here = where(at)
     picture = trace.shares[:, :, SHARES.index("picture")]
-    for i, claim in enumerate(claims):
+    things: dict[Phrase, None] = {}
+    before: list[int] = []  # for each claim, how many things were named before its own
+    repeated, unlikely, readout_words, usual = [], [], [], []
+    inside, nouns = np.zeros(len(trace), bool), []
+    for claim, row in zip(claims, at, strict=True):
         if claim.phrase not in things:
-            things.append(claim.phrase)
-            thing = trace.tokens(claim.phrase.start, claim.phrase.end)
-            inside[thing.start : thing.stop] = True
-        earlier = things[:-1]
-        at, said = first(claim.said), tokens(claim.said)
+            things[claim.phrase] = None
+            nouns.append(_noun(claim.phrase))
+            own = tokens(claim.phrase)
+            inside[own.start : own.stop] = True
+        before.append(len(things) - 1)
+        repeated.append(_noun(claim.phrase) in nouns[:-1])
+        said = tokens(claim.said)
         words = [first(part) for part in (*claim.phrase.attributes, claim.phrase.head)] if claim.kind == "object" else said
-        between = np.flatnonzero(~inside[:at])
-        usual = picture[between].mean(0) if len(between) else picture[at]
-        seen = where[[first(thing.head) for thing in earlier]].mean(1).max(0) if earlier else np.zeros(where.shape[-1])
-        rows[i] = np.concatenate(
-            (
-                [np.log1p(at), np.log1p(len(earlier)), _noun(claim.phrase) in map(_noun, earlier)],
-                [-trace.logprobs[list(said)].min(), trace.entropy[at]],
-                [trace.readout[at].sum(), trace.readout[list(words)].sum(-1).min()],
-                [trace.content[at], trace.named[at], _agreement(where[at])],
-                [np.minimum(where[at].mean(0), seen).sum()],
-                [1 if claim.other is None else np.minimum(where[at], where[first(claim.other)]).sum(-1).mean()],
-                [_there(trace, where[at].mean(0), claim)],
-                trace.readout[at],
-                picture[at],
-                1 - spread[at],
-                picture[at] - usual,
-            )
-        )
-    return rows
+        unlikely.append(-trace.logprobs[said.start : said.stop].min())
+        readout_words.append(trace.readout[list(words)].sum(-1).min())
+        between = ~inside[:row]
+        usual.append(picture[:row][between].mean(0) if between.any() else picture[row])
+    # Of the gaze for the things named so far, the most on every cell; nothing before the first.
+    visits = np.maximum.accumulate(where([first(thing.head) for thing in things]).mean(1), axis=0)
+    seen = np.concatenate((np.zeros((1, visits.shape[1])), visits))[before]
+    mean = here.mean(1)
+    together = np.ones(len(claims))
+    if paired := [i for i, claim in enumerate(claims) if claim.other is not None]:
+        others = where([first(claims[i].other) for i in paired])
+        together[paired] = np.minimum(here[paired], others).sum(-1).mean(-1)
+    spread = -(here * np.log(np.maximum(here, 1e-12))).sum(-1) / np.log(max(2, here.shape[-1]))
+    alone = (
+        np.log1p(at),
+        np.log1p(before),
+        repeated,
+        unlikely,
+        trace.entropy[at],
+        trace.readout[at].sum(-1),
+        readout_words,
+        trace.content[at],
+        trace.named[at],
+        _agreement(here),
+        np.minimum(mean, seen).sum(-1),
+        together,
+        [_there(trace, own, claim) for own, claim in zip(mean, claims, strict=True)],
+    )
+    per_head = (trace.readout[at], picture[at], 1 - spread, picture[at] - np.array(usual))
+    return np.concatenate((np.stack(alone, axis=1), *per_head), axis=1, dtype=np.float64)
 
 
 def _noun(thing: Phrase) -> str:
@@ -151,10 +171,9 @@ def _columns(heads: tuple[tuple[int, int], ...], wanted: tuple[str, ...]) -> lis
     return [known.index(name) for name in wanted]
 
 
-def _agreement(where: NDArray[np.float64]) -> float:
-    """Mean over pairs of heads of the overlap of their distributions (H, N); 1 for a single head."""
-    h = len(where)
-    if h == 1:
-        return 1.0
-    overlaps = np.minimum(where[:, None], where[None]).sum(-1)  # (H, H)
-    return float((overlaps.sum() - np.trace(overlaps)) / (h * (h - 1)))
+def _agreement(where: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over pairs of heads of the overlap of their distributions (..., H, N); 1 for a single head."""
+    one, other = np.triu_indices(where.shape[-2], 1)
+    if not len(one):
+        return np.ones(where.shape[:-2])
+    return np.minimum(where[..., one, :], where[..., other, :]).sum(-1).mean(-1)
