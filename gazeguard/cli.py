@@ -1,7 +1,9 @@
 """And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``heads``, ``policy``, ``doctor``.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 nothing was flagged, 1 something was flagged,
-2 something could not be checked or the call was wrong. ``filter`` ends with 0 when every row has its place.
+2 something could not be checked or the call was wrong. ``filter`` ends with 0 when every row has its place, with 2 when the
+call was wrong or nothing can be written (a full disk), and with 128 plus its number for a signal (130 for Ctrl-C, 143 for
+SIGTERM); after the last two the same command goes on from the last finished chunk.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from gazeguard.errors import GazeGuardError, InputError
 app = typer.Typer(
     help="Watches where a vision-language model looks while it writes, and flags what the picture does not support.\n\n"
     "Exit codes: 0 nothing was flagged, 1 something was flagged, 2 something could not be checked or the call was wrong; "
-    "filter ends with 0 when every row has its place.",
+    "filter ends with 0 when every row has its place, with 2 also on a full disk, and with 130 or 143 when Ctrl-C or SIGTERM "
+    "stopped it; the same command then goes on.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

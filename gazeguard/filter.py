@@ -3,9 +3,41 @@
 keep = CaptionFilter("path/of/a/model", policy="mark")
 keep({"image": ["a.jpg"], "caption": ["A red star."]})["gaze_verdict"]   # a for-loop
 dataset.map(keep, batched=True, batch_size=256)                          # Hugging Face datasets
+ray_filter(ray_dataset, "path/of/a/model", actors=8, gpus=1)             # Ray Data; pictures as bytes, arrays or shared paths
 
 One bad row never costs another. Whatever goes wrong with a row (no picture, no caption, no memory, no finite number, an error
 of the model) makes that row *unchecked*, with the reason; only a row whose picture the model has looked at can pass.
+
+Where it sits in a larger pipeline: behind whatever writes captions, since one forward pass per caption judges them all. The
+columns are the interface: what comes after it filters by ``gaze_verdict``. The lines above are tested; those below are not, as
+the libraries need GPUs or pin other versions of torch and transformers.
+
+Behind captions of vLLM in Ray Data, whose processor leaves the columns that it gets::
+
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+    config = vLLMEngineProcessorConfig(model_source="Qwen/Qwen3-VL-8B-Instruct")
+    write = build_processor(config, preprocess=..., postprocess=...)
+    told = ray_filter(write(ray.data.read_parquet("pictures/")), "folder/of/the/model", actors=8, gpus=1)
+    told.filter(expr="gaze_verdict == 'pass'").write_parquet("kept/")
+
+As a stage of NeMo Curator, in the environment of which this package is installed::
+
+    @dataclass
+    class GazeStage(ProcessingStage[ImageBatch, ImageBatch]):
+        resources: Resources = field(default_factory=lambda: Resources(gpus=1))
+
+        def setup(self, worker_metadata=None):
+            self.keep = CaptionFilter("folder/of/the/model")
+
+        def process(self, task):
+            own = task.data
+            made = self.keep({"image": [x.image_data for x in own], "caption": [x.metadata["caption"] for x in own]})
+            for i, x in enumerate(own):
+                x.metadata.update({name: made[name][i] for name in COLUMNS})
+            return task
+
+Data-Juicer pins transformers 4, with which this package does not run: filter first, in an environment of its own, and let its
+``general_field_filter`` read the column: ``filter_condition: "gaze_verdict == 'pass'"``.
 """
 
 from __future__ import annotations

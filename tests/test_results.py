@@ -307,6 +307,31 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(keep, rows, unbroken, t
         assert files(out) == files(unbroken)
 
 
+def test_a_command_on_a_full_disk_says_so_and_goes_on_when_there_is_room(rows, unbroken, tmp_path):
+    """Here no file may have more than 4 KiB: the chunks fit, the results do not. Exit code 2, one line, every chunk kept."""
+    tight = (
+        "import os, resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\nos.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-m", "gazeguard", "filter", str(rows), str(tmp_path / "out"), "--chunk", str(CHUNK)]
+    command += ["--batch-size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", tight, *command], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "out cannot be written: File too large. Finished chunks are kept: put this right" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+    assert len(list((tmp_path / "out/parts").glob("*.jsonl"))) == -(-ROWS // CHUNK)
+    assert not list((tmp_path / "out").glob("*"))[1:]
+    result = run(app, command[3:])
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path / "out") == files(unbroken)
+
+
+def test_exit_codes_are_in_the_help():
+    told = " ".join(run(app, ["--help"]).output.split())
+    assert "with 2 also on a full disk, and with 130 or 143 when Ctrl-C or SIGTERM stopped it" in told
+
+
 def test_a_place_that_cannot_be_written_is_said(keep, rows, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"file/out cannot be written: Not a directory"):
