@@ -95,6 +95,7 @@ def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
     at = [first(claim.said) for claim in claims]
     here = where(at)
     picture = trace.shares[:, :, SHARES.index("picture")]
+    readout = trace.readout.sum(-1)
     things: dict[Phrase, None] = {}
     before: list[int] = []  # for each claim, how many things were named before its own
     repeated, unlikely, readout_words, usual = [], [], [], []
@@ -110,9 +111,9 @@ def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
         said = tokens(claim.said)
         words = [first(part) for part in (*claim.phrase.attributes, claim.phrase.head)] if claim.kind == "object" else said
         unlikely.append(-trace.logprobs[said.start : said.stop].min())
-        readout_words.append(trace.readout[list(words)].sum(-1).min())
-        between = ~inside[:row]
-        usual.append(picture[:row][between].mean(0) if between.any() else picture[row])
+        readout_words.append(readout[list(words)].min())
+        between = np.flatnonzero(~inside[:row])
+        usual.append(picture[between].mean(0) if len(between) else picture[row])
     # Of the gaze for the things named so far, the most on every cell; nothing before the first.
     visits = np.maximum.accumulate(where([first(thing.head) for thing in things]).mean(1), axis=0)
     seen = np.concatenate((np.zeros((1, visits.shape[1])), visits))[before]
@@ -128,7 +129,7 @@ def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
         repeated,
         unlikely,
         trace.entropy[at],
-        trace.readout[at].sum(-1),
+        readout[at],
         readout_words,
         trace.content[at],
         trace.named[at],

@@ -42,7 +42,7 @@ from gazeguard.inputs import decode, encode, grids_of, has_pixels, image_token_i
 from gazeguard.phrases import Parser, claims
 from gazeguard.policy import Policy, load_policy
 from gazeguard.repair import without
-from gazeguard.report import Finding, Report, Verdict, gaze_box
+from gazeguard.report import Finding, Report, Verdict, gaze_boxes
 from gazeguard.steer import STRENGTH, Look, Mode, Target
 from gazeguard.tap import Prompts, Rows, Tap, content, judge_words, keys_of
 from gazeguard.trace import SHARES, GazeTrace
@@ -430,15 +430,16 @@ class GazeGuard:
             flag and (claim.kind == "object" or claim.phrase not in absent) for claim, flag in zip(said, flagged, strict=True)
         ]
         of_flagged = iter(self.detector.reasons(x[flagged], [kind for kind, flag in zip(kinds, flagged, strict=True) if flag]))
+        boxes = gaze_boxes(trace, [trace.tokens(claim.said.start, claim.said.end) for claim in said])
         findings = tuple(
             Finding(
                 claim=claim,
                 risk=float(risk),
                 flagged=bool(flag),
                 reasons=next(of_flagged) if flag else (),
-                box=gaze_box(trace, trace.tokens(claim.said.start, claim.said.end)),
+                box=box,
             )
-            for claim, risk, flag in zip(said, risks, flagged, strict=True)
+            for claim, risk, flag, box in zip(said, risks, flagged, boxes, strict=True)
         )
         doubtful = [str(finding.claim) for finding in findings if finding.flagged]
         if doubtful:

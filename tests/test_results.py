@@ -321,7 +321,8 @@ def test_a_command_on_a_full_disk_says_so_and_goes_on_when_there_is_room(rows, u
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
     assert len(list((tmp_path / "out/parts").glob("*.jsonl"))) == -(-ROWS // CHUNK)
-    assert not list((tmp_path / "out").glob("*"))[1:]
+    assert not (tmp_path / "out/summary.json").exists()
+    assert not list((tmp_path / "out").glob("**/*.tmp"))
     result = run(app, command[3:])
     assert result.exit_code == 0, result.output
     assert files(tmp_path / "out") == files(unbroken)
