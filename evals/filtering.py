@@ -188,7 +188,7 @@ def main(out: Out, quick: Quick = False, only: Only = None) -> None:
     parts: dict[str, Callable[[Path], dict[str, Figure]]] = {
         "speed": lambda work: of_speed(work, 32 if quick else 64, 2 if quick else 12),
         "kills": lambda work: of_kills(work, 60 if quick else 5000, 1 if quick else KILLS),
-        "ray": lambda work: of_ray(work, 32 if quick else 512, 8 if quick else 32),
+        "ray": lambda work: of_ray(work, 32 if quick else 128, 8 if quick else 16),
     }
     figures = json.loads(out.read_text())["figures"] if only and out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:

@@ -136,6 +136,7 @@ def test_stairs_count_the_rows_of_what_is_said():
         ("cost", ["time_ratio_mark_batch_1"]),
         ("overhead", ["tap_readout_time_ratio", "tap_readout_memory_ratio", "eager_output_attentions_time_ratio"]),
         ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
+        ("filtering", ["throughput_ratio", "rows_per_second", "rows_exactly_once", "byte_equal", "kills"]),
     ],
 )
 @pytest.mark.slow
