@@ -455,10 +455,10 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:
             raise InputError(f"An actor raised {explain(error.cause)}") from error
         except self._ray.exceptions.RayError as error:
-            said = str(error).strip().splitlines()
+            said = str(error).strip().splitlines()[-1][:MAX_REASON]  # before it stands a traceback
             raise InputError(
-                f"Ray's actors cannot go on: {said[0]} {said[-1]}. Finished chunks are kept. See that every machine can load "
-                "the model and has the memory for it."
+                f"Ray's actors cannot go on: {said} Finished chunks are kept. See that every machine can load the model and has "
+                "the memory for it, and give the same command again."
             ) from error
 
 

@@ -141,6 +141,16 @@ def test_two_actors_one_killed_give_the_files_of_one_process(cluster, rows, alon
     assert cluster.is_initialized()  # it was there before the pool
 
 
+def test_what_the_actors_cannot_do_is_one_line(cluster, rows, tmp_path):
+    """A model that is not there, on any machine of the cluster."""
+    arguments = ["filter", str(rows), str(tmp_path / "out"), "--ray", "--actors", "1", "--model", "nowhere/at all"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "Ray's actors cannot go on: OSError: Repo id" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dataset_keeps_its_columns_and_every_row_when_an_actor_is_killed(cluster, keep, table):
     """The verdicts of one process for every row, with types that do not depend on the block."""
     pa = pytest.importorskip("pyarrow")
@@ -182,15 +192,6 @@ def test_the_command_with_ray_gives_the_same_files(cluster, rows, alone, tmp_pat
     assert result.exit_code == 0, result.output
     assert f"{ROWS} rows: " in result.stdout
     assert files(tmp_path / "out") == alone
-
-
-def test_what_the_actors_cannot_do_is_one_line(cluster, rows, tmp_path):
-    """A model that is not there, on any machine of the cluster."""
-    result = CliRunner().invoke(app, ["filter", str(rows), str(tmp_path / "out"), "--ray", "--model", str(tmp_path / "none")])
-    assert result.exit_code == 2
-    assert "Ray's actors cannot go on" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):
