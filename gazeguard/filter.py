@@ -457,8 +457,8 @@ class RayPool:
         except self._ray.exceptions.RayError as error:
             said = str(error).strip().splitlines()[-1][:MAX_REASON]  # before it stands a traceback
             raise InputError(
-                f"Ray's actors cannot go on: {said} Finished chunks are kept. See that every machine can load the model and has "
-                "the memory for it, and give the same command again."
+                f"Ray's actors cannot go on: {said} Finished chunks are kept. See that every machine can load the model and "
+                "has the memory for it, and give the same command again."
             ) from error
 
 
