@@ -1,7 +1,9 @@
 """And from the shell? ``gazeguard demo``, ``caption``, ``check``, ``filter``, ``replay``, ``heads``, ``policy``, ``doctor``.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 nothing was flagged, 1 something was flagged,
-2 something could not be checked or the call was wrong. ``filter`` ends with 0 when every row has its place.
+2 something could not be checked or the call was wrong. ``filter`` ends with 0 when every row has its place, with 2 when the
+call was wrong or nothing can be written (a full disk), and with 128 plus its number for a signal (130 for Ctrl-C, 143 for
+SIGTERM); after the last two the same command goes on from the last finished chunk.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +33,8 @@ from gazeguard.errors import GazeGuardError, InputError
 app = typer.Typer(
     help="Watches where a vision-language model looks while it writes, and flags what the picture does not support.\n\n"
     "Exit codes: 0 nothing was flagged, 1 something was flagged, 2 something could not be checked or the call was wrong; "
-    "filter ends with 0 when every row has its place.",
+    "filter ends with 0 when every row has its place, with 2 also on a full disk, and with 130 or 143 when Ctrl-C or SIGTERM "
+    "stopped it; the same command then goes on.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -104,6 +107,16 @@ def _load(model: str | None) -> tuple[Any, Any]:
                 f"{model} cannot be loaded as a vision-language model: {reason} "
                 "Give the folder or hub id of a model of transformers' AutoModelForImageTextToText."
             ) from error
+
+
+def _guard(model: str | None, policy: Any) -> Any:
+    """A guard over a model, on a GPU if there is one."""
+    import torch
+
+    from gazeguard.guard import GazeGuard
+
+    loaded, processor = _load(model)
+    return GazeGuard(loaded.to("cuda") if torch.cuda.is_available() else loaded, processor, policy=policy)
 
 
 def _show(title: str, report: Any, truth: Sequence[str] = ()) -> None:
@@ -278,6 +291,12 @@ def filter_(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a caption that has to be written.")] = 256,
     image_column: Annotated[str, typer.Option(help="Name of the pictures in JSONL and parquet.")] = "image",
     caption_column: Annotated[str, typer.Option(help="Name of the captions in JSONL and parquet.")] = "caption",
+    ray: Annotated[
+        bool, typer.Option("--ray", help="In Ray actors: of the cluster at RAY_ADDRESS, or else on this machine.")
+    ] = False,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Actors of Ray, each with the model. [default: one per GPU, or 2]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Sort many captions into kept, flagged and excluded (what could not be checked), each with its reason.
@@ -286,30 +305,34 @@ def filter_(
     every row is in the results once, in the order of the input. summary.json counts the reasons.
     """
     with _errors(), _stoppable():
-        import torch
-
+        from gazeguard import lab
         from gazeguard.files import open_input
-        from gazeguard.filter import CaptionFilter, filter_files, settings
-        from gazeguard.guard import GazeGuard
+        from gazeguard.filter import CaptionFilter, RayPool, filter_files
+        from gazeguard.policy import load_policy
         from gazeguard.results import Results
 
         rows = open_input(source, image_column, caption_column)
-        loaded, processor = _load(model)
-        if torch.cuda.is_available():
-            loaded.to("cuda")
-        keep = CaptionFilter(
-            GazeGuard(loaded, processor, policy=policy),
-            batch_size=batch_size,
-            workers=workers,
-            prompt=prompt,
-            max_new_tokens=max_new_tokens,
-            image=image_column,
-            caption=caption_column,
-        )
+        options = {
+            "policy": load_policy(policy),
+            "batch_size": batch_size,
+            "workers": workers,
+            "prompt": prompt,
+            "max_new_tokens": max_new_tokens,
+            "image": image_column,
+            "caption": caption_column,
+        }
         root = source if source.is_dir() else source.parent
-        results = Results(folder, settings(keep, rows, root, chunk, label_only), label_only)
-        columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        with Progress(TextColumn("{task.description}"), *columns, console=err) as progress:
+        with ExitStack() as stack:
+            if ray:
+                with err.status("starting Ray's actors"):
+                    keep = stack.enter_context(RayPool(model or lab.checkpoint_path(), actors, **options))
+                    run = keep.settings(rows, root, chunk, label_only)
+            else:
+                keep = CaptionFilter(_guard(model, options.pop("policy")), **options)
+                run = keep.settings(rows, root, chunk, label_only)
+            results = Results(folder, run, label_only)
+            columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+            progress = stack.enter_context(Progress(TextColumn("{task.description}"), *columns, console=err))
             total = rows.count()
             done = total if results.finished() else min(total, results.done() * chunk)
             task = progress.add_task("filtering", total=total, completed=done)

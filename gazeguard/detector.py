@@ -207,6 +207,8 @@ class Detector(BaseModel):
 
     def unknown(self, x: NDArray[np.float64], kinds: Sequence[str]) -> str:
         """The first feature that counts for a claim and is not finite, as where a model's numbers overflowed; or ""."""
+        if np.isfinite(x).all():
+            return ""
         for row, kind in zip(x, kinds, strict=True):
             names = self.kinds[kind].names
             if not (finite := np.isfinite(features.pick(row[None], self.heads, names)[0])).all():

@@ -7,7 +7,8 @@ the few that speak.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,10 +59,8 @@ def meaning(name: str, high: bool) -> str:
 
 
 @np.errstate(invalid="ignore", over="ignore")  # what a model's overflow makes of them is not finite, and the guard says so
-def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Collection[int] | None = None) -> NDArray[np.float64]:
+def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
     """(len(claims), len(names(trace.heads))) float64: one row per claim of the trace's caption, in order.
-
-    wanted: the numbers of the claims whose rows are; the others are left zero. By default all.
 
     All but ``readout_words`` and ``surprise`` are of the first token of the words that decide the claim (`Claim.said`).
 
@@ -79,46 +78,69 @@ def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Collection[int] 
     together:      overlap with the gaze of the words that belong to it (`Claim.other`), mean over heads; 1 if none do
     there:         how far the gaze agrees with words like "top left", 0 to 1; 0.5 when no such word is said
     """
-    rows = np.zeros((len(claims), len(names(trace.heads))))
+    if not claims:
+        return np.zeros((0, len(names(trace.heads))))
+
+    @cache  # a thing is asked for with each of its claims
+    def tokens(span: Span) -> range:
+        return trace.tokens(span.start, span.end)
 
     def first(span: Span) -> int:
-        return trace.tokens(span.start, span.end).start
+        return tokens(span).start
 
-    things: list[Phrase] = []
-    inside = np.zeros(len(trace), bool)
-    gaze = trace.gaze.astype(np.float64)
-    where = gaze / np.maximum(gaze.sum(-1, keepdims=True), 1e-9)  # (T, H, N)
-    spread = -(where * np.log(np.maximum(where, 1e-12))).sum(-1) / np.log(max(2, where.shape[-1]))
+    def where(rows: Sequence[int]) -> NDArray[np.float64]:
+        """(rows, H, N): how each head's gaze on the picture is spread while these tokens are written."""
+        gaze = trace.gaze[list(rows)].astype(np.float64)
+        return gaze / np.maximum(gaze.sum(-1, keepdims=True), 1e-9)
+
+    at = [first(claim.said) for claim in claims]
+    here = where(at)
     picture = trace.shares[:, :, SHARES.index("picture")]
-    for i, claim in enumerate(claims):
+    readout = trace.readout.sum(-1)
+    things: dict[Phrase, None] = {}
+    before: list[int] = []  # for each claim, how many things were named before its own
+    repeated, unlikely, readout_words, usual = [], [], [], []
+    inside, nouns = np.zeros(len(trace), bool), []
+    for claim, row in zip(claims, at, strict=True):
         if claim.phrase not in things:
-            things.append(claim.phrase)
-            tokens = trace.tokens(claim.phrase.start, claim.phrase.end)
-            inside[tokens.start : tokens.stop] = True
-        if wanted is not None and i not in wanted:
-            continue
-        earlier = things[:-1]
-        at, said = first(claim.said), trace.tokens(claim.said.start, claim.said.end)
+            things[claim.phrase] = None
+            nouns.append(_noun(claim.phrase))
+            own = tokens(claim.phrase)
+            inside[own.start : own.stop] = True
+        before.append(len(things) - 1)
+        repeated.append(_noun(claim.phrase) in nouns[:-1])
+        said = tokens(claim.said)
         words = [first(part) for part in (*claim.phrase.attributes, claim.phrase.head)] if claim.kind == "object" else said
-        between = np.flatnonzero(~inside[:at])
-        usual = picture[between].mean(0) if len(between) else picture[at]
-        seen = where[[first(thing.head) for thing in earlier]].mean(1).max(0) if earlier else np.zeros(where.shape[-1])
-        rows[i] = np.concatenate(
-            (
-                [np.log1p(at), np.log1p(len(earlier)), _noun(claim.phrase) in map(_noun, earlier)],
-                [-trace.logprobs[list(said)].min(), trace.entropy[at]],
-                [trace.readout[at].sum(), trace.readout[list(words)].sum(-1).min()],
-                [trace.content[at], trace.named[at], _agreement(where[at])],
-                [np.minimum(where[at].mean(0), seen).sum()],
-                [1 if claim.other is None else np.minimum(where[at], where[first(claim.other)]).sum(-1).mean()],
-                [_there(trace, where[at].mean(0), claim)],
-                trace.readout[at],
-                picture[at],
-                1 - spread[at],
-                picture[at] - usual,
-            )
-        )
-    return rows
+        unlikely.append(-trace.logprobs[said.start : said.stop].min())
+        readout_words.append(readout[list(words)].min())
+        between = np.flatnonzero(~inside[:row])
+        usual.append(picture[between].mean(0) if len(between) else picture[row])
+    # Of the gaze for the things named so far, the most on every cell; nothing before the first.
+    visits = np.maximum.accumulate(where([first(thing.head) for thing in things]).mean(1), axis=0)
+    seen = np.concatenate((np.zeros((1, visits.shape[1])), visits))[before]
+    mean = here.mean(1)
+    together = np.ones(len(claims))
+    if paired := [i for i, claim in enumerate(claims) if claim.other is not None]:
+        others = where([first(claims[i].other) for i in paired])
+        together[paired] = np.minimum(here[paired], others).sum(-1).mean(-1)
+    spread = -(here * np.log(np.maximum(here, 1e-12))).sum(-1) / np.log(max(2, here.shape[-1]))
+    alone = (
+        np.log1p(at),
+        np.log1p(before),
+        repeated,
+        unlikely,
+        trace.entropy[at],
+        readout[at],
+        readout_words,
+        trace.content[at],
+        trace.named[at],
+        _agreement(here),
+        np.minimum(mean, seen).sum(-1),
+        together,
+        [_there(trace, own, claim) for own, claim in zip(mean, claims, strict=True)],
+    )
+    per_head = (trace.readout[at], picture[at], 1 - spread, picture[at] - np.array(usual))
+    return np.concatenate((np.stack(alone, axis=1), *per_head), axis=1, dtype=np.float64)
 
 
 def _noun(thing: Phrase) -> str:
@@ -142,14 +164,18 @@ def _there(trace: GazeTrace, where: NDArray[np.float64], claim: Claim) -> float:
 
 def pick(x: NDArray[np.float64], heads: Sequence[tuple[int, int]], wanted: Sequence[str]) -> NDArray[np.float64]:
     """Some of the columns of `features`, by name: (phrases, len(wanted))."""
-    columns = names(heads)
-    return x[:, [columns.index(name) for name in wanted]]
+    return x[:, _columns(tuple(heads), tuple(wanted))]
 
 
-def _agreement(where: NDArray[np.float64]) -> float:
-    """Mean over pairs of heads of the overlap of their distributions (H, N); 1 for a single head."""
-    h = len(where)
-    if h == 1:
-        return 1.0
-    overlaps = np.minimum(where[:, None], where[None]).sum(-1)  # (H, H)
-    return float((overlaps.sum() - np.trace(overlaps)) / (h * (h - 1)))
+@cache
+def _columns(heads: tuple[tuple[int, int], ...], wanted: tuple[str, ...]) -> list[int]:
+    known = names(heads)
+    return [known.index(name) for name in wanted]
+
+
+def _agreement(where: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over pairs of heads of the overlap of their distributions (..., H, N); 1 for a single head."""
+    one, other = np.triu_indices(where.shape[-2], 1)
+    if not len(one):
+        return np.ones(where.shape[:-2])
+    return np.minimum(where[..., one, :], where[..., other, :]).sum(-1).mean(-1)

@@ -3,21 +3,57 @@
 keep = CaptionFilter("path/of/a/model", policy="mark")
 keep({"image": ["a.jpg"], "caption": ["A red star."]})["gaze_verdict"]   # a for-loop
 dataset.map(keep, batched=True, batch_size=256)                          # Hugging Face datasets
+ray_filter(ray_dataset, "path/of/a/model", actors=8, gpus=1)             # Ray Data; pictures as bytes, arrays or shared paths
 
 One bad row never costs another. Whatever goes wrong with a row (no picture, no caption, no memory, no finite number, an error
 of the model) makes that row *unchecked*, with the reason; only a row whose picture the model has looked at can pass.
+
+Where it sits in a larger pipeline: behind whatever writes captions, since one forward pass per caption judges them all. The
+columns are the interface: what comes after it filters by ``gaze_verdict``. The lines above are tested; those below are not, as
+the libraries need GPUs or pin other versions of torch and transformers.
+
+Behind captions of vLLM in Ray Data, whose processor leaves the columns that it gets::
+
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+    config = vLLMEngineProcessorConfig(model_source="Qwen/Qwen3-VL-8B-Instruct")
+    write = build_processor(config, preprocess=..., postprocess=...)
+    told = ray_filter(write(ray.data.read_parquet("pictures/")), "folder/of/the/model", actors=8, gpus=1)
+    told.filter(expr="gaze_verdict == 'pass'").write_parquet("kept/")
+
+As a stage of NeMo Curator, in the environment of which this package is installed::
+
+    @dataclass
+    class GazeStage(ProcessingStage[ImageBatch, ImageBatch]):
+        resources: Resources = field(default_factory=lambda: Resources(gpus=1))
+
+        def setup(self, worker_metadata=None):
+            self.keep = CaptionFilter("folder/of/the/model")
+
+        def process(self, task):
+            own = task.data
+            made = self.keep({"image": [x.image_data for x in own], "caption": [x.metadata["caption"] for x in own]})
+            for i, x in enumerate(own):
+                x.metadata.update({name: made[name][i] for name in COLUMNS})
+            return task
+
+Data-Juicer pins transformers 4, with which this package does not run: filter first, in an environment of its own, and let its
+``general_field_filter`` read the column: ``filter_condition: "gaze_verdict == 'pass'"``.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,12 +69,13 @@ from gazeguard.guard import DEFAULT_PROMPT, GazeGuard
 from gazeguard.inputs import encode, has_pixels, load_image
 from gazeguard.policy import Policy
 from gazeguard.report import Entry, Report
-from gazeguard.results import Results
+from gazeguard.results import Results, labelled
 
 COLUMNS = (
     "gaze_verdict", "gaze_reason", "gaze_risk", "gaze_phrases", "gaze_caption", "gaze_policy", "gaze_version"
 )  # fmt: skip
-AHEAD = 2  # batches whose pictures are unpacked while the model works on another one
+AHEAD = 2  # batches whose pictures are unpacked while the model works on another one; chunks that wait at a Ray actor
+RETRIES = 3  # of a chunk over which a Ray actor dies
 MAX_REASON = 300  # characters that an error of the model may say
 
 
@@ -126,8 +163,13 @@ class CaptionFilter:
         tick: Callable[[int], object] = lambda rows: None,
     ) -> list[dict[str, Any]]:
         """What `__call__` adds, one mapping per row; ``captions`` None: they are written. ``tick`` hears of rows done."""
-        reports = self.reports(images, captions, prompts, tick)
-        return [({self.caption: report.caption} if captions is None else {}) | columns(report) for report in reports]
+        made: dict[int, dict[str, Any]] = {}
+
+        def put(number: int, report: Report) -> None:  # without its trace, which is large
+            made[number] = ({self.caption: report.caption} if captions is None else {}) | columns(report)
+
+        self._judge(images, captions, prompts, tick, put)
+        return [made[number] for number in range(len(images))]
 
     def reports(
         self,
@@ -137,27 +179,39 @@ class CaptionFilter:
         tick: Callable[[int], object] = lambda rows: None,
     ) -> list[Report]:
         """The whole report on each row, with its gaze, which takes more room than what `judge` makes of it."""
-        reports: dict[int, Report] = {}
+        made: dict[int, Report] = {}
+        self._judge(images, captions, prompts, tick, made.__setitem__)
+        return [made[number] for number in range(len(images))]
+
+    def _judge(
+        self,
+        images: Sequence[Any],
+        captions: Sequence[Any] | None,
+        prompts: Sequence[Any] | None,
+        tick: Callable[[int], object],
+        put: Callable[[int, Report], None],
+    ) -> None:
+        """Give ``put`` the number of each row and the report on it, a batch at a time."""
         rows: list[_Row] = []
         for number, image in enumerate(images):
             told = None if captions is None else captions[number]
             asked = None if prompts is None else prompts[number]
             if captions is not None and not (isinstance(told, str) and told.strip()):
                 text, why = (told, "the caption is empty") if isinstance(told, str) else ("", "there is no caption")
-                reports[number] = self.guard._unchecked(text, why)
+                put(number, self.guard._unchecked(text, why))
             else:
                 rows.append(_Row(number, image, told, self.prompt if asked is None else str(asked)))
-        tick(len(reports))
+        tick(len(images) - len(rows))
         rows.sort(key=lambda row: len(row.caption or ""))  # stable: the order never depends on anything else
         groups = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
         for loaded in self._loaded(groups):
             seen = [row for row in loaded if isinstance(row.image, Image.Image)]
             for row in loaded:
                 if not isinstance(row.image, Image.Image):
-                    reports[row.number] = self.guard._unchecked(row.caption or "", row.image)
-            reports |= {row.number: report for row, report in zip(seen, self._judged(seen), strict=True)}
+                    put(row.number, self.guard._unchecked(row.caption or "", row.image))
+            for row, report in zip(seen, self._judged(seen), strict=True):
+                put(row.number, report)
             tick(len(loaded))
-        return [reports[number] for number in range(len(images))]
 
     def rows(
         self, rows: Sequence[Row], captioned: bool, tick: Callable[[int], object] = lambda rows: None
@@ -176,6 +230,33 @@ class CaptionFilter:
                 told = next(judged)
             made.append({**row.own, **told})
         return made
+
+    def settings(self, source: Source, root: str | Path, chunk: int, label_only: bool) -> dict[str, str]:
+        """Everything that results depend on, by name: a run that was broken off goes on only where all of it is the same."""
+        guard = self.guard
+        told = {
+            "input": identity(source, Path(root)),
+            "model": guard.heads.model,
+            "gaze heads": _digest(guard.heads.model_dump_json()),
+            "detector": "none" if guard.detector is None else _digest(guard.detector.model_dump_json()),
+            "policy": guard.policy.model_dump_json(),
+            "prompt": self.prompt,
+            "task": f"check with {self.caption}" if source.captioned else f"write at most {self.max_new_tokens} tokens",
+            "image column": self.image,
+            "batch size": self.batch_size,
+            "chunk": chunk,
+            "label-only": label_only,
+            "gazeguard": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        return {name: str(value) for name, value in told.items()}
+
+    def chunks(
+        self, batches: Iterable[Sequence[Row]], captioned: bool, tick: Callable[[int], object]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """`rows` for one batch after the other."""
+        return (self.rows(batch, captioned, tick) for batch in batches)
 
     def _loaded(self, groups: Sequence[Sequence[_Row]]) -> Iterator[list[_Row]]:
         """The groups in their order, each row with its picture, or with the reason why there is none."""
@@ -301,26 +382,133 @@ def explain(error: Exception) -> str:
     return f"the model raised {type(error).__name__}: {said}" if said else f"the model raised {type(error).__name__}"
 
 
-def settings(keep: CaptionFilter, source: Source, root: str | Path, chunk: int, label_only: bool) -> dict[str, str]:
-    """Everything that results depend on, by name: a run that was broken off goes on only where all of it is the same."""
-    guard = keep.guard
-    told = {
-        "input": identity(source, Path(root)),
-        "model": guard.heads.model,
-        "gaze heads": _digest(guard.heads.model_dump_json()),
-        "detector": "none" if guard.detector is None else _digest(guard.detector.model_dump_json()),
-        "policy": guard.policy.model_dump_json(),
-        "prompt": keep.prompt,
-        "task": f"check with {keep.caption}" if source.captioned else f"write at most {keep.max_new_tokens} tokens",
-        "image column": keep.image,
-        "batch size": keep.batch_size,
-        "chunk": chunk,
-        "label-only": label_only,
-        "gazeguard": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    return {name: str(value) for name, value in told.items()}
+class ArrowFilter(CaptionFilter):
+    """`CaptionFilter` over Arrow tables, whose columns are of the same types whatever a batch happens to hold."""
+
+    def __call__(self, batch: Any) -> Any:
+        """``pyarrow.Table`` in, ``pyarrow.Table`` out: its columns, and behind them those of `CaptionFilter.__call__`."""
+        columns = {name: batch[name].to_pylist() for name in (self.image, self.caption, "prompt") if name in batch.column_names}
+        made = super().__call__(columns)
+        return labelled(batch, {name: values for name, values in made.items() if name not in columns})
+
+
+def ray_filter(dataset: Any, model: str | Path, actors: int = 1, rows: int = 256, gpus: float = 0, **options: Any) -> Any:
+    """A Ray Dataset with the columns of `CaptionFilter` behind its own; lazy, as Ray's own ``map_batches`` that it calls.
+
+    model:   folder or hub id, which every machine of the cluster can load
+    actors:  processes that each hold the model; ``gpus`` of the cluster for each
+    rows:    handed over at once; the model sees ``batch_size`` of them
+    options: of `CaptionFilter`
+
+    Ray gives blocks back as they are done, unless its ``preserve_order`` is set. An actor that dies is started anew and its
+    rows are judged again.
+    """
+    ray = _ray()
+    return dataset.map_batches(
+        ArrowFilter,
+        fn_constructor_args=(str(model),),
+        fn_constructor_kwargs=options,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        batch_size=rows,
+        batch_format="pyarrow",
+        num_gpus=gpus or None,
+    )
+
+
+class _Actor(CaptionFilter):
+    def process(self) -> int:
+        """Its number, which says that it is there."""
+        return os.getpid()
+
+
+class RayPool:
+    """`CaptionFilter` in Ray actors, for `filter_files`: chunks are judged side by side and come back in their order.
+
+    model:   folder or hub id, which every machine of the cluster can load, as it must be able to read the input's pictures
+    actors:  processes that each hold the model, on a GPU each if the cluster has any; None: as many as GPUs, else two
+    options: of `CaptionFilter`
+
+    An actor that dies is started anew and its chunk judged again, `RETRIES` times at most. Uses the cluster that Ray is
+    connected to or finds by ``RAY_ADDRESS``, else one of its own on this machine, which ends with the pool.
+    Raises `InputError` without Ray, for more actors than GPUs, and for a model that the actors cannot load.
+    """
+
+    def __init__(self, model: str | Path, actors: int | None = None, **options: Any) -> None:
+        self._ray = ray = _ray()
+        self._own = not ray.is_initialized()
+        if self._own:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a filter tells nobody that it runs
+            ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if gpus and actors and actors > gpus:
+            self.close()
+            raise InputError(f"{actors} actors are asked for, but the cluster has {gpus} GPUs. Ask for at most so many.")
+        actor = ray.remote(_Actor).options(num_gpus=min(gpus, 1), max_restarts=-1, max_task_retries=RETRIES)
+        self.actors = [actor.remote(str(model), **options) for _ in range(actors or gpus or 2)]
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the actors, and the cluster if it is the pool's own."""
+        for actor in getattr(self, "actors", ()):
+            self._ray.kill(actor)
+        if self._own:
+            self._ray.shutdown()
+
+    def processes(self) -> list[int]:
+        """The process of each actor, on whatever machine it is."""
+        return [self._come(actor.process.remote()) for actor in self.actors]
+
+    def settings(self, source: Source, root: str | Path, chunk: int, label_only: bool) -> dict[str, str]:
+        """`CaptionFilter.settings` of the first actor."""
+        return self._come(self.actors[0].settings.remote(source, Path(root).resolve(), chunk, label_only))
+
+    def chunks(
+        self, batches: Iterable[Sequence[Row]], captioned: bool, tick: Callable[[int], object]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """`CaptionFilter.rows` for every batch, in their order; at most `AHEAD` batches wait at every actor."""
+        waiting: deque[Any] = deque()
+
+        def come() -> list[dict[str, Any]]:
+            made = self._come(waiting.popleft())
+            tick(len(made))
+            return made
+
+        for batch, actor in zip(batches, cycle(self.actors), strict=False):
+            waiting.append(actor.rows.remote(batch, captioned))
+            if len(waiting) >= AHEAD * len(self.actors):
+                yield come()
+        while waiting:
+            yield come()
+
+    def _come(self, promised: Any) -> Any:
+        try:
+            return self._ray.get(promised)
+        except self._ray.exceptions.RayTaskError as error:
+            raise InputError(f"An actor raised {explain(error.cause)}") from error
+        except self._ray.exceptions.RayError as error:
+            said = str(error).strip().splitlines()[-1][:MAX_REASON]  # before it stands a traceback
+            raise InputError(
+                f"Ray's actors cannot go on: {said} Finished chunks are kept. See that every machine can load the model and "
+                "has the memory for it, and give the same command again."
+            ) from error
+
+
+def _ray() -> ModuleType:
+    """Ray with its data. Raises `InputError` when it is not installed. Ray's way with SIGTERM, set on import, is undone."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        import ray.data
+    except ImportError as error:
+        raise InputError("Ray is not installed: pip install 'gazeguard[ray]'.") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+    return ray
 
 
 def _digest(text: str) -> str:
@@ -328,7 +516,7 @@ def _digest(text: str) -> str:
 
 
 def filter_files(
-    keep: CaptionFilter,
+    keep: CaptionFilter | RayPool,
     source: Source,
     results: Results,
     chunk: int,
@@ -341,11 +529,11 @@ def filter_files(
     """
     with results.opened():
         if not results.finished():
-            number = results.done()
-            rows = source.rows(number * chunk)
-            while batch := _next(rows, chunk):
-                results.save(number, keep.rows(batch, source.captioned, tick))
-                number += 1
+            first = results.done()
+            rows = source.rows(first * chunk)
+            batches = iter(lambda: _next(rows, chunk), [])
+            for number, made in enumerate(keep.chunks(batches, source.captioned, tick), first):
+                results.save(number, made)
         return results.finish(source)
 
 

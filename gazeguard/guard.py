@@ -57,7 +57,7 @@ from gazeguard.inputs import (
 from gazeguard.phrases import Claim, Parser, claims, may_end_thing
 from gazeguard.policy import Policy, load_policy
 from gazeguard.repair import without
-from gazeguard.report import Finding, Report, Verdict, gaze_box
+from gazeguard.report import Finding, Report, Verdict, gaze_boxes
 from gazeguard.seen import Seen, seen
 from gazeguard.steer import STRENGTH, Look, Mode, Target, undescribed
 from gazeguard.tap import Keys, Prompts, Rows, Tap, keys_of
@@ -529,16 +529,17 @@ class GazeGuard:
         flagged = [
             flag and (claim.kind == "object" or claim.phrase not in absent) for claim, flag in zip(said, flagged, strict=True)
         ]
-        reasons = self.detector.reasons(x, kinds)
+        of_flagged = iter(self.detector.reasons(x[flagged], [kind for kind, flag in zip(kinds, flagged, strict=True) if flag]))
+        boxes = gaze_boxes(trace, [trace.tokens(claim.said.start, claim.said.end) for claim in said])
         findings = tuple(
             Finding(
                 claim=claim,
                 risk=float(risk),
                 flagged=bool(flag),
-                reasons=why if flag else (),
-                box=gaze_box(trace, trace.tokens(claim.said.start, claim.said.end)),
+                reasons=next(of_flagged) if flag else (),
+                box=box,
             )
-            for claim, risk, flag, why in zip(said, risks, flagged, reasons, strict=True)
+            for claim, risk, flag, box in zip(said, risks, flagged, boxes, strict=True)
         )
         doubtful = [str(finding.claim) for finding in findings if finding.flagged]
         if doubtful:
@@ -550,7 +551,7 @@ class GazeGuard:
     def _doubtful(self, trace: GazeTrace, said: Sequence[Claim], things: Sequence[int]) -> Claim | None:
         """Which of these ``things`` among a caption's claims is to be taken back, the first of them; None if none is."""
         kinds = [said[i].kind for i in things]
-        x = features.features(trace, said, things)[list(things)]
+        x = features.features(trace, said)[list(things)]
         if self.detector.unknown(x, kinds):
             return None  # the caption will be unchecked
         limit = self.detector.threshold("object", self.policy.rewind.threshold or self.policy.threshold)

@@ -197,20 +197,29 @@ def gaze_box(trace: GazeTrace, tokens: Sequence[int]) -> Box | None:
     The smallest box, in pixels of the first picture, around the fewest cells that together carry half of the gaze there
     (mean over heads and tokens). None when there are no tokens, no cells with a place, or no gaze on them.
     """
+    return gaze_boxes(trace, [tokens])[0]
+
+
+def gaze_boxes(trace: GazeTrace, words: Sequence[Sequence[int]]) -> list[Box | None]:
+    """`gaze_box` for the tokens of each of several ``words``, in their order."""
     placed = _placed(trace)
-    if not len(tokens) or not len(placed):
-        return None
-    mass = _mean_gaze(trace, tokens)[placed]
-    total = mass.sum()
-    if not total > 0:
-        return None
-    order = np.argsort(-mass, kind="stable")
-    # The tiny allowance lets n equal cells be halved exactly in spite of rounding.
-    enough = int(np.searchsorted(np.cumsum(mass[order]), total / 2 * (1 - 1e-9))) + 1
-    boxes = trace.grid.boxes[placed[order[:enough]]].astype(np.float64)
-    (x0, y0), (x1, y1) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
-    width, height = trace.grid.sizes[0]
-    return (x0 * width, y0 * height, x1 * width, y1 * height)
+    if not len(words) or not len(placed):
+        return [None] * len(words)
+    gaze = trace.gaze.mean(axis=1, dtype=np.float64)[:, placed]
+    mass = np.stack([gaze[list(tokens)].mean(axis=0) if len(tokens) else np.zeros(len(placed)) for tokens in words])
+    mass[~np.isfinite(mass)] = 0
+    total = mass.sum(axis=1, keepdims=True)
+    order = np.argsort(-mass, axis=1, kind="stable")
+    # A cell is taken while those before it carry less than half. The tiny allowance lets n equal cells be halved exactly in
+    # spite of rounding.
+    summed = np.take_along_axis(mass, order, axis=1).cumsum(axis=1)
+    taken = np.sum(summed < total / 2 * (1 - 1e-9), axis=1) + 1
+    boxes = trace.grid.boxes[placed].astype(np.float64) * np.tile(np.array(trace.grid.sizes[0], float), 2)
+    found: list[Box | None] = []
+    for own, cells, has in zip(taken, order, total[:, 0] > 0, strict=True):
+        around = boxes[cells[:own]]
+        found.append((*around[:, :2].min(axis=0).tolist(), *around[:, 2:].max(axis=0).tolist()) if has else None)
+    return found
 
 
 def page(entries: Iterable[Entry], title: str = "GazeGuard replay", edge: int = LONGEST_EDGE) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -165,6 +165,24 @@ class Results:
 def _fill_tables(source: Table, files: Mapping[str, IO[bytes]], lines: Iterator[tuple[str, bytes, dict[str, Any]]]) -> None:
     """Write the rows of a table, each followed by its verdict, to the file of its verdict, or all to the only file."""
     pa = arrow()
+    writers: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for batch in source.batches(1024):
+            told = [(verdict, row) for verdict, _, row in islice(lines, batch.num_rows)]
+            added = {name: [row[name] for _, row in told] for name in told[0][1]}
+            table = labelled(pa.Table.from_batches([batch]), added)
+            table = table.replace_schema_metadata(None)  # datasets' own describes the columns before
+            for place, file in files.items():
+                if place not in writers:
+                    writers[place] = stack.enter_context(pa.parquet.ParquetWriter(file, table.schema))
+                mask = pa.array([place == LABELLED or PLACES[verdict] == place for verdict, _ in told])
+                if (chosen := table.filter(mask)).num_rows:
+                    writers[place].write_table(chosen)
+
+
+def labelled(table: Any, added: Mapping[str, Sequence[Any]]) -> Any:
+    """An Arrow table with columns of verdicts behind its own, in place of those of the same names. Their types are fixed."""
+    pa = arrow()
     phrase = pa.struct(
         {
             "text": pa.string(),
@@ -176,22 +194,10 @@ def _fill_tables(source: Table, files: Mapping[str, IO[bytes]], lines: Iterator[
         }
     )
     types = {"gaze_risk": pa.float64(), "gaze_phrases": pa.list_(phrase)}
-    writers: dict[str, Any] = {}
-    with ExitStack() as stack:
-        for batch in source.batches(1024):
-            told = [(verdict, row) for verdict, _, row in islice(lines, batch.num_rows)]
-            added = {name: pa.array([row[name] for _, row in told], types.get(name, pa.string())) for name in told[0][1]}
-            table = pa.Table.from_batches([batch])
-            table = table.drop_columns([name for name in added if name in table.column_names])
-            for name, column in added.items():
-                table = table.append_column(name, column)
-            table = table.replace_schema_metadata(None)  # datasets' own describes the columns before
-            for place, file in files.items():
-                if place not in writers:
-                    writers[place] = stack.enter_context(pa.parquet.ParquetWriter(file, table.schema))
-                mask = pa.array([place == LABELLED or PLACES[verdict] == place for verdict, _ in told])
-                if (chosen := table.filter(mask)).num_rows:
-                    writers[place].write_table(chosen)
+    table = table.drop_columns([name for name in added if name in table.column_names])
+    for name, values in added.items():
+        table = table.append_column(name, pa.array(values, types.get(name, pa.string())))
+    return table
 
 
 def kind_of(said: str) -> str:

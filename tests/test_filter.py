@@ -17,7 +17,7 @@ from PIL import Image
 from gazeguard import __version__, lab
 from gazeguard.errors import InputError
 from gazeguard.files import Slice
-from gazeguard.filter import AHEAD, COLUMNS, CaptionFilter, explain, picture_of
+from gazeguard.filter import AHEAD, COLUMNS, ArrowFilter, CaptionFilter, explain, picture_of
 from gazeguard.guard import GazeGuard
 
 SAMPLES = lab.samples("test", 6, seed=7)
@@ -100,6 +100,53 @@ def test_the_policy_says_what_is_let_through(keep, told):
                 assert left == ""
             else:
                 assert (left != text) == (verdict == "flag")
+
+
+def test_neighbours_in_length_share_a_batch(keep, told):
+    """So that little is padded, wherever the rows stand; results come in the order of the rows."""
+    short, long = "A red star.", told[0]
+    batch = {"image": [IMAGES[0]] * 6, "caption": [short, long] * 3, "prompt": [PROMPTS[0]] * 6}
+    seen = []
+    handle = keep.guard.model.register_forward_pre_hook(
+        lambda _model, _args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        made = keep(batch)
+    finally:
+        handle.remove()
+    (rows, narrow), (more, wide) = seen
+    assert rows == more == 3
+    assert narrow < wide
+    assert [phrases[0]["text"] for phrases in made["gaze_phrases"][::2]] == ["A red star"] * 3
+    assert made["gaze_phrases"][1] == made["gaze_phrases"][3]
+
+
+def test_datasets_map_takes_it_as_it_is(keep, told):
+    """Pictures as datasets keep them, the verdicts of a plain call."""
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": IMAGES, "caption": told, "prompt": PROMPTS}
+    features = datasets.Features(
+        {"image": datasets.Image(), "caption": datasets.Value("string"), "prompt": datasets.Value("string")}
+    )
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    made = dataset.map(keep, batched=True, batch_size=4)
+    expected = keep(columns)
+    assert made.column_names == [*columns, *COLUMNS]
+    assert list(made["gaze_verdict"]) == expected["gaze_verdict"]
+    assert list(made["gaze_caption"]) == told
+    assert len(made.filter(lambda row: row["gaze_verdict"] == "pass")) == expected["gaze_verdict"].count("pass")
+
+
+def test_a_table_has_the_same_types_whatever_it_holds(keep, told):
+    """As Ray wants of its blocks: rows without phrases, or without boxes, change no type."""
+    pa = pytest.importorskip("pyarrow")
+    arrow = ArrowFilter(keep.guard, batch_size=3)
+    whole = pa.table({"image": [packed(image) for image in IMAGES], "caption": told, "prompt": PROMPTS})
+    made, none = arrow(whole), arrow(whole.slice(0, 0))
+    bad = arrow(pa.table({"image": [b"", b""], "caption": ["A star.", None], "prompt": [None, None]}))
+    assert made.schema == none.schema
+    assert [field.type for field in bad.schema if field.name in COLUMNS] == [made.schema.field(name).type for name in COLUMNS]
+    assert made.select(list(COLUMNS)).to_pydict() == {name: keep(whole.to_pydict())[name] for name in COLUMNS}
 
 
 def test_an_empty_batch_has_every_column(keep):

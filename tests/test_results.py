@@ -22,7 +22,7 @@ from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.errors import InputError, OutputError
 from gazeguard.files import open_input
-from gazeguard.filter import COLUMNS, CaptionFilter, filter_files, settings
+from gazeguard.filter import COLUMNS, CaptionFilter, filter_files
 from gazeguard.guard import GazeGuard
 from gazeguard.results import Results, kind_of
 
@@ -62,7 +62,7 @@ def empty_rows(tmp_path_factory):
 def into(keep: CaptionFilter, path: Path, folder: Path, label_only: bool = False) -> dict:
     source = open_input(path)
     root = path if path.is_dir() else path.parent
-    return filter_files(keep, source, Results(folder, settings(keep, source, root, CHUNK, label_only), label_only), CHUNK)
+    return filter_files(keep, source, Results(folder, keep.settings(source, root, CHUNK, label_only), label_only), CHUNK)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -307,6 +307,32 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(keep, rows, unbroken, t
         assert files(out) == files(unbroken)
 
 
+def test_a_command_on_a_full_disk_says_so_and_goes_on_when_there_is_room(rows, unbroken, tmp_path):
+    """Here no file may have more than 4 KiB: the chunks fit, the results do not. Exit code 2, one line, every chunk kept."""
+    tight = (
+        "import os, resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\nos.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-m", "gazeguard", "filter", str(rows), str(tmp_path / "out"), "--chunk", str(CHUNK)]
+    command += ["--batch-size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", tight, *command], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "out cannot be written: File too large. Finished chunks are kept: put this right" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+    assert len(list((tmp_path / "out/parts").glob("*.jsonl"))) == -(-ROWS // CHUNK)
+    assert not (tmp_path / "out/summary.json").exists()
+    assert not list((tmp_path / "out").glob("**/*.tmp"))
+    result = run(app, command[3:])
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path / "out") == files(unbroken)
+
+
+def test_exit_codes_are_in_the_help():
+    told = " ".join(run(app, ["--help"]).output.split())
+    assert "with 2 also on a full disk, and with 130 or 143 when Ctrl-C or SIGTERM stopped it" in told
+
+
 def test_a_place_that_cannot_be_written_is_said(keep, rows, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"file/out cannot be written: Not a directory"):
@@ -331,7 +357,7 @@ def test_another_run_is_not_gone_on_with(keep, rows, unbroken, empty_rows, tmp_p
     other = CaptionFilter(keep.guard, batch_size=3)
     (tmp_path / "parts").mkdir()
     source = open_input(rows)
-    (tmp_path / "parts/run.json").write_text(json.dumps(settings(keep, source, rows.parent, CHUNK, False)))
+    (tmp_path / "parts/run.json").write_text(json.dumps(keep.settings(source, rows.parent, CHUNK, False)))
     with pytest.raises(InputError, match="another batch size, which"):
         into(other, rows, tmp_path)
     (tmp_path / "parts/run.json").write_text("[]")
@@ -348,7 +374,7 @@ def test_a_folder_with_other_things_is_left_alone(keep, rows, tmp_path):
 
 def test_two_runs_do_not_write_into_one_folder(keep, rows, tmp_path):
     source = open_input(rows)
-    results = Results(tmp_path / "out", settings(keep, source, rows.parent, CHUNK, False))
+    results = Results(tmp_path / "out", keep.settings(source, rows.parent, CHUNK, False))
     with results.opened(), pytest.raises(InputError, match="Another run is writing into"):
         into(keep, rows, tmp_path / "out")
     into(keep, rows, tmp_path / "out")

@@ -1,0 +1,202 @@
+"""Does the filter keep every row, and what does it cost? Lab captions through ``gazeguard filter``, killed and not.
+
+The captions are those of the lab's careless witness, true and invented, about pictures of the test split.
+
+* ``rows_exactly_once``, ``byte_equal``: a run that SIGKILL ends ``kills`` times at random moments, each time started again with
+  the same command, beside a run that nothing breaks off
+* ``throughput_ratio``: rows per second from the input's files to the results' files, over those of a bare loop of the model's
+  forward passes over the same batches, whose inputs lie ready in memory; ``throughput_ratio_to_inputs``: over a loop that opens
+  the pictures and calls the processor, too. Interleaved in one process; the interval is that of the median
+* ``ray_equal``: two Ray actors, one of them killed, beside a run without Ray; left out where Ray is not installed
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from evals.common import Figure, Out, Quick, figure, write
+from evals.cost import seconds
+from gazeguard import lab
+from gazeguard.files import open_input
+from gazeguard.filter import CaptionFilter, RayPool, filter_files
+from gazeguard.guard import GazeGuard
+from gazeguard.inputs import encode, load_image, model_inputs
+from gazeguard.lab.world import describe
+from gazeguard.results import PLACES, Results
+
+SEED = 900
+KILLS = 5
+CHUNK = 256
+
+
+def draw(folder: Path, count: int) -> Path:
+    """A JSONL file of so many rows, with their pictures beside it; what an earlier run drew is kept."""
+    path = folder / "rows.jsonl"
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, sample in enumerate(lab.samples("test", count, SEED)):
+        sample.image.save(folder / f"{i}.png")
+        told = describe(sample.picture, random.Random(f"{SEED} {i}"))
+        rows.append(json.dumps({"id": i, "image": f"{i}.png", "caption": told, "prompt": sample.prompt}) + "\n")
+    path.write_text("".join(rows))
+    return path
+
+
+def start(rows: Path, out: Path, chunk: int) -> subprocess.Popen[bytes]:
+    """The command, in a process of its own, on one thread."""
+    command = [sys.executable, "-m", "gazeguard", "filter", str(rows), str(out), "--chunk", str(chunk)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+
+def finish(rows: Path, out: Path, chunk: int) -> float:
+    """Seconds until the command has come to its end."""
+
+    def run() -> None:
+        with start(rows, out, chunk) as process:
+            if process.wait():
+                raise RuntimeError(f"filter ended with {process.returncode}")
+
+    return seconds(run)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def of_kills(work: Path, count: int, kills: int) -> dict[str, Figure]:
+    """Whether a run that is killed at random moments ends with what one that is not ends with."""
+    rows = draw(work / "rows", count)
+    took = finish(rows, work / "unbroken", CHUNK)
+    moments, done = random.Random(SEED), 0
+    for _ in track(range(kills), "killing", console=Console(stderr=True), transient=True):
+        with start(rows, work / "killed", CHUNK) as process:
+            time.sleep(moments.uniform(0, took / (kills + 1)))
+            process.send_signal(signal.SIGKILL)
+        done += process.returncode == -signal.SIGKILL
+    finish(rows, work / "killed", CHUNK)
+    found = bytes_of(work / "killed")
+    told = [json.loads(line)["id"] for place in PLACES.values() for line in found[f"{place}.jsonl"].splitlines()]
+    return {
+        "rows": figure(count),
+        "kills": figure(done),
+        "rows_exactly_once": figure(sorted(told) == list(range(count))),
+        "byte_equal": figure(found == bytes_of(work / "unbroken")),
+    }
+
+
+def of_speed(work: Path, count: int, turns: int) -> dict[str, Figure]:
+    """The filter beside bare loops over the same batches."""
+    model, processor = lab.load()
+    keep = CaptionFilter(GazeGuard(model, processor))
+    source = open_input(draw(work / "speed", count))
+    rows = sorted(source.rows(), key=lambda row: len(row.caption))  # as `CaptionFilter.judge` batches them
+    batches = [rows[at : at + keep.batch_size] for at in range(0, count, keep.batch_size)]
+
+    def inputs() -> list[dict[str, torch.Tensor]]:
+        pictures = [[load_image(row.image) for row in batch] for batch in batches]
+        return [
+            model_inputs(
+                model,
+                encode(model, processor, own, [row.prompt for row in batch], [row.caption for row in batch]).inputs,
+            )
+            for own, batch in zip(pictures, batches, strict=True)
+        ]
+
+    @torch.no_grad()
+    def bare(given: list[dict[str, torch.Tensor]]) -> None:
+        for one in given:
+            model(**one, use_cache=False)
+
+    def filtered() -> None:
+        with tempfile.TemporaryDirectory() as out:
+            run = keep.settings(source, source.path.parent, count, False)
+            filter_files(keep, source, Results(Path(out) / "out", run), count)
+
+    ready = inputs()
+    ways: dict[str, Callable[[], object]] = {
+        "filter": filtered,
+        "bare": lambda: bare(ready),
+        "to_inputs": lambda: bare(inputs()),
+    }
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for run in ways.values():
+        run()
+    for turn in track(range(turns), "timing", console=Console(stderr=True), transient=True):
+        for name in sorted(ways, reverse=turn % 2 == 1):
+            took[name].append(seconds(ways[name]))
+
+    def over(other: str) -> Figure:
+        found = sorted(theirs / ours for ours, theirs in zip(took["filter"], took[other], strict=True))
+        spread = int(turns**0.5)
+        edges = found[max(0, turns // 2 - spread)], found[min(turns - 1, turns // 2 + spread)]
+        return figure(statistics.median(found), edges)
+
+    return {
+        "throughput_ratio": over("bare"),
+        "throughput_ratio_to_inputs": over("to_inputs"),
+        "rows_per_second": figure(count / statistics.median(took["filter"])),
+    }
+
+
+def of_ray(work: Path, count: int, chunk: int) -> dict[str, Figure]:
+    """Two actors, the first killed when the first chunk is there, beside the command in one process."""
+    if importlib.util.find_spec("ray") is None:
+        return {}
+    path = draw(work / "ray", count)
+    source, killed = open_input(path), []
+    with RayPool(lab.checkpoint_path(), 2) as pool:
+
+        def kill_one(_: int) -> None:
+            if not killed:
+                killed.append(pool.processes()[0])
+                os.kill(killed[0], signal.SIGKILL)
+
+        run = pool.settings(source, path.parent, chunk, False)
+        filter_files(pool, source, Results(work / "by-ray", run), chunk, kill_one)
+    finish(path, work / "by-one", chunk)
+    return {
+        "ray_rows": figure(count),
+        "ray_killed": figure(len(killed)),
+        "ray_equal": figure(bytes_of(work / "by-ray") == bytes_of(work / "by-one")),
+    }
+
+
+Only = Annotated[str | None, typer.Option("--only", help="speed, kills or ray: this part anew, others as the file has them.")]
+
+
+def main(out: Out, quick: Quick = False, only: Only = None) -> None:
+    """Filter, kill, and time."""
+    parts: dict[str, Callable[[Path], dict[str, Figure]]] = {
+        "speed": lambda work: of_speed(work, 32 if quick else 64, 2 if quick else 12),
+        "kills": lambda work: of_kills(work, 60 if quick else 5000, 1 if quick else KILLS),
+        "ray": lambda work: of_ray(work, 32 if quick else 128, 8 if quick else 16),
+    }
+    figures = json.loads(out.read_text())["figures"] if only and out.is_file() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, part in parts.items():
+            if only in (None, name):
+                figures |= part(Path(folder))
+    write(out, figures, quick, seed=SEED, chunk=CHUNK)
+
+
+if __name__ == "__main__":
+    typer.run(main)

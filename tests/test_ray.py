@@ -1,0 +1,200 @@
+"""In Ray: are the results those of one process, also when a worker is killed on the way?"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gazeguard import lab
+from gazeguard.cli import app
+from gazeguard.errors import InputError
+from gazeguard.files import open_input
+from gazeguard.filter import COLUMNS, CaptionFilter, RayPool, filter_files, ray_filter
+from gazeguard.guard import GazeGuard
+from gazeguard.results import Results
+
+pytestmark = [
+    # Ray leaves the pipes and logs of processes that are gone to the garbage collector, and is told of killed ones.
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+    # Ray sets settings of its own that it calls deprecated.
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),
+    # Of a setting of GPUs that is to change in some release of Ray.
+    pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning"),
+]
+CHUNK, ROWS = 4, 26
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A local Ray of two CPUs; its workers find this checkout."""
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    root = str(Path(__file__).parents[1])
+    before = signal.getsignal(signal.SIGTERM)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
+    )
+    yield ray
+    ray.shutdown()
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return lab.samples("test", ROWS, seed=7)
+
+
+@pytest.fixture(scope="module")
+def table(samples):
+    """Columns: every fifth caption is false, every fifth picture is missing."""
+    columns = {"id": list(range(ROWS)), "image": [], "caption": [], "prompt": [s.prompt for s in samples]}
+    for i, sample in enumerate(samples):
+        buffer = io.BytesIO()
+        sample.image.save(buffer, "PNG")
+        thing = sample.picture.things[0]
+        columns["image"].append(buffer.getvalue() if i % 5 else b"")
+        there = f"There is a {thing.colour} {thing.noun}."
+        columns["caption"].append("There is a pink castle and a green skull." if i % 5 == 3 else there)
+    return columns
+
+
+@pytest.fixture(scope="module")
+def rows(table, tmp_path_factory):
+    """The same as a JSONL file."""
+    folder = tmp_path_factory.mktemp("rows")
+    with (folder / "rows.jsonl").open("w") as file:
+        for i, image in enumerate(table["image"]):
+            (folder / f"{i}.png").write_bytes(image)
+            row = {"id": i, "image": f"{i}.png", "caption": table["caption"][i], "prompt": table["prompt"][i]}
+            file.write(json.dumps(row) + "\n")
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def keep(lab_vlm):
+    return CaptionFilter(GazeGuard(*lab_vlm), batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def alone(keep, rows, tmp_path_factory):
+    """The results of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "out"
+    source = open_input(rows)
+    filter_files(keep, source, Results(folder, keep.settings(source, rows.parent, CHUNK, False)), CHUNK)
+    return files(folder)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def descendants(name: str) -> list[int]:
+    """Processes that this one has started, itself or by others, whose command begins so."""
+    parents, found = {}, []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if (path / "cmdline").read_bytes().startswith(name.encode()):
+                found.append(int(path.name))
+        except (FileNotFoundError, ProcessLookupError):  # it is gone
+            continue
+
+    def mine(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and mine(parents[pid]))
+
+    return [pid for pid in found if mine(pid)]
+
+
+def test_two_actors_one_killed_give_the_files_of_one_process(cluster, rows, alone, tmp_path):
+    """Byte for byte, in the order of the input; the other actor goes on, and the killed one is started anew."""
+    source, seen, killed = open_input(rows), [], []
+
+    def kill_one(more: int) -> None:
+        seen.append(more)
+        if not killed:
+            killed.extend(pool.processes()[:1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    with RayPool(lab.checkpoint_path(), actors=2, batch_size=2) as pool:
+        assert len(set(pool.processes())) == 2
+        run = pool.settings(source, rows.parent, CHUNK, False)
+        filter_files(pool, source, Results(tmp_path / "out", run), CHUNK, kill_one)
+        after = pool.processes()
+    assert files(tmp_path / "out") == alone
+    assert sum(seen) == ROWS
+    assert killed[0] not in after
+    assert len(set(after)) == 2
+    assert cluster.is_initialized()  # it was there before the pool
+
+
+def test_what_the_actors_cannot_do_is_one_line(cluster, rows, tmp_path):
+    """A model that is not there, on any machine of the cluster."""
+    arguments = ["filter", str(rows), str(tmp_path / "out"), "--ray", "--actors", "1", "--model", "nowhere/at all"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "Ray's actors cannot go on: OSError: Repo id" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_keeps_its_columns_and_every_row_when_an_actor_is_killed(cluster, keep, table):
+    """The verdicts of one process for every row, with types that do not depend on the block."""
+    pa = pytest.importorskip("pyarrow")
+    expected = keep(table)
+    dataset = cluster.data.from_arrow([pa.table(table).slice(at, 2) for at in range(0, ROWS, 2)])
+    made = ray_filter(dataset, lab.checkpoint_path(), actors=2, rows=2, batch_size=2)
+    found, killed = {}, []
+    for batch in made.iter_batches(batch_size=2, batch_format="pyarrow", prefetch_batches=0):
+        assert batch.schema.names == [*table, *COLUMNS]
+        assert batch.schema.field("gaze_phrases").type.value_type.num_fields == 6
+        found |= {row["id"]: row for row in batch.to_pylist()}
+        if not killed and (running := descendants("ray::MapWorker")):
+            killed.append(running[0])
+            os.kill(running[0], signal.SIGKILL)
+    assert killed
+    assert sorted(found) == list(range(ROWS))
+    for i, row in found.items():
+        told = {name: expected[name][i] for name in COLUMNS}
+        risk = told.pop("gaze_risk")
+        assert row["gaze_risk"] == (None if risk is None else pytest.approx(risk, abs=1e-4))
+        spans = [(p["span"], p["flagged"], p["box"]) for p in told.pop("gaze_phrases")]
+        assert [(p["span"], p["flagged"], p["box"]) for p in row["gaze_phrases"]] == spans
+        assert {name: row[name] for name in told} == told
+
+
+def test_arrays_of_a_dataset_are_pictures(cluster, keep, samples):
+    """As ``ray.data.read_images`` gives them; captions that are missing are written."""
+    items = [{"image": np.asarray(s.image), "prompt": s.prompt} for s in samples[:2]]
+    made = ray_filter(cluster.data.from_items(items), lab.checkpoint_path(), batch_size=2).take_all()
+    expected = keep({"image": [s.image for s in samples[:2]], "prompt": [s.prompt for s in samples[:2]]})
+    assert sorted(row["caption"] for row in made) == sorted(expected["caption"])
+    assert sorted(row["gaze_verdict"] for row in made) == sorted(expected["gaze_verdict"])
+
+
+def test_the_command_with_ray_gives_the_same_files(cluster, rows, alone, tmp_path):
+    """And goes on with what a run without Ray began."""
+    arguments = ["filter", str(rows), str(tmp_path / "out"), "--chunk", str(CHUNK), "--batch-size", "2", "--ray"]
+    result = CliRunner().invoke(app, [*arguments, "--actors", "1"])
+    assert result.exit_code == 0, result.output
+    assert f"{ROWS} rows: " in result.stdout
+    assert files(tmp_path / "out") == alone
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'gazeguard\[ray\]'"):
+        RayPool(lab.checkpoint_path())
