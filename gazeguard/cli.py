@@ -295,7 +295,7 @@ def filter_(
         bool, typer.Option("--ray", help="In Ray actors: of the cluster at RAY_ADDRESS, or else on this machine.")
     ] = False,
     actors: Annotated[
-        int | None, typer.Option(min=1, help="Actors of Ray, each with the model. [default: one per GPU, or 2]")
+        int | None, typer.Option(min=1, help="Actors of Ray, each with the model: by default one per GPU, or 2.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
