@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import LlamaModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.cache_utils import Cache
 
 from gazeguard.errors import UnsupportedError
@@ -27,11 +27,15 @@ from gazeguard.inputs import NO_WORD, PER_TOKEN, encode, image_token_id, model_i
 from gazeguard.phrases import Phrase
 from gazeguard.tap import look_of
 
+# What forward calls its cache: "cache" from transformers 5.24 on.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 YES, NO = ("yes", "Yes", "YES"), ("no", "No", "NO")
 BLANK = 64  # pixels; the edge of the picture that stands in for one where only the words of a prompt are wanted
-SEES_ALL = ("paligemma",)  # the prompt's words look ahead, so that the picture's keys depend on what was asked
-_DEFINITE = frozenset(("a an the this that my his her its their our your").split())
-_SEVERAL = frozenset("two three four five six seven eight nine ten several many some few".split())
+# Families whose picture keys do not serve: PaliGemma's prompt looks ahead, so that they depend on what it asks; generate of
+# HyperCLOVA X counts the padding of a batch among its positions, a pass of ours does not.
+NOT_KEPT = ("paligemma", "hyperclovax_vision_v2")
+_DEFINITE = frozenset(["a", "an", "the", "this", "that", "my", "his", "her", "its", "their", "our", "your"])
+_SEVERAL = frozenset(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "several", "many", "some", "few"])
 
 
 class Words(NamedTuple):
@@ -63,7 +67,7 @@ class Words(NamedTuple):
 
 
 def question(thing: Phrase) -> str:
-    """"Is there a red star in the picture?" for the thing of a caption, in the caption's words."""
+    """ "Is there a red star in the picture?" for the thing of a caption, in the caption's words."""
     first, *rest = thing.text.lower().split()
     noun = thing.head.text.lower()
     plural = noun.endswith("s") and not noun.endswith("ss")
@@ -87,17 +91,17 @@ def tails(model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence
 
 
 def keeps(model: PreTrainedModel, cache: Cache | None) -> bool:
-    """Whether questions can go on from the keys of a picture in this cache: it grows and keeps every key, words do not look
-    ahead, and the model takes positions, which go on in one dimension.
+    """Whether questions can go on from the keys of a picture in this cache: it grows and keeps every key, and
+    the model takes positions, which go on in one dimension.
     """
     takes = inspect.signature(model.forward).parameters
     return (
         cache is not None
-        and {type(layer).__name__ for layer in cache.layers} == {"DynamicLayer"}
+        and {type(layer).__name__ for layer in getattr(cache, "layers", ())} == {"DynamicLayer"}
         and not getattr(cache, "offloading", False)
         and look_of(model) is None
         and not model.config.is_encoder_decoder
-        and model.config.model_type not in SEES_ALL
+        and model.config.model_type not in NOT_KEPT
         and "position_ids" in takes
         and not hasattr(getattr(model, "model", model), "get_rope_index")
     )
@@ -161,9 +165,8 @@ def _in_cache(
     sizes = torch.tensor([len(tail) for tail in asked], device=ids.device)
     steps = torch.arange(longest, device=ids.device)
     seen = torch.cat((open_keys, steps < sizes[:, None]), dim=1).long()
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     positions = open_keys.sum(1, keepdim=True) + steps
-    out = model(input_ids=fed, attention_mask=seen, position_ids=positions, use_cache=True, **{name: own})
+    out = model(input_ids=fed, attention_mask=seen, position_ids=positions, use_cache=True, **{CACHE: own})
     return out.logits[torch.arange(len(rows), device=out.logits.device), (sizes - 1).to(out.logits.device)]
 
 

@@ -221,10 +221,10 @@ class Detector(BaseModel):
     ) -> Detector:
         """The same detector with what the model's answers are worth, from validation claims that it was asked about (claims,).
 
-        answer: log-odds of yes against no, to the question whether the claim's thing is there. A kind with fewer than `FEWEST`
-        true or false claims does not learn it.
+        answer: log-odds of yes against no, to the question whether the claim's thing is there; NaN where it was not asked. A
+        kind with fewer than `FEWEST` true or false claims that were does not learn it.
         """
-        of = {kind: kinds == kind for kind in self.kinds}
+        of = {kind: (kinds == kind) & ~np.isnan(answer) for kind in self.kinds}
         made = {kind: own.listening(risk[of[kind]], answer[of[kind]], false[of[kind]]) for kind, own in self.kinds.items()}
         return self.model_copy(update={"kinds": made})
 
@@ -233,6 +233,11 @@ class Detector(BaseModel):
     def uses(self, *names: str) -> bool:
         """Whether any of these features counts for any kind of claim."""
         return any(name in regression.names for regression in self.kinds.values() for name in names)
+
+    @property
+    def listens(self) -> bool:
+        """Whether it has learnt what the model's own answers are worth, for any kind of claim."""
+        return any(regression.answer is not None for regression in self.kinds.values())
 
     def unknown(self, x: NDArray[np.float64], kinds: Sequence[str]) -> str:
         """The first feature that counts for a claim and is not finite, as where a model's numbers overflowed; or ""."""

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from gazeguard import features
+from gazeguard.ask import Words
 from gazeguard.detector import Detector
 from gazeguard.errors import InputError
 from gazeguard.guard import DEFAULT_PROMPT, GazeGuard
@@ -103,16 +104,10 @@ def _singular(name: str) -> str:
 @torch.no_grad()
 def says_yes(guard: GazeGuard, images: Sequence[str], names: Sequence[str]) -> list[float]:
     """The probability of yes, against no, that the model answers to "Is there a NAME in the picture?" of each picture."""
-    tokens = guard.processor.tokenizer
-    yes, no = (
-        {tokens(space + form, add_special_tokens=False).input_ids[0] for form in (word, word.title()) for space in ("", " ")}
-        for word in ("yes", "no")
-    )
     asked = [_question(name.lower()) for name in names]
     inputs = encode(guard.model, guard.processor, [load_image(image) for image in images], asked).inputs
-    logits = guard.model(**model_inputs(guard.model, inputs), use_cache=False).logits[:, -1].float()
-    either = torch.stack([logits[:, sorted(ids)].logsumexp(-1) for ids in (yes - no, no - yes)], dim=-1)
-    return either.softmax(-1)[:, 0].tolist()
+    logits = guard.model(**model_inputs(guard.model, inputs), use_cache=False).logits[:, -1]
+    return Words.of(guard.processor.tokenizer).log_odds(logits).sigmoid().tolist()
 
 
 def _question(name: str) -> str:
