@@ -483,12 +483,13 @@ class GazeGuard:
         """Whether the model is asked about a thing for the sake of a claim of this kind."""
         if self.detector.kinds[kind].answer is None or kind == "place":
             return False
-        return risk >= self.detector.threshold(kind, self.policy.verify.threshold or self.policy.threshold)
+        own = self.policy.verify.threshold
+        return risk >= self.detector.threshold(kind, self.policy.threshold if own is None else own)
 
-    def judge(self, trace: GazeTrace, answers: Mapping[Phrase, float] | None = None) -> Report:
+    def judge(self, trace: GazeTrace, told: Mapping[Phrase, float] | None = None) -> Report:
         """The verdict on a trace: which phrases are doubtful, where the gaze was, and why.
 
-        answers: for things of the caption that the model was asked about, the log-odds of its yes against its no
+        told: for things of the caption that the model was asked about, the log-odds of its yes against its no
         """
         if len(trace) == 0:
             return self._unchecked(trace.text, "the caption is empty")
@@ -508,9 +509,9 @@ class GazeGuard:
             return self._unchecked(trace.text, "the model gave no finite number for the caption's own words", trace)
         risks = self.detector.risk(x, kinds)
         heard = np.full(len(said), np.nan)
-        if answers:
-            asked = [claim.phrase in answers and self._asks(*of) for claim, *of in zip(said, kinds, risks, strict=True)]
-            heard[asked] = [answers[claim.phrase] for claim, was in zip(said, asked, strict=True) if was]
+        if told:
+            asked = [claim.phrase in told and self._asks(*of) for claim, *of in zip(said, kinds, risks, strict=True)]
+            heard[asked] = [told[claim.phrase] for claim, was in zip(said, asked, strict=True) if was]
             risks = self.detector.heard(risks, heard, kinds)
         limits = {kind: self.detector.threshold(kind, self.policy.threshold) for kind in set(kinds)}
         flagged = [risk >= limits[kind] for risk, kind in zip(risks, kinds, strict=True)]

@@ -25,8 +25,6 @@ from gazeguard.report import Verdict
 
 SAMPLES = lab.samples("test", 8, seed=7)
 WORDS = Words((5, 6), (7,))
-CACHED = ("Idefics3", "LLaVA", "Molmo2", "Emu3", "BLIP-2")
-AFRESH = ("Qwen2.5-VL", "PaliGemma", "Gemma3", "Mllama", "T5Gemma2", "HyperCLOVAX-v2")
 
 
 def cache_of(made) -> Cache:
@@ -92,7 +90,10 @@ def test_where_no_cache_serves_whole_prompts_are_read(quietly, name):
 def test_the_lab_answers_from_its_cache_what_it_answers_to_the_processors_own_prompt(lab_vlm):
     """Law: a prompt made from a caption's prompt is that which the processor makes of picture and question."""
     model, processor = lab_vlm
-    images, prompts = [s.image for s in SAMPLES[:3]], ["Describe the picture.", "Name one object.", "Describe all panels."]
+    images, prompts = (
+        [s.image for s in SAMPLES[:3]],
+        ["Describe the picture.", "Is there a red star in panel one?", "Name one."],
+    )
     batch = encode(model, processor, images, prompts)
     assert not batch.prompt_mask.bool().all(), "the law needs padding"
     told = ["Is there a red star?", "Is there a skull in panel one?", "Are there two moons in the picture?"]
@@ -155,7 +156,7 @@ def test_a_tokenizer_without_yes_or_no_is_refused(known, missing):
 
 def test_a_prompt_that_does_not_tell_where_its_picture_ends_is_refused(quietly):
     kind = zoo.MAKERS["Idefics"]()
-    with pytest.raises(UnsupportedError, match="does not tell where the picture ends. Choose a policy without verify"):
+    with pytest.raises(UnsupportedError, match=r"does not tell where the picture ends\. Choose a policy without verify"):
         answers(kind.model, kind.batch(), [0], [np.array([5])], WORDS)
 
 
@@ -194,9 +195,7 @@ def test_what_answers_are_worth_is_learnt_from_those_that_were_asked(guard):
     assert made["object"].answer[1] < -1.5
     assert made["attribute"].answer[:2] == pytest.approx((1, 0), abs=0.35)
     assert made["place"].answer is None
-    assert made["object"].model_copy(update={"answer": None}) == guard.detector.kinds["object"].model_copy(
-        update={"answer": None}
-    )
+    assert made["object"].model_dump(exclude={"answer"}) == guard.detector.kinds["object"].model_dump(exclude={"answer"})
     few = np.where(np.arange(900) < 40, told, np.nan)
     assert guard.detector.listening(risk, few, false, kinds).kinds["object"] == guard.detector.kinds["object"]
 
@@ -241,10 +240,9 @@ def test_checked_captions_are_asked_about_in_one_pass_and_only_where_something_i
     with passes(guard.model) as heard:
         after = strict.check_all(images, captions, prompts)
     phrases = {(b, f.claim.phrase) for b, f in flagged}
-    asking_pass = [shape for shape in heard if shape[0] != len(images)]
     assert len(heard) == 2, "the caption's, and one for all that is asked"
-    assert asking_pass == [(len(phrases), asking_pass[0][1])]
-    assert asking_pass[0][1] < 20
+    assert heard[1][0] == len(phrases)
+    assert heard[1][1] < 30, "only the questions' own words are read"
     words = Words.of(guard.processor.tokenizer)
     for b, old in flagged:
         new = next(f for f in after[b].findings if f.claim == old.claim)
@@ -287,9 +285,7 @@ def test_a_lower_threshold_asks_about_more(guard):
     findings = [f for report in reports for f in report.findings]
     assert {f.claim.kind for f in findings} == {"object", "attribute", "place"}
     assert all((f.answer is None) == (f.claim.kind == "place") for f in findings)
-    assert all(
-        len({f.answer for f in findings if f.claim.phrase is phrase}) <= 2 for phrase in {f.claim.phrase for f in findings}
-    )
+    assert len({f.answer for f in findings}) > len(images)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +301,7 @@ def test_a_lower_threshold_asks_about_more(guard):
     ids=str,
 )
 def test_captions_are_asked_about_as_they_are_when_checked(guard, how):
-    """Live and replay agree, whatever wrote the caption and whatever it left in the cache; what generate returns is the same."""
+    """Live and replay agree, whatever wrote the caption and left what cache; what generate returns is the same."""
     how = dict(how)
     more = {} if (budget := how.pop("rewind", None)) is None else {"rewind": {"budget": budget}}
     options = {"max_new_tokens": 120, "do_sample": False, **how}
