@@ -144,6 +144,25 @@ def answers(
     return made
 
 
+@torch.no_grad()
+def ask(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    rows: Sequence[int],
+    things: Sequence[Phrase],
+) -> Tensor:
+    """(things,) float32: the log-odds of yes, when the model is asked whether each thing is in the picture of its row.
+
+    The pictures are read once, as part of the prompts (one per picture) whose captions named the things.
+    """
+    inputs = encode(model, processor, images, prompts).prompt
+    cache = getattr(model(**model_inputs(model, inputs), use_cache=True), CACHE)
+    asked = tails(model, processor, [question(thing) for thing in things])
+    return answers(model, inputs, rows, asked, Words.of(processor.tokenizer), cache)
+
+
 def _in_cache(
     model: PreTrainedModel, inputs: Mapping[str, Any], rows: Sequence[int], asked: Sequence[NDArray[np.int64]], cache: Cache
 ) -> Tensor:

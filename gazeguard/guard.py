@@ -165,8 +165,8 @@ class GazeGuard:
             if self.detector is None or not self.detector.listens:
                 raise MismatchError(
                     f"Policy {self.policy.name!r} asks the model about what a detector doubts, and this guard has no detector "
-                    "that has learnt what the answers are worth (answer, in detector.json). Fit one with Detector.listening, "
-                    "or choose a policy without verify."
+                    "that has learnt what the answers are worth (answer, in detector.json). Fit one with gazeguard train "
+                    "--verify, or choose a policy without verify."
                 )
             self._words = Words.of(processor.tokenizer)
             tails(model, processor, ["Is it there?"])  # says so now if it cannot be asked

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import track
 
 from gazeguard import features, lab
-from gazeguard.ask import CACHE, Words, answers, question, tails
+from gazeguard.ask import ask
 from gazeguard.detector import Detector
 from gazeguard.guard import HEADS_FILE, GazeGuard
 from gazeguard.heads import find_heads
-from gazeguard.inputs import encode, model_inputs
+from gazeguard.inputs import encode
 from gazeguard.lab.truth import Mention, judged
 from gazeguard.phrases import Claim, claims
 from gazeguard.report import Report
@@ -90,22 +90,18 @@ def captions_of(guard: GazeGuard, split: str, n: int, seed: int) -> Table:
     return tabulate(samples, reports)
 
 
-@torch.no_grad()
 def answers_of(guard: GazeGuard, samples: Sequence[lab.Sample], table: Table, batch_size: int = 25) -> NDArray[np.float64]:
     """(claims,) log-odds of yes: what the model says when it is asked whether the thing of each claim is there.
 
     NaN for places, about which nobody asks. samples: those that the captions of the ``table`` are of
     """
-    model, processor, words = guard.model, guard.processor, Words.of(guard.processor.tokenizer)
     said = np.full(len(table.claims), np.nan)
     groups = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
     for group in track(groups, "asking about them", console=Console(stderr=True), transient=True):
         of = np.flatnonzero((table.kind != "place") & (table.image >= group.start) & (table.image < group.stop))
-        own = [samples[i] for i in group]
-        inputs = encode(model, processor, [s.image for s in own], [s.prompt for s in own]).prompt
-        cache = model(**model_inputs(model, inputs), use_cache=True, logits_to_keep=1)[CACHE]
-        asked = tails(model, processor, [question(table.claims[i].phrase) for i in of])
-        said[of] = answers(model, inputs, (table.image[of] - group.start).tolist(), asked, words, cache).cpu().numpy()
+        images, prompts = zip(*((samples[i].image, samples[i].prompt) for i in group), strict=True)
+        rows, things = (table.image[of] - group.start).tolist(), [table.claims[i].phrase for i in of]
+        said[of] = ask(guard.model, guard.processor, images, prompts, rows, things).cpu().numpy()
     return said
 
 
