@@ -402,6 +402,9 @@ def train(
     ask: Annotated[
         bool, typer.Option("--ask", help="Label what the rows tell nothing of by asking the model itself: weak labels.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also learn what the model's answers are worth, for policies that verify.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Captions replayed at a time.")] = 16,
 ) -> None:
     """Fit a detector of made-up phrases on captions with labels, for a model of your own."""
@@ -411,7 +414,7 @@ def train(
 
         told = read_rows(rows)
         guard = GazeGuard(*_load(model), heads=heads_file)
-        detector, left_out = learn(guard, told, ask, batch_size)
+        detector, left_out = learn(guard, told, ask, batch_size, verify)
         detector.save_pretrained(folder)
         for kind, made in detector.kinds.items():
             held = made.held

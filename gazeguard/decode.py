@@ -182,7 +182,8 @@ class RewindLoop:
     At a doubtful phrase the row goes back to the joint that led to it, and the list ends there: all joints are barred. A thing
     that no joint leads to is taken back to that token of its `branches` whose second-best word was likeliest; the word that
     stood there is barred, unless no other is `LIKELY`. Once the budget is spent, what is written stays.
-    ``passes`` (batch, T) int64 says after the run which pass wrote each token, 0 behind a row's end.
+    ``passes`` (batch, T) int64 says after the run which pass wrote each token, 0 behind a row's end; in ``cache`` the prompt's
+    keys are then what they were.
 
     With a budget of 0 all is as in `generate`. A rewound cache holds closed keys, so it is not returned. Raises
     `UnsupportedError` for a cache whose keys cannot be closed, and for a streamer of several captions.
@@ -194,6 +195,7 @@ class RewindLoop:
     rerank: RerankProcessor | None = None
     streamer: BaseStreamer | None = None
     passes: Tensor | None = None
+    cache: Cache | None = None
 
     def __call__(
         self,
@@ -287,6 +289,7 @@ class RewindLoop:
             return input_ids.new_tensor([[*own, *[filler] * (longest - len(own))] for own in values])
 
         self.passes = table([row.passes for row in rows], 0)
+        self.cache = next(value for value in model_kwargs.values() if isinstance(value, Cache))
         ids = torch.cat((input_ids, table([row.tokens for row in rows], pad)), dim=1)
         if not config.return_dict_in_generate:
             return ids

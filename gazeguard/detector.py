@@ -56,6 +56,8 @@ class Regression(BaseModel):
     """The probability that a claim of one kind is false: ``sigmoid((x - mean) / scale @ weights + bias)``. Immutable.
 
     thresholds: risks from which a claim is flagged, by the rule that set them on validation data; see `thresholds`
+    answer:     what the model's own answer is worth when it is asked whether the thing is there: the weights of the risk's
+                log-odds and of the answer's (yes against no), and a bias; None when that was not learnt. See `heard`
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,13 +72,14 @@ class Regression(BaseModel):
     false: int = Field(description="how many of them were false")
     data: str = Field(description="fingerprint of the features and labels it was fitted on")
     held: Held | None = None
+    answer: tuple[float, float, float] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Regression:
         for name in ("mean", "scale", "weights"):
             if len(getattr(self, name)) != len(self.names):
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers for {len(self.names)} features")
-        if not np.isfinite([*self.mean, *self.scale, *self.weights, self.bias]).all() or 0 in self.scale:
+        if not np.isfinite([*self.mean, *self.scale, *self.weights, self.bias, *(self.answer or ())]).all() or 0 in self.scale:
             raise ValueError("every number must be finite and no scale zero")
         if "f1" not in self.thresholds:
             raise ValueError("thresholds lack the default, 'f1'")
@@ -111,7 +114,19 @@ class Regression(BaseModel):
 
     def risk(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """(claims,): the probability that each claim is false."""
-        return 0.5 * (1 + np.tanh(self.logit(x) / 2))  # the logistic function, without overflow
+        return logistic(self.logit(x))
+
+    def heard(self, risk: NDArray[np.float64], answer: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(claims,): the risk once the model was asked, from the risk before and the log-odds of yes against no (claims,)."""
+        weight, weight_of_answer, bias = self.answer
+        return logistic(weight * log_odds(risk) + weight_of_answer * answer + bias)
+
+    def listening(self, risk: NDArray[np.float64], answer: NDArray[np.float64], false: NDArray[np.bool_]) -> Regression:
+        """The same with ``answer`` fitted to claims that were asked about (claims,); as it is when they are too few."""
+        if not FEWEST <= false.sum() <= len(false) - FEWEST:
+            return self
+        made = LogisticRegression(max_iter=5000).fit(np.stack((log_odds(risk), answer), axis=1), false)
+        return self.model_copy(update={"answer": (*made.coef_[0].tolist(), float(made.intercept_[0]))})
 
     def calibrated(self, x: NDArray[np.float64], false: NDArray[np.bool_]) -> Regression:
         """The same ranking with probabilities fitted to validation data (Platt 1999): logit * slope + shift, folded in."""
@@ -199,11 +214,32 @@ class Detector(BaseModel):
             made[kind] = better.model_copy(update=found)
         return self.model_copy(update={"kinds": made})
 
+    def listening(
+        self,
+        risk: NDArray[np.float64],
+        answer: NDArray[np.float64],
+        false: NDArray[np.bool_],
+        kinds: NDArray[np.str_],
+    ) -> Detector:
+        """The same detector with what the model's answers are worth, from validation claims that it was asked about (claims,).
+
+        answer: log-odds of yes against no, to the question whether the claim's thing is there; NaN where it was not asked. A
+        kind with fewer than `FEWEST` true or false claims that were does not learn it.
+        """
+        of = {kind: (kinds == kind) & ~np.isnan(answer) for kind in self.kinds}
+        made = {kind: own.listening(risk[of[kind]], answer[of[kind]], false[of[kind]]) for kind, own in self.kinds.items()}
+        return self.model_copy(update={"kinds": made})
+
     # ----------------------------------------------------------------------------------------------------- using
 
     def uses(self, *names: str) -> bool:
         """Whether any of these features counts for any kind of claim."""
         return any(name in regression.names for regression in self.kinds.values() for name in names)
+
+    @property
+    def listens(self) -> bool:
+        """Whether it has learnt what the model's own answers are worth, for any kind of claim."""
+        return any(regression.answer is not None for regression in self.kinds.values())
 
     def unknown(self, x: NDArray[np.float64], kinds: Sequence[str]) -> str:
         """The first feature that counts for a claim and is not finite, as where a model's numbers overflowed; or ""."""
@@ -221,6 +257,15 @@ class Detector(BaseModel):
         for kind, regression in self.kinds.items():
             of = kinds == kind
             risk[of] = regression.risk(features.pick(x[of], self.heads, regression.names))
+        return risk
+
+    def heard(self, risk: NDArray[np.float64], answer: NDArray[np.float64], kinds: Sequence[str]) -> NDArray[np.float64]:
+        """(claims,): the risk once the model was asked, for claims whose ``answer`` (log-odds of yes) is not NaN."""
+        kinds, risk = np.asarray(kinds, str), risk.copy()
+        for kind, regression in self.kinds.items():
+            if regression.answer is not None:
+                of = (kinds == kind) & ~np.isnan(answer)
+                risk[of] = regression.heard(risk[of], answer[of])
         return risk
 
     def reasons(self, x: NDArray[np.float64], kinds: Sequence[str], most: int = 2) -> list[tuple[str, ...]]:
@@ -351,6 +396,17 @@ prompt, decoder and kind of picture. Under any other the bound is void.
 
 ![reliability](reliability.png)
 """
+
+
+def logistic(logit: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The probability of these log-odds, without overflow."""
+    return 0.5 * (1 + np.tanh(logit / 2))
+
+
+def log_odds(risk: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The log-odds of a probability; of 0 and 1 those of the next numbers that are not."""
+    risk = np.clip(risk, 1e-15, 1 - 1e-15)
+    return np.log(risk) - np.log1p(-risk)
 
 
 def fingerprint(x: NDArray[np.float64], false: NDArray[np.bool_]) -> str:

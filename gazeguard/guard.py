@@ -32,13 +32,15 @@ from transformers import (
     ProcessorMixin,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import Cache
 
 from gazeguard import __version__, features
+from gazeguard.ask import Words, answers, question, tails
 from gazeguard.decode import RerankProcessor, RewindLoop, Settled, branches, joints
 from gazeguard.detector import FILE_NAME as DETECTOR_FILE
-from gazeguard.detector import Detector
+from gazeguard.detector import Detector, logistic
 from gazeguard.doctor import Check, examine
-from gazeguard.errors import GazeGuardError, InputError, UnsupportedError
+from gazeguard.errors import GazeGuardError, InputError, MismatchError, UnsupportedError
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
 from gazeguard.inputs import (
@@ -54,7 +56,7 @@ from gazeguard.inputs import (
     model_inputs,
     one_picture_a_row,
 )
-from gazeguard.phrases import Claim, Parser, claims, may_end_thing
+from gazeguard.phrases import Claim, Parser, Phrase, claims, may_end_thing
 from gazeguard.policy import Policy, load_policy
 from gazeguard.repair import without
 from gazeguard.report import Finding, Report, Verdict, gaze_boxes
@@ -105,6 +107,7 @@ _NOT_REWOUND = (
     ),
 )
 
+_OF_A_PASS = ("position_ids", "cache_position")  # tensors that a pass is given beside its prompts and their pictures
 _NAMED = frozenset(inspect.signature(GenerationMixin.generate).parameters)  # arguments that configure nothing
 
 
@@ -116,6 +119,16 @@ def _ends(config: GenerationConfig) -> set[int]:
 def _line(error: Exception) -> str:
     """What a processor says, in one line that is not too long."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:MAX_REASON]
+
+
+def _answered(answer: float) -> tuple[str, ...]:
+    """In words: the log-odds of yes that the model gave when it was asked; NaN when it was not."""
+    return () if np.isnan(answer) else (f"asked again, the model says it is {'' if answer > 0 else 'not '}there",)
+
+
+def _values(made: Any) -> Sequence[Any]:
+    """What ``generate`` gave beside the ids, if anything."""
+    return () if isinstance(made, Tensor) else tuple(made.values())
 
 
 def _no_batches(*_: Any, **__: Any) -> None:
@@ -166,6 +179,15 @@ class GazeGuard:
                 f"Policy {self.policy.name!r} takes back what a detector doubts, and none is known for this model. Fit one "
                 "with gazeguard train, or choose a policy without rewind."
             )
+        if self.policy.verify is not None:
+            if self.detector is None or not self.detector.listens:
+                raise MismatchError(
+                    f"Policy {self.policy.name!r} asks the model about what a detector doubts, and this guard has no detector "
+                    "that has learnt what the answers are worth (answer, in detector.json). Fit one with gazeguard train "
+                    "--verify, or choose a policy without verify."
+                )
+            self._words = Words.of(processor.tokenizer)
+            tails(model, processor, ["Is it there?"])  # says so now if it cannot be asked
         self.tap = Tap(model, self.heads.heads)
         self.reports: list[Report] = []
         self._look: Look | None = None
@@ -312,6 +334,8 @@ class GazeGuard:
                 loop = RewindLoop(judge, self.policy.rewind.budget, joints(self.processor.tokenizer), rerank)
                 made = run([], loop)
                 whole = judge.seen()
+        given = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name not in _OF_A_PASS}
+        given |= {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask.long()}
         written = (made if isinstance(made, Tensor) else made.sequences)[:, keys.last + 1 :].cpu().numpy()
         ends = _ends(config)
         stops = [next((i for i, token in enumerate(row.tolist()) if token in ends), len(row)) for row in written]
@@ -327,6 +351,9 @@ class GazeGuard:
             trace = self._trace(whole, b, own, ids, text, offsets, grid, finished=stops[b] < len(written[b]))
             reason = self._too_long(prompted[b * len(prompted) // len(captions)] + len(ids))
             self.reports.append(self._unchecked(text, reason, trace) if reason else self.judge(trace))
+        if self.policy.verify is not None:
+            cache = loop.cache if loop is not None else next((v for v in _values(made) if isinstance(v, Cache)), None)
+            self.reports = self._verified(self.reports, given, cache)
         return made
 
     @contextmanager
@@ -455,13 +482,16 @@ class GazeGuard:
                     "The picture did not reach the model: the processor made no pixels that its forward takes. Use the "
                     "processor of this model."
                 )
-            self.model(**given, use_cache=False, **few)
+            out = self.model(**given, use_cache=self.policy.verify is not None, **few)
             rows, states = tap.collect(), tap.states()
         whole = self._seen(rows, states, batch.caption_ids)
         done = {}
         for row, (i, ids) in enumerate(zip(todo, batch.caption_ids, strict=True)):
             trace = self._trace(whole, row, slice(len(ids)), ids, told[row], batch.offsets[row], grids[row], finished=True)
             done[i] = self.judge(trace)
+        if self.policy.verify is not None:
+            cache = next((value for value in out.values() if isinstance(value, Cache)), None)
+            done = dict(zip(done, self._verified(list(done.values()), batch.prompt, cache), strict=True))
         return done
 
     def _prompted(self, keys: Keys, mask: Tensor | None) -> list[int]:
@@ -498,8 +528,40 @@ class GazeGuard:
     def _trace(self, whole: Seen, row: int, passes: Sequence[int] | slice, *of: Any, finished: bool) -> GazeTrace:
         return whole.trace(row, passes, *of, heads=self.tap.heads, model=self.heads.model, finished=finished)
 
-    def judge(self, trace: GazeTrace) -> Report:
-        """The verdict on a trace: which phrases are doubtful, where the gaze was, and why."""
+    def _verified(self, reports: Sequence[Report], inputs: Mapping[str, Any], cache: Cache | None) -> list[Report]:
+        """The reports, judged anew with the model's answers to whether what they doubt is there.
+
+        inputs: the prompts that the captions, as many for each, were written after; cache: see `gazeguard.ask.answers`
+        """
+        asked = {
+            (b, finding.claim.phrase): question(finding.claim.phrase)
+            for b, report in enumerate(reports)
+            for finding in report.findings
+            if self._asks(finding.claim.kind, finding.risk)
+        }
+        if not asked:
+            return list(reports)
+        told = sorted(set(asked.values()))
+        ends = dict(zip(told, tails(self.model, self.processor, told), strict=True))
+        rows = [b * len(inputs["input_ids"]) // len(reports) for b, _ in asked]
+        said = answers(self.model, inputs, rows, [ends[text] for text in asked.values()], self._words, cache).tolist()
+        heard: dict[int, dict[Phrase, float]] = {}
+        for (b, phrase), answer in zip(asked, said, strict=True):
+            heard.setdefault(b, {})[phrase] = answer
+        return [self.judge(report.trace, heard[b]) if b in heard else report for b, report in enumerate(reports)]
+
+    def _asks(self, kind: str, risk: float) -> bool:
+        """Whether the model is asked about a thing for the sake of a claim of this kind."""
+        if self.detector.kinds[kind].answer is None or kind == "place":
+            return False
+        own = self.policy.verify.threshold
+        return risk >= self.detector.threshold(kind, self.policy.threshold if own is None else own)
+
+    def judge(self, trace: GazeTrace, told: Mapping[Phrase, float] | None = None) -> Report:
+        """The verdict on a trace: which phrases are doubtful, where the gaze was, and why.
+
+        told: for things of the caption that the model was asked about, the log-odds of its yes against its no
+        """
         if len(trace) == 0:
             return self._unchecked(trace.text, "the caption is empty")
         if trace.shares[..., SHARES.index("picture")].max() < UNSEEN:
@@ -520,6 +582,11 @@ class GazeGuard:
         if not (np.isfinite(trace.logprobs).all() and np.isfinite(trace.shares).all()):  # also what no feature reads
             return self._unchecked(trace.text, "the model gave no finite number for the caption's own words", trace)
         risks = self.detector.risk(x, kinds)
+        heard = np.full(len(said), np.nan)
+        if told:
+            asked = [claim.phrase in told and self._asks(*of) for claim, *of in zip(said, kinds, risks, strict=True)]
+            heard[asked] = [told[claim.phrase] for claim, was in zip(said, asked, strict=True) if was]
+            risks = self.detector.heard(risks, heard, kinds)
         if not np.isfinite(risks).all():
             return self._unchecked(trace.text, "the detector gave no finite risk", trace)
         limits = {kind: self.detector.threshold(kind, self.policy.threshold) for kind in set(kinds)}
@@ -536,10 +603,11 @@ class GazeGuard:
                 claim=claim,
                 risk=float(risk),
                 flagged=bool(flag),
-                reasons=next(of_flagged) if flag else (),
+                reasons=(next(of_flagged) if flag else ()) + _answered(answer),
                 box=box,
+                answer=None if np.isnan(answer) else float(logistic(answer)),
             )
-            for claim, risk, flag, box in zip(said, risks, flagged, boxes, strict=True)
+            for claim, risk, flag, box, answer in zip(said, risks, flagged, boxes, heard, strict=True)
         )
         doubtful = [str(finding.claim) for finding in findings if finding.flagged]
         if doubtful:

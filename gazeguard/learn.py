@@ -18,11 +18,13 @@ from rich.console import Console
 from rich.progress import track
 
 from gazeguard import features
+from gazeguard.ask import Words
+from gazeguard.ask import ask as ask_about
 from gazeguard.detector import Detector
 from gazeguard.errors import InputError
 from gazeguard.guard import DEFAULT_PROMPT, GazeGuard
 from gazeguard.inputs import encode, load_image, model_inputs
-from gazeguard.phrases import Claim, Kind, claims
+from gazeguard.phrases import Claim, Kind, Phrase, claims
 from gazeguard.report import Report
 
 MAX_ROW_BYTES = 2**20
@@ -103,16 +105,10 @@ def _singular(name: str) -> str:
 @torch.no_grad()
 def says_yes(guard: GazeGuard, images: Sequence[str], names: Sequence[str]) -> list[float]:
     """The probability of yes, against no, that the model answers to "Is there a NAME in the picture?" of each picture."""
-    tokens = guard.processor.tokenizer
-    yes, no = (
-        {tokens(space + form, add_special_tokens=False).input_ids[0] for form in (word, word.title()) for space in ("", " ")}
-        for word in ("yes", "no")
-    )
     asked = [_question(name.lower()) for name in names]
     inputs = encode(guard.model, guard.processor, [load_image(image) for image in images], asked).inputs
-    logits = guard.model(**model_inputs(guard.model, inputs), use_cache=False).logits[:, -1].float()
-    either = torch.stack([logits[:, sorted(ids)].logsumexp(-1) for ids in (yes - no, no - yes)], dim=-1)
-    return either.softmax(-1)[:, 0].tolist()
+    logits = guard.model(**model_inputs(guard.model, inputs), use_cache=False).logits[:, -1]
+    return Words.of(guard.processor.tokenizer).log_odds(logits).sigmoid().tolist()
 
 
 def _question(name: str) -> str:
@@ -121,11 +117,15 @@ def _question(name: str) -> str:
     return f"Is there a{'n' * name.startswith(tuple('aeiou'))} {name} in the picture?"
 
 
-def learn(guard: GazeGuard, rows: Sequence[Row], ask: bool = False, batch_size: int = 16) -> tuple[Detector, Counter[str]]:
+def learn(
+    guard: GazeGuard, rows: Sequence[Row], ask: bool = False, batch_size: int = 16, verify: bool = False
+) -> tuple[Detector, Counter[str]]:
     """A detector fitted on replays of the rows' captions, and how many rows were left out for which reason.
 
     ask: rows that tell nothing of their objects are labelled by asking the model itself, by `says_yes`. Such labels are weak:
          what the model believes when asked it may have written, too.
+    verify: also learn, from the pictures that are held out, what the model's answers are worth when it is asked about a claim:
+         what a policy with verify needs
     Pictures are held out for probabilities and thresholds by the hash of their path, so that no picture is on both sides.
     Raises `InputError` when there are too few false or true claims to learn from.
     """
@@ -133,6 +133,7 @@ def learn(guard: GazeGuard, rows: Sequence[Row], ask: bool = False, batch_size: 
     listener.detector = None  # whatever it would say, it is about to be replaced
     left_out: Counter[str] = Counter()
     found: list[tuple[np.ndarray, bool, Kind, str]] = []
+    sources: list[tuple[Row, Phrase]] = []  # of what was found
     groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     for group in track(groups, "replaying captions", console=Console(stderr=True), transient=True):
         images, captions, prompts = zip(*((row.image, row.caption, row.prompt) for row in group), strict=True)
@@ -143,6 +144,7 @@ def learn(guard: GazeGuard, rows: Sequence[Row], ask: bool = False, batch_size: 
                 told = _asked(listener, row)
             if told:
                 found += _measured(row, report, told)
+                sources += [(row, claim.phrase) for claim, _ in told]
             else:
                 left_out["nothing is known of its claims" if report.trace is not None else report.reason] += 1
     if not found:
@@ -153,7 +155,25 @@ def learn(guard: GazeGuard, rows: Sequence[Row], ask: bool = False, batch_size: 
     numbers = np.unique(images, return_inverse=True)[1]
     held = np.array([int(hashlib.sha256(image.encode()).hexdigest(), 16) % HELD_OUT == 0 for image in images])
     detector = Detector.fit(x[~held], false[~held], kinds[~held], guard.heads)
-    return detector.tuned(x[held], false[held], kinds[held], numbers[held]), left_out
+    detector = detector.tuned(x[held], false[held], kinds[held], numbers[held])
+    if verify:
+        said = _answers([source for source, is_held in zip(sources, held, strict=True) if is_held], kinds[held], listener)
+        detector = detector.listening(detector.risk(x[held], kinds[held]), said, false[held], kinds[held])
+    return detector, left_out
+
+
+def _answers(sources: Sequence[tuple[Row, Phrase]], kinds: np.ndarray, guard: GazeGuard) -> np.ndarray:
+    """(claims,) log-odds of yes, when the model is asked whether the thing of each claim is there; NaN for places."""
+    said = np.full(len(sources), np.nan)
+    of_row: dict[int, list[int]] = {}
+    for i, (row, _) in enumerate(sources):
+        if kinds[i] != "place":
+            of_row.setdefault(id(row), []).append(i)
+    for own in track(of_row.values(), "asking about them", console=Console(stderr=True), transient=True):
+        row, things = sources[own[0]][0], [sources[i][1] for i in own]
+        image = load_image(row.image)
+        said[own] = ask_about(guard.model, guard.processor, [image], [row.prompt], [0] * len(own), things).cpu().numpy()
+    return said
 
 
 def _asked(guard: GazeGuard, row: Row) -> list[tuple[Claim, bool]]:

@@ -51,8 +51,18 @@ class Rewind(_Strict):
     threshold: Threshold | None = None
 
 
+class Verify(_Strict):
+    """Ask the model whether doubtful things are there, and let its answer count; see `gazeguard.ask`.
+
+    threshold: from which risk a thing is asked about; as the policy's own if it is left out, so that what is flagged is
+    """
+
+    threshold: Threshold | None = None
+
+
 class Policy(_Strict):
-    """What is done while a caption is written (``rerank``, ``rewind``), and with phrases that are flagged in the end.
+    """What is done while a caption is written (``rerank``, ``rewind``), once it is written (``verify``), and with phrases that
+    are flagged in the end.
 
     threshold: the risk from which a claim is flagged
     left:      flagged phrases are only marked; or dropped from the caption; or there is no caption (abstain)
@@ -63,6 +73,7 @@ class Policy(_Strict):
     threshold: Threshold = "f1"
     rerank: Rerank | None = None
     rewind: Rewind | None = None
+    verify: Verify | None = None
     left: Literal["mark", "drop", "abstain"] = "mark"
 
 
@@ -145,7 +156,7 @@ def _explain(error: ValidationError, data: Any) -> str:
     return f"key {key!r} has the value {_shown(first['input'])}: {wanted}."
 
 
-SECTIONS: dict[Any, type[BaseModel]] = {"rerank": Rerank, "rewind": Rewind}
+SECTIONS: dict[Any, type[BaseModel]] = {"rerank": Rerank, "rewind": Rewind, "verify": Verify}
 
 
 def _keys(model: type[BaseModel], prefix: str) -> str:

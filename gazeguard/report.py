@@ -54,6 +54,7 @@ class Finding:
     risk:     probability in [0, 1] that the claim is false
     reasons:  short English, which features spoke
     box:      the gazed region, x0 y0 x1 y1 in pixels of the first picture; None when there was no gaze to place
+    answer:   probability that the model, asked whether it is there, says yes and not no; None when it was not asked
     """
 
     claim: Claim
@@ -61,6 +62,7 @@ class Finding:
     flagged: bool
     reasons: tuple[str, ...] = ()
     box: Box | None = None
+    answer: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.risk <= 1:  # also false for NaN, which no threshold would ever flag
@@ -79,6 +81,7 @@ class Finding:
             "flagged": bool(self.flagged),
             "reasons": list(self.reasons),
             "box": None if self.box is None else [float(edge) for edge in self.box],
+            "answer": None if self.answer is None else float(self.answer),
         }
 
 

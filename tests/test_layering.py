@@ -15,8 +15,8 @@ ROOT = Path(gazeguard.__file__).parent
 # From the ground up.
 ORDER = (
     "errors", "grid", "trace", "inputs", "tap", "steer", "doctor", "comics", "heads", "plots", "phrases", "features",
-    "detector", "policy", "repair", "report", "seen", "decode", "guard", "learn", "lmms", "files", "results",
-    "filter", "lab", "cli",
+    "detector", "policy", "repair", "report", "seen", "ask", "decode", "guard", "learn", "lmms", "files", "results", "filter",
+    "lab", "cli",
 )  # fmt: skip
 EXEMPT = {"__init__", "__main__", "lab.__init__"}
 

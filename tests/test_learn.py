@@ -104,7 +104,7 @@ def written(lab_vlm, tmp_path_factory):
 def test_train_makes_a_detector_from_labels(written, guard):
     """The command, as a user runs it: the detector works on unseen pictures, and the card says how it was made."""
     folder, *_ = written
-    made = CliRunner().invoke(app, ["train", str(folder / "rows.jsonl"), "--out", str(folder / "mine")])
+    made = CliRunner().invoke(app, ["train", str(folder / "rows.jsonl"), "--out", str(folder / "mine"), "--verify"])
     assert made.exit_code == 0, made.output
     told = " ".join(made.stdout.split())
     assert "object: fitted on " in told
@@ -112,6 +112,8 @@ def test_train_makes_a_detector_from_labels(written, guard):
     detector = Detector.from_pretrained(folder / "mine")
     assert f"| object | {detector.kinds['object'].claims:,}" in (folder / "mine" / "README.md").read_text()
     assert detector.check_heads(guard.heads) is None
+    assert detector.kinds["object"].answer is not None
+    assert GazeGuard(guard.model, guard.processor, "verify", heads=guard.heads, detector=detector)
     fresh = lab.samples("test", 40, seed=3)
     table = tabulate(fresh, write_captions(guard, fresh, do_sample=True))
     objects = table.of(table.kind == "object")
@@ -123,6 +125,7 @@ def test_no_picture_is_on_both_sides(written, guard):
     folder, samples, _ = written
     detector, left_out = learn(guard, read_rows(folder / "rows.jsonl"))
     made = detector.kinds["object"]
+    assert made.answer is None
     assert made.held.images < len(samples) / 2
     total = sum(1 for row in read_rows(folder / "rows.jsonl") for c, _ in known(row) if c.kind == "object")
     assert made.claims + made.held.claims == total

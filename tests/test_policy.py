@@ -17,6 +17,7 @@ FULL = MINE | {
     "threshold": 0.25,
     "rerank": {"strength": 0.5, "plausible": 0.02},
     "rewind": {"budget": 4, "threshold": "f1"},
+    "verify": {"threshold": 0.125},
     "left": "drop",
 }
 
@@ -31,14 +32,16 @@ def test_every_policy_that_comes_along_loads_by_name_and_by_path(name):
 def test_everything_a_policy_can_do_is_in_one_that_comes_along():
     along = [load_policy(name) for name in policy_names()]
     assert {policy.left for policy in along} == {"mark", "drop", "abstain"}
-    assert any(policy.rerank for policy in along)
+    for section in SECTIONS:
+        assert any(getattr(policy, section) for policy in along), section
 
 
 def test_what_a_file_says_is_what_the_policy_holds(tmp_path):
     (tmp_path / "mine.yml").write_text(yaml.safe_dump(FULL))
     assert load_policy(tmp_path / "mine.yml").model_dump() == FULL
     least = parse_policy(MINE)
-    assert (least.threshold, least.rerank, least.rewind, least.left) == ("f1", None, None, "mark")
+    assert (least.threshold, least.rerank, least.rewind, least.verify, least.left) == ("f1", None, None, None, "mark")
+    assert parse_policy(MINE | {"verify": {}}).verify.threshold is None
 
 
 def test_a_policy_cannot_be_changed():
@@ -57,10 +60,12 @@ def test_every_key_is_explained():
     assert [name for name in policy_names() if f"| `{name}` |" not in told] == []
 
 
-KEYS = "Known keys: version, name, threshold, rerank, rewind, left."
+KEYS = "Known keys: version, name, threshold, rerank, rewind, verify, left."
 RERANK_KEYS = "Known keys: rerank.strength, rerank.plausible."
 REWIND_KEYS = "Known keys: rewind.budget, rewind.threshold."
+VERIFY_KEYS = "Known keys: verify.threshold."
 RULES = "Input should be 'f1', 'precision_0.9', 'bound_0.05' or 'bound_0.02'"
+NUMBER = "Input should be a valid number"
 AT_LEAST = "Input should be greater than or equal to"
 LEFT = "Input should be 'mark', 'drop' or 'abstain'"
 
@@ -87,6 +92,12 @@ LEFT = "Input should be 'mark', 'drop' or 'abstain'"
         (MINE | {"rewind": {"budget": -1}}, f"key 'rewind.budget' has the value -1: {AT_LEAST} 0."),
         (MINE | {"rewind": {"budget": 1.0}}, "key 'rewind.budget' has the value 1.0: Input should be a valid integer."),
         (MINE | {"rewind": {"budget": 1, "f": 3}}, f"key 'rewind.f' (value 3) is not known. {REWIND_KEYS}"),
+        (
+            MINE | {"verify": True},
+            f"key 'verify' has the value True, but it holds keys of its own. {VERIFY_KEYS}",
+        ),
+        (MINE | {"verify": {"ask": 1}}, f"key 'verify.ask' (value 1) is not known. {VERIFY_KEYS}"),
+        (MINE | {"verify": {"threshold": "f2"}}, f"key 'verify.threshold' has the value 'f2': {RULES} or {NUMBER}."),
         (MINE | {"rerank": {"plausible": 0.1}}, f"key 'rerank.strength' is missing. {RERANK_KEYS}"),
     ],
 )
@@ -102,7 +113,7 @@ def test_an_endless_value_is_shown_short():
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("key", ["threshold", "rerank.strength", "rerank.plausible", "rewind.threshold"])
+@pytest.mark.parametrize("key", ["threshold", "rerank.strength", "rerank.plausible", "rewind.threshold", "verify.threshold"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1])
 def test_no_number_out_of_range_is_taken(key, value):
     *section, last = key.split(".")
@@ -178,7 +189,7 @@ def test_any_data_is_a_policy_or_refused(data):
     kept = policy.model_dump()
     for key, value in data.items():
         inner = value if isinstance(value, dict) else {}
-        assert inner.items() <= kept[key].items() if inner else kept[key] == value
+        assert inner.items() <= kept[key].items() if isinstance(value, dict) else kept[key] == value
 
 
 @given(st.text())

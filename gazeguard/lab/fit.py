@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from gazeguard import features, lab
+from gazeguard.ask import ask
 from gazeguard.detector import Detector
 from gazeguard.guard import HEADS_FILE, GazeGuard
 from gazeguard.heads import find_heads
@@ -89,6 +90,21 @@ def captions_of(guard: GazeGuard, split: str, n: int, seed: int) -> Table:
     return tabulate(samples, reports)
 
 
+def answers_of(guard: GazeGuard, samples: Sequence[lab.Sample], table: Table, batch_size: int = 25) -> NDArray[np.float64]:
+    """(claims,) log-odds of yes: what the model says when it is asked whether the thing of each claim is there.
+
+    NaN for places, about which nobody asks. samples: those that the captions of the ``table`` are of
+    """
+    said = np.full(len(table.claims), np.nan)
+    groups = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
+    for group in track(groups, "asking about them", console=Console(stderr=True), transient=True):
+        of = np.flatnonzero((table.kind != "place") & (table.image >= group.start) & (table.image < group.stop))
+        images, prompts = zip(*((samples[i].image, samples[i].prompt) for i in group), strict=True)
+        rows, things = (table.image[of] - group.start).tolist(), [table.claims[i].phrase for i in of]
+        said[of] = ask(guard.model, guard.processor, images, prompts, rows, things).cpu().numpy()
+    return said
+
+
 def fit(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the lab's checkpoint.")] = lab.checkpoint_path(),  # noqa: B008
     captions: Annotated[int, typer.Option(help="Greedy and as many sampled captions to learn from.")] = 600,
@@ -100,9 +116,12 @@ def fit(
     heads.save(checkpoint / HEADS_FILE)
     guard = GazeGuard(model, processor, heads=heads)
     learnt, held_out = (captions_of(guard, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2)))
+    answered = answers_of(guard, lab.samples("validation", captions // 2 * 2, seed), held_out)
     for names, folder in ((features.names(heads.heads), checkpoint), (features.TEXT_FEATURES, checkpoint / TEXT_ONLY)):
         detector = Detector.fit(learnt.x, learnt.false, learnt.kind, heads, names)
-        detector.tuned(held_out.x, held_out.false, held_out.kind, held_out.image).save_pretrained(folder)
+        detector = detector.tuned(held_out.x, held_out.false, held_out.kind, held_out.image)
+        risk = detector.risk(held_out.x, held_out.kind)
+        detector.listening(risk, answered, held_out.false, held_out.kind).save_pretrained(folder)
 
 
 if __name__ == "__main__":
