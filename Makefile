@@ -11,7 +11,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --group dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pytest -m "not slow"
+	$(VENV)/bin/pytest -n 2 -m "not slow"
 
 # The same tests with the oldest transformers that pyproject.toml admits.
 test-oldest:
@@ -19,7 +19,7 @@ test-oldest:
 	$(VENV)-oldest/bin/pip install --quiet --upgrade "pip>=25.1"
 	$(VENV)-oldest/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable . transformers==5.20.0
 	$(VENV)-oldest/bin/pip install --quiet --constraint $(CONSTRAINTS) --group dev
-	$(VENV)-oldest/bin/pytest -m "not slow"
+	$(VENV)-oldest/bin/pytest -n 2 -m "not slow"
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
