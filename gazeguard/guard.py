@@ -622,7 +622,8 @@ class GazeGuard:
         x = features.features(trace, said)[list(things)]
         if self.detector.unknown(x, kinds):
             return None  # the caption will be unchecked
-        limit = self.detector.threshold("object", self.policy.rewind.threshold or self.policy.threshold)
+        own = self.policy.rewind.threshold
+        limit = self.detector.threshold("object", self.policy.threshold if own is None else own)
         over = self.detector.risk(x, kinds) >= limit
         return said[things[int(np.argmax(over))]] if over.any() else None
 
