@@ -61,7 +61,7 @@ def test_every_key_is_explained():
 
 
 KEYS = "Known keys: version, name, threshold, rerank, rewind, verify, left."
-RERANK_KEYS = "Known keys: rerank.strength, rerank.plausible."
+RERANK_KEYS = "Known keys: rerank.strength, rerank.plausible, rerank.end."
 REWIND_KEYS = "Known keys: rewind.budget, rewind.threshold."
 VERIFY_KEYS = "Known keys: verify.threshold."
 RULES = "Input should be 'f1', 'precision_0.9', 'bound_0.05' or 'bound_0.02'"

@@ -22,6 +22,7 @@ from gazeguard.guard import GazeGuard
 from gazeguard.results import Results
 
 pytestmark = [
+    pytest.mark.slow,  # actors take a core each, and long where there are two
     # Ray leaves the pipes and logs of processes that are gone to the garbage collector, and is told of killed ones.
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
