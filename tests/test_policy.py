@@ -15,7 +15,7 @@ from gazeguard.policy import MAX_FILE_BYTES, SECTIONS, Policy, load_policy, pars
 MINE = {"version": 1, "name": "mine"}
 FULL = MINE | {
     "threshold": 0.25,
-    "rerank": {"strength": 0.5, "plausible": 0.02},
+    "rerank": {"strength": 0.5, "plausible": 0.02, "end": 1.5},
     "rewind": {"budget": 4, "threshold": "f1"},
     "verify": {"threshold": 0.125},
     "left": "drop",
