@@ -366,22 +366,16 @@ def replay(
     Captions that the input lacks are written first, as filter does.
     """
     with _errors():
-        import torch
-
         from gazeguard.files import open_input
         from gazeguard.filter import CaptionFilter
         from gazeguard.filter import replay as entries
-        from gazeguard.guard import GazeGuard
         from gazeguard.report import page
 
         if not html.parent.is_dir():  # said before the work, not after it
             raise InputError(f"{html.parent}, where the page is to go, is no folder. Make it, or give another path.")
         rows = open_input(source, image_column, caption_column)
-        loaded, processor = _load(model)
-        if torch.cuda.is_available():
-            loaded.to("cuda")
-        guard = GazeGuard(loaded, processor, policy=policy)
-        keep = CaptionFilter(guard, batch_size=batch_size, prompt=prompt, image=image_column, caption=caption_column)
+        columns = {"image": image_column, "caption": caption_column}
+        keep = CaptionFilter(_guard(model, policy), batch_size=batch_size, prompt=prompt, **columns)
         with Progress(TextColumn("replaying"), MofNCompleteColumn(), _Rate(), console=err) as progress:
             found = islice(entries(keep, rows, passed=not skip_passed), most)
             text = page(progress.track(found, total=min(most, rows.count())), title=f"GazeGuard: {source.name}", edge=edge)

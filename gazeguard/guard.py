@@ -318,6 +318,7 @@ class GazeGuard:
             )
         if sizes is not None:
             sizes = [own for own in sizes for _ in range(ids.shape[0] // len(sizes))]
+        ends = _ends(config)
         keys = keys_of(self.model, inputs, ids, mask)
         grids = grids_of(self.model, self.processor, inputs, keys.ids, keys.mask, sizes, self.grid)
         with self.tap as tap:
@@ -330,14 +331,13 @@ class GazeGuard:
                 beams = getattr(made, "beam_indices", None)
                 rows, states = tap.collect(beams), tap.states(beams)
             else:
-                judge = _Judge(self, grids, _ends(config))
+                judge = _Judge(self, grids, ends)
                 loop = RewindLoop(judge, self.policy.rewind.budget, joints(self.processor.tokenizer), rerank)
                 made = run([], loop)
                 whole = judge.seen()
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name not in _OF_A_PASS}
         given |= {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask.long()}
         written = (made if isinstance(made, Tensor) else made.sequences)[:, keys.last + 1 :].cpu().numpy()
-        ends = _ends(config)
         stops = [next((i for i, token in enumerate(row.tolist()) if token in ends), len(row)) for row in written]
         captions = [row[:stop] for row, stop in zip(written, stops, strict=True)]
         if loop is None:

@@ -9,7 +9,6 @@ Greedy, beam search and sampling are ``model.generate`` itself.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaModel, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from evals.detection import without
+from gazeguard.ask import CACHE
 from gazeguard.detector import Detector
 from gazeguard.guard import GazeGuard
 from gazeguard.inputs import image_token_id
@@ -30,7 +30,6 @@ from gazeguard.policy import Policy
 from gazeguard.tap import Head, Prompts, Tap, keys_of
 
 Inputs = Mapping[str, Any]
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"  # from 5.24 on, before
 PLAUSIBLE = 0.1  # VCD's and PAI's beta
 STEPS = 1000  # of VCD's diffusion
 NOISED = 500  # of them, by default
