@@ -138,11 +138,11 @@ def of_policy(policy: Policy, base: Callable[[], GazeGuard] = lab_guard) -> Writ
     return write_guarded
 
 
-def varied(name: str, section: str, key: str, values: Sequence[float | None]) -> dict[str, Policy]:
-    """A policy of the package with other values of one key, by value."""
+def varied(name: str, section: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Policy]:
+    """A policy of the package with other values of some keys of a section, by the name of the setting."""
     policy = load_policy(name)
     part = getattr(policy, section)
-    return {str(value): policy.model_copy(update={section: part.model_copy(update={key: value})}) for value in values}
+    return {own: policy.model_copy(update={section: part.model_copy(update=values)}) for own, values in settings.items()}
 
 
 @functools.cache
@@ -150,7 +150,9 @@ def methods() -> dict[str, dict[str, Writer]]:
     """Every way of writing: its settings, the usual one first."""
     everything = lab_guard().heads.all_heads
     gaze, middle = lab_guard().heads.heads, peers.middle_heads(everything)
-    ends = varied("rerank", "rerank", "end", (2.0, 1.0, 3.0))
+    moves = varied(
+        "rerank", "rerank", {"usual": {}, "strong": {"content": 4.0}, "readout": {"strength": 0.5}, "ends": {"content": 0.0}}
+    )
     back = load_policy("rewind")
     asks = back.model_copy(update={"verify": load_policy("verify").verify})
     return {
@@ -159,8 +161,8 @@ def methods() -> dict[str, dict[str, Writer]]:
         "vcd": {f"{alpha:g}": of_ids(peers.vcd, alpha=alpha) for alpha in (1.0, 0.5)},
         "pai": {f"{boost:g}": of_ids(peers.pai, heads=middle, boost=boost, alpha=boost / 5) for boost in (0.5, 0.25)},
         "blindfolded": {f"{alpha:g}": of_ids(peers.blindfolded, heads=gaze, alpha=alpha) for alpha in (0.5, 1.0)},
-        "rerank": {value: of_policy(policy) for value, policy in ends.items()},
-        "random_rerank": {value: of_policy(policy, random_heads) for value, policy in ends.items()},
+        "rerank": {name: of_policy(policy) for name, policy in moves.items()},
+        "random_rerank": {name: of_policy(policy, random_heads) for name, policy in moves.items()},
         "rewind": {"f1": of_policy(back)},
         "rewind_verify": {"f1": of_policy(asks)},
         "random_rewind": {"f1": of_policy(back, random_detector)},

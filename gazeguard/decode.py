@@ -33,11 +33,13 @@ from transformers.generation.streamers import BaseStreamer
 from gazeguard.errors import UnsupportedError
 from gazeguard.phrases import Claim
 from gazeguard.policy import Rerank
-from gazeguard.tap import RIVALS, Tap, readout
+from gazeguard.tap import RIVALS, Tap, content, readout
 
 LIKELY = 0.01  # a way out that the model itself gives less than this is none
+ABSENT = -10.0  # nats; what is less likely where the gaze lies is not there, how much less says nothing
 NEWS = 0.3  # attention on what has not been named yet, from which a caption has reason to go on
 REWOUND = 12  # tokens that one rewind may cost, on average over a caption's budget
+CHOICES = 64  # words of each pass, the likeliest, among which another one is chosen when a row comes back to it
 KEPT = ("DynamicLayer", "StaticLayer")  # cache layers in which a key can be closed and the others stay what they are
 _JOINTS = (",", ";", "and", "or", "plus", "with", "&")  # what leads from one thing of a list to the next
 _JOINT = re.compile(r"(?:[,;]?\s*(?:\b(?:and|or|plus|with)|&)|[,;])?\s*$")
@@ -46,15 +48,20 @@ _JOINT = re.compile(r"(?:[,;]?\s*(?:\b(?:and|or|plus|with)|&)|[,;])?\s*$")
 class RerankProcessor(LogitsProcessor):
     """Adds to the scores of plausible words what the gaze heads say for them; other scores stay as they are.
 
-    Words: ``strength`` times the readout of a candidate, what the gaze heads' output adds to its logit, relative to the mean
-    over the plausible candidates of this step, so that a step without a visual choice is left alone.
+    Things: where a plausible candidate is the word that some image cell shows (read as in the logit lens, with a probability
+    over one half), each gains ``content`` times the log-probability that it has where the heads look: see `tap.content`.
+
+    Readout: ``strength`` times what the gaze heads' output adds to a candidate's logit.
+
+    Both are relative to the mean over the step's plausible candidates, so that a step without a visual choice is left alone.
 
     Ends: things are made up where a list goes on although nothing is left to name. A full stop gains up to ``end`` logits, the
-    more the less *news* lies under the gaze: the heads' mean attention on cells that show a word (read as in the logit lens,
-    with a probability over one half) that has not been written yet. `NEWS` of it is reason enough to go on.
+    more the less *news* lies under the gaze: the heads' mean attention on cells that show a word that has not been written yet.
+    `NEWS` of it is reason enough to go on.
 
     Candidates are the `RIVALS` likeliest words, plausible those of at least ``plausible`` times the likeliest one's
-    probability. A step in which every row has one plausible word costs no more than a look at the scores.
+    probability. A step in which every row has one plausible word costs no more than a look at the scores. Where the picture is
+    no part of the decoder's sequence, the readout alone counts.
     """
 
     def __init__(self, tap: Tap, policy: Rerank, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -75,41 +82,54 @@ class RerankProcessor(LogitsProcessor):
         plausible = top - top[:, :1] >= math.log(self.policy.plausible)
         if not plausible[:, 1:].any():
             return scores
-        backbone, heads, (output, hidden) = self.tap.backbone, self.tap.heads, heard
-        count = words.shape[1]
-        looked = readout(
-            backbone,
-            heads,
-            output[:, None].expand(-1, count, -1, -1),
-            hidden[:, None].expand(-1, count, -1),
-            backbone.directions()(words),  # (batch, candidates, width)
-        ).sum(-1)
-        mean = (looked * plausible).sum(-1, keepdim=True) / plausible.sum(-1, keepdim=True)
-        gain = self.policy.strength * (looked - mean)
-        stop = torch.isin(words, self._stops.to(words.device))
-        if self.policy.end and (stop & plausible).any():
-            gain = gain + stop * (self.policy.end * (1 - self._news(input_ids, position) / NEWS).clamp(min=0))[:, None]
+        gain = torch.zeros_like(top)
+        if self.policy.strength:
+            gain += self.policy.strength * _beside(self._looked(heard, words), plausible)
+        things = plausible & (words[:, :, None] == self._shown[:, None]).any(-1)
+        stops = plausible & torch.isin(words, self._stops.to(words.device))
+        # What is asked for a choice that no row has would be paid for by all.
+        of_things, of_ends = self.policy.content and things.any(), self.policy.end and stops.any()
+        if of_things or of_ends:
+            gaze = self.tap.gaze_at(position)
+        if of_things:
+            lies, _ = content(self.tap.cells(), gaze[:, None], words)
+            gain += self.policy.content * _beside(lies.clamp(min=ABSENT), plausible) * things.any(-1, keepdim=True)
+        if of_ends:
+            gain += stops * (self.policy.end * (1 - self._news(gaze, input_ids) / NEWS).clamp(min=0))[:, None]
         return scores.scatter(-1, words, (top + gain * plausible).to(scores.dtype))
 
-    def _news(self, input_ids: Tensor, position: int) -> Tensor:
+    def _looked(self, heard: tuple[Tensor, Tensor], words: Tensor) -> Tensor:
+        """What the gaze heads' output adds to the logit of each of ``words``, both (batch, candidates)."""
+        output, hidden = heard
+        count = words.shape[1]
+        return readout(
+            self.tap.backbone,
+            self.tap.heads,
+            output[:, None].expand(-1, count, -1, -1),
+            hidden[:, None].expand(-1, count, -1),
+            self.tap.backbone.directions()(words),  # (batch, candidates, width)
+        ).sum(-1)
+
+    def _news(self, gaze: Tensor, input_ids: Tensor) -> Tensor:
         """(batch,): the heads' mean attention on cells that show a word which is not among those written."""
         written = input_ids[:, self._prompt :]
         new = (self._shown >= 0) & (self._shown[:, :, None] != written[:, None]).all(-1)  # (batch, N)
-        return (self.tap.gaze_at(position).mean(1) * new).sum(-1)
+        return (gaze.mean(1) * new).sum(-1)
 
     def _words_shown(self, rows: int) -> Tensor:
         """`_shown`, from what the last layer made of the cells when it read the prompt."""
-        states, backbone = self.tap.states(), self.tap.backbone
-        if states is None or not self.policy.end:
+        cells = self.tap.cells()
+        if cells is None or not (self.policy.end or self.policy.content):
             return torch.full((rows, 1), -1, device=self.tap.model.device)
-        shown = []
-        for row in states:
-            likely, word = backbone.logits(row.nan_to_num()).softmax(-1).max(-1)
-            names = {int(own): self.tokenizer.decode([int(own)]).strip() for own in word.unique()}
-            named = [own for own, name in names.items() if name.isalpha() and len(name) > 2]
-            known = (likely > 0.5) & torch.isin(word, word.new_tensor(named)) & ~row.isnan().any(-1)
-            shown.append(word.masked_fill(~known, -1))
-        return torch.stack(shown)
+        names = {word: self.tokenizer.decode([word]).strip() for word in cells.word.unique().tolist()}
+        named = [word for word, name in names.items() if name.isalpha() and len(name) > 2]
+        known = (cells.likely > math.log(0.5)) & torch.isin(cells.word, cells.word.new_tensor(named)) & cells.known
+        return cells.word.masked_fill(~known, -1)
+
+
+def _beside(values: Tensor, plausible: Tensor) -> Tensor:
+    """(batch, candidates) values less their mean over the plausible candidates."""
+    return values - (values * plausible).sum(-1, keepdim=True) / plausible.sum(-1, keepdim=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ rewind
@@ -160,12 +180,27 @@ class _Row:
     settled: int = 0
     done: bool = False
 
-    def back_to(self, at: int, barred: Sequence[int]) -> None:
-        """Forget the tokens from number ``at`` on, and never write those that are ``barred`` there again."""
+    def back_to(self, at: int, barred: Sequence[int], word: int) -> list[int]:
+        """Write ``word`` in place of token number ``at``, never again what is ``barred`` there, and forget what followed.
+
+        returns the passes that have read what is forgotten
+        """
         self.barred = {number: words for number, words in self.barred.items() if number <= at}
         self.barred.setdefault(at, []).extend(barred)
-        del self.tokens[at:], self.passes[at:]
+        read = self.passes[at + 1 :]
+        self.tokens[at:] = [word]
+        del self.passes[at + 1 :]
         self.left -= 1
+        return read
+
+
+class _Way(NamedTuple):
+    """Another way: from the token number ``at`` on, with one of ``words`` (so likely, nats), and none of those ``barred``."""
+
+    at: int
+    barred: list[int]
+    words: list[int]
+    likely: list[float]
 
 
 @dataclass(eq=False)
@@ -173,7 +208,7 @@ class RewindLoop:
     """The decode loop that takes back doubtful phrases; one object serves one ``generate``.
 
     judge:    is told after each pass, for every row, its tokens, the passes that wrote them, and whether it has ended (or None
-              for a row that is done), and answers with what is `Settled`
+              for a row that is done), and answers with what is `Settled`; then again for the rows that went back
     budget:   how often each row is taken back at most
     joints:   the tokens that lead from one thing of a list to the next
     rerank:   moves the scores of every pass, as the tap heard it
@@ -181,7 +216,8 @@ class RewindLoop:
 
     At a doubtful phrase the row goes back to the joint that led to it, and the list ends there: all joints are barred. A thing
     that no joint leads to is taken back to that token of its `branches` whose second-best word was likeliest; the word that
-    stood there is barred, unless no other is `LIKELY`. Once the budget is spent, what is written stays.
+    stood there is barred, unless no other is `LIKELY`. The other word is chosen, or drawn, from the `CHOICES` of the pass that
+    wrote the one that goes, so going back costs no pass by itself. Once the budget is spent, what is written stays.
     ``passes`` (batch, T) int64 says after the run which pass wrote each token, 0 behind a row's end; in ``cache`` the prompt's
     keys are then what they were.
 
@@ -218,60 +254,82 @@ class RewindLoop:
         rows = [_Row(self.budget) for _ in range(batch)]
         shown = _Shown(self.streamer, input_ids)
         # A row's ids are as many pads as passes were lost on it, its prompt, and what it has written: one more each pass.
-        ids, seconds = input_ids, []
+        ids, choices = input_ids, []
         kept: dict[str, list[Tensor]] = {
             name: [] for name in ("scores", "logits") if getattr(generation_config, f"output_{name}")
         }
         while not all(row.done for row in rows):
-            later = {"next_sequence_length": 1} if seconds else {"is_first_iteration": True}
+            later = {"next_sequence_length": 1} if choices else {"is_first_iteration": True}
             outputs = model(**model.prepare_inputs_for_generation(ids, **later, **model_kwargs), return_dict=True)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
             scores = logits if self.rerank is None else self.rerank(ids, logits)
-            scores = _processed(logits_processor, ids, scores, [0 if r.done else len(seconds) - len(r.tokens) for r in rows])
-            total = scores.logsumexp(-1)  # of all words, barred or not: how likely a word is does not depend on what was tried
-            for b, row in enumerate(rows):
-                if not row.done and (barred := row.barred.get(len(row.tokens))):
-                    scores = scores.clone()
-                    scores[b, barred] = -math.inf
+            scores = _processed(logits_processor, ids, scores, [0 if r.done else len(choices) - len(r.tokens) for r in rows])
             for name, values in kept.items():
                 values.append(scores if name == "scores" else logits)
-            chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
-            seconds.append(_second(scores, chosen) - total)
-            words = [pad if row.done else word for row, word in zip(rows, chosen.tolist(), strict=True)]
-            ids = torch.cat((ids, ids.new_tensor(words)[:, None]), dim=1)
-            for row, word in zip(rows, words, strict=True):
+            if generation_config.do_sample:
+                chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0].tolist()
+            else:
+                chosen = scores.argmax(-1).tolist()
+            choices.append(scores.log_softmax(-1).topk(min(CHOICES, scores.shape[-1]), dim=-1))
+            for row, word in zip(rows, chosen, strict=True):
                 if not row.done:
                     row.tokens.append(word)
-                    row.passes.append(len(seconds) - 1)
-            ended = ends(ids, None).tolist() if len(ends) else [False] * batch
-            told = [None if row.done else (row.tokens, row.passes, end) for row, end in zip(rows, ended, strict=True)]
-            for b, (row, found, end) in enumerate(zip(rows, self.judge(told), ended, strict=True)):
-                row.settled = found.tokens
-                # The passes that are left must do for all that the row may still write.
-                if row.done or not row.left or len(seconds) + most - found.doubt.start > passes:
-                    at = None
-                else:
-                    at = self._branch(found.doubt, row.tokens, [float(seconds[row.passes[t]][b]) for t in found.doubt])
-                if at is None:
-                    row.done = row.done or end or len(row.tokens) >= most
-                    continue
-                if model_kwargs.get("attention_mask") is None:  # where nothing is padding, generate leaves it out
-                    model_kwargs["attention_mask"] = ids.new_ones((batch, first + 1 + len(seconds)))
-                _close(model_kwargs, b, [first + number for number in row.passes[at:]])
-                row.back_to(at, self.joints if row.tokens[at] in self.joints else [row.tokens[at]])
-                lost = ids.new_full((len(seconds) - at,), pad)
-                ids[b] = torch.cat((lost, input_ids[b], ids.new_tensor(row.tokens)))
+                    row.passes.append(len(choices) - 1)
+            words = [pad if row.done else word for row, word in zip(rows, chosen, strict=True)]
+            ids = torch.cat((ids, ids.new_tensor(words)[:, None]), dim=1)
+            new = [not row.done for row in rows]
+            while any(new):
+                ended = ends(ids, None).tolist() if len(ends) else [False] * batch
+                told = [(r.tokens, r.passes, end) if own else None for r, own, end in zip(rows, new, ended, strict=True)]
+                for b, (row, found) in enumerate(zip(rows, self.judge(told), strict=True)):
+                    if not new[b]:
+                        continue
+                    row.settled = found.tokens
+                    # The passes that are left must do for all that the row may still write.
+                    may = row.left and len(choices) + most - found.doubt.start <= passes
+                    way = self._way_out(found.doubt, row, b, choices) if may else None
+                    if way is None:
+                        row.done, new[b] = ended[b] or len(row.tokens) >= most, False
+                        continue
+                    if generation_config.do_sample:
+                        word = way.words[int(torch.multinomial(torch.tensor(way.likely).softmax(-1), 1))]
+                    else:
+                        word = way.words[0]
+                    if "scores" in kept:
+                        changed = kept["scores"][row.passes[way.at]].clone()
+                        changed[b, row.barred.get(way.at, []) + way.barred] = -math.inf
+                        kept["scores"][row.passes[way.at]] = changed
+                    if read := row.back_to(way.at, way.barred, word):
+                        if model_kwargs.get("attention_mask") is None:  # where nothing is padding, generate leaves it out
+                            model_kwargs["attention_mask"] = ids.new_ones((batch, first + 1 + len(choices)))
+                        _close(model_kwargs, b, [first + number for number in read])
+                    lost = ids.new_full((len(choices) - len(row.tokens),), pad)
+                    ids[b] = torch.cat((lost, input_ids[b], ids.new_tensor(row.tokens)))
             shown.upto(rows[0])
         shown.end()
         return self._made(input_ids, rows, pad, kept, generation_config, model_kwargs)
 
-    def _branch(self, doubt: range, tokens: Sequence[int], seconds: Sequence[float]) -> int | None:
-        """Where to go back to; ``seconds`` (doubt,) nats is how likely the second-best words were. None: no way is likely."""
-        if not doubt or tokens[doubt.start] in self.joints:
-            return doubt.start if doubt else None
-        second, at = max(zip(seconds, doubt, strict=True))
-        return at if second > math.log(LIKELY) else None
+    def _way_out(self, doubt: range, row: _Row, b: int, choices: Sequence[tuple[Tensor, Tensor]]) -> _Way | None:
+        """Another way than the doubtful tokens of row ``b``; None where none is likely.
+
+        choices: of every pass the likeliest words' log-probabilities and the words, (batch, C)
+        """
+        ways = []
+        for at in doubt:
+            joint = row.tokens[at] in self.joints
+            barred = list(self.joints) if joint else [row.tokens[at]]
+            known = {*barred, *row.barred.get(at, ())}
+            likely, words = (tensor[b].tolist() for tensor in choices[row.passes[at]])
+            free = [i for i, word in enumerate(words) if word not in known and likely[i] > -math.inf]
+            if not free:
+                continue
+            way = _Way(at, barred, [words[i] for i in free], [likely[i] for i in free])
+            if joint and at == doubt.start:
+                return way
+            ways.append(way)
+        best = max(ways, key=lambda way: way.likely[0], default=None)
+        return best if best is not None and best.likely[0] > math.log(LIKELY) else None
 
     def _made(
         self,
@@ -355,16 +413,10 @@ def _close(model_kwargs: dict[str, Any], row: int, keys: Sequence[int]) -> None:
 
 def _processed(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, lost: Sequence[int]) -> Tensor:
     """Scores after the processors, which see each row without the ``lost`` pads in front: they may count words."""
-    if not any(lost):
+    if not processors or not any(lost):
         return processors(ids, scores)
     made = torch.empty_like(scores)
     for count in set(lost):
         of = [b for b, own in enumerate(lost) if own == count]
         made[of] = processors(ids[of, count:], scores[of])
     return made
-
-
-def _second(scores: Tensor, chosen: Tensor) -> Tensor:
-    """(batch,): the score of the best word that was not ``chosen`` (batch,)."""
-    best, words = scores.topk(2, dim=-1)
-    return torch.where(words[:, 0] == chosen, best[:, 1], best[:, 0])

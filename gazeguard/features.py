@@ -59,8 +59,9 @@ def meaning(name: str, high: bool) -> str:
 
 
 @np.errstate(invalid="ignore", over="ignore")  # what a model's overflow makes of them is not finite, and the guard says so
-def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
-    """(len(claims), len(names(trace.heads))) float64: one row per claim of the trace's caption, in order.
+def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Sequence[int] | None = None) -> NDArray[np.float64]:
+    """(wanted claims, len(names(trace.heads))) float64: one row per claim of the trace's caption, in order; of all of them, or
+    of those with the numbers ``wanted``, in rising order.
 
     All but ``readout_words`` and ``surprise`` are of the first token of the words that decide the claim (`Claim.said`).
 
@@ -78,7 +79,8 @@ def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
     together:      overlap with the gaze of the words that belong to it (`Claim.other`), mean over heads; 1 if none do
     there:         how far the gaze agrees with words like "top left", 0 to 1; 0.5 when no such word is said
     """
-    if not claims:
+    wanted = range(len(claims)) if wanted is None else wanted
+    if not wanted:
         return np.zeros((0, len(names(trace.heads))))
 
     @cache  # a thing is asked for with each of its claims
@@ -93,35 +95,37 @@ def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
         gaze = trace.gaze[list(rows)].astype(np.float64)
         return gaze / np.maximum(gaze.sum(-1, keepdims=True), 1e-9)
 
-    at = [first(claim.said) for claim in claims]
+    at = [first(claims[i].said) for i in wanted]
     here = where(at)
     picture = trace.shares[:, :, SHARES.index("picture")]
     readout = trace.readout.sum(-1)
     things: dict[Phrase, None] = {}
-    before: list[int] = []  # for each claim, how many things were named before its own
+    before: list[int] = []  # for each wanted claim, how many things were named before its own
     repeated, unlikely, readout_words, usual = [], [], [], []
     inside, nouns = np.zeros(len(trace), bool), []
-    for claim, row in zip(claims, at, strict=True):
+    for i, claim in enumerate(claims[: wanted[-1] + 1]):
         if claim.phrase not in things:
             things[claim.phrase] = None
             nouns.append(_noun(claim.phrase))
             own = tokens(claim.phrase)
             inside[own.start : own.stop] = True
+        if i not in wanted:
+            continue
         before.append(len(things) - 1)
         repeated.append(_noun(claim.phrase) in nouns[:-1])
         said = tokens(claim.said)
         words = [first(part) for part in (*claim.phrase.attributes, claim.phrase.head)] if claim.kind == "object" else said
         unlikely.append(-trace.logprobs[said.start : said.stop].min())
         readout_words.append(readout[list(words)].min())
-        between = np.flatnonzero(~inside[:row])
-        usual.append(picture[between].mean(0) if len(between) else picture[row])
+        between = np.flatnonzero(~inside[: said.start])
+        usual.append(picture[between].mean(0) if len(between) else picture[said.start])
     # Of the gaze for the things named so far, the most on every cell; nothing before the first.
     visits = np.maximum.accumulate(where([first(thing.head) for thing in things]).mean(1), axis=0)
     seen = np.concatenate((np.zeros((1, visits.shape[1])), visits))[before]
     mean = here.mean(1)
-    together = np.ones(len(claims))
-    if paired := [i for i, claim in enumerate(claims) if claim.other is not None]:
-        others = where([first(claims[i].other) for i in paired])
+    together = np.ones(len(wanted))
+    if paired := [n for n, i in enumerate(wanted) if claims[i].other is not None]:
+        others = where([first(claims[wanted[n]].other) for n in paired])
         together[paired] = np.minimum(here[paired], others).sum(-1).mean(-1)
     spread = -(here * np.log(np.maximum(here, 1e-12))).sum(-1) / np.log(max(2, here.shape[-1]))
     alone = (
@@ -137,7 +141,7 @@ def features(trace: GazeTrace, claims: Sequence[Claim]) -> NDArray[np.float64]:
         _agreement(here),
         np.minimum(mean, seen).sum(-1),
         together,
-        [_there(trace, own, claim) for own, claim in zip(mean, claims, strict=True)],
+        [_there(trace, own, claims[i]) for own, i in zip(mean, wanted, strict=True)],
     )
     per_head = (trace.readout[at], picture[at], 1 - spread, picture[at] - np.array(usual))
     return np.concatenate((np.stack(alone, axis=1), *per_head), axis=1, dtype=np.float64)

@@ -62,7 +62,7 @@ from gazeguard.repair import without
 from gazeguard.report import Finding, Report, Verdict, gaze_boxes
 from gazeguard.seen import Seen, seen
 from gazeguard.steer import STRENGTH, Look, Mode, Target, undescribed
-from gazeguard.tap import Keys, Prompts, Rows, Tap, keys_of
+from gazeguard.tap import Cells, Keys, Prompts, Rows, Tap, keys_of
 from gazeguard.trace import SHARES, GazeTrace
 
 HEADS_FILE = "heads.json"
@@ -329,7 +329,7 @@ class GazeGuard:
             if self.policy.rewind is None:
                 loop, made = None, run([] if rerank is None else [rerank], None)
                 beams = getattr(made, "beam_indices", None)
-                rows, states = tap.collect(beams), tap.states(beams)
+                rows, cells = tap.collect(beams), self._cells(beams)
             else:
                 judge = _Judge(self, grids, ends)
                 loop = RewindLoop(judge, self.policy.rewind.budget, joints(self.processor.tokenizer), rerank)
@@ -341,7 +341,7 @@ class GazeGuard:
         stops = [next((i for i, token in enumerate(row.tolist()) if token in ends), len(row)) for row in written]
         captions = [row[:stop] for row, stop in zip(written, stops, strict=True)]
         if loop is None:
-            whole = self._seen(rows, states, captions)
+            whole = self._seen(rows, cells, captions)
         prompted = self._prompted(keys, mask)
         self.reports = []
         for b, ids in enumerate(captions):
@@ -483,8 +483,8 @@ class GazeGuard:
                     "processor of this model."
                 )
             out = self.model(**given, use_cache=self.policy.verify is not None, **few)
-            rows, states = tap.collect(), tap.states()
-        whole = self._seen(rows, states, batch.caption_ids)
+            rows, cells = tap.collect(), self._cells()
+        whole = self._seen(rows, cells, batch.caption_ids)
         done = {}
         for row, (i, ids) in enumerate(zip(todo, batch.caption_ids, strict=True)):
             trace = self._trace(whole, row, slice(len(ids)), ids, told[row], batch.offsets[row], grids[row], finished=True)
@@ -511,7 +511,7 @@ class GazeGuard:
 
     # ---------------------------------------------------------------------------------------------------- judging
 
-    def _seen(self, rows: Rows, states: Tensor | None, captions: Sequence[NDArray[np.int64]]) -> Seen:
+    def _seen(self, rows: Rows, cells: Cells | None, captions: Sequence[NDArray[np.int64]]) -> Seen:
         """What ``rows`` tell of captions of these ids, (T,) each, which were written one word per row."""
         longest = max(len(ids) for ids in captions)
         written = np.zeros((len(captions), longest), np.int64)
@@ -519,11 +519,11 @@ class GazeGuard:
             row[: len(ids)] = ids
         rows = Rows(*(tensor[:, :longest] for tensor in vars(rows).values()))
         told = torch.from_numpy(written).to(rows.hidden.device)
-        return seen(self.tap.backbone, self.tap.heads, rows, told, self._wanted(states))
+        return seen(self.tap.backbone, self.tap.heads, rows, told, cells)
 
-    def _wanted(self, states: Tensor | None) -> Tensor | None:
-        """The states of the image cells, if the detector asks for what lies under the gaze."""
-        return states if self.detector is None or self.detector.uses("content", "named") else None
+    def _cells(self, beams: Tensor | None = None) -> Cells | None:
+        """What was heard of the image cells, if the detector asks for what lies under the gaze."""
+        return self.tap.cells(beams) if self.detector is None or self.detector.uses("content", "named") else None
 
     def _trace(self, whole: Seen, row: int, passes: Sequence[int] | slice, *of: Any, finished: bool) -> GazeTrace:
         return whole.trace(row, passes, *of, heads=self.tap.heads, model=self.heads.model, finished=finished)
@@ -619,7 +619,7 @@ class GazeGuard:
     def _doubtful(self, trace: GazeTrace, said: Sequence[Claim], things: Sequence[int]) -> Claim | None:
         """Which of these ``things`` among a caption's claims is to be taken back, the first of them; None if none is."""
         kinds = [said[i].kind for i in things]
-        x = features.features(trace, said)[list(things)]
+        x = features.features(trace, said, things)
         if self.detector.unknown(x, kinds):
             return None  # the caption will be unchecked
         own = self.policy.rewind.threshold
@@ -660,26 +660,31 @@ class _Judge:
 
     def __init__(self, guard: GazeGuard, grids: Sequence[ImageGrid], ends: set[int]) -> None:
         self.guard, self.grids, self.ends = guard, grids, ends
-        self._seen: Seen | None = None  # of all passes but those of `_unseen`
-        self._unseen: list[list[int]] = []  # the words of every row that the latest passes wrote
-        self._words: Tensor | None = None  # (batch, passes) of `_seen`
+        self._words: list[list[int]] = []  # that every pass wrote, one per row
+        self._seen: Seen | None = None  # of so many passes as have been asked for
         self._known: list[_Known] = []
 
     def __call__(self, rows: Sequence[tuple[list[int], list[int], bool] | None]) -> list[Settled]:
         self._known = self._known or [_Known() for _ in rows]
-        self._unseen.append([0 if row is None else row[0][-1] for row in rows])
+        for b, row in enumerate(rows):
+            if row is None:
+                continue
+            tokens, passes, _ = row
+            if passes[-1] == len(self._words):
+                self._words.append([0] * len(rows))
+            self._words[passes[-1]][b] = tokens[-1]
+            if self._seen is not None:  # another word than was there
+                self._seen = self._seen.first(passes[-1])
         return [Settled(0) if row is None else self._settled(b, *row) for b, row in enumerate(rows)]
 
     def seen(self, lies: bool = True) -> Seen:
         """The numbers of all passes, (batch, passes); with what ``lies`` under the gaze, which is costly, or without."""
-        guard, tap = self.guard, self.guard.tap
-        if self._unseen:
-            done = 0 if self._seen is None else self._seen.logprobs.shape[1]
-            words = torch.tensor(self._unseen, device=guard.model.device).T
+        guard, tap, done = self.guard, self.guard.tap, 0 if self._seen is None else len(self._seen)
+        if done < len(self._words):
+            words = torch.tensor(self._words[done:], device=guard.model.device).T
             new = seen(tap.backbone, tap.heads, tap.collect(start=done), words, None)
-            self._seen, self._unseen = new if self._seen is None else self._seen.then(new), []
-            self._words = words if done == 0 else torch.cat((self._words, words), dim=1)
-        return self._seen.over(tap.backbone, guard._wanted(tap.states()), self._words) if lies else self._seen
+            self._seen = new if self._seen is None else self._seen.then(new)
+        return self._seen.over(guard._cells(), torch.tensor(self._words).T) if lies else self._seen
 
     def _settled(self, b: int, tokens: list[int], passes: list[int], ended: bool) -> Settled:
         guard, known, tokenizer = self.guard, self._known[b], self.guard.processor.tokenizer
@@ -713,8 +718,8 @@ class _Judge:
         text, offsets = decode(tokenizer, ids)
         grid = self.grids[b * len(self.grids) // len(self._known)]
         whole = self.seen(lies=False).of(b, passes[: len(ids)])
-        states = guard._wanted(guard.tap.states())
-        whole = whole.over(guard.tap.backbone, None if states is None else states[b : b + 1], torch.from_numpy(ids)[None])
+        cells = guard._cells()
+        whole = whole.over(None if cells is None else cells.rows(slice(b, b + 1)), torch.from_numpy(ids)[None])
         trace = guard._trace(whole, 0, slice(None), ids, text, offsets, grid, finished=True)
         doubtful = guard._doubtful(trace, said, new)
         known.judged |= {(said[i].start, said[i].end) for i in new}

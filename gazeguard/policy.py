@@ -32,11 +32,13 @@ class Rerank(_Strict):
 
     strength:  how much a logit of readout counts beside a logit of the model
     plausible: only words with at least this share of the likeliest word's probability are moved
+    content:   how much it counts, in logits per nat, whether a thing looks like what lies under the gaze
     end:       logits that a full stop gains where the gaze finds nothing that has not been named
     """
 
     strength: float = Field(ge=0, le=10)
     plausible: float = Field(gt=0, le=1)
+    content: float = Field(default=0.0, ge=0, le=10)
     end: float = Field(default=0.0, ge=0, le=10)
 
 

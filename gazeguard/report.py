@@ -209,7 +209,12 @@ def gaze_boxes(trace: GazeTrace, words: Sequence[Sequence[int]]) -> list[Box | N
     if not len(words) or not len(placed):
         return [None] * len(words)
     gaze = trace.gaze.mean(axis=1, dtype=np.float64)[:, placed]
-    mass = np.stack([gaze[list(tokens)].mean(axis=0) if len(tokens) else np.zeros(len(placed)) for tokens in words])
+    mass = np.zeros((len(words), len(placed)))
+    alone = [i for i, tokens in enumerate(words) if len(tokens) == 1]  # most words: the gaze of their token is theirs
+    mass[alone] = gaze[[words[i][0] for i in alone]]
+    for own, tokens in zip(mass, words, strict=True):
+        if len(tokens) > 1:
+            own[:] = gaze[list(tokens)].mean(axis=0)
     mass[~np.isfinite(mass)] = 0
     total = mass.sum(axis=1, keepdims=True)
     order = np.argsort(-mass, axis=1, kind="stable")
@@ -218,11 +223,12 @@ def gaze_boxes(trace: GazeTrace, words: Sequence[Sequence[int]]) -> list[Box | N
     summed = np.take_along_axis(mass, order, axis=1).cumsum(axis=1)
     taken = np.sum(summed < total / 2 * (1 - 1e-9), axis=1) + 1
     boxes = trace.grid.boxes[placed].astype(np.float64) * np.tile(np.array(trace.grid.sizes[0], float), 2)
-    found: list[Box | None] = []
-    for own, cells, has in zip(taken, order, total[:, 0] > 0, strict=True):
-        around = boxes[cells[:own]]
-        found.append((*around[:, :2].min(axis=0).tolist(), *around[:, 2:].max(axis=0).tolist()) if has else None)
-    return found
+    around = boxes[order[np.arange(order.shape[1]) < taken[:, None]]]  # one word's cells after the other's
+    first = np.cumsum(taken) - taken
+    found = np.concatenate(
+        (np.minimum.reduceat(around[:, :2], first, axis=0), np.maximum.reduceat(around[:, 2:], first, axis=0)), axis=1
+    )
+    return [tuple(box) if has else None for box, has in zip(found.tolist(), total[:, 0] > 0, strict=True)]
 
 
 def page(entries: Iterable[Entry], title: str = "GazeGuard replay", edge: int = LONGEST_EDGE) -> str:

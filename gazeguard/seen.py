@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gazeguard.grid import ImageGrid
-from gazeguard.tap import Backbone, Head, Rows, content, judge_words
+from gazeguard.tap import Backbone, Cells, Head, Rows, content, judge_words
 from gazeguard.trace import F32, GazeTrace
 
 
@@ -30,6 +30,14 @@ class Seen:
     content: F32
     named: F32
 
+    def __len__(self) -> int:
+        """Words of each row."""
+        return self.logprobs.shape[1]
+
+    def first(self, words: int) -> Seen:
+        """So many words of each row, from the first on."""
+        return self if words >= len(self) else Seen(*(value[:, :words] for value in vars(self).values()))
+
     def then(self, later: Seen) -> Seen:
         """These words, followed by ``later`` ones of the same batch."""
         return Seen(*(np.concatenate(pair, axis=1) for pair in zip(vars(self).values(), vars(later).values(), strict=True)))
@@ -38,15 +46,15 @@ class Seen:
         """The words of one row at some passes, a batch of one."""
         return Seen(*(value[row : row + 1, passes] for value in vars(self).values()))
 
-    def over(self, backbone: Backbone, states: Tensor | None, written: Tensor) -> Seen:
-        """The same with what lies under the gaze, read off the image cells' ``states`` (see `Tap.states`); None adds nothing.
+    def over(self, cells: Cells | None, written: Tensor) -> Seen:
+        """The same with what lies under the gaze, read off the image ``cells``; None adds nothing.
 
         written: (batch, T) int64, the words
         """
-        if states is None:
+        if cells is None:
             return self
-        gaze = torch.from_numpy(self.gaze).to(states.device)
-        under, named = (value.float().cpu().numpy() for value in content(backbone, states, gaze, written.to(states.device)))
+        gaze, written = (tensor.to(cells.states.device) for tensor in (torch.from_numpy(self.gaze), written))
+        under, named = (value.cpu().numpy() for value in content(cells, gaze, written))
         return replace(self, content=under, named=named)
 
     def trace(
@@ -66,12 +74,12 @@ class Seen:
         return GazeTrace(text=text, token_ids=ids, offsets=offsets, grid=grid, **own, **about)
 
 
-def seen(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: Tensor, states: Tensor | None) -> Seen:
+def seen(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: Tensor, cells: Cells | None) -> Seen:
     """What the ``rows`` that predicted the words ``written`` (batch, T) int64 tell of them.
 
-    states: of the image cells, see `Tap.states`; without them what lies under the gaze is NaN
+    cells: of the images, see `Tap.cells`; without them what lies under the gaze is NaN
     """
     words = judge_words(backbone, heads, rows, written)
     unknown = torch.full_like(words.logprobs, torch.nan)
     tensors = (words.logprobs, words.entropy, rows.gaze, rows.shares, words.readout, unknown, unknown)
-    return Seen(*(tensor.float().cpu().numpy() for tensor in tensors)).over(backbone, states, written)
+    return Seen(*(tensor.float().cpu().numpy() for tensor in tensors)).over(cells, written)

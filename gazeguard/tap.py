@@ -230,6 +230,18 @@ class Backbone:
                 logits = made.change(logits, value, self.config)
         return logits
 
+    def logits_of(self, words: Tensor, hidden: Tensor) -> Tensor:
+        """`logits` of a few ``words`` (batch, W) alone, at each of ``hidden`` (batch, N, width): (batch, W, N), fp32."""
+        if type(self.unembedding) is not nn.Linear or self.unembedding.bias is not None:  # only itself knows what it does
+            found = self.logits(hidden)
+            return found.gather(-1, words[:, None].expand(-1, found.shape[1], -1)).transpose(1, 2)
+        rows = self.directions()(words)
+        logits = (rows @ self.norm(hidden).to(rows.dtype).transpose(1, 2)).float()
+        for made in self.logit_changes:
+            if made.name != "unpadded_vocab_size" and (value := getattr(self.config, made.key, None)) is not None:
+                logits = made.change(logits, value, self.config)
+        return logits
+
 
 @dataclass(frozen=True)
 class LogitChange:
@@ -676,6 +688,7 @@ class Tap:
         }
         self._hidden = Track()
         self._states: Tensor | None = None  # of the image cells, (batch, N, width); NaN where they were not heard
+        self._cells: Cells | None = None  # the same, read
         self._scales: dict[nn.Module, Tensor] = {}
         self._total = -1  # positions that the model has seen; -1 before the first pass
         self._live, self._wanted = False, 0
@@ -927,6 +940,7 @@ class Tap:
             where = columns.clamp(0, args[0].shape[1] - 1)[..., None].expand(-1, -1, args[0].shape[2])
             before = torch.full_like(where, torch.nan, dtype=args[0].dtype) if self._states is None else self._states
             self._states = torch.where(here[..., None], args[0].gather(1, where), before)
+            self._cells = None
         self._live, self._wanted = False, 0  # the pass is over; whoever uses the norm now is someone else
 
     # --------------------------------------------------------------------------------------------------- telling
@@ -982,12 +996,16 @@ class Tap:
         gaze, shares, output, hidden = tensors
         return Rows(gaze, shares, output.float(), hidden)
 
-    def states(self, beams: Tensor | None = None) -> Tensor | None:
-        """What the last layer made of each image cell, (batch, N, width), before the final norm; NaN for cells that this
-        watch did not hear, such as those of an earlier turn, and that a row does not have. None where the picture is no part
-        of the text decoder's sequence. ``beams`` as for `collect`.
+    def cells(self, beams: Tensor | None = None) -> Cells | None:
+        """What the last layer made of each image cell, before the final norm; not known for cells that this watch did not
+        hear, such as those of an earlier turn, and that a row does not have. None where the picture is no part of the text
+        decoder's sequence. ``beams`` as for `collect`.
         """
-        return self._states if beams is None or self._states is None else self._states[beams[:, 0].to(self._states.device)]
+        if self._states is None:
+            return None
+        if self._cells is None:
+            self._cells = Cells.of(self.backbone, self._states)
+        return self._cells if beams is None else self._cells.rows(beams[:, 0].to(self._states.device))
 
 
 # ------------------------------------------------------------------------------------------- from a look to a logit
@@ -1051,22 +1069,55 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
     return Words(logprobs, entropy, readout(backbone, heads, rows.output, rows.hidden, directions))
 
 
-def content(backbone: Backbone, states: Tensor, gaze: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-    """What lies where the heads look: the image cells' states read as words, as in the logit lens (nostalgebraist 2020).
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """What lies in the image cells: their last states read as words, as in the logit lens (nostalgebraist 2020).
 
-    states:  (batch, N, width), see `Tap.states`; gaze: (batch, T, H, N); written: (batch, T) int64
-    returns  content: the log-probability of the written token at a cell, probabilities averaged with the heads' mean gaze;
-             named: the greatest at any cell (Jiang et al. 2025, arXiv 2410.02762, "internal confidence", of the last layer);
-             both (batch, T) float32, nats, at least `LEAST`; NaN for a row whose cells were not heard
+    states: (batch, N, width), see `Tap.cells`; known: (batch, N) bool, False for cells that were not heard
+    total:  (batch, N) float32, the log of the sum of all words' exponentials, once and for all
+    word:   (batch, N) int64, the likeliest word of each cell; likely: (batch, N) float32, its log-probability
     """
-    known = ~states.isnan().any(-1)  # (batch, N)
-    few = max(1, LOGITS_AT_ONCE // len(weight_of(backbone.unembedding)))
-    look = gaze.mean(2) * known[:, None]
+
+    backbone: Backbone
+    states: Tensor
+    known: Tensor
+    total: Tensor
+    word: Tensor
+    likely: Tensor
+
+    @staticmethod
+    def of(backbone: Backbone, states: Tensor) -> Cells:
+        """states: (batch, N, width); NaN for cells that were not heard."""
+        known, states = ~states.isnan().any(-1), states.nan_to_num()
+        few = max(1, LOGITS_AT_ONCE // len(weight_of(backbone.unembedding)))
+        parts = []
+        for some in states.flatten(0, 1).split(few):
+            logits = backbone.logits(some)
+            parts.append((logits.logsumexp(-1), *logits.max(-1)))
+        total, most, word = (torch.cat(own).unflatten(0, known.shape) for own in zip(*parts, strict=True))
+        return Cells(backbone, states, known, total, word, most - total)
+
+    def rows(self, rows: Tensor | slice) -> Cells:
+        """Those of some rows of the batch."""
+        return Cells(self.backbone, *(value[rows] for value in list(vars(self).values())[1:]))
+
+    def say(self, words: Tensor) -> Tensor:
+        """Log-probability (batch, W, N) of ``words`` (batch, W) at each cell; minus infinity where it was not heard."""
+        logs = self.backbone.logits_of(words, self.states) - self.total[:, None]
+        return logs.masked_fill(~self.known[:, None], -torch.inf)
+
+
+def content(cells: Cells, gaze: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Does what lies where the heads look look like the word?
+
+    gaze: (batch, W or 1, H, N), of the rows that predict the words; words: (batch, W) int64
+    returns  content: the log-probability of the word at a cell, probabilities averaged with the heads' mean gaze;
+             named: the greatest at any cell (Jiang et al. 2025, arXiv 2410.02762, "internal confidence", of the last layer);
+             both (batch, W) float32, nats, at least `LEAST`; NaN for a row whose cells were not heard
+    """
+    look = gaze.mean(2) * cells.known[:, None]
     look = look / look.sum(-1, keepdim=True).clamp(min=1e-9)
-    said = []
-    for row, words in zip(states.nan_to_num(), written, strict=True):
-        said.append(torch.cat([backbone.logits(part).log_softmax(-1)[:, words] for part in row.split(few)]))  # (N, T)
-    each = torch.stack(said).transpose(1, 2).masked_fill(~known[:, None], -torch.inf)  # (batch, T, N)
-    heard = known.any(-1, keepdim=True)
+    each = cells.say(words)
+    heard = cells.known.any(-1, keepdim=True)
     found = ((look * each.exp()).sum(-1).log(), each.amax(-1))
     return tuple(value.clamp(min=LEAST).where(heard, torch.nan) for value in found)

@@ -125,6 +125,45 @@ def test_without_a_budget_it_is_generate(lab_vlm, batch):
             np.testing.assert_allclose(ours.trace.named, theirs.trace.named, atol=1e-4)
 
 
+# ---------------------------------------------------------------------------------------------------------- reranking
+
+
+def invented(samples: Any, reports: Any) -> int:
+    return sum(not m.present for s, r in zip(samples, reports, strict=True) for m in mentions(s.picture, r.caption))
+
+
+def test_rerank_invents_less_by_what_lies_under_the_gaze(lab_vlm, batch):
+    """With what cells show, and without: the rest of the policy is the same."""
+    rerank, left = load_policy("rerank"), []
+    for content in (0.0, rerank.rerank.content):
+        own = rerank.model_copy(update={"rerank": rerank.rerank.model_copy(update={"content": content})})
+        guard = GazeGuard(*lab_vlm, policy=own)
+        plain(guard, batch[2])
+        left.append(invented(batch[0], guard.reports))
+    assert left[1] < left[0]
+
+
+def test_rerank_in_a_padded_batch_is_that_of_each_row_alone(lab_vlm, batch):
+    samples, prompts, inputs = batch
+    guard = GazeGuard(*lab_vlm, policy="rerank")
+    plain(guard, inputs)
+    together = [report.caption for report in guard.reports]
+    for i in range(6):
+        report = guard.caption(samples[i].image, prompts[i], max_new_tokens=120, do_sample=False)
+        assert report.caption == together[i]
+
+
+def test_rewind_and_rerank_go_together(lab_vlm, batch):
+    """Words are moved in the passes that are not taken back as in those that are."""
+    both = load_policy("rewind").model_copy(update={"rerank": load_policy("rerank").rerank})
+    counts = []
+    for policy in ("mark", "rerank", both):
+        guard = GazeGuard(*lab_vlm, policy=policy)
+        plain(guard, batch[2])
+        counts.append(invented(batch[0], guard.reports))
+    assert counts[0] > counts[1] >= counts[2]
+
+
 # -------------------------------------------------------------------------------------------------------- with a guard
 
 
@@ -141,12 +180,8 @@ def test_it_takes_back_what_is_not_there(lab_vlm, batch, rewound):
     guard, _ = rewound
     before = GazeGuard(*lab_vlm)
     plain(before, inputs)
-
-    def invented(reports: Any) -> int:
-        return sum(not m.present for s, r in zip(samples, reports, strict=True) for m in mentions(s.picture, r.caption))
-
-    assert invented(before.reports) >= 5
-    assert invented(guard.reports) <= invented(before.reports) / 3
+    assert invented(samples, before.reports) >= 5
+    assert invented(samples, guard.reports) <= invented(samples, before.reports) / 3
 
 
 def test_replay_equals_live_after_words_were_taken_back(batch, rewound):
@@ -290,8 +325,7 @@ def test_the_policy_says_how_often(lab_vlm, batch):
     for budget in (0, 1, 8):
         guard = GazeGuard(*lab_vlm, policy=parse_policy({**REWIND, "rewind": {"budget": budget}}))
         plain(guard, batch[2])
-        found = zip(batch[0], guard.reports, strict=True)
-        captions.append(sum(not m.present for s, r in found for m in mentions(s.picture, r.caption)))
+        captions.append(invented(batch[0], guard.reports))
     assert captions[0] > captions[1] >= captions[2]
 
 

@@ -47,6 +47,8 @@ def test_the_matrix_has_the_columns_of_its_names(heads):
     assert x.shape == (len(said), len(names(trace.heads)))
     assert np.isfinite(x).all()
     assert features(trace, []).shape == (0, x.shape[1])
+    for some in ([], [0], [len(said) - 1], [1, 3], range(len(said))):
+        np.testing.assert_array_equal(features(trace, said, some), x[list(some)])
 
 
 @settings(max_examples=60)

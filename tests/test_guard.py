@@ -200,11 +200,14 @@ def test_a_pipeline_is_watched(guard):
     assert_same_trace(guard.check(sample.image, guard.reports[0].caption, sample.prompt).trace, guard.reports[0].trace)
 
 
+RERANKS = [{"strength": 5.0, "plausible": 0.01}, {"strength": 0.0, "plausible": 0.001, "content": 2.0, "end": 2.0}]
+
+
+@pytest.mark.parametrize("rerank", RERANKS, ids=["readout", "content"])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_rerank_works_while_beams_change_places_and_guesses_are_taken_back(guard, beams):
+def test_rerank_works_while_beams_change_places_and_guesses_are_taken_back(guard, beams, rerank):
     """Rerank reads the row of the word that is being chosen, whatever else the pass held."""
-    policy = parse_policy({"version": 1, "name": "r", "rerank": {"strength": 5.0, "plausible": 0.01}})
-    strong, moved = GazeGuard(guard.model, guard.processor, policy), 0
+    strong, moved = GazeGuard(guard.model, guard.processor, parse_policy({"version": 1, "name": "r", "rerank": rerank})), 0
     for sample in SAMPLES:
         inputs = batch_of(guard, [sample], num_beams=beams)
         ids = strong.generate(**inputs)
@@ -245,13 +248,15 @@ def test_a_streamer_gets_every_token(guard):
     assert watched.ids == plain.ids
 
 
-def test_rerank_of_no_strength_is_plain_and_of_some_is_not(guard):
+@pytest.mark.parametrize("rerank", RERANKS, ids=["readout", "content"])
+def test_rerank_of_no_strength_is_plain_and_of_some_is_not(guard, rerank):
     """Strength 0 equals plain generate; a strength moves words, and the trace is still that of what was written."""
-    off, on = ({"version": 1, "name": "r", "rerank": {"strength": s, "plausible": 0.01}} for s in (0.0, 5.0))
+    none = {key: value if key == "plausible" else 0.0 for key, value in rerank.items()}
+    off, on = (parse_policy({"version": 1, "name": "r", "rerank": own}) for own in (none, rerank))
     inputs = batch_of(guard)
     plain = guard.model.generate(**inputs)
-    assert torch.equal(GazeGuard(guard.model, guard.processor, parse_policy(off)).generate(**inputs), plain)
-    strong = GazeGuard(guard.model, guard.processor, parse_policy(on))
+    assert torch.equal(GazeGuard(guard.model, guard.processor, off).generate(**inputs), plain)
+    strong = GazeGuard(guard.model, guard.processor, on)
     assert not torch.equal(strong.generate(**inputs), plain)
     for sample, report in zip(SAMPLES, strong.reports, strict=True):
         if report.trace.finished:

@@ -15,7 +15,7 @@ from gazeguard.policy import MAX_FILE_BYTES, SECTIONS, Policy, load_policy, pars
 MINE = {"version": 1, "name": "mine"}
 FULL = MINE | {
     "threshold": 0.25,
-    "rerank": {"strength": 0.5, "plausible": 0.02, "end": 1.5},
+    "rerank": {"strength": 0.5, "plausible": 0.02, "content": 1.0, "end": 1.5},
     "rewind": {"budget": 4, "threshold": "f1"},
     "verify": {"threshold": 0.125},
     "left": "drop",
@@ -61,7 +61,7 @@ def test_every_key_is_explained():
 
 
 KEYS = "Known keys: version, name, threshold, rerank, rewind, verify, left."
-RERANK_KEYS = "Known keys: rerank.strength, rerank.plausible, rerank.end."
+RERANK_KEYS = "Known keys: rerank.strength, rerank.plausible, rerank.content, rerank.end."
 REWIND_KEYS = "Known keys: rewind.budget, rewind.threshold."
 VERIFY_KEYS = "Known keys: verify.threshold."
 RULES = "Input should be 'f1', 'precision_0.9', 'bound_0.05' or 'bound_0.02'"

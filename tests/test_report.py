@@ -17,7 +17,7 @@ from reportkit import CAPTION, NASTY, find, make_report, make_trace, moon_report
 
 from gazeguard.errors import InputError
 from gazeguard.grid import ImageGrid
-from gazeguard.report import LONGEST_EDGE, Entry, Report, Verdict, gaze_box, page
+from gazeguard.report import LONGEST_EDGE, Entry, Report, Verdict, gaze_box, gaze_boxes, page
 from gazeguard.trace import GazeTrace
 
 
@@ -168,6 +168,16 @@ def test_cells_without_a_place_and_other_pictures_do_not_count() -> None:
 def test_no_gaze_has_no_box(gaze: np.ndarray) -> None:
     assert gaze_box(box_trace(gaze), range(1)) is None
     assert gaze_box(box_trace(np.ones((1, 1, 16))), range(0)) is None
+
+
+def test_the_boxes_of_many_words_are_those_of_each_alone() -> None:
+    gaze = np.random.default_rng(0).exponential(size=(4, 2, 16)) ** 3
+    gaze[1], gaze[2, 0, 3] = 0, np.nan
+    trace, words = box_trace(gaze), [range(1), range(0), range(1, 2), range(2, 4), range(3, 4), range(1)]
+    found = gaze_boxes(trace, words)
+    assert found == [gaze_box(trace, tokens) for tokens in words]
+    assert [box is None for box in found] == [False, True, True, False, False, False]
+    assert gaze_boxes(trace, []) == []
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -170,16 +170,19 @@ def test_the_states_of_the_cells_are_the_models_own(name):
     with Tap(kind.model, backbone.heads()) as tap:
         tap.begin(announce(told.inputs))
         generate(kind.model, told.inputs)
-        rows, states = tap.collect(), tap.states()
+        rows, cells = tap.collect(), tap.cells()
         tap.begin(announce(told.inputs))
-        assert tap.states() is None, "a new watch forgets"
+        assert tap.cells() is None, "a new watch forgets"
         forward(kind.model, whole)
-        close(tap.states().nan_to_num(), states.nan_to_num(), 1e-4)
-    lies, named = content(backbone, states, rows.gaze, told.written)
+        close(tap.cells().states, cells.states, 1e-4)
+    lies, named = content(cells, rows.gaze, told.written)
     for row, ids in enumerate(told.inputs["input_ids"]):
         image = (ids == IMAGE).nonzero()[:, 0]
-        assert states[row, len(image) :].isnan().all()
-        close(backbone.logits(states[row, : len(image)]), logits[row, image], 1e-3)
+        assert cells.known[row].sum() == len(image)
+        close(backbone.logits(cells.states[row, : len(image)]), logits[row, image], 1e-3)
+        likely, word = logits[row, image].log_softmax(-1).max(-1)
+        close(cells.likely[row, : len(image)], likely, 1e-3)
+        assert torch.equal(cells.word[row, : len(image)], word)
         said = logits[row, image].log_softmax(-1)[:, told.written[row]]  # (N, T)
         close(named[row], said.amax(0), 1e-3)
         look = rows.gaze[row, ..., : len(image)].mean(1)  # (T, N)
