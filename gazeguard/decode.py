@@ -49,7 +49,8 @@ class RerankProcessor(LogitsProcessor):
     """Adds to the scores of plausible words what the gaze heads say for them; other scores stay as they are.
 
     Things: where a plausible candidate is the word that some image cell shows (read as in the logit lens, with a probability
-    over one half), each gains ``content`` times the log-probability that it has where the heads look: see `tap.content`.
+    over one half), each gains ``content`` times the log-probability that it has where the heads look: see `tap.content`, by
+    the square of their mean gaze, so that what they graze counts little.
 
     Readout: ``strength`` times what the gaze heads' output adds to a candidate's logit.
 
@@ -92,7 +93,7 @@ class RerankProcessor(LogitsProcessor):
         if of_things or of_ends:
             gaze = self.tap.gaze_at(position)
         if of_things:
-            lies, _ = content(self.tap.cells(), gaze[:, None], words)
+            lies, _ = content(self.tap.cells(), gaze.mean(1)[:, None, None].square(), words)
             gain += self.policy.content * _beside(lies.clamp(min=ABSENT), plausible) * things.any(-1, keepdim=True)
         if of_ends:
             gain += stops * (self.policy.end * (1 - self._news(gaze, input_ids) / NEWS).clamp(min=0))[:, None]
