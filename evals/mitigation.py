@@ -10,7 +10,7 @@ these and the false ones. Against plain, on the same pictures: ``chair_i_reducti
 relative; ``recall_change``, in shares; ``passes_ratio``, of rows that went through the decoder; ``time_ratio``, interleaved.
 ``{method}_over_{other}``: CHAIR_i less the other's at equal recall; below 0 is better. The other may take any setting, or a
 mean of two, that keeps as much recall. ``drop_*_at_10``: when the tenth of things with the greatest risk is cut.
-``yes_no_*``: POPE-form questions, greedily.
+``yes_no_*``: POPE-form questions, greedily. With --quick: `QUICKLY` on test pictures, greedily, with their usual settings.
 
 The captions are made by worker processes; times are taken when they are done.
 """
@@ -51,7 +51,7 @@ from gazeguard.repair import without
 from gazeguard.report import Report
 
 SEED = 400  # of the pictures
-PICTURES, TUNING, QUICK = 120, 48, 24  # of a test split; of the validation split; of a test split with --quick
+PICTURES, TUNING, QUICK = 120, 48, 8  # of a test split; of the validation split; of a test split with --quick
 NEW = 200  # tokens at most
 ROWS = 25  # prompts in a batch
 SAMPLED_SEEDS = 5
@@ -63,6 +63,7 @@ WAYS = {"greedy": False, "sampled": True}
 SPLITS = {"test": "", "shifted": "_shifted"}
 OURS = ("rerank", "rewind", "rewind_verify", "rerank_rewind", "drop")
 FIVE_SEEDS = ("plain", "truncated", "drop", "text_only_drop", "rerank", "rewind", "rerank_rewind")
+QUICKLY = ("plain", "rerank", "rewind")
 PLAIN_KEYS = {
     **dict.fromkeys(("rerank", "rewind"), ("chair_i_reduction", "recall_change", "time_ratio")),
     "rewind_verify": ("chair_i_reduction", "recall_change"),
@@ -510,7 +511,7 @@ def figures_of(done: Mapping[Job, Done], choice: Mapping[str, str], split: str, 
     return found
 
 
-def timed(choice: Mapping[str, str], pairs: int) -> dict[str, Figure]:
+def timed(choice: Mapping[str, str], ways: Sequence[str], pairs: int) -> dict[str, Figure]:
     """The price of every method, with its chosen setting, for a batch of eight."""
     guard = lab_guard()
     samples = lab.samples("test", 8, SEED)
@@ -519,7 +520,7 @@ def timed(choice: Mapping[str, str], pairs: int) -> dict[str, Figure]:
     writers["drop"] = of_policy(load_policy("drop"))
     found = {}
     for method, writer in writers.items():
-        for way in ways_of(method):
+        for way in set(ways_of(method)) & set(ways):
             torch.manual_seed(SEED)
             plain, own = (functools.partial(each, inputs, WAYS[way]) for each in (writers["plain"], writer))
             own()
@@ -530,7 +531,7 @@ def timed(choice: Mapping[str, str], pairs: int) -> dict[str, Figure]:
 def drawn(path: Path, curves: Mapping[str, Any], coverage: Mapping[str, Any], choice: Mapping[str, str]) -> None:
     """CHAIR_i against recall for all methods and settings, and what cutting takes away; one row per split."""
     plot = Plot(figsize=(11, 8.5), layout="constrained")
-    for (split, methods_), row in zip(curves.items(), plot.subplots(2, 2), strict=True):
+    for (split, methods_), row in zip(curves.items(), plot.subplots(len(curves), 2, squeeze=False), strict=True):
         for method, points in methods_.items():
             some = sorted(points.values())
             (line,) = row[0].plot(*zip(*some, strict=True), "o-", markersize=3, linewidth=1, label=method.replace("_", " "))
@@ -563,9 +564,11 @@ def main(
     known = methods()
     if strange := set(only.split(",")) - {"", *known}:
         raise typer.BadParameter(f"There is no method {sorted(strange)[0]!r}. Known: {', '.join(known)}.")
-    names = [name for name in known if name == "plain" or not only or name in only.split(",")]
+    wanted = only.split(",") if only else QUICKLY if quick else known
+    names = [name for name in known if name == "plain" or name in wanted]
     count = QUICK if quick else PICTURES
     ways = ["greedy"] if quick else list(WAYS)
+    splits = {"test": ""} if quick else SPLITS
     if quick:
         choice = {name: next(iter(settings)) for name, settings in (known | cuts()).items() if name in (*names, *cuts())}
     else:
@@ -573,7 +576,7 @@ def main(
         choice = choose(tabulated(done_by(grid, workers, "choosing settings")))
     jobs = [
         Job(name, setting, split, count, way, seed)
-        for split in SPLITS
+        for split in splits
         for name in names
         for way in ways_of(name)
         if way in ways
@@ -586,7 +589,7 @@ def main(
     figures: dict[str, Figure] = {}
     curves: dict[str, Any] = {}
     coverage: dict[str, Any] = {}
-    for split, ending in SPLITS.items():
+    for split, ending in splits.items():
         samples = lab.samples(split, count, SEED)
         for way in ways:
             cut, lines = covered(samples, done[Job("plain", "", split, count, way)])
@@ -606,14 +609,14 @@ def main(
     for name in names:
         own, plain = (done[Job(each, choice[each], "test", count, "greedy", asked=True)] for each in (name, "plain"))
         figures |= {f"{name}_{key}": made for key, made in answered(own, plain, samples).items()}
-    figures |= timed({name: choice[name] for name in names}, 2 if quick else 5)
+    figures |= timed({name: choice[name] for name in names}, ways, 1 if quick else 5)
     figures |= {
         f"{name}_{key}": figures[f"{name}_{key}_greedy"]
         for name, keys in PLAIN_KEYS.items()
         for key in keys
         if f"{name}_{key}_greedy" in figures
     }
-    ids = [sample.id for split in SPLITS for sample in lab.samples(split, count, SEED)]
+    ids = [sample.id for split in splits for sample in lab.samples(split, count, SEED)]
     drawn(out.with_suffix(".png"), curves, coverage, choice)
     write(out, figures, quick, ids, seed=SEED, chosen=choice, curves=curves, coverage=coverage)
 

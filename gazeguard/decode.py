@@ -94,7 +94,8 @@ class RerankProcessor(LogitsProcessor):
             gaze = self.tap.gaze_at(position)
         if of_things:
             lies, _ = content(self.tap.cells(), gaze.mean(1)[:, None, None].square(), words)
-            gain += self.policy.content * _beside(lies.clamp(min=ABSENT), plausible) * things.any(-1, keepdim=True)
+            looks_like = _beside(lies.clamp(min=ABSENT), plausible)
+            gain += self.policy.content * looks_like.where(things.any(-1, keepdim=True), 0)  # NaN for a row without a picture
         if of_ends:
             gain += stops * (self.policy.end * (1 - self._news(gaze, input_ids) / NEWS).clamp(min=0))[:, None]
         return scores.scatter(-1, words, (top + gain * plausible).to(scores.dtype))
@@ -203,6 +204,10 @@ class _Way(NamedTuple):
     words: list[int]
     likely: list[float]
 
+    def word(self, sample: bool) -> int:
+        """The likeliest of the words, or one that is drawn."""
+        return self.words[int(torch.multinomial(torch.tensor(self.likely).softmax(-1), 1)) if sample else 0]
+
 
 @dataclass(eq=False)
 class RewindLoop:
@@ -293,15 +298,11 @@ class RewindLoop:
                     if way is None:
                         row.done, new[b] = ended[b] or len(row.tokens) >= most, False
                         continue
-                    if generation_config.do_sample:
-                        word = way.words[int(torch.multinomial(torch.tensor(way.likely).softmax(-1), 1))]
-                    else:
-                        word = way.words[0]
                     if "scores" in kept:
                         changed = kept["scores"][row.passes[way.at]].clone()
                         changed[b, row.barred.get(way.at, []) + way.barred] = -math.inf
                         kept["scores"][row.passes[way.at]] = changed
-                    if read := row.back_to(way.at, way.barred, word):
+                    if read := row.back_to(way.at, way.barred, way.word(generation_config.do_sample)):
                         if model_kwargs.get("attention_mask") is None:  # where nothing is padding, generate leaves it out
                             model_kwargs["attention_mask"] = ids.new_ones((batch, first + 1 + len(choices)))
                         _close(model_kwargs, b, [first + number for number in read])

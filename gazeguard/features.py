@@ -101,7 +101,8 @@ def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Sequence[int] | 
     readout = trace.readout.sum(-1)
     things: dict[Phrase, None] = {}
     before: list[int] = []  # for each wanted claim, how many things were named before its own
-    repeated, unlikely, readout_words, usual = [], [], [], []
+    repeated, unlikely, readout_words = [], [], []
+    between = np.zeros((len(wanted), len(trace)), bool)  # for each wanted claim, the words before it that belong to no thing
     inside, nouns = np.zeros(len(trace), bool), []
     for i, claim in enumerate(claims[: wanted[-1] + 1]):
         if claim.phrase not in things:
@@ -111,14 +112,15 @@ def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Sequence[int] | 
             inside[own.start : own.stop] = True
         if i not in wanted:
             continue
+        between[len(before), : first(claim.said)] = ~inside[: first(claim.said)]
         before.append(len(things) - 1)
         repeated.append(_noun(claim.phrase) in nouns[:-1])
         said = tokens(claim.said)
         words = [first(part) for part in (*claim.phrase.attributes, claim.phrase.head)] if claim.kind == "object" else said
         unlikely.append(-trace.logprobs[said.start : said.stop].min())
         readout_words.append(readout[list(words)].min())
-        between = np.flatnonzero(~inside[: said.start])
-        usual.append(picture[between].mean(0) if len(between) else picture[said.start])
+    count = between.sum(1)[:, None]
+    usual = np.where(count, between @ picture / np.maximum(count, 1), picture[at])
     # Of the gaze for the things named so far, the most on every cell; nothing before the first.
     visits = np.maximum.accumulate(where([first(thing.head) for thing in things]).mean(1), axis=0)
     seen = np.concatenate((np.zeros((1, visits.shape[1])), visits))[before]
@@ -143,7 +145,7 @@ def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Sequence[int] | 
         together,
         [_there(trace, own, claims[i]) for own, i in zip(mean, wanted, strict=True)],
     )
-    per_head = (trace.readout[at], picture[at], 1 - spread, picture[at] - np.array(usual))
+    per_head = (trace.readout[at], picture[at], 1 - spread, picture[at] - usual)
     return np.concatenate((np.stack(alone, axis=1), *per_head), axis=1, dtype=np.float64)
 
 

@@ -36,7 +36,7 @@ from gazeguard.inputs import cell_token_ids, decoder_prompt, image_token_id
 EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
 LEAST = -30.0  # nats; what is less likely is as good as impossible
-LOGITS_AT_ONCE = 2**20  # numbers, of the words that are judged together
+LOGITS_AT_ONCE = 2**16  # numbers that a CPU's cache holds; so many logits are worked on together, or those of 8 rows
 RIVALS = 20  # candidates that a readout is measured against
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "o")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "embedding_norm", "norm_f")
@@ -221,6 +221,11 @@ class Backbone:
         with torch.no_grad():
             up, down, shifted = self.norm(signs), self.norm(-signs), self.norm(signs + 1)
         return (signs * (up - down) / 2)[0].float(), torch.allclose(shifted, up, atol=1e-2, rtol=1e-2)
+
+    @property
+    def few(self) -> int:
+        """Rows whose logits are worked on together: see `LOGITS_AT_ONCE`."""
+        return max(8, LOGITS_AT_ONCE // len(weight_of(self.unembedding)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model says after the last layer's ``hidden`` (..., width): logits (..., vocabulary), fp32."""
@@ -1062,9 +1067,8 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
         return logprob, entropy, table(token).float() - rivals
 
     # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.
-    few = max(1, LOGITS_AT_ONCE // len(weight_of(backbone.unembedding)))
     flat = (rows.hidden.flatten(0, 1), written.flatten())
-    parts = [judged(*part) for part in zip(*(tensor.split(few) for tensor in flat), strict=True)]
+    parts = [judged(*part) for part in zip(*(tensor.split(backbone.few) for tensor in flat), strict=True)]
     logprobs, entropy, directions = (torch.cat(own).unflatten(0, written.shape) for own in zip(*parts, strict=True))
     return Words(logprobs, entropy, readout(backbone, heads, rows.output, rows.hidden, directions))
 
@@ -1089,13 +1093,13 @@ class Cells:
     def of(backbone: Backbone, states: Tensor) -> Cells:
         """states: (batch, N, width); NaN for cells that were not heard."""
         known, states = ~states.isnan().any(-1), states.nan_to_num()
-        few = max(1, LOGITS_AT_ONCE // len(weight_of(backbone.unembedding)))
         parts = []
-        for some in states.flatten(0, 1).split(few):
-            logits = backbone.logits(some)
-            parts.append((logits.logsumexp(-1), *logits.max(-1)))
-        total, most, word = (torch.cat(own).unflatten(0, known.shape) for own in zip(*parts, strict=True))
-        return Cells(backbone, states, known, total, word, most - total)
+        for some in states.flatten(0, 1).split(backbone.few):
+            most, word = (logits := backbone.logits(some)).max(-1)
+            rest = logits.sub_(most[:, None]).exp_().sum(-1).log()  # in place, as logsumexp is not
+            parts.append((most + rest, word, -rest))
+        total, word, likely = (torch.cat(own).unflatten(0, known.shape) for own in zip(*parts, strict=True))
+        return Cells(backbone, states, known, total, word, likely)
 
     def rows(self, rows: Tensor | slice) -> Cells:
         """Those of some rows of the batch."""

@@ -137,6 +137,7 @@ def test_stairs_count_the_rows_of_what_is_said():
         ("overhead", ["tap_readout_time_ratio", "tap_readout_memory_ratio", "eager_output_attentions_time_ratio"]),
         ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
         ("mitigation", ["rerank_chair_i_reduction", "rerank_recall_change", "rerank_time_ratio", "drop_false_removed_at_10"]),
+        ("look_again", ["recall_change_sampled", "chair_i_change_sampled", "new_share_sampled"]),
         ("filtering", ["throughput_ratio", "rows_per_second", "rows_exactly_once", "byte_equal", "kills"]),
     ],
 )
