@@ -104,7 +104,8 @@ def of_kills(work: Path, count: int, kills: int) -> dict[str, Figure]:
 
 
 def of_speed(work: Path, count: int, turns: int) -> dict[str, Figure]:
-    """The filter beside bare loops over the same batches."""
+    """The filter beside bare loops over the same batches, on one thread, as a pool of one process per core runs."""
+    torch.set_num_threads(1)
     model, processor = lab.load()
     keep = CaptionFilter(GazeGuard(model, processor))
     source = open_input(draw(work / "speed", count))
