@@ -29,6 +29,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import typer
+from matplotlib import colormaps
 from matplotlib.figure import Figure as Plot
 from numpy.typing import NDArray
 from rich.console import Console
@@ -532,6 +533,7 @@ def drawn(path: Path, curves: Mapping[str, Any], coverage: Mapping[str, Any], ch
     """CHAIR_i against recall for all methods and settings, and what cutting takes away; one row per split."""
     plot = Plot(figsize=(11, 8.5), layout="constrained")
     for (split, methods_), row in zip(curves.items(), plot.subplots(len(curves), 2, squeeze=False), strict=True):
+        row[0].set_prop_cycle(color=colormaps["tab20"].colors)  # more methods than the usual ten colours
         for method, points in methods_.items():
             some = sorted(points.values())
             (line,) = row[0].plot(*zip(*some, strict=True), "o-", markersize=3, linewidth=1, label=method.replace("_", " "))
