@@ -21,26 +21,22 @@ from evals.common import Figure, Out, Quick, over_images, rate, write
 from evals.mitigation import WAYS, counts, lab_guard, random_detector, share
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import encode
+from gazeguard.lab.fit import write_captions
+from gazeguard.report import Report
 
 SEED = 420  # of the pictures
 PICTURES, QUICK = 120, 10
-ROWS = 20  # prompts in a batch
 
 
-def looked(guard: GazeGuard, other: GazeGuard, samples: list[lab.Sample], do_sample: bool) -> tuple[list[str], list[str]]:
-    """Captions, and behind each what the guard ``other`` found when it looked again."""
-    captions, more = [], []
-    for start in track(range(0, len(samples), ROWS), "looking again", console=Console(stderr=True), transient=True):
-        some = samples[start : start + ROWS]
-        torch.manual_seed(SEED + start)
-        inputs = encode(guard.model, guard.processor, [s.image for s in some], [s.prompt for s in some]).inputs
-        guard.generate(**inputs, do_sample=do_sample, max_new_tokens=200)
-        for sample, report in zip(some, guard.reports, strict=True):
-            found = other.look_again(sample.image, report) if report.findings else []
-            captions.append(report.caption)
-            more.append(" ".join(own.caption for own in found))
-    return captions, more
+def looked(guard: GazeGuard, samples: list[lab.Sample], reports: list[Report]) -> list[str]:
+    """What the guard finds when it looks again behind each caption."""
+    more = []
+    for sample, report in zip(
+        samples, track(reports, "looking again", console=Console(stderr=True), transient=True), strict=True
+    ):
+        found = guard.look_again(sample.image, report) if report.findings else []
+        more.append(" ".join(own.caption for own in found))
+    return more
 
 
 def measured(samples: list[lab.Sample], captions: list[str], more: list[str]) -> dict[str, Figure]:
@@ -66,8 +62,10 @@ def main(out: Out, quick: Quick = False) -> None:
     figures: dict[str, Figure] = {}
     others = {"": lab_guard()} | ({} if quick else {"random_": random_detector()})
     for way, do_sample in WAYS.items():
+        torch.manual_seed(SEED)
+        reports = write_captions(lab_guard(), samples, do_sample)
         for name, other in others.items():
-            made = measured(samples, *looked(lab_guard(), other, samples, do_sample))
+            made = measured(samples, [report.caption for report in reports], looked(other, samples, reports))
             figures |= {f"{name}{key}_{way}": own for key, own in made.items()}
     write(out, figures, quick, [sample.id for sample in samples], seed=SEED)
 

@@ -484,9 +484,9 @@ def choose(table: Table) -> dict[str, str]:
     return found
 
 
-def figures_of(done: Mapping[Job, Done], choice: Mapping[str, str], split: str, way: str) -> dict[str, Figure]:
-    """All figures of one split and way of writing, without their endings."""
-    table, found = tabulated(done), {}
+def figures_of(done: Mapping[Job, Done], table: Table, choice: Mapping[str, str], split: str, way: str) -> dict[str, Figure]:
+    """All figures of one split and way of writing, without their endings; ``table`` is that of what is ``done``."""
+    found: dict[str, Figure] = {}
     curves = {method: settings_of(table, method, split, way) for method in choice}
     plain = curves["plain"][""]
     passes: dict[tuple[str, str], list[int]] = {}
@@ -588,6 +588,7 @@ def main(
     ]
     jobs += [Job(name, choice[name], "test", count, "greedy", asked=True) for name in names]
     done = done_by(jobs, workers, "writing captions")
+    table = tabulated(done)
     figures: dict[str, Figure] = {}
     curves: dict[str, Any] = {}
     coverage: dict[str, Any] = {}
@@ -595,11 +596,11 @@ def main(
         samples = lab.samples(split, count, SEED)
         for way in ways:
             cut, lines = covered(samples, done[Job("plain", "", split, count, way)])
-            found = figures_of(done, choice, split, way) | cut
+            found = figures_of(done, table, choice, split, way) | cut
             figures |= {f"{key}_{way}{ending}": made for key, made in found.items()}
             if way == "greedy":
                 coverage[split] = lines
-        table, one = tabulated(done), np.ones(count, np.int64)
+        one = np.ones(count, np.int64)
         curves[split] = {
             name: {
                 setting: [share(own, "recall", one), share(own, "chair_i", one)]

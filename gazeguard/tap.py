@@ -37,6 +37,7 @@ EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
 LEAST = -30.0  # nats; what is less likely is as good as impossible
 LOGITS_AT_ONCE = 2**16  # numbers that a CPU's cache holds; so many logits are worked on together, or those of 8 rows
+CUT = "unpadded_vocab_size"  # the one of `LOGIT_CHANGES` that leaves words out, and does nothing to those that it leaves
 RIVALS = 20  # candidates that a readout is measured against
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "o")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "embedding_norm", "norm_f")
@@ -229,11 +230,7 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model says after the last layer's ``hidden`` (..., width): logits (..., vocabulary), fp32."""
-        logits = self.unembedding(self.norm(hidden)).float()
-        for made in self.logit_changes:
-            if (value := getattr(self.config, made.key, None)) is not None:
-                logits = made.change(logits, value, self.config)
-        return logits
+        return self._changed(self.unembedding(self.norm(hidden)).float(), self.logit_changes)
 
     def logits_of(self, words: Tensor, hidden: Tensor) -> Tensor:
         """`logits` of a few ``words`` (batch, W) alone, at each of ``hidden`` (batch, N, width): (batch, W, N), fp32."""
@@ -242,8 +239,11 @@ class Backbone:
             return found.gather(-1, words[:, None].expand(-1, found.shape[1], -1)).transpose(1, 2)
         rows = self.directions()(words)
         logits = (rows @ self.norm(hidden).to(rows.dtype).transpose(1, 2)).float()
-        for made in self.logit_changes:
-            if made.name != "unpadded_vocab_size" and (value := getattr(self.config, made.key, None)) is not None:
+        return self._changed(logits, [made for made in self.logit_changes if made.name != CUT])
+
+    def _changed(self, logits: Tensor, changes: Sequence[LogitChange]) -> Tensor:
+        for made in changes:
+            if (value := getattr(self.config, made.key, None)) is not None:
                 logits = made.change(logits, value, self.config)
         return logits
 
@@ -279,7 +279,7 @@ LOGIT_CHANGES = (
         LogitChange(name, "final_logit_softcapping", lambda logits, value, _: value * torch.tanh(logits / value))
         for name in ("final_logit_softcapping", "logit_softcap")
     ),
-    LogitChange("unpadded_vocab_size", "unpadded_vocab_size", lambda logits, value, _: logits[..., :value]),
+    LogitChange(CUT, CUT, lambda logits, value, _: logits[..., :value]),
 )
 
 
