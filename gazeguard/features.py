@@ -97,7 +97,7 @@ def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Sequence[int] | 
 
     at = [first(claims[i].said) for i in wanted]
     here = where(at)
-    picture = trace.shares[:, :, SHARES.index("picture")]
+    picture = trace.shares[:, :, SHARES.index("picture")].astype(np.float64)  # of which sums are taken
     readout = trace.readout.sum(-1)
     things: dict[Phrase, None] = {}
     before: list[int] = []  # for each wanted claim, how many things were named before its own

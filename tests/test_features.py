@@ -61,7 +61,8 @@ def test_nothing_looks_ahead(chosen, heads, seed):
     for i, claim in enumerate(said):
         spans = [claim.phrase, claim.said, *([claim.other] if claim.other else [])]
         then = cut(trace, trace.tokens(claim.phrase.start, max(span.end for span in spans)).stop)
-        assert np.array_equal(features(then, said[: i + 1])[i], x[i])
+        # But for the last digits: a sum over fewer words may be taken in another order.
+        np.testing.assert_allclose(features(then, said[: i + 1])[i], x[i], rtol=1e-12, atol=1e-12)
 
 
 def test_known_values():
