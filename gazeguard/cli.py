@@ -148,7 +148,7 @@ def _finish(entries: Sequence[Any], html: Path | None, as_json: bool, files: Seq
             _show(entry.title, entry.report)
     if html is not None:
         html.write_text(page(entries), encoding="utf-8")
-        err.print(f"replay page: {html}")
+        err.print(f"replay page: {html}", soft_wrap=True)
     verdicts = {entry.report.verdict for entry in entries}
     raise typer.Exit(FAILED if "unchecked" in verdicts else FLAGGED if "flag" in verdicts else 0)
 
@@ -193,7 +193,7 @@ def demo(
             f"{len(samples)} pictures, {named} things named, {false} of them not there, elsewhere or of another colour: "
             f"[bold]{caught} flagged, {false - caught} missed, {false_alarms} false alarms[/].",
         )
-        out.print(f"Step through the words and see where the model looked: [bold]{escape(str(path))}[/]")
+        out.print(f"Step through the words and see where the model looked: [bold]{escape(str(path))}[/]", soft_wrap=True)
 
 
 @app.command()
@@ -344,7 +344,7 @@ def filter_(
             out.print(f"[bold]{summary[place]}[/] {place}")
             for reason, count in summary["reasons"].get(verdict, {}).items():
                 out.print(Padding(Text(f"{count}: {_printable(reason)}", style="dim"), (0, 0, 0, 2)))
-        out.print(f"{summary['rows']} rows: [bold]{escape(str(folder))}[/]")
+        out.print(f"{summary['rows']} rows: [bold]{escape(str(folder))}[/]", soft_wrap=True)
 
 
 @app.command()
@@ -380,7 +380,7 @@ def replay(
             found = islice(entries(keep, rows, passed=not skip_passed), most)
             text = page(progress.track(found, total=min(most, rows.count())), title=f"GazeGuard: {source.name}", edge=edge)
         html.write_text(text, encoding="utf-8")
-        out.print(f"Replay page: [bold]{escape(str(html))}[/]")
+        out.print(f"Replay page: [bold]{escape(str(html))}[/]", soft_wrap=True)
 
 
 @app.command()
@@ -418,7 +418,7 @@ def train(
             )
         for reason, count in left_out.items():
             out.print(f"left out: {count} of {len(told)} captions: {escape(reason)}")
-        out.print(f"Detector, card and diagram: [bold]{escape(str(folder))}[/]")
+        out.print(f"Detector, card and diagram: [bold]{escape(str(folder))}[/]", soft_wrap=True)
 
 
 @app.command()
@@ -465,7 +465,10 @@ def heads(
         out.print(
             f"{len(found.heads)} of {len(found.all_heads)} heads, ranked by {found.ranked_by} over {found.strips} strips."
         )
-        out.print(f"Both halves of the strips agree on {found.split_half:.0%} of them. Picture: {escape(str(picture))}")
+        out.print(
+            f"Both halves of the strips agree on {found.split_half:.0%} of them. Picture: {escape(str(picture))}",
+            soft_wrap=True,
+        )
         if found.unusable:
             out.print(Text(found.unusable, style="bold red"))
     raise typer.Exit(FLAGGED if found.unusable else 0)

@@ -36,8 +36,10 @@ from gazeguard.inputs import cell_token_ids, decoder_prompt, image_token_id
 EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
 LEAST = -30.0  # nats; what is less likely is as good as impossible
-LOGITS_AT_ONCE = 2**16  # numbers that a CPU's cache holds; so many logits are worked on together, or those of 8 rows
+LOGITS_AT_ONCE = 2**16  # numbers that a CPU's cache holds; so many logits are worked on together, or those of `ROWS_AT_ONCE`
+ROWS_AT_ONCE = 64  # with fewer, reading the unembedding from memory takes most of the time
 CUT = "unpadded_vocab_size"  # the one of `LOGIT_CHANGES` that leaves words out, and does nothing to those that it leaves
+BLOCK, WIDTH = 64, 256  # rows that are kept in one piece of memory; what the width of kept masks is a multiple of
 RIVALS = 20  # candidates that a readout is measured against
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "o")
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "embedding_norm", "norm_f")
@@ -226,7 +228,7 @@ class Backbone:
     @property
     def few(self) -> int:
         """Rows whose logits are worked on together: see `LOGITS_AT_ONCE`."""
-        return max(8, LOGITS_AT_ONCE // len(weight_of(self.unembedding)))
+        return max(ROWS_AT_ONCE, LOGITS_AT_ONCE // len(weight_of(self.unembedding)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model says after the last layer's ``hidden`` (..., width): logits (..., vocabulary), fp32."""
@@ -558,15 +560,23 @@ def _sees_ahead(opening: Tensor) -> bool:
 
 def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
     """The parts along ``dim``, each filled up with zeros to the widest: in Gemma4 some layers have wider heads."""
-    widest = max(part.shape[-1] for part in parts)
-    return torch.cat([F.pad(part, (0, widest - part.shape[-1])) for part in parts], dim=dim)
+    widths = [part.shape[-1] for part in parts]
+    widest = max(widths)
+    if min(widths) < widest:
+        parts = [F.pad(part, (0, widest - width)) for part, width in zip(parts, widths, strict=True)]
+    return torch.cat(list(parts), dim=dim)
 
 
 class Track:
-    """Rows in the order of their positions; dimension 1 of every tensor. What is heard again replaces what was heard."""
+    """Rows in the order of their positions; dimension 1 of every tensor. What is heard again replaces what was heard.
+
+    They are copied into blocks of `BLOCK` rows. A small tensor kept of every pass would lie on the heap between the large ones
+    that a growing cache leaves behind, which then cannot be joined and used again.
+    """
 
     def __init__(self) -> None:
         self.parts: list[tuple[int, Tensor]] = []
+        self.room: Tensor | None = None  # what is left of the last block
 
     def __len__(self) -> int:
         return self.parts[-1][0] + self.parts[-1][1].shape[1] if self.parts else 0
@@ -581,7 +591,13 @@ class Track:
 
     def put(self, start: int, rows: Tensor) -> None:
         self.cut(start)
-        self.parts.append((start, rows))
+        count = rows.shape[1]
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self.room is None or self.room[:, :count].shape != rows.shape:
+                self.room = rows.new_empty((rows.shape[0], max(BLOCK, count), *rows.shape[2:]))
+            kept, self.room = self.room[:, :count], self.room[:, count:]
+            self.parts.append((start, kept.copy_(rows)))
 
     def row(self, at: int) -> Tensor:
         start, rows = next(part for part in reversed(self.parts) if part[0] <= at)
@@ -589,17 +605,7 @@ class Track:
 
     def joined(self, start: int = 0) -> Tensor:
         """The rows from ``start`` on."""
-        return torch.cat([rows[:, max(0, start - at) :] for at, rows in self.parts if at + rows.shape[1] > start], dim=1)
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A query row whose attention is not computed yet: its place, the chosen heads' query (batch, K, 1, d), its opening."""
-
-    start: int
-    query: Tensor
-    opening: Tensor | None  # (batch or 1, 1, 1, S) float32
-    keys: int  # S
+        return _side_by_side([rows[:, max(0, start - at) :] for at, rows in self.parts if at + rows.shape[1] > start], dim=1)
 
 
 class Layer:
@@ -608,7 +614,9 @@ class Layer:
     def __init__(self, heads: Tensor) -> None:
         self.heads = heads
         self.gaze, self.shares, self.output = Track(), Track(), Track()
-        self.pending: list[Pending] = []
+        self.pending: list[tuple[int, int]] = []  # position and number of keys of rows whose attention is not computed yet
+        self.queries = Track()  # of the chosen heads in the pending rows, (batch, r, K, d)
+        self.openings = Track()  # of the pending rows, (batch or 1, r, heads or 1, S or more) float32; empty if all are open
         self.key: Tensor | None = None
         self.scaling, self.group = 0.0, 1
 
@@ -792,10 +800,7 @@ class Tap:
         plain = not any(call.option(name) is not None for name in ("softcap", "s_aux", "sinks", "position_bias"))
         turned = self._turned(rows)
         if rows == 1 and plain and not turned and self._grows(module.layer_idx):
-            while layer.pending and layer.pending[-1].start >= start:
-                layer.pending.pop()
-            layer.key = key
-            layer.pending.append(Pending(start, chosen, opening, key.shape[2]))
+            self._keep_pending(layer, start, chosen, key, opening)
             return result
         self._read_pending(layer)
         if self._kernel == "eager" and not turned:  # it says itself what it did
@@ -893,25 +898,38 @@ class Tap:
         layer.gaze.put(start, gaze.transpose(1, 2))
         layer.shares.put(start, shares.transpose(1, 2))
 
+    def _keep_pending(self, layer: Layer, start: int, query: Tensor, key: Tensor, opening: Tensor | None) -> None:
+        """Keep the query (batch, K, 1, d) of a row, to be read among these keys, or those that they become."""
+        keys = key.shape[2]
+        while layer.pending and layer.pending[-1][0] >= start:
+            layer.pending.pop()
+        layer.openings.cut(start)
+        shape = [] if opening is None else [opening.shape[:2]]
+        if layer.pending and [kept.shape[:3:2] for _, kept in layer.openings.parts[-1:]] != shape:
+            self._read_pending(layer)
+        if opening is not None:  # of a width that many rows share, so that they share a block
+            layer.openings.put(start, F.pad(opening, (0, -keys % WIDTH)).transpose(1, 2))
+        layer.queries.put(start, query.transpose(1, 2))
+        layer.pending.append((start, keys))
+        layer.key = key
+
     def _read_pending(self, layer: Layer) -> None:
         """Turn the pending queries into attention, from the keys as they are now."""
         if not layer.pending:
             return
-        pending, layer.pending = layer.pending, []
-        query = torch.cat([one.query for one in pending], dim=2).float()  # (batch, K, r, d)
+        start = layer.pending[0][0]
+        query = layer.queries.joined(start).transpose(1, 2).float()  # (batch, K, r, d)
         key = layer.key.index_select(1, layer.heads // layer.group).float()
-        keys = key.shape[2]
-        lengths = torch.tensor([one.keys for one in pending], device=key.device)
-        opening = _closed(torch.arange(keys, device=key.device) < lengths[:, None])[None, None]  # (1, 1, r, S)
-        if any(one.opening is not None for one in pending):
-            rows = [
-                key.new_zeros(1, 1, 1, keys) if one.opening is None else F.pad(one.opening, (0, keys - one.keys))
-                for one in pending
-            ]
-            wide = [max(row.shape[axis] for row in rows) for axis in (0, 1)]
-            opening = opening + torch.cat([row.expand(*wide, 1, keys) for row in rows], dim=2)
+        keys = torch.arange(key.shape[2], device=key.device)
+        lengths = torch.tensor([length for _, length in layer.pending], device=key.device)
+        opening = _closed(keys < lengths[:, None])[None, None]  # (1, 1, r, S)
+        if layer.openings.parts:
+            opening = opening + layer.openings.joined(start).transpose(1, 2)[..., : len(keys)]
         weights = (query @ key.transpose(2, 3) * layer.scaling + opening).softmax(-1)
-        self._file(layer, pending[0].start, weights, 0)
+        self._file(layer, start, weights, 0)
+        layer.pending, layer.key = [], None
+        layer.queries.cut(start)
+        layer.openings.cut(start)
 
     @torch.compiler.disable
     def _hear_output(self, number: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
