@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from families import IMAGE, MAKERS, PAD, VOCABULARY, Family, draw_weights, family, git, text_only
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from gazeguard.errors import NothingSeenError, UnsupportedError
 from gazeguard.heads import fingerprint
 from gazeguard.inputs import image_token_id, model_inputs
-from gazeguard.tap import Head, Prompts, Rows, Tap, content, find_backbone, judge_words, readout
+from gazeguard.tap import Head, Prompts, Rows, Tap, Track, content, find_backbone, judge_words, readout
 from gazeguard.trace import SHARES
 
 NEW = 8
@@ -356,6 +359,39 @@ def test_begin_forgets():
             tap.collect()
         generate(kind.model, told.inputs)
         same_rows(tap.collect(), told.rows, 0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3), st.integers(2, 4)), min_size=1, max_size=12), st.integers(0, 20)
+)
+def test_a_track_is_a_list_that_can_be_written_over(puts, start):
+    """What is put goes after the rows before it and in place of those from it on; a narrow row is filled up with zeros."""
+    track, told, count = Track(), [], 0
+    for back, rows, width in puts:
+        at = max(0, len(told) - back)
+        new = [torch.full((2, width), float(count + i + 1)) for i in range(rows)]
+        count += rows
+        track.put(at, torch.stack(new, dim=1))
+        told[at:] = new
+        assert len(track) == len(told)
+        assert all(torch.equal(track.row(i), row) for i, row in enumerate(told))
+    start = min(start, len(told) - 1)
+    widest = max(row.shape[-1] for row in told[start:])
+    expected = torch.stack([F.pad(row, (0, widest - row.shape[-1])) for row in told[start:]], dim=1)
+    assert torch.equal(track.joined(start), expected)
+
+
+def test_a_long_text_is_kept_in_few_pieces():
+    """Small tensors that stay from every word would break up the memory that a growing cache leaves (a factor of three)."""
+    kind, new = family("LLaVA"), 70
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(announce(kind.batch()))
+        generate(kind.model, kind.batch(), max_new_tokens=new, min_new_tokens=new)
+        for layer in tap._layers.values():
+            tracks = {"queries": layer.queries, "openings": layer.openings, "output": layer.output, "hidden": tap._hidden}
+            for name, track in tracks.items():
+                pieces = {rows.untyped_storage().data_ptr() for _, rows in track.parts}
+                assert 0 < len(pieces) <= 2, f"{len(pieces)} pieces of {name}"
 
 
 def test_a_run_of_another_batch_is_not_mixed_in():
