@@ -1,8 +1,9 @@
 """What does the tap cost? Time and peak memory of generating in several ways, as ratios to plain SDPA generate.
 
-All ways write the same number of tokens; each repeat runs every way once, in turning order, in one process. ``null`` is
-plain over plain: the noise of the machine. A ratio is the median over the repeats, its interval their range. The models other
-than the lab's have random weights, which cost what trained ones cost:
+All ways write the same number of tokens; each repeat runs every way once, in turning order: for the time in one process, for
+the memory of a CPU in a process of its own, as what other ways leave on a shared heap would count, too. ``null`` is plain over
+plain: the noise of the machine. A ratio is the median over the repeats, its interval their range. The models other than the
+lab's have random weights, which cost what trained ones cost:
 
 * ``lab``: the VLM that ships with the package;
 * ``middle``: a LLaVA class, 12 layers 512 wide, 576 image tokens (figures without a prefix: the worse of batch 1 and 8);
@@ -17,6 +18,8 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,22 +188,34 @@ def ways(model: tf.PreTrainedModel, inputs: dict[str, Tensor], new: int) -> dict
 # ------------------------------------------------------------------------------------------------------- the measures
 
 
-def measured(run: Callable[[], object], device: str) -> tuple[float, int]:
-    """Seconds of a run, and the most bytes that the process (or the GPU's allocator) held meanwhile, model included."""
+def seconds(run: Callable[[], object], device: str) -> float:
+    """What a run takes."""
     gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
     start = time.perf_counter()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-        return time.perf_counter() - start, torch.cuda.max_memory_allocated()
-    taken = time.perf_counter() - start
-    return taken, int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return time.perf_counter() - start
+
+
+def held(run: Callable[[], object], device: str) -> int:
+    """The most bytes that the process (or the GPU's allocator) holds while it runs, model included."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what making the model freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    run()
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def held_alone(name: str, batch: int, new: int, way: str) -> int:
+    """`held` by a CPU process that does nothing else."""
+    torch.manual_seed(SEED)
+    return held(ways(*MODELS[name][0](batch, new, "cpu"), new)[way], "cpu")
 
 
 def worst(figures: dict[str, Figure]) -> dict[str, Figure]:
@@ -225,7 +240,8 @@ def main(
     new, repeats = (8, 1) if quick else (new, repeats)
     figures: dict[str, Figure] = {}
     machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    with Progress(console=Console(stderr=True)) as progress:
+    alone = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    with alone, Progress(console=Console(stderr=True)) as progress:
         for name in models.split(","):
             make, own = MODELS[name]
             sizes = [int(size) for size in batches.split(",")] if batches else own
@@ -234,7 +250,7 @@ def main(
                 model, inputs = make(batch, new, device)
                 runs = ways(model, inputs, new)
                 names = list(runs)
-                bar = progress.add_task(f"{name}, batch {batch}", total=(repeats + 1) * len(runs))
+                bar = progress.add_task(f"{name}, batch {batch}", total=(2 * repeats + 1) * len(runs))
                 times: dict[str, list[float]] = {way: [] for way in runs}
                 peaks: dict[str, list[int]] = {way: [] for way in runs}
                 for run in runs.values():
@@ -243,9 +259,12 @@ def main(
                 for repeat in range(repeats):
                     for i in range(len(names)):
                         way = names[(i + repeat) % len(names)]
-                        taken, held = measured(runs[way], device)
-                        times[way].append(taken)
-                        peaks[way].append(held)
+                        times[way].append(seconds(runs[way], device))
+                        progress.advance(bar)
+                for _ in range(repeats):
+                    for way, run in runs.items():
+                        own = None if device == "cuda" else alone.submit(held_alone, name, batch, new, way)
+                        peaks[way].append(held(run, device) if own is None else own.result())
                         progress.advance(bar)
                 for way in names[1:]:
                     for measure, found in (("time", times), ("memory", peaks)):

@@ -67,7 +67,7 @@ class RerankProcessor(LogitsProcessor):
 
     def __init__(self, tap: Tap, policy: Rerank, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tap, self.policy, self.tokenizer = tap, policy, tokenizer
-        self._stops = _spelt(tokenizer, (".",))
+        self._stops = _spelt(tokenizer, (".",)).to(tap.model.device)
         self._shown: Tensor | None = None  # (batch, N) int64: the word that each image cell shows, -1 for none
         self._prompt = 0  # tokens before the first new one
 
@@ -87,7 +87,7 @@ class RerankProcessor(LogitsProcessor):
         if self.policy.strength:
             gain += self.policy.strength * _beside(self._looked(heard, words), plausible)
         things = plausible & (words[:, :, None] == self._shown[:, None]).any(-1)
-        stops = plausible & torch.isin(words, self._stops.to(words.device))
+        stops = plausible & (words[:, :, None] == self._stops).any(-1)
         # What is asked for a choice that no row has would be paid for by all.
         of_things, of_ends = self.policy.content and things.any(), self.policy.end and stops.any()
         if of_things or of_ends:

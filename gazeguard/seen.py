@@ -53,7 +53,7 @@ class Seen:
         """
         if cells is None:
             return self
-        gaze, written = (tensor.to(cells.states.device) for tensor in (torch.from_numpy(self.gaze), written))
+        gaze, written = (tensor.to(cells.known.device) for tensor in (torch.from_numpy(self.gaze), written))
         under, named = (value.cpu().numpy() for value in content(cells, gaze, written))
         return replace(self, content=under, named=named)
 

@@ -37,7 +37,7 @@ EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
 LEAST = -30.0  # nats; what is less likely is as good as impossible
 LOGITS_AT_ONCE = 2**16  # numbers that a CPU's cache holds; so many logits are worked on together, or those of `ROWS_AT_ONCE`
-ROWS_AT_ONCE = 64  # with fewer, reading the unembedding from memory takes most of the time
+ROWS_AT_ONCE = 32  # with fewer, reading the unembedding from memory takes most of the time
 CUT = "unpadded_vocab_size"  # the one of `LOGIT_CHANGES` that leaves words out, and does nothing to those that it leaves
 BLOCK, WIDTH = 64, 256  # rows that are kept in one piece of memory; what the width of kept masks is a multiple of
 RIVALS = 20  # candidates that a readout is measured against
@@ -232,15 +232,19 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model says after the last layer's ``hidden`` (..., width): logits (..., vocabulary), fp32."""
-        return self._changed(self.unembedding(self.norm(hidden)).float(), self.logit_changes)
+        return self.unembed(self.norm(hidden))
 
-    def logits_of(self, words: Tensor, hidden: Tensor) -> Tensor:
-        """`logits` of a few ``words`` (batch, W) alone, at each of ``hidden`` (batch, N, width): (batch, W, N), fp32."""
+    def unembed(self, normed: Tensor) -> Tensor:
+        """`logits` of a state that the final norm has made ``normed``, (..., width)."""
+        return self._changed(self.unembedding(normed).float(), self.logit_changes)
+
+    def unembed_as(self, words: Tensor, normed: Tensor) -> Tensor:
+        """`unembed` for a few ``words`` (batch, W) alone, at each of ``normed`` (batch, N, width): (batch, W, N), fp32."""
         if type(self.unembedding) is not nn.Linear or self.unembedding.bias is not None:  # only itself knows what it does
-            found = self.logits(hidden)
+            found = self.unembed(normed)
             return found.gather(-1, words[:, None].expand(-1, found.shape[1], -1)).transpose(1, 2)
         rows = self.directions()(words)
-        logits = (rows @ self.norm(hidden).to(rows.dtype).transpose(1, 2)).float()
+        logits = (rows @ normed.to(rows.dtype).transpose(1, 2)).float()
         return self._changed(logits, [made for made in self.logit_changes if made.name != CUT])
 
     def _changed(self, logits: Tensor, changes: Sequence[LogitChange]) -> Tensor:
@@ -879,15 +883,21 @@ class Tap:
 
     def _columns(self, offset: int) -> tuple[Tensor, Tensor]:
         """The image cells' places among the keys, when the first ``offset`` positions have left the cache."""
+        if not offset:
+            return self._prompts.columns, self._prompts.cells
         columns = self._prompts.columns - offset
         return columns.clamp(min=0), self._prompts.cells & (columns >= 0)
+
+    def _on_cells(self, weights: Tensor, offset: int) -> Tensor:
+        """What of attention (batch, K, r, S) lies on the image cells: (batch, K, r, N); ``offset`` as for `_file`."""
+        columns, cells = self._columns(offset)
+        return weights.gather(3, columns[:, None, None].expand(-1, *weights.shape[1:3], -1)) * cells[:, None, None]
 
     def _file(self, layer: Layer, start: int, weights: Tensor, offset: int) -> None:
         """Attention (batch, K, r, S) of the rows from ``start`` on, whose first key is the prompt's at ``offset``, or so many
         before it: see `_gone`.
         """
-        columns, cells = self._columns(offset)
-        gaze = weights.gather(3, columns[:, None, None].expand(-1, *weights.shape[1:3], -1)) * cells[:, None, None]
+        gaze = self._on_cells(weights, offset)
         if self._reduce is not None:
             layer.gaze.put(start, self._reduce(gaze).transpose(1, 2))
             return
@@ -918,18 +928,24 @@ class Tap:
         if not layer.pending:
             return
         start = layer.pending[0][0]
-        query = layer.queries.joined(start).transpose(1, 2).float()  # (batch, K, r, d)
-        key = layer.key.index_select(1, layer.heads // layer.group).float()
-        keys = torch.arange(key.shape[2], device=key.device)
-        lengths = torch.tensor([length for _, length in layer.pending], device=key.device)
-        opening = _closed(keys < lengths[:, None])[None, None]  # (1, 1, r, S)
-        if layer.openings.parts:
-            opening = opening + layer.openings.joined(start).transpose(1, 2)[..., : len(keys)]
-        weights = (query @ key.transpose(2, 3) * layer.scaling + opening).softmax(-1)
-        self._file(layer, start, weights, 0)
+        self._file(layer, start, self._attention(layer, start), 0)
         layer.pending, layer.key = [], None
         layer.queries.cut(start)
         layer.openings.cut(start)
+
+    def _attention(self, layer: Layer, start: int) -> Tensor:
+        """Attention (batch, K, r, S) of the pending rows from ``start`` on."""
+        query = layer.queries.joined(start).transpose(1, 2).float()  # (batch, K, r, d)
+        key = layer.key.index_select(1, layer.heads // layer.group).float()
+        scores = query @ key.transpose(2, 3) * layer.scaling
+        keys = scores.shape[3]
+        lengths = [length for at, length in layer.pending if at >= start]
+        if min(lengths) < keys:
+            device = key.device
+            scores += _closed(torch.arange(keys, device=device) < torch.tensor(lengths, device=device)[:, None])
+        if layer.openings.parts:
+            scores += layer.openings.joined(start).transpose(1, 2)[..., :keys]
+        return scores.softmax(-1)
 
     @torch.compiler.disable
     def _hear_output(self, number: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -980,9 +996,15 @@ class Tap:
 
     def gaze_at(self, position: int) -> Tensor:
         """The heads' attention on the image cells, (batch, H, N) float32, of a row that `at` has heard."""
+        row = position - self._first
+        found = []
         for layer in self._layers.values():
-            self._read_pending(layer)
-        return torch.cat([layer.gaze.row(position - self._first) for layer in self._layers.values()], dim=1)
+            if layer.pending and layer.pending[-1][0] == row:  # the others can wait for the one product that reads them all
+                found.append(self._on_cells(self._attention(layer, row), 0)[:, :, 0])
+            else:
+                self._read_pending(layer)
+                found.append(layer.gaze.row(row))
+        return torch.cat(found, dim=1)
 
     def _heard(self) -> list[Layer]:
         """The layers, with everything read. Raises `NothingSeenError` when one heard nothing."""
@@ -1095,13 +1117,13 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
 class Cells:
     """What lies in the image cells: their last states read as words, as in the logit lens (nostalgebraist 2020).
 
-    states: (batch, N, width), see `Tap.cells`; known: (batch, N) bool, False for cells that were not heard
+    normed: (batch, N, width), after the final norm, see `Tap.cells`; known: (batch, N) bool, False for cells not heard
     total:  (batch, N) float32, the log of the sum of all words' exponentials, once and for all
     word:   (batch, N) int64, the likeliest word of each cell; likely: (batch, N) float32, its log-probability
     """
 
     backbone: Backbone
-    states: Tensor
+    normed: Tensor
     known: Tensor
     total: Tensor
     word: Tensor
@@ -1109,15 +1131,15 @@ class Cells:
 
     @staticmethod
     def of(backbone: Backbone, states: Tensor) -> Cells:
-        """states: (batch, N, width); NaN for cells that were not heard."""
+        """states: (batch, N, width), before the final norm; NaN for cells that were not heard."""
         known, states = ~states.isnan().any(-1), states.nan_to_num()
         parts = []
         for some in states.flatten(0, 1).split(backbone.few):
-            most, word = (logits := backbone.logits(some)).max(-1)
+            most, word = (logits := backbone.unembed(normed := backbone.norm(some))).max(-1)
             rest = logits.sub_(most[:, None]).exp_().sum(-1).log()  # in place, as logsumexp is not
-            parts.append((most + rest, word, -rest))
-        total, word, likely = (torch.cat(own).unflatten(0, known.shape) for own in zip(*parts, strict=True))
-        return Cells(backbone, states, known, total, word, likely)
+            parts.append((normed, most + rest, word, -rest))
+        normed, total, word, likely = (torch.cat(own).unflatten(0, known.shape) for own in zip(*parts, strict=True))
+        return Cells(backbone, normed, known, total, word, likely)
 
     def rows(self, rows: Tensor | slice) -> Cells:
         """Those of some rows of the batch."""
@@ -1125,7 +1147,7 @@ class Cells:
 
     def say(self, words: Tensor) -> Tensor:
         """Log-probability (batch, W, N) of ``words`` (batch, W) at each cell; minus infinity where it was not heard."""
-        logs = self.backbone.logits_of(words, self.states) - self.total[:, None]
+        logs = self.backbone.unembed_as(words, self.normed) - self.total[:, None]
         return logs.masked_fill(~self.known[:, None], -torch.inf)
 
 

@@ -177,12 +177,12 @@ def test_the_states_of_the_cells_are_the_models_own(name):
         tap.begin(announce(told.inputs))
         assert tap.cells() is None, "a new watch forgets"
         forward(kind.model, whole)
-        close(tap.cells().states, cells.states, 1e-4)
+        close(tap.cells().normed, cells.normed, 1e-4)
     lies, named = content(cells, rows.gaze, told.written)
     for row, ids in enumerate(told.inputs["input_ids"]):
         image = (ids == IMAGE).nonzero()[:, 0]
         assert cells.known[row].sum() == len(image)
-        close(backbone.logits(cells.states[row, : len(image)]), logits[row, image], 1e-3)
+        close(backbone.unembed(cells.normed[row, : len(image)]), logits[row, image], 1e-3)
         likely, word = logits[row, image].log_softmax(-1).max(-1)
         close(cells.likely[row, : len(image)], likely, 1e-3)
         assert torch.equal(cells.word[row, : len(image)], word)
