@@ -1,9 +1,10 @@
 """What does the tap cost? Time and peak memory of generating in several ways, as ratios to plain SDPA generate.
 
-All ways write the same number of tokens; each repeat runs every way once, in turning order: for the time in one process, for
-the memory of a CPU in a process of its own, as what other ways leave on a shared heap would count, too. ``null`` is plain over
-plain: the noise of the machine. A ratio is the median over the repeats, its interval their range. The models other than the
-lab's have random weights, which cost what trained ones cost:
+All ways write the same number of tokens; each repeat runs every way once, in turning order, in one process. ``null`` is plain
+over plain: the noise of the machine. A ratio is the median over the repeats, its interval their range. ``memory`` is the peak
+of the process, with what the C library's heap keeps between its blocks, which varies from run to run. ``memory_in_use`` is that
+of a process of its own, twice, whose heap returns every block of `RETURNED` bytes at once. The models other than the lab's have
+random weights, which cost what trained ones cost:
 
 * ``lab``: the VLM that ships with the package;
 * ``middle``: a LLaVA class, 12 layers 512 wide, 576 image tokens (figures without a prefix: the worse of batch 1 and 8);
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import inspect
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +39,7 @@ from gazeguard.tap import Prompts, Tap, find_backbone, judge_words
 
 HEADS = 12  # gaze heads that are heard, as the source paper finds in models of 7 billion parameters
 SEED = 500
+RETURNED = 2**18
 Model = tuple[tf.PreTrainedModel, dict[str, Tensor]]
 
 
@@ -188,34 +191,35 @@ def ways(model: tf.PreTrainedModel, inputs: dict[str, Tensor], new: int) -> dict
 # ------------------------------------------------------------------------------------------------------- the measures
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """What a run takes."""
-    gc.collect()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def held(run: Callable[[], object], device: str) -> int:
-    """The most bytes that the process (or the GPU's allocator) holds while it runs, model included."""
+def measured(run: Callable[[], object], device: str) -> tuple[float, int]:
+    """Seconds of a run, and the most bytes that the process (or the GPU's allocator) held meanwhile, model included."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # what making the model freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    start = time.perf_counter()
     run()
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated()
+    taken = time.perf_counter() - start
+    return taken, int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-def held_alone(name: str, batch: int, new: int, way: str) -> int:
-    """`held` by a CPU process that does nothing else."""
+def peak(name: str, batch: int, new: int, way: str) -> int:
+    """The most bytes that a run of one way holds in this process."""
     torch.manual_seed(SEED)
-    return held(ways(*MODELS[name][0](batch, new, "cpu"), new)[way], "cpu")
+    return measured(ways(*MODELS[name][0](batch, new, "cpu"), new)[way], "cpu")[1]
+
+
+def in_use(name: str, batch: int, new: int, way: str) -> int:
+    """`peak` in a process of its own, whose heap keeps no large block that is not in use."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(RETURNED)  # glibc reads it when a process starts, so this one does not change
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+        return alone.submit(peak, name, batch, new, way).result()
 
 
 def worst(figures: dict[str, Figure]) -> dict[str, Figure]:
@@ -240,8 +244,7 @@ def main(
     new, repeats = (8, 1) if quick else (new, repeats)
     figures: dict[str, Figure] = {}
     machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    alone = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
-    with alone, Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         for name in models.split(","):
             make, own = MODELS[name]
             sizes = [int(size) for size in batches.split(",")] if batches else own
@@ -250,7 +253,7 @@ def main(
                 model, inputs = make(batch, new, device)
                 runs = ways(model, inputs, new)
                 names = list(runs)
-                bar = progress.add_task(f"{name}, batch {batch}", total=(2 * repeats + 1) * len(runs))
+                bar = progress.add_task(f"{name}, batch {batch}", total=(repeats + (1 if device == "cuda" else 3)) * len(runs))
                 times: dict[str, list[float]] = {way: [] for way in runs}
                 peaks: dict[str, list[int]] = {way: [] for way in runs}
                 for run in runs.values():
@@ -259,16 +262,19 @@ def main(
                 for repeat in range(repeats):
                     for i in range(len(names)):
                         way = names[(i + repeat) % len(names)]
-                        times[way].append(seconds(runs[way], device))
+                        taken, held = measured(runs[way], device)
+                        times[way].append(taken)
+                        peaks[way].append(held)
                         progress.advance(bar)
-                for _ in range(repeats):
-                    for way, run in runs.items():
-                        own = None if device == "cuda" else alone.submit(held_alone, name, batch, new, way)
-                        peaks[way].append(held(run, device) if own is None else own.result())
+                found = {"time": times, "memory": peaks}
+                if device == "cpu":
+                    found["memory_in_use"] = {way: [] for way in names}
+                    for way in names * 2:
+                        found["memory_in_use"][way].append(in_use(name, batch, new, way))
                         progress.advance(bar)
                 for way in names[1:]:
-                    for measure, found in (("time", times), ("memory", peaks)):
-                        ratios = [a / b for a, b in zip(found[way], found["plain"], strict=True)]
+                    for measure, values in found.items():
+                        ratios = [a / b for a, b in zip(values[way], values["plain"], strict=True)]
                         spread = (min(ratios), max(ratios))
                         figures[f"{name}_{way}_{measure}_ratio_batch_{batch}"] = figure(statistics.median(ratios), spread)
                 per_second = [batch * new / t for t in times["plain"]]

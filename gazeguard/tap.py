@@ -761,6 +761,8 @@ class Tap:
             raise UnsupportedError("The model ran twice in one watch. Call begin() before each run.")
         self._past, self._total, self._live = past, total, True
         self._wanted = max(0, total - max(past, self._first))
+        for layer in self._layers.values():
+            layer.key = None  # the layer brings the new one before anything is read; the old one makes room for it
 
     @torch.compiler.disable
     def hear(
@@ -787,6 +789,7 @@ class Tap:
         self._check_keys(module.layer_idx, key.shape[2])
         layer = self._layers[module.layer_idx]
         layer.group = query.shape[1] // key.shape[1]
+        layer.key = key if layer.pending else None
         call = Call(module, query, key, mask, options)
         opening = self._rule(call, rows)
         replayed = wanted > 1 and self._past <= self._first  # words that came in one pass with their prompt
@@ -944,7 +947,8 @@ class Tap:
             device = key.device
             scores += _closed(torch.arange(keys, device=device) < torch.tensor(lengths, device=device)[:, None])
         if layer.openings.parts:
-            scores += layer.openings.joined(start).transpose(1, 2)[..., :keys]
+            opening = layer.openings.joined(start).transpose(1, 2)[..., :keys]
+            scores[..., : opening.shape[3]] += opening
         return scores.softmax(-1)
 
     @torch.compiler.disable
