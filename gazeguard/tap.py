@@ -20,6 +20,7 @@ import functools
 import inspect
 import itertools
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -749,9 +750,9 @@ class Tap:
                 self._turns = {
                     at: None if bias is None else bias.repeat_interleave(times, dim=0) for at, bias in self._turns.items()
                 }
-            self._cache = cache
+            self._cache = None if cache is None else weakref.ref(cache)
             past = 0 if cache is None else int(cache.get_seq_length())
-        elif cache is not self._cache or given.shape[0] != self._prompts.real.shape[0]:
+        elif not self._same(cache) or given.shape[0] != self._prompts.real.shape[0]:
             return
         else:
             past = 0 if cache is None else cache.get_seq_length()
@@ -763,6 +764,10 @@ class Tap:
         self._wanted = max(0, total - max(past, self._first))
         for layer in self._layers.values():
             layer.key = None  # the layer brings the new one before anything is read; the old one makes room for it
+
+    def _same(self, cache: Any) -> bool:
+        """Whether it is the cache of the first pass. That is held weakly: it is large, and whoever generates may drop it."""
+        return cache is None if self._cache is None else cache is not None and cache is self._cache()
 
     @torch.compiler.disable
     def hear(
@@ -840,18 +845,18 @@ class Tap:
         """
         if self.backbone.look is not None:
             return self._prompts.real.shape[1] - keys
-        layers = getattr(self._cache, "layers", ())
+        layers = getattr(self._cache and self._cache(), "layers", ())
         keeps_prompt = number < len(layers) and hasattr(layers[number], "prefill_length")  # what goes was written
         return 0 if keeps_prompt else max(0, self._total - keys)
 
     def _grows(self, number: int) -> bool:
         """Whether the keys of a layer stay what and where they are until the end, so that they can be read then."""
-        layers = getattr(self._cache, "layers", ())
+        layers = getattr(self._cache and self._cache(), "layers", ())
         return (
             not self._reordered
             and number < len(layers)
             and type(layers[number]).__name__ in GROWING
-            and not getattr(self._cache, "offloading", False)
+            and not getattr(self._cache(), "offloading", False)
         )
 
     def _weigh(

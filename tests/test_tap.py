@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from gazeguard.errors import NothingSeenError, UnsupportedError
 from gazeguard.heads import fingerprint
@@ -392,6 +395,19 @@ def test_a_long_text_is_kept_in_few_pieces():
             for name, track in tracks.items():
                 pieces = {rows.untyped_storage().data_ptr() for _, rows in track.parts}
                 assert 0 < len(pieces) <= 2, f"{len(pieces)} pieces of {name}"
+
+
+def test_the_cache_is_not_kept():
+    """Once generate is over, its cache is the caller's alone; what was heard can still be told."""
+    kind = family("LLaVA")
+    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
+        tap.begin(announce(kind.batch()))
+        made = generate(kind.model, kind.batch())
+        gone = weakref.ref(next(value for value in made.values() if isinstance(value, Cache)))
+        del made
+        gc.collect()
+        assert gone() is None
+        same_rows(tap.collect(), story("LLaVA").rows, 1e-5)
 
 
 def test_a_run_of_another_batch_is_not_mixed_in():
