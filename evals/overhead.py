@@ -39,7 +39,7 @@ from gazeguard.tap import Prompts, Tap, find_backbone, judge_words
 
 HEADS = 12  # gaze heads that are heard, as the source paper finds in models of 7 billion parameters
 SEED = 500
-RETURNED = 2**18
+RETURNED = 2**18  # bytes, far less than the blocks of a growing cache
 Model = tuple[tf.PreTrainedModel, dict[str, Tensor]]
 
 
@@ -209,10 +209,15 @@ def measured(run: Callable[[], object], device: str) -> tuple[float, int]:
     return taken, int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
+def prepared(name: str, batch: int, new: int, device: str) -> dict[str, Callable[[], object]]:
+    """`ways` of one of the `MODELS`."""
+    torch.manual_seed(SEED)
+    return ways(*MODELS[name][0](batch, new, device), new)
+
+
 def peak(name: str, batch: int, new: int, way: str) -> int:
     """The most bytes that a run of one way holds in this process."""
-    torch.manual_seed(SEED)
-    return measured(ways(*MODELS[name][0](batch, new, "cpu"), new)[way], "cpu")[1]
+    return measured(prepared(name, batch, new, "cpu")[way], "cpu")[1]
 
 
 def in_use(name: str, batch: int, new: int, way: str) -> int:
@@ -246,14 +251,12 @@ def main(
     machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     with Progress(console=Console(stderr=True)) as progress:
         for name in models.split(","):
-            make, own = MODELS[name]
+            own = MODELS[name][1]
             sizes = [int(size) for size in batches.split(",")] if batches else own
             for batch in sizes[:1] if quick else sizes:
-                torch.manual_seed(SEED)
-                model, inputs = make(batch, new, device)
-                runs = ways(model, inputs, new)
+                runs = prepared(name, batch, new, device)
                 names = list(runs)
-                bar = progress.add_task(f"{name}, batch {batch}", total=(repeats + (1 if device == "cuda" else 3)) * len(runs))
+                bar = progress.add_task(f"{name}, batch {batch}", total=(repeats + 1) * len(runs))
                 times: dict[str, list[float]] = {way: [] for way in runs}
                 peaks: dict[str, list[int]] = {way: [] for way in runs}
                 for run in runs.values():
@@ -269,9 +272,8 @@ def main(
                 found = {"time": times, "memory": peaks}
                 if device == "cpu":
                     found["memory_in_use"] = {way: [] for way in names}
-                    for way in names * 2:
+                    for way in progress.track(names * 2, description=f"{name}, batch {batch}, memory in use"):
                         found["memory_in_use"][way].append(in_use(name, batch, new, way))
-                        progress.advance(bar)
                 for way in names[1:]:
                     for measure, values in found.items():
                         ratios = [a / b for a, b in zip(values[way], values["plain"], strict=True)]
@@ -281,7 +283,7 @@ def main(
                 figures[f"{name}_plain_tokens_per_second_batch_{batch}"] = figure(
                     statistics.median(per_second), (min(per_second), max(per_second))
                 )
-                del model, inputs, runs
+                del runs, run
                 # Written after each, so that a long run that is stopped has something to show.
                 write(out, figures | worst(figures), quick, seed=SEED, new_tokens=new, repeats=repeats, machine=machine)
 

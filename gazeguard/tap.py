@@ -569,7 +569,7 @@ def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
     widest = max(widths)
     if min(widths) < widest:
         parts = [F.pad(part, (0, widest - width)) for part, width in zip(parts, widths, strict=True)]
-    return torch.cat(list(parts), dim=dim)
+    return torch.cat(parts, dim=dim)
 
 
 class Track:
@@ -725,6 +725,11 @@ class Tap:
         row = max(0, self._total - self._first) if start is None else start
         self._turns[-self._first if prompt else row] = bias
 
+    @property
+    def _cache(self) -> Any:
+        """The cache of the first pass, None without one. Held weakly: it is large, and whoever generates may drop it."""
+        return self._held and self._held()
+
     def _turned(self, rows: int) -> list[tuple[slice, Tensor]]:
         """Which of the pass's last ``rows`` rows are turned, and by which bias."""
         end = self._total - self._first
@@ -750,9 +755,11 @@ class Tap:
                 self._turns = {
                     at: None if bias is None else bias.repeat_interleave(times, dim=0) for at, bias in self._turns.items()
                 }
-            self._cache = None if cache is None else weakref.ref(cache)
+            self._held = None if cache is None else weakref.ref(cache)
             past = 0 if cache is None else int(cache.get_seq_length())
-        elif not self._same(cache) or given.shape[0] != self._prompts.real.shape[0]:
+        elif (
+            cache is not self._cache or (cache is None) != (self._held is None) or given.shape[0] != self._prompts.real.shape[0]
+        ):
             return
         else:
             past = 0 if cache is None else cache.get_seq_length()
@@ -762,12 +769,6 @@ class Tap:
             raise UnsupportedError("The model ran twice in one watch. Call begin() before each run.")
         self._past, self._total, self._live = past, total, True
         self._wanted = max(0, total - max(past, self._first))
-        for layer in self._layers.values():
-            layer.key = None  # the layer brings the new one before anything is read; the old one makes room for it
-
-    def _same(self, cache: Any) -> bool:
-        """Whether it is the cache of the first pass. That is held weakly: it is large, and whoever generates may drop it."""
-        return cache is None if self._cache is None else cache is not None and cache is self._cache()
 
     @torch.compiler.disable
     def hear(
@@ -794,7 +795,6 @@ class Tap:
         self._check_keys(module.layer_idx, key.shape[2])
         layer = self._layers[module.layer_idx]
         layer.group = query.shape[1] // key.shape[1]
-        layer.key = key if layer.pending else None
         call = Call(module, query, key, mask, options)
         opening = self._rule(call, rows)
         replayed = wanted > 1 and self._past <= self._first  # words that came in one pass with their prompt
@@ -845,18 +845,18 @@ class Tap:
         """
         if self.backbone.look is not None:
             return self._prompts.real.shape[1] - keys
-        layers = getattr(self._cache and self._cache(), "layers", ())
+        layers = getattr(self._cache, "layers", ())
         keeps_prompt = number < len(layers) and hasattr(layers[number], "prefill_length")  # what goes was written
         return 0 if keeps_prompt else max(0, self._total - keys)
 
     def _grows(self, number: int) -> bool:
         """Whether the keys of a layer stay what and where they are until the end, so that they can be read then."""
-        layers = getattr(self._cache and self._cache(), "layers", ())
+        layers = getattr(self._cache, "layers", ())
         return (
             not self._reordered
             and number < len(layers)
             and type(layers[number]).__name__ in GROWING
-            and not getattr(self._cache(), "offloading", False)
+            and not getattr(self._cache, "offloading", False)
         )
 
     def _weigh(
@@ -923,6 +923,7 @@ class Tap:
             layer.pending.pop()
         layer.openings.cut(start)
         shape = [] if opening is None else [opening.shape[:2]]
+        # Openings of another kind could not be joined with these.
         if layer.pending and [kept.shape[:3:2] for _, kept in layer.openings.parts[-1:]] != shape:
             self._read_pending(layer)
         if opening is not None:  # of a width that many rows share, so that they share a block
@@ -952,8 +953,7 @@ class Tap:
             device = key.device
             scores += _closed(torch.arange(keys, device=device) < torch.tensor(lengths, device=device)[:, None])
         if layer.openings.parts:
-            opening = layer.openings.joined(start).transpose(1, 2)[..., :keys]
-            scores[..., : opening.shape[3]] += opening
+            scores += layer.openings.joined(start).transpose(1, 2)[..., :keys]
         return scores.softmax(-1)
 
     @torch.compiler.disable
