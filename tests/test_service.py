@@ -162,11 +162,9 @@ def test_too_large_a_request_is_refused(service, address):
     with socket.create_connection((host, int(port)), timeout=60) as wire:
         wire.sendall(b"POST /v1/check HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         piece = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
-        try:
-            for _ in range(9):
-                wire.sendall(piece)
-        except OSError:
-            pass  # it hung up at the limit
+        for _ in range(9):
+            wire.sendall(piece)
+        wire.sendall(b"0\r\n\r\n")
         assert wire.recv(100).startswith(b"HTTP/1.1 413")
 
 
