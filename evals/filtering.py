@@ -187,7 +187,7 @@ Only = Annotated[str | None, typer.Option("--only", help="speed, kills or ray: t
 def main(out: Out, quick: Quick = False, only: Only = None) -> None:
     """Filter, kill, and time."""
     parts: dict[str, Callable[[Path], dict[str, Figure]]] = {
-        "speed": lambda work: of_speed(work, 32 if quick else 64, 2 if quick else 12),
+        "speed": lambda work: of_speed(work, 32 if quick else CHUNK, 2 if quick else 12),
         "kills": lambda work: of_kills(work, 60 if quick else 5000, 1 if quick else KILLS),
         "ray": lambda work: of_ray(work, 32 if quick else 128, 8 if quick else 16),
     }

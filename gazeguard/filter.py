@@ -49,12 +49,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import cycle, islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from gazeguard import __version__
 from gazeguard.errors import GazeGuardError, InputError
 from gazeguard.files import Row, Slice, Source, identity, reason
-from gazeguard.guard import DEFAULT_PROMPT, GazeGuard
+from gazeguard.guard import DEFAULT_PROMPT, GazeGuard, Prepared
 from gazeguard.inputs import encode, has_pixels, load_image
 from gazeguard.policy import Policy
 from gazeguard.report import Entry, Report
@@ -74,7 +75,7 @@ from gazeguard.results import Results, labelled
 COLUMNS = (
     "gaze_verdict", "gaze_reason", "gaze_risk", "gaze_phrases", "gaze_caption", "gaze_policy", "gaze_version"
 )  # fmt: skip
-AHEAD = 2  # batches whose pictures are unpacked while the model works on another one; chunks that wait at a Ray actor
+AHEAD = 2  # batches that are made ready while the model works on another one; chunks that wait at a Ray actor
 RETRIES = 3  # of a chunk over which a Ray actor dies
 MAX_REASON = 300  # characters that an error of the model may say
 
@@ -89,13 +90,23 @@ class _Row:
     prompt: str
 
 
+class _Loaded(NamedTuple):
+    """A batch on its way: rows with their pictures, others with the reason why there is none in the picture's place, and the
+    first as the model reads them; None where that failed, or where captions are to be written.
+    """
+
+    rows: Sequence[_Row]
+    blank: Sequence[_Row]
+    prepared: Prepared | None
+
+
 class CaptionFilter:
     """Columns in, the same columns and `COLUMNS` out; with the same guard, policy and batches always the same.
 
     guard:          a `GazeGuard`, or the folder or hub id of a model with its gaze heads and detector beside it
     policy:         of the guard that is made for a model; a guard brings its own
     batch_size:     rows that the model sees at once; neighbours in length, so that little is padded
-    workers:        threads that unpack pictures ahead of the model, at most `AHEAD` batches of them
+    workers:        threads that unpack pictures ahead of the model, at most `AHEAD` batches of them; one more encodes
     prompt:         what every caption answers, unless the column ``prompt`` says so
     max_new_tokens: of a caption that has to be written, where there is no column of captions; written greedily
     image, caption: names of the columns that are read
@@ -204,14 +215,12 @@ class CaptionFilter:
         tick(len(images) - len(rows))
         rows.sort(key=lambda row: len(row.caption or ""))  # stable: the order never depends on anything else
         groups = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
-        for loaded in self._loaded(groups):
-            seen = [row for row in loaded if isinstance(row.image, Image.Image)]
-            for row in loaded:
-                if not isinstance(row.image, Image.Image):
-                    put(row.number, self.guard._unchecked(row.caption or "", row.image))
-            for row, report in zip(seen, self._judged(seen), strict=True):
+        for loaded, blank, prepared in self._loaded(groups):
+            for row in blank:
+                put(row.number, self.guard._unchecked(row.caption or "", row.image))
+            for row, report in zip(loaded, self._judged(loaded, prepared), strict=True):
                 put(row.number, report)
-            tick(len(loaded))
+            tick(len(loaded) + len(blank))
 
     def rows(
         self, rows: Sequence[Row], captioned: bool, tick: Callable[[int], object] = lambda rows: None
@@ -258,30 +267,39 @@ class CaptionFilter:
         """`rows` for one batch after the other."""
         return (self.rows(batch, captioned, tick) for batch in batches)
 
-    def _loaded(self, groups: Sequence[Sequence[_Row]]) -> Iterator[list[_Row]]:
-        """The groups in their order, each row with its picture, or with the reason why there is none."""
-
-        def come(waiting: Sequence[tuple[_Row, Future[Image.Image | str]]]) -> list[_Row]:
-            return [replace(row, image=future.result()) for row, future in waiting]
-
-        pool = ThreadPoolExecutor(self.workers)
+    def _loaded(self, groups: Sequence[Sequence[_Row]]) -> Iterator[_Loaded]:
+        """The groups in their order, as they become ready."""
+        pool, encoder = ThreadPoolExecutor(self.workers), ThreadPoolExecutor(1)
         try:
-            ahead: deque[list[tuple[_Row, Future[Image.Image | str]]]] = deque()
+            ahead: deque[Future[_Loaded]] = deque()
             for group in groups:
-                ahead.append([(row, pool.submit(picture_of, row.image)) for row in group])
+                pictures = [pool.submit(picture_of, row.image) for row in group]
+                ahead.append(encoder.submit(self._ready, group, pictures))
                 if len(ahead) > AHEAD:
-                    yield come(ahead.popleft())
+                    yield ahead.popleft().result()
             while ahead:
-                yield come(ahead.popleft())
+                yield ahead.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            for threads in (pool, encoder):  # one that waits for a picture gets none
+                threads.shutdown(cancel_futures=True)
 
-    def _judged(self, rows: Sequence[_Row]) -> list[Report]:
+    def _ready(self, group: Sequence[_Row], pictures: Sequence[Future[Image.Image | str]]) -> _Loaded:
+        rows = [replace(row, image=picture.result()) for row, picture in zip(group, pictures, strict=True)]
+        seen = [row for row in rows if isinstance(row.image, Image.Image)]
+        prepared = None
+        if seen and seen[0].caption is not None:
+            with suppress(Exception):  # `_judged` meets it again
+                prepared = self._prepared(seen)
+        return _Loaded(seen, [row for row in rows if not isinstance(row.image, Image.Image)], prepared)
+
+    def _judged(self, rows: Sequence[_Row], prepared: Prepared | None = None) -> list[Report]:
         """A report per row. A batch that fails is halved until only the rows that fail alone are left, *unchecked*."""
         if not rows:
             return []
         try:
-            return self._written(rows) if rows[0].caption is None else self._replayed(rows)
+            if rows[0].caption is None:
+                return self._written(rows)
+            return self.guard.check_prepared(prepared or self._prepared(rows))
         except Exception as error:
             why = explain(error)
         # Out here the error is gone, and with its traceback the tensors of the batch that failed.
@@ -292,8 +310,8 @@ class CaptionFilter:
         half = len(rows) // 2
         return self._judged(rows[:half]) + self._judged(rows[half:])
 
-    def _replayed(self, rows: Sequence[_Row]) -> list[Report]:
-        return self.guard.check_all(
+    def _prepared(self, rows: Sequence[_Row]) -> Prepared:
+        return self.guard.prepare(
             [row.image for row in rows], [row.caption or "" for row in rows], [row.prompt for row in rows]
         )
 

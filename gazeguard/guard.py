@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from gazeguard.errors import GazeGuardError, InputError, MismatchError, Unsuppor
 from gazeguard.grid import ImageGrid
 from gazeguard.heads import GazeHeads
 from gazeguard.inputs import (
+    Encoded,
     check_prompt,
     check_text,
     context_of,
@@ -136,6 +137,26 @@ def _no_batches(*_: Any, **__: Any) -> None:
         "GazeGuard cannot watch generate_batch: continuous batching takes no pictures. Use generate, and check_all() for "
         "many captions at once."
     )
+
+
+class _Part(NamedTuple):
+    """Captions that go through the model together: which rows of the whole they are, and what it reads."""
+
+    rows: Sequence[int]
+    captions: Sequence[str]
+    batch: Encoded
+    keys: Keys
+    grids: Sequence[ImageGrid]
+
+
+class Prepared(NamedTuple):
+    """Captions and their pictures as the model reads them: see `GazeGuard.prepare`.
+
+    unchecked: by their numbers, the rows that it cannot read; parts: the others
+    """
+
+    unchecked: Mapping[int, Report]
+    parts: Sequence[_Part]
 
 
 class GazeGuard:
@@ -420,7 +441,6 @@ class GazeGuard:
         """
         return self.check_all([image], [caption], prompt)[0]
 
-    @torch.no_grad()
     def check_all(
         self, images: Sequence[Any], captions: Sequence[str], prompt: str | Sequence[str] = DEFAULT_PROMPT
     ) -> list[Report]:
@@ -428,8 +448,12 @@ class GazeGuard:
 
         prompt: what every caption answers, or one prompt per caption
         """
+        return self.check_prepared(self.prepare(images, captions, prompt))
+
+    def prepare(self, images: Sequence[Any], captions: Sequence[str], prompt: str | Sequence[str] = DEFAULT_PROMPT) -> Prepared:
+        """`check_all` up to the model's pass, for `check_prepared`: another thread can do it while the model is busy."""
         prompts = [prompt] * len(captions) if isinstance(prompt, str) else prompt
-        reports: dict[int, Report] = {}
+        unchecked: dict[int, Report] = {}
         pictures: dict[int, Image.Image] = {}
         for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
             try:
@@ -439,15 +463,24 @@ class GazeGuard:
                 check_prompt(self.processor, prompts[i])
                 pictures[i] = load_image(image)
             except InputError as error:
-                reports[i] = self._unchecked(caption if isinstance(caption, str) else "", str(error))
-        if pictures:
-            reports |= self._replay(list(pictures), pictures, captions, prompts)
-        return [reports[i] for i in range(len(captions))]
+                unchecked[i] = self._unchecked(caption if isinstance(caption, str) else "", str(error))
+        made = self._encoded(list(pictures), pictures, captions, prompts)
+        return Prepared(unchecked | made.unchecked, made.parts)
 
-    def _replay(
+    @torch.no_grad()
+    def check_prepared(self, prepared: Prepared) -> list[Report]:
+        """The reports of `check_all`, in the order of the captions."""
+        reports = dict(prepared.unchecked)
+        for part in prepared.parts:
+            reports |= zip(part.rows, self._replayed(part), strict=True)
+        return [reports[i] for i in sorted(reports)]
+
+    def _encoded(
         self, todo: Sequence[int], pictures: Mapping[int, Image.Image], captions: Sequence[str], prompts: Sequence[str]
-    ) -> dict[int, Report]:
-        """Reports of the rows ``todo``, from one teacher-forced pass over those that fit into the context."""
+    ) -> Prepared:
+        """The rows ``todo``, as the model reads those that fit into its context."""
+        if not todo:
+            return Prepared({}, [])
         told = [captions[i] for i in todo]
         try:
             batch = encode(self.model, self.processor, [pictures[i] for i in todo], [prompts[i] for i in todo], told)
@@ -455,9 +488,10 @@ class GazeGuard:
             raise
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # one picture's shape, say, refused for all
             if len(todo) == 1:
-                return {todo[0]: self._unchecked(told[0], f"the processor refuses it: {_line(error)}")}
-            parts = (todo[: len(todo) // 2], todo[len(todo) // 2 :])
-            return {i: report for part in parts for i, report in self._replay(part, pictures, captions, prompts).items()}
+                return Prepared({todo[0]: self._unchecked(told[0], f"the processor refuses it: {_line(error)}")}, [])
+            halves = (todo[: len(todo) // 2], todo[len(todo) // 2 :])
+            first, second = (self._encoded(half, pictures, captions, prompts) for half in halves)
+            return Prepared(first.unchecked | second.unchecked, [*first.parts, *second.parts])
         keys = keys_of(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
         prompted = self._prompted(keys, batch.prompt_mask)
         long = {
@@ -466,12 +500,17 @@ class GazeGuard:
             if (reason := self._too_long(before + len(ids)))
         }
         if long:
-            rest = [i for i in todo if i not in long]
-            return long | (self._replay(rest, pictures, captions, prompts) if rest else {})
+            rest = self._encoded([i for i in todo if i not in long], pictures, captions, prompts)
+            return Prepared(long | rest.unchecked, rest.parts)
         sizes = [[pictures[i].size] for i in todo]
         grids = grids_of(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.grid)
+        return Prepared({}, [_Part(todo, told, batch, keys, grids)])
+
+    def _replayed(self, part: _Part) -> list[Report]:
+        """Reports of a part's rows, from one teacher-forced pass."""
+        batch, grids = part.batch, part.grids
         with self.tap as tap:
-            tap.begin(Prompts.of(*keys))
+            tap.begin(Prompts.of(*part.keys))
             if self._look is not None:
                 self._look.steer(tap, grids)
             # What the tap hears is judged; the model's own logits of every position would be the largest tensor of all.
@@ -485,14 +524,13 @@ class GazeGuard:
             out = self.model(**given, use_cache=self.policy.verify is not None, **few)
             rows, cells = tap.collect(), self._cells()
         whole = self._seen(rows, cells, batch.caption_ids)
-        done = {}
-        for row, (i, ids) in enumerate(zip(todo, batch.caption_ids, strict=True)):
-            trace = self._trace(whole, row, slice(len(ids)), ids, told[row], batch.offsets[row], grids[row], finished=True)
-            done[i] = self.judge(trace)
-        if self.policy.verify is not None:
-            cache = next((value for value in out.values() if isinstance(value, Cache)), None)
-            done = dict(zip(done, self._verified(list(done.values()), batch.prompt, cache), strict=True))
-        return done
+        told = zip(batch.caption_ids, part.captions, batch.offsets, grids, strict=True)
+        traces = [self._trace(whole, row, slice(len(of[0])), *of, finished=True) for row, of in enumerate(told)]
+        reports = [self.judge(trace) for trace in traces]
+        if self.policy.verify is None:
+            return reports
+        cache = next((value for value in out.values() if isinstance(value, Cache)), None)
+        return self._verified(reports, batch.prompt, cache)
 
     def _prompted(self, keys: Keys, mask: Tensor | None) -> list[int]:
         """How many tokens, padding aside, each row's decoder reads before what is written."""

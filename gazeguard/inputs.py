@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.grid import (
@@ -56,6 +56,7 @@ PUTS_PICTURES_ITSELF = ("Florence2Processor",)  # before every prompt, where oth
 MAX_IMAGE_BYTES = 64 * 2**20
 # What Pillow may read: pictures alone. For others it would start programs (EPS: Ghostscript).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_TOKENIZING = threading.Lock()  # a fast tokenizer keeps in itself how the newest call wants to pad
 _OPENING = threading.Lock()  # warnings.catch_warnings changes what all threads see
 
 
@@ -182,30 +183,9 @@ def encode(
         )
     for prompt in dict.fromkeys(prompts):
         check_prompt(processor, prompt)
-    side = "right" if model.config.is_encoder_decoder else "left"
-    if processor.chat_template is None:
-        own = type(processor).__name__ in PUTS_PICTURES_ITSELF
-        token = "" if own else getattr(processor, "image_token", "<image>")
-        made = processor(
-            images=[[image] for image in images],
-            text=[f"{token}{prompt}" for prompt in prompts],
-            padding=True,
-            padding_side=side,
-            return_tensors="pt",
-        )
-    else:
-        talks = [
-            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
-        made = processor.apply_chat_template(
-            talks,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": side},
-        )
+    with _TOKENIZING:
+        made = _processed(processor, images, prompts, "right" if model.config.is_encoder_decoder else "left")
+        told = [tokenize(processor.tokenizer, caption) for caption in captions]
     tokens, limit = int(made["attention_mask"].sum(1).max()), context_of(model)
     if not captions and not model.config.is_encoder_decoder and tokens > limit:
         raise InputError(f"The prompt has {tokens} tokens, more than the model's context of {limit}. Make it shorter.")
@@ -215,9 +195,36 @@ def encode(
         prompt["decoder_input_ids"] = F.pad(decoder_prompt(model, prompt), (0, 1), value=forced)
     if not captions:
         return Encoded(prompt, prompt)
-    told = [tokenize(processor.tokenizer, caption) for caption in captions]
     whole = followed_by(model, prompt, [caption_ids for caption_ids, _ in told])
     return Encoded(prompt, whole, *map(tuple, zip(*told, strict=True)))
+
+
+def _processed(
+    processor: ProcessorMixin, images: Sequence[Image.Image], prompts: Sequence[str], padding_side: str
+) -> BatchFeature:
+    """What the processor makes of one picture and one prompt per row."""
+    if processor.chat_template is None:
+        own = type(processor).__name__ in PUTS_PICTURES_ITSELF
+        token = "" if own else getattr(processor, "image_token", "<image>")
+        return processor(
+            images=[[image] for image in images],
+            text=[f"{token}{prompt}" for prompt in prompts],
+            padding=True,
+            padding_side=padding_side,
+            return_tensors="pt",
+        )
+    talks = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+        for image, prompt in zip(images, prompts, strict=True)
+    ]
+    return processor.apply_chat_template(
+        talks,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": padding_side},
+    )
 
 
 def followed_by(model: PreTrainedModel, inputs: Mapping[str, Any], written: Sequence[NDArray[np.int64]]) -> dict[str, Any]:

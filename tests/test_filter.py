@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import threading
 import warnings
 
 import numpy as np
@@ -19,6 +20,7 @@ from gazeguard.errors import InputError
 from gazeguard.files import Slice
 from gazeguard.filter import AHEAD, COLUMNS, ArrowFilter, CaptionFilter, explain, picture_of
 from gazeguard.guard import GazeGuard
+from gazeguard.inputs import encode
 
 SAMPLES = lab.samples("test", 6, seed=7)
 IMAGES, PROMPTS = [s.image for s in SAMPLES], [s.prompt for s in SAMPLES]
@@ -390,7 +392,7 @@ def test_no_more_pictures_are_unpacked_than_are_needed_soon(keep, told, monkeypa
     opened, most = [0], [0]
 
     class Counted(CaptionFilter):
-        def _judged(self, rows):
+        def _judged(self, rows, prepared=None):
             most[0] = max(most[0], opened[0])
             opened[0] -= len(rows)
             return [self.guard._unchecked(row.caption, "not looked at") for row in rows]
@@ -402,3 +404,25 @@ def test_no_more_pictures_are_unpacked_than_are_needed_soon(keep, told, monkeypa
     monkeypatch.setattr("gazeguard.filter.picture_of", counting)
     Counted(keep.guard, batch_size=3)({"image": [b""] * 60, "caption": ["A star."] * 60})
     assert 0 < most[0] <= 3 * (AHEAD + 1)
+
+
+def test_the_next_batch_is_encoded_while_the_model_is_busy(keep, told, monkeypatch):
+    """The model's first pass waits here until the second batch has been encoded; in turns it would wait for ever."""
+    encoded, waited = threading.Semaphore(0), []
+
+    def counting(*of):
+        encoded.release()
+        return encode(*of)
+
+    def wait(*_):
+        if not waited:
+            waited.extend(encoded.acquire(timeout=60) for _ in range(2))
+
+    monkeypatch.setattr("gazeguard.guard.encode", counting)
+    handle = keep.guard.model.register_forward_pre_hook(wait)
+    try:
+        made = CaptionFilter(keep.guard, batch_size=2)({"image": IMAGES[:4], "caption": told[:4]})
+    finally:
+        handle.remove()
+    assert waited == [True, True]
+    assert "unchecked" not in made["gaze_verdict"]

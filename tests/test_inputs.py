@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -297,3 +298,17 @@ def test_a_text_only_model_is_refused():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **small))
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM has no image token .* Use a vision-language model"):
         image_token_id(model)
+
+
+def test_threads_that_encode_do_not_disturb_one_another():
+    """A fast tokenizer keeps in itself how it pads, so that of two calls at once one gets what the other wants."""
+    model, reader, rows = untrained(), processor(), samples("test", 4, seed=7)
+    images, captions = [row.image for row in rows], ["A red star.", "A star and a green tree.", "A moon.", "Two red moons."]
+
+    def ids(turn: int) -> list[list[int]]:
+        prompts = [row.prompt for row in rows] if turn % 2 else ["Describe the picture."] * 4
+        return encode(model, reader, images, prompts, captions[:: -1 if turn % 3 else 1]).inputs["input_ids"].tolist()
+
+    alone = [ids(turn) for turn in range(6)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ids, range(300))) == alone * 50
