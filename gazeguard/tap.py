@@ -38,7 +38,7 @@ EAGER = "eager_attention_forward"
 GROWING = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")  # cache layers whose keys stay what and where they are
 LEAST = -30.0  # nats; what is less likely is as good as impossible
 LOGITS_AT_ONCE = 2**16  # numbers that a CPU's cache holds; so many logits are worked on together, or those of `ROWS_AT_ONCE`
-ROWS_AT_ONCE = 32  # with fewer, reading the unembedding from memory takes most of the time
+ROWS_AT_ONCE = 64  # with fewer, reading the unembedding from memory takes most of the time
 CUT = "unpadded_vocab_size"  # the one of `LOGIT_CHANGES` that leaves words out, and does nothing to those that it leaves
 BLOCK, WIDTH = 64, 256  # rows that are kept in one piece of memory; what the width of kept masks is a multiple of
 RIVALS = 20  # candidates that a readout is measured against
@@ -581,7 +581,8 @@ class Track:
 
     def __init__(self) -> None:
         self.parts: list[tuple[int, Tensor]] = []
-        self.room: Tensor | None = None  # what is left of the last block
+        self.block: Tensor | None = None  # the last one, whose first rows are used
+        self.used = 0
 
     def __len__(self) -> int:
         return self.parts[-1][0] + self.parts[-1][1].shape[1] if self.parts else 0
@@ -595,14 +596,16 @@ class Track:
             self.parts[-1] = at, rows[:, : start - at]
 
     def put(self, start: int, rows: Tensor) -> None:
-        self.cut(start)
-        count = rows.shape[1]
-        # A tensor made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            if self.room is None or self.room[:, :count].shape != rows.shape:
-                self.room = rows.new_empty((rows.shape[0], max(BLOCK, count), *rows.shape[2:]))
-            kept, self.room = self.room[:, :count], self.room[:, count:]
-            self.parts.append((start, kept.copy_(rows)))
+        if len(self) > start:
+            self.cut(start)
+        count, shape = rows.shape[1], self.block.shape if self.block is not None else ()
+        if shape[:1] + shape[2:] != rows.shape[:1] + rows.shape[2:] or shape[1] < self.used + count:
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
+                self.block = rows.new_empty((rows.shape[0], max(BLOCK, count), *rows.shape[2:]))
+            self.used = 0
+        kept = self.block[:, self.used : self.used + count]
+        self.parts.append((start, kept.copy_(rows.detach())))
+        self.used += count
 
     def row(self, at: int) -> Tensor:
         start, rows = next(part for part in reversed(self.parts) if part[0] <= at)
@@ -616,8 +619,8 @@ class Track:
 class Layer:
     """What a tap heard of one layer: the rows read, the rows pending, and the keys to read them with."""
 
-    def __init__(self, heads: Tensor) -> None:
-        self.heads = heads
+    def __init__(self, heads: Tensor, width: int) -> None:
+        self.heads, self.width = heads, width  # those that are watched, and numbers per head of the layer's output
         self.gaze, self.shares, self.output = Track(), Track(), Track()
         self.pending: list[tuple[int, int]] = []  # position and number of keys of rows whose attention is not computed yet
         self.queries = Track()  # of the chosen heads in the pending rows, (batch, r, K, d)
@@ -701,9 +704,10 @@ class Tap:
         self._prompts, self._reduce, self._reordered = prompts, reduce, reordered
         self._first = prompts.last  # the query at this position predicts the first new token
         device = prompts.columns.device
-        self._layers = {
-            number: Layer(torch.tensor([h for la, h in self.heads if la == number], device=device)) for number in self._numbers
-        }
+        self._layers = {}
+        for number in self._numbers:
+            heads = torch.tensor([h for la, h in self.heads if la == number], device=device)
+            self._layers[number] = Layer(heads, self.backbone.width(self.backbone.attention[number])[1])
         self._hidden = Track()
         self._states: Tensor | None = None  # of the image cells, (batch, N, width); NaN where they were not heard
         self._cells: Cells | None = None  # the same, read
@@ -732,6 +736,8 @@ class Tap:
 
     def _turned(self, rows: int) -> list[tuple[slice, Tensor]]:
         """Which of the pass's last ``rows`` rows are turned, and by which bias."""
+        if not self._turns:
+            return []
         end = self._total - self._first
         begin, starts = end - rows, sorted(self._turns)
         parts = [(max(at, begin), min(until, end), self._turns[at]) for at, until in itertools.pairwise([*starts, end])]
@@ -963,7 +969,7 @@ class Tap:
             return
         layer = self._layers[number]
         rows = args[0][:, -self._wanted :]
-        heads = rows.unflatten(-1, (-1, self.backbone.width(self.backbone.attention[number])[1]))
+        heads = rows.unflatten(-1, (-1, layer.width))
         layer.output.put(self._total - rows.shape[1] - self._first, heads.index_select(2, layer.heads))
 
     @torch.compiler.disable

@@ -384,6 +384,21 @@ def test_a_track_is_a_list_that_can_be_written_over(puts, start):
     assert torch.equal(track.joined(start), expected)
 
 
+def test_rows_heard_in_inference_mode_can_be_used_outside_of_it():
+    """And blocks begun there can be written on; what is heard never asks for gradients by itself."""
+    track, heard = Track(), [torch.randn(2, 1, 4, requires_grad=True) for _ in range(3)]
+    with torch.inference_mode():
+        track.put(0, heard[0])
+    track.put(1, heard[1])
+    with torch.inference_mode():
+        track.put(2, heard[2])
+    rows = track.joined()
+    assert not rows.requires_grad
+    weight = torch.ones(4, requires_grad=True)
+    (rows @ weight).sum().backward()
+    close(weight.grad, torch.cat(heard, dim=1).detach().sum((0, 1)), 1e-5)
+
+
 def test_a_long_text_is_kept_in_few_pieces():
     """Small tensors that stay from every word would break up the memory that a growing cache leaves (a factor of three)."""
     kind, new = family("LLaVA"), 70
