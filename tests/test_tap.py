@@ -389,13 +389,15 @@ def test_rows_heard_in_inference_mode_can_be_used_outside_of_it():
     track, heard = Track(), [torch.randn(2, 1, 4, requires_grad=True) for _ in range(3)]
     with torch.inference_mode():
         track.put(0, heard[0])
-    track.put(1, heard[1])
+    with torch.enable_grad():
+        track.put(1, heard[1])
     with torch.inference_mode():
         track.put(2, heard[2])
-    rows = track.joined()
-    assert not rows.requires_grad
-    weight = torch.ones(4, requires_grad=True)
-    (rows @ weight).sum().backward()
+    with torch.enable_grad():
+        weight = torch.ones(4, requires_grad=True)
+        rows = track.joined()
+        assert not rows.requires_grad
+        (rows @ weight).sum().backward()
     close(weight.grad, torch.cat(heard, dim=1).detach().sum((0, 1)), 1e-5)
 
 
