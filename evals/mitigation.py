@@ -18,6 +18,7 @@ The captions are made by worker processes; times are taken when they are done.
 from __future__ import annotations
 
 import functools
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -58,6 +59,7 @@ ROWS = 25  # prompts in a batch
 SAMPLED_SEEDS = 5
 SLACK = 0.01  # of recall, that the choice of a setting may cost
 QUESTIONS = 3  # per picture
+PAIRS = 9  # of interleaved runs, for a time ratio
 COVERAGES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4)
 AT = 0.1  # the coverage that is a figure
 WAYS = {"greedy": False, "sampled": True}
@@ -529,6 +531,12 @@ def timed(choice: Mapping[str, str], ways: Sequence[str], pairs: int) -> dict[st
     return found
 
 
+def plain_names(figures: Mapping[str, Figure]) -> dict[str, Figure]:
+    """The figures of `PLAIN_KEYS` under their names without an ending."""
+    found = {f"{name}_{key}": figures.get(f"{name}_{key}_greedy") for name, keys in PLAIN_KEYS.items() for key in keys}
+    return {name: made for name, made in found.items() if made is not None}
+
+
 def drawn(path: Path, curves: Mapping[str, Any], coverage: Mapping[str, Any], choice: Mapping[str, str]) -> None:
     """CHAIR_i against recall for all methods and settings, and what cutting takes away; one row per split."""
     plot = Plot(figsize=(11, 8.5), layout="constrained")
@@ -561,8 +569,15 @@ def main(
     quick: Quick = False,
     only: Annotated[str, typer.Option("--methods", help="Names, with commas; by default all.")] = "",
     workers: Annotated[int, typer.Option(help="Processes that write captions.")] = 2,
+    times: Annotated[bool, typer.Option("--times", help="Only the time ratios anew, others as the file has them.")] = False,
 ) -> None:
     """Measure every way of writing, and draw the curves beside the JSON file."""
+    if times:
+        told = json.loads(out.read_text(encoding="utf-8"))
+        meta = {key: told["meta"][key] for key in ("quick", "seed", "chosen", "curves", "coverage")}
+        found = told["figures"] | timed(meta["chosen"], list(WAYS), 1 if quick else PAIRS)
+        write(out, found | plain_names(found), ids=told["meta"]["image_ids"], **meta)
+        return
     known = methods()
     if strange := set(only.split(",")) - {"", *known}:
         raise typer.BadParameter(f"There is no method {sorted(strange)[0]!r}. Known: {', '.join(known)}.")
@@ -612,13 +627,8 @@ def main(
     for name in names:
         own, plain = (done[Job(each, choice[each], "test", count, "greedy", asked=True)] for each in (name, "plain"))
         figures |= {f"{name}_{key}": made for key, made in answered(own, plain, samples).items()}
-    figures |= timed({name: choice[name] for name in names}, ways, 1 if quick else 5)
-    figures |= {
-        f"{name}_{key}": figures[f"{name}_{key}_greedy"]
-        for name, keys in PLAIN_KEYS.items()
-        for key in keys
-        if f"{name}_{key}_greedy" in figures
-    }
+    figures |= timed({name: choice[name] for name in names}, ways, 1 if quick else PAIRS)
+    figures |= plain_names(figures)
     ids = [sample.id for split in splits for sample in lab.samples(split, count, SEED)]
     drawn(out.with_suffix(".png"), curves, coverage, choice)
     write(out, figures, quick, ids, seed=SEED, chosen=choice, curves=curves, coverage=coverage)

@@ -150,3 +150,19 @@ def test_each_evaluation_runs_and_names_its_figures(name, keys, tmp_path):
     assert set(keys) <= set(made["figures"])
     assert all(set(figure) == {"value", "ci"} for figure in made["figures"].values())
     assert {"torch", "transformers", "lab_weights", "seed", "image_ids"} <= set(made["meta"])
+
+
+@pytest.mark.slow
+def test_times_of_mitigation_are_taken_anew_alone(tmp_path):
+    """``--times`` leaves every other figure as the file has it, and what the file says of how they came about."""
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "evals.mitigation", "--out", str(out), "--quick"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    before = json.loads(out.read_text())
+    subprocess.run([*command, "--times"], check=True, cwd=ROOT)
+    after = json.loads(out.read_text())
+    assert before["meta"] == after["meta"] | {"date": before["meta"]["date"]}
+    kept, new = ({name: made for name, made in told["figures"].items() if "time_ratio" not in name} for told in (before, after))
+    assert kept == new
+    assert after["figures"]["rerank_time_ratio"] == after["figures"]["rerank_time_ratio_greedy"]
+    assert after["figures"]["rerank_time_ratio"] != before["figures"]["rerank_time_ratio"]
