@@ -185,7 +185,6 @@ def encode(
         check_prompt(processor, prompt)
     with _TOKENIZING:
         made = _processed(processor, images, prompts, "right" if model.config.is_encoder_decoder else "left")
-        told = [tokenize(processor.tokenizer, caption) for caption in captions]
     tokens, limit = int(made["attention_mask"].sum(1).max()), context_of(model)
     if not captions and not model.config.is_encoder_decoder and tokens > limit:
         raise InputError(f"The prompt has {tokens} tokens, more than the model's context of {limit}. Make it shorter.")
@@ -195,6 +194,7 @@ def encode(
         prompt["decoder_input_ids"] = F.pad(decoder_prompt(model, prompt), (0, 1), value=forced)
     if not captions:
         return Encoded(prompt, prompt)
+    told = [tokenize(processor.tokenizer, caption) for caption in captions]
     whole = followed_by(model, prompt, [caption_ids for caption_ids, _ in told])
     return Encoded(prompt, whole, *map(tuple, zip(*told, strict=True)))
 
@@ -310,10 +310,12 @@ def check_prompt(processor: ProcessorMixin, prompt: Any) -> None:
 def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ids (T,) and the characters that each covers (T, 2), without special tokens: ``<image>`` in a caption is text."""
     check_text(caption, "caption")
+    more = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+    with _TOKENIZING:
+        made = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, **more)
+    ids = np.array(made["input_ids"], np.int64)
     if tokenizer.is_fast:
-        made = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-        return np.array(made["input_ids"], np.int64), np.array(made["offset_mapping"], np.int64).reshape(-1, 2)
-    ids = np.array(tokenizer(caption, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int64)
+        return ids, np.array(made["offset_mapping"], np.int64).reshape(-1, 2)
     return ids, decode(tokenizer, ids)[1]
 
 
@@ -406,7 +408,8 @@ def grids_of(
             given = sizes[number]
         elif not given:
             given = _processed_sizes(model, inputs, share, len(runs))
-        grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor, sizes is not None)))
+        with _TOKENIZING:  # some rules ask the tokenizer
+            grids.append(find_grid(Prompt(own, runs, share, tuple(given), model, processor, sizes is not None)))
     return grids
 
 

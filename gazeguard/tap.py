@@ -596,8 +596,7 @@ class Track:
             self.parts[-1] = at, rows[:, : start - at]
 
     def put(self, start: int, rows: Tensor) -> None:
-        if len(self) > start:
-            self.cut(start)
+        self.cut(start)
         count, shape = rows.shape[1], self.block.shape if self.block is not None else ()
         if shape[:1] + shape[2:] != rows.shape[:1] + rows.shape[2:] or shape[1] < self.used + count:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
