@@ -1,10 +1,11 @@
 """What does the tap cost? Time and peak memory of generating in several ways, as ratios to plain SDPA generate.
 
-All ways write the same number of tokens; each repeat runs every way once, in turning order, in one process. ``null`` is plain
-over plain: the noise of the machine. A ratio is the median over the repeats, its interval their range. ``memory`` is the peak
-of the process, with what the C library's heap keeps between its blocks, which varies from run to run. ``memory_in_use`` is that
-of a process of its own, twice, whose heap returns every block of `RETURNED` bytes at once. The models other than the lab's have
-random weights, which cost what trained ones cost:
+All ways write the same number of tokens. Each repeat runs every way once, in turning order and in one process, with a plain run
+before and after it; a ratio is that of the way to the mean of these two, so that a machine whose speed drifts favours none.
+``null`` is plain in the place of a way: the noise of the machine. A figure is the median over the repeats, its interval their
+range. ``memory`` is the peak of the process, with what the C library's heap keeps between its blocks, which varies from run to
+run. ``memory_in_use`` is that of a process of its own, twice, whose heap returns every block of `RETURNED` bytes at once. The
+models other than the lab's have random weights, which cost what trained ones cost:
 
 * ``lab``: the VLM that ships with the package;
 * ``middle``: a LLaVA class, 12 layers 512 wide, 576 image tokens (figures without a prefix: the worse of batch 1 and 8);
@@ -227,6 +228,29 @@ def in_use(name: str, batch: int, new: int, way: str) -> int:
         return alone.submit(peak, name, batch, new, way).result()
 
 
+def ratios(
+    runs: dict[str, Callable[[], object]], repeats: int, device: str, done: Callable[[], object]
+) -> tuple[dict[str, dict[str, list[float]]], list[float]]:
+    """Of time and memory, for each way its ratios to the plain runs beside it, one per repeat; and the plain runs' seconds.
+
+    ``done`` is called after each pair of runs.
+    """
+    others = [way for way in runs if way != "plain"]
+    found: dict[str, dict[str, list[float]]] = {measure: {way: [] for way in others} for measure in ("time", "memory")}
+    seconds = []
+    for repeat in range(repeats):
+        before = measured(runs["plain"], device)
+        for i in range(len(others)):
+            way = others[(i + repeat) % len(others)]
+            this, after = measured(runs[way], device), measured(runs["plain"], device)
+            for measure, held, *plain in zip(found, this, before, after, strict=True):
+                found[measure][way].append(held / statistics.mean(plain))
+            seconds.append(after[0])
+            before = after
+            done()
+    return found, seconds
+
+
 def worst(figures: dict[str, Figure]) -> dict[str, Figure]:
     """For each way of the middle model the larger ratio of its batch sizes, under a name of its own."""
     found: dict[str, list[Figure]] = {}
@@ -255,33 +279,23 @@ def main(
             sizes = [int(size) for size in batches.split(",")] if batches else own
             for batch in sizes[:1] if quick else sizes:
                 runs = prepared(name, batch, new, device)
-                names = list(runs)
-                bar = progress.add_task(f"{name}, batch {batch}", total=(repeats + 1) * len(runs))
-                times: dict[str, list[float]] = {way: [] for way in runs}
-                peaks: dict[str, list[int]] = {way: [] for way in runs}
+                bar = progress.add_task(f"{name}, batch {batch}", total=repeats * (len(runs) - 1))
                 for run in runs.values():
                     run()  # so that nothing is met for the first time while it is measured
-                    progress.advance(bar)
-                for repeat in range(repeats):
-                    for i in range(len(names)):
-                        way = names[(i + repeat) % len(names)]
-                        taken, held = measured(runs[way], device)
-                        times[way].append(taken)
-                        peaks[way].append(held)
-                        progress.advance(bar)
-                found = {"time": times, "memory": peaks}
+                found, seconds = ratios(runs, repeats, device, lambda bar=bar: progress.advance(bar))
                 if device == "cpu":
-                    found["memory_in_use"] = {way: [] for way in names}
-                    for way in progress.track(names * 2, description=f"{name}, batch {batch}, memory in use"):
-                        found["memory_in_use"][way].append(in_use(name, batch, new, way))
-                for way in names[1:]:
-                    for measure, values in found.items():
-                        ratios = [a / b for a, b in zip(values[way], values["plain"], strict=True)]
-                        spread = (min(ratios), max(ratios))
-                        figures[f"{name}_{way}_{measure}_ratio_batch_{batch}"] = figure(statistics.median(ratios), spread)
-                per_second = [batch * new / t for t in times["plain"]]
+                    held: dict[str, list[int]] = {way: [] for way in runs}
+                    for way in progress.track(list(runs) * 2, description=f"{name}, batch {batch}, memory in use"):
+                        held[way].append(in_use(name, batch, new, way))
+                    plain = held.pop("plain")
+                    found["memory_in_use"] = {way: [a / b for a, b in zip(of, plain, strict=True)] for way, of in held.items()}
+                for measure, by_way in found.items():
+                    for way, each in by_way.items():
+                        made = figure(statistics.median(each), (min(each), max(each)))
+                        figures[f"{name}_{way}_{measure}_ratio_batch_{batch}"] = made
+                speeds = [batch * new / taken for taken in seconds]
                 figures[f"{name}_plain_tokens_per_second_batch_{batch}"] = figure(
-                    statistics.median(per_second), (min(per_second), max(per_second))
+                    statistics.median(speeds), (min(speeds), max(speeds))
                 )
                 del runs, run
                 # Written after each, so that a long run that is stopped has something to show.
