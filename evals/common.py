@@ -21,7 +21,7 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, quantile_test
 
 import gazeguard
 from gazeguard import lab
@@ -59,6 +59,12 @@ def over_images(count: int, statistic: Callable[[NDArray[np.int64]], float], see
         rng=np.random.default_rng(seed),
     )
     return figure(of_draw(np.arange(count)), tuple(made.confidence_interval))
+
+
+def median(values: Sequence[float]) -> Figure:
+    """The median of repeated measurements, with its 95 % interval by order statistics; of fewer than six, their range."""
+    low, high = quantile_test(values, p=0.5).confidence_interval(0.95)
+    return figure(float(np.median(values)), (min(values), max(values)) if np.isnan(low) else (low, high))
 
 
 def rate(events: Sequence[float], of: Sequence[float]) -> Figure:

@@ -8,18 +8,16 @@ replay can take.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from evals.common import Figure, Out, Quick, figure, write
+from evals.common import Figure, Out, Quick, median, write
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
 from gazeguard.inputs import encode, model_inputs
@@ -34,7 +32,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def ratios(plain: Callable[[], object], other: Callable[[], object], pairs: int) -> Figure:
-    """Median of the ratio other/plain over interleaved pairs, with the interval of the median by order statistics."""
+    """Median of the ratio other/plain over interleaved pairs."""
     found = []
     for i in track(range(pairs), "timing", console=Console(stderr=True), transient=True):
         if i % 2:
@@ -43,9 +41,7 @@ def ratios(plain: Callable[[], object], other: Callable[[], object], pairs: int)
         else:
             first, second = seconds(plain), seconds(other)
             found.append(second / first)
-    found.sort()
-    spread = int(np.sqrt(pairs))
-    return figure(statistics.median(found), (found[max(0, pairs // 2 - spread)], found[min(pairs - 1, pairs // 2 + spread)]))
+    return median(found)
 
 
 def of_replay(guard: GazeGuard, pairs: int) -> dict[str, Figure]:

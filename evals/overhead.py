@@ -2,8 +2,7 @@
 
 All ways write the same number of tokens. Each repeat runs every way once, in turning order and in one process, with a plain run
 before and after it; a ratio is that of the way to the mean of these two, so that a machine whose speed drifts favours none.
-``null`` is plain in the place of a way: the noise of the machine. A figure is the median over the repeats, its interval their
-range. ``memory`` is the peak of the process, with what the C library's heap keeps between its blocks, which varies from run to
+``null`` is plain in the place of a way: the noise of the machine. A figure is the median over the repeats. ``memory`` is the peak of the process, with what the C library's heap keeps between its blocks, which varies from run to
 run. ``memory_in_use`` is that of a process of its own, twice, whose heap returns every block of `RETURNED` bytes at once. The
 models other than the lab's have random weights, which cost what trained ones cost:
 
@@ -33,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from evals.common import Figure, Out, Quick, figure, write
+from evals.common import Figure, Out, Quick, median, write
 from gazeguard import lab
 from gazeguard.inputs import encode, image_token_id
 from gazeguard.tap import Prompts, Tap, find_backbone, judge_words
@@ -265,6 +264,7 @@ def main(
     quick: Quick = False,
     models: Annotated[str, typer.Option(help=f"Which, by comma: {', '.join(MODELS)}.")] = "lab,middle",
     batches: Annotated[str, typer.Option(help="Batch sizes, by comma. [default: each model's own]")] = "",
+    only: Annotated[str, typer.Option("--ways", help="Which beside plain, by comma. [default: all]")] = "",
     new: Annotated[int, typer.Option(help="Tokens to write.")] = 128,
     repeats: Annotated[int, typer.Option(help="Runs of every way.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -272,6 +272,8 @@ def main(
     """Measure what the tap costs beside plain generate, and what others cost."""
     new, repeats = (8, 1) if quick else (new, repeats)
     figures: dict[str, Figure] = {}
+    asked = {"models": models, "batches": batches, "ways": only, "repeats": str(repeats)}
+    command = " ".join(["evals.overhead", *(f"--{name} {value}" for name, value in asked.items() if value)])
     machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     with Progress(console=Console(stderr=True)) as progress:
         for name in models.split(","):
@@ -279,6 +281,9 @@ def main(
             sizes = [int(size) for size in batches.split(",")] if batches else own
             for batch in sizes[:1] if quick else sizes:
                 runs = prepared(name, batch, new, device)
+                if strange := set(filter(None, only.split(","))) - set(runs):
+                    raise typer.BadParameter(f"No way is called {strange.pop()!r}. There are {', '.join(runs)}.")
+                runs = {way: run for way, run in runs.items() if not only or way in ("plain", *only.split(","))}
                 bar = progress.add_task(f"{name}, batch {batch}", total=repeats * (len(runs) - 1))
                 for run in runs.values():
                     run()  # so that nothing is met for the first time while it is measured
@@ -291,15 +296,12 @@ def main(
                     found["memory_in_use"] = {way: [a / b for a, b in zip(of, plain, strict=True)] for way, of in held.items()}
                 for measure, by_way in found.items():
                     for way, each in by_way.items():
-                        made = figure(statistics.median(each), (min(each), max(each)))
-                        figures[f"{name}_{way}_{measure}_ratio_batch_{batch}"] = made
+                        figures[f"{name}_{way}_{measure}_ratio_batch_{batch}"] = median(each)
                 speeds = [batch * new / taken for taken in seconds]
-                figures[f"{name}_plain_tokens_per_second_batch_{batch}"] = figure(
-                    statistics.median(speeds), (min(speeds), max(speeds))
-                )
+                figures[f"{name}_plain_tokens_per_second_batch_{batch}"] = median(speeds)
                 del runs, run
                 # Written after each, so that a long run that is stopped has something to show.
-                write(out, figures | worst(figures), quick, seed=SEED, new_tokens=new, repeats=repeats, machine=machine)
+                write(out, figures | worst(figures), quick, seed=SEED, new_tokens=new, machine=machine, command=command)
 
 
 if __name__ == "__main__":
