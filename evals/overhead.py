@@ -2,9 +2,10 @@
 
 All ways write the same number of tokens. Each repeat runs every way once, in turning order and in one process, with a plain run
 before and after it; a ratio is that of the way to the mean of these two, so that a machine whose speed drifts favours none.
-``null`` is plain in the place of a way: the noise of the machine. A figure is the median over the repeats. ``memory`` is the peak of the process, with what the C library's heap keeps between its blocks, which varies from run to
-run. ``memory_in_use`` is that of a process of its own, twice, whose heap returns every block of `RETURNED` bytes at once. The
-models other than the lab's have random weights, which cost what trained ones cost:
+``null`` is plain in the place of a way: the noise of the machine. A figure is the median over the repeats. ``memory`` is the
+peak of the process, with what the C library's heap keeps between its blocks, which varies from run to run. ``memory_in_use`` is
+that of a process of its own, twice, whose heap returns every block of `RETURNED` bytes at once. The models other than the lab's
+have random weights, which cost what trained ones cost:
 
 * ``lab``: the VLM that ships with the package;
 * ``middle``: a LLaVA class, 12 layers 512 wide, 576 image tokens (figures without a prefix: the worse of batch 1 and 8);
