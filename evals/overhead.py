@@ -273,7 +273,7 @@ def main(
     """Measure what the tap costs beside plain generate, and what others cost."""
     new, repeats = (8, 1) if quick else (new, repeats)
     figures: dict[str, Figure] = {}
-    asked = {"models": models, "batches": batches, "ways": only, "repeats": str(repeats)}
+    asked = {"models": models, "batches": batches, "ways": only, "new": new, "repeats": repeats, "device": device}
     command = " ".join(["evals.overhead", *(f"--{name} {value}" for name, value in asked.items() if value)])
     machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     with Progress(console=Console(stderr=True)) as progress:
@@ -282,12 +282,14 @@ def main(
             sizes = [int(size) for size in batches.split(",")] if batches else own
             for batch in sizes[:1] if quick else sizes:
                 runs = prepared(name, batch, new, device)
-                if strange := set(filter(None, only.split(","))) - set(runs):
+                chosen = only.split(",") if only else list(runs)
+                if strange := set(chosen) - set(runs):
                     raise typer.BadParameter(f"No way is called {strange.pop()!r}. There are {', '.join(runs)}.")
-                runs = {way: run for way, run in runs.items() if not only or way in ("plain", *only.split(","))}
-                bar = progress.add_task(f"{name}, batch {batch}", total=repeats * (len(runs) - 1))
+                runs = {"plain": runs["plain"]} | {way: runs[way] for way in chosen}
+                bar = progress.add_task(f"{name}, batch {batch}", total=len(runs) + repeats * (len(runs) - 1))
                 for run in runs.values():
                     run()  # so that nothing is met for the first time while it is measured
+                    progress.advance(bar)
                 found, seconds = ratios(runs, repeats, device, lambda bar=bar: progress.advance(bar))
                 if device == "cpu":
                     held: dict[str, list[int]] = {way: [] for way in runs}
