@@ -189,7 +189,7 @@ class GazeGuard:
         self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.load(heads or self._own(HEADS_FILE))
         self.heads.check_model(model)
         if self.heads.unusable:
-            raise UnsupportedError(self.heads.unusable)
+            raise UnsupportedError(f"These heads of {self.heads.model_class} are not worth watching. {self.heads.unusable}")
         if detector is None and heads is None and (own := Path(model.name_or_path) / DETECTOR_FILE).is_file():
             detector = own
         self.detector = Detector.from_pretrained(detector) if isinstance(detector, str | Path) else detector

@@ -8,7 +8,8 @@ of the model is the kernel's own.
 While a model decodes with a cache that only grows, the tap keeps the chosen heads' queries alone. Attention is computed
 from them and the cached keys in one product per layer when it is asked for (``collect``), exact to float rounding, and
 nothing waits for the device. With any other cache each row is computed as it is heard. Rows are filed by the position of
-their query, so that chunks, speculation that is taken back and continued conversations need no care of their own.
+their query, so that chunks, speculation that is taken back and continued conversations need no care of their own. Of the
+model's logits the likeliest words and the entropy are kept: to compute them again is most of what judging words would cost.
 
 In most models the picture is part of the prompt, and its cells are keys of every layer's self-attention. `LOOKS` tells the
 other ways: modules of their own, whose keys are the picture or what an encoder made of picture and prompt.
@@ -158,6 +159,7 @@ class Backbone:
     attention: dict[int, nn.Module]  # layer -> attention module
     norm: nn.Module  # the final norm
     unembedding: nn.Module
+    speaker: nn.Module  # the innermost model that holds the unembedding; its output has the logits
     config: Any  # the text configuration
     logit_changes: tuple[LogitChange, ...] = ()  # those of `LOGIT_CHANGES` that this model's forward makes
     look: Look | None = None  # None when the picture is part of the prompt
@@ -229,7 +231,7 @@ class Backbone:
     @property
     def few(self) -> int:
         """Rows whose logits are worked on together: see `LOGITS_AT_ONCE`."""
-        return max(ROWS_AT_ONCE, LOGITS_AT_ONCE // len(weight_of(self.unembedding)))
+        return max(ROWS_AT_ONCE, LOGITS_AT_ONCE // len(self.unembedding.weight))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model says after the last layer's ``hidden`` (..., width): logits (..., vocabulary), fp32."""
@@ -372,8 +374,9 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
     gated = {}
     if look is not None and look.gate:
         gated = {module.layer_idx: decoder.get_submodule(path.rpartition(".")[0]) for path, module in found.items()}
+    around = [part for part in model.modules() if isinstance(part, PreTrainedModel) and unembedding in part.modules()]
     config = model.config.get_text_config(decoder=True)
-    return Backbone(owner, attention, norm, unembedding, config, changes, look, gated, norms)
+    return Backbone(owner, attention, norm, unembedding, around[-1], config, changes, look, gated, norms)
 
 
 def _norms_after(layers: nn.ModuleList, looking: str) -> tuple[nn.Module | None, dict[int, tuple[nn.LayerNorm, ...]]]:
@@ -549,12 +552,19 @@ class Rows:
     output: (batch, T, H, width per head) float32, each head's output before the output projection; zeros after a narrow
             head's own width where layers differ; divided by what `Backbone.norms` divide by
     hidden: (batch, T, model width), the last layer's state before the final norm, in the model's dtype
+    likely: (batch, T, `RIVALS` + 1) int64, the likeliest next words by the logits that the model gave while it ran; -1 where
+            it gave none, as for most words of a replay
+    logs:   (batch, T, `RIVALS` + 1) float32, nats, their log-probabilities; 0 where there were no logits
+    entropy: (batch, T) float32, nats, of all words; 0 where there were no logits
     """
 
     gaze: Tensor
     shares: Tensor
     output: Tensor
     hidden: Tensor
+    likely: Tensor
+    logs: Tensor
+    entropy: Tensor
 
 
 def _sees_ahead(opening: Tensor) -> bool:
@@ -613,6 +623,13 @@ class Track:
     def joined(self, start: int = 0) -> Tensor:
         """The rows from ``start`` on."""
         return _side_by_side([rows[:, max(0, start - at) :] for at, rows in self.parts if at + rows.shape[1] > start], dim=1)
+
+    def over(self, blank: Tensor, start: int = 0) -> Tensor:
+        """``blank`` (batch, T, ...), with the rows from ``start`` on where there are any."""
+        for at, rows in self.parts:
+            if at + rows.shape[1] > start:
+                blank[:, max(0, at - start) : at + rows.shape[1] - start] = rows[:, max(0, start - at) :]
+        return blank
 
 
 class Layer:
@@ -681,6 +698,7 @@ class Tap:
             self._handles.append(norm.register_forward_pre_hook(self._hear_norm))
         self._handles.append(self.backbone.owner.register_forward_pre_hook(self._hear_start, with_kwargs=True))
         self._handles.append(self.backbone.norm.register_forward_pre_hook(self._hear_hidden))
+        self._handles.append(self.backbone.speaker.register_forward_hook(self._hear_logits, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -708,6 +726,8 @@ class Tap:
             heads = torch.tensor([h for la, h in self.heads if la == number], device=device)
             self._layers[number] = Layer(heads, self.backbone.width(self.backbone.attention[number])[1])
         self._hidden = Track()
+        self._said = Track(), Track(), Track()  # as `likeliest` gives them
+        self._unsaid = 0  # rows of this pass whose logits are still to come
         self._states: Tensor | None = None  # of the image cells, (batch, N, width); NaN where they were not heard
         self._cells: Cells | None = None  # the same, read
         self._scales: dict[nn.Module, Tensor] = {}
@@ -745,7 +765,7 @@ class Tap:
     @torch.compiler.disable
     def _hear_start(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the first layer: is this pass one to hear, and which positions does it bring?"""
-        self._live, self._wanted = False, 0
+        self._live, self._wanted, self._unsaid = False, 0, 0
         if self._prompts is None:
             return
         named = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "hidden_states")]
@@ -986,7 +1006,11 @@ class Tap:
                     start, heads = layer.output.parts[-1]
                     layer.output.parts[-1] = start, heads * self._scales[norm]
             rows = args[0][:, -self._wanted :]
-            self._hidden.put(self._total - rows.shape[1] - self._first, rows)
+            start = self._total - rows.shape[1] - self._first
+            self._hidden.put(start, rows)
+            for track in self._said:
+                track.cut(start)
+            self._unsaid = rows.shape[1] if self._reduce is None else 0
         if self._live and self._past <= self._first and self.backbone.look is None and self._reduce is None:
             columns = self._prompts.columns - self._past
             here = self._prompts.cells & (columns >= 0) & (columns < args[0].shape[1])
@@ -995,6 +1019,19 @@ class Tap:
             self._states = torch.where(here[..., None], args[0].gather(1, where), before)
             self._cells = None
         self._live, self._wanted = False, 0  # the pass is over; whoever uses the norm now is someone else
+
+    @torch.compiler.disable
+    def _hear_logits(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """What the model says after the rows that it has just run, if it says it of all of them and of no others."""
+        rows, self._unsaid = self._unsaid, 0
+        logits, picked = getattr(output, "logits", None), isinstance(kwargs.get("logits_to_keep"), Tensor)
+        if not rows or logits is None or logits.shape[1] != rows or picked:
+            return
+        start, few = self._total - rows - self._first, max(1, self.backbone.few // len(logits))
+        for at in range(0, rows, few):
+            said = likeliest(logits[:, at : at + few].detach().float().log_softmax(-1))
+            for track, value in zip(self._said, said, strict=True):
+                track.put(start + at, value)
 
     # --------------------------------------------------------------------------------------------------- telling
 
@@ -1047,13 +1084,17 @@ class Tap:
         heard = [tuple(track.joined(start) for track in (la.gaze, la.shares, la.output)) for la in self._heard()]
         device = self._prompts.columns.device
         tensors = [_side_by_side([part.to(device) for part in parts], dim=2) for parts in zip(*heard, strict=True)]
-        tensors.append(self._hidden.joined(start))
+        hidden = self._hidden.joined(start)
+        empty = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
+        words = empty[..., None].repeat(1, 1, min(RIVALS + 1, len(self.backbone.unembedding.weight)))
+        blanks = (torch.full_like(words, -1, dtype=torch.int64), words, empty)
+        tensors += [hidden, *(track.over(blank, start) for track, blank in zip(self._said, blanks, strict=True))]
         if beams is not None:
             own = beams.to(device).clamp(min=0)
             steps = torch.arange(own.shape[1], device=device)
             tensors = [tensor[own.to(tensor.device), steps.to(tensor.device)] for tensor in tensors]
-        gaze, shares, output, hidden = tensors
-        return Rows(gaze, shares, output.float(), hidden)
+        gaze, shares, output, *others = tensors
+        return Rows(gaze, shares, output.float(), *others)
 
     def cells(self, beams: Tensor | None = None) -> Cells | None:
         """What the last layer made of each image cell, before the final norm; not known for cells that this watch did not
@@ -1104,6 +1145,14 @@ class Words:
     readout: Tensor
 
 
+def likeliest(logs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of log-probabilities (..., vocabulary), which are written over: the `RIVALS` + 1 likeliest words (..., RIVALS + 1) int64,
+    their log-probabilities, and the entropy (...), nats.
+    """
+    most, words = logs.topk(min(RIVALS + 1, logs.shape[-1]), dim=-1)
+    return words, most, -logs.clamp_(min=-1e9).exp().mul_(logs).sum(-1)  # in place: the largest tensors of the watch
+
+
 def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: Tensor) -> Words:
     """Log-probability, entropy and readout of the written tokens (batch, T), from the rows that predicted them.
 
@@ -1111,19 +1160,29 @@ def judge_words(backbone: Backbone, heads: Sequence[Head], rows: Rows, written: 
     """
     table = backbone.directions()
 
-    def judged(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def computed(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logs = backbone.logits(hidden).log_softmax(-1)
-        likely = logs.topk(min(RIVALS + 1, logs.shape[-1]), dim=-1).indices  # (words, RIVALS + 1)
+        logprob = logs.gather(-1, token[:, None])[:, 0]
+        likely, _, entropy = likeliest(logs)
+        return logprob, likely, entropy
+
+    def direction(token: Tensor, likely: Tensor) -> Tensor:
         rival = (likely != token[:, None]).float()
         rivals = (table(likely).float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
-        logprob = logs.gather(-1, token[:, None])[:, 0]
-        entropy = -logs.clamp_(min=-1e9).exp().mul_(logs).sum(-1)  # in place: these are the largest tensors of the watch
-        return logprob, entropy, table(token).float() - rivals
+        return table(token).float() - rivals
 
-    # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.
-    flat = (rows.hidden.flatten(0, 1), written.flatten())
-    parts = [judged(*part) for part in zip(*(tensor.split(backbone.few) for tensor in flat), strict=True)]
-    logprobs, entropy, directions = (torch.cat(own).unflatten(0, written.shape) for own in zip(*parts, strict=True))
+    def few(function: Callable[..., Any], *given: Tensor) -> list[Any]:
+        # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.
+        return [function(*part) for part in zip(*(tensor.split(backbone.few) for tensor in given), strict=True)]
+
+    same = rows.likely == written[..., None]
+    found = (rows.logs.where(same, 0).sum(-1), rows.likely, rows.entropy)
+    unheard = ~same.any(-1)
+    if unheard.any():
+        made = zip(*few(computed, rows.hidden[unheard], written[unheard]), strict=True)
+        found = tuple(heard.index_put((unheard,), torch.cat(new)) for heard, new in zip(found, made, strict=True))
+    logprobs, likely, entropy = found
+    directions = torch.cat(few(direction, written.flatten(), likely.flatten(0, 1))).unflatten(0, written.shape)
     return Words(logprobs, entropy, readout(backbone, heads, rows.output, rows.hidden, directions))
 
 

@@ -630,6 +630,7 @@ def as_json(value: Any) -> bytes:
 @example(as_json(HEADS | {"all_heads": [[10**9, 10**9]] * 36}))
 @example(as_json(HEADS | {"staircase": [{"text": "$\\frac{", "said": 0, "looked": [1, 0]}]}))
 @example(as_json(HEADS | {"staircase": [{"text": "a", "said": None, "looked": [1] * n} for n in (1, 2)]}))
+@example(as_json(HEADS | {"unusable": "x"}))
 @example(as_json(HEADS | {"query": HEADS["query"] | {"mass": [0.5]}}))
 @example(as_json(HEADS | {"narration": HEADS["narration"] | {"matrix": [[1, 2], [3]]}}))
 def test_hostile_gaze_heads_are_refused_or_whole(watching, place, data):

@@ -7,23 +7,23 @@ import functools
 import gc
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from families import IMAGE, MAKERS, PAD, VOCABULARY, Family, draw_weights, family, git, text_only
+from families import CACHE, IMAGE, MAKERS, PAD, VOCABULARY, Family, draw_weights, family, git, text_only
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from gazeguard.errors import NothingSeenError, UnsupportedError
 from gazeguard.heads import fingerprint
 from gazeguard.inputs import image_token_id, model_inputs
-from gazeguard.tap import Head, Prompts, Rows, Tap, Track, content, find_backbone, judge_words, readout
+from gazeguard.tap import Head, Prompts, Rows, Tap, Track, content, find_backbone, judge_words, likeliest, readout
 from gazeguard.trace import SHARES
 
 NEW = 8
@@ -103,7 +103,7 @@ def same_rows(left: Rows, right: Rows, within: float) -> None:
 
 def part(rows: Rows, index: Any) -> Rows:
     """Some of the batch and of the rows."""
-    return Rows(rows.gaze[index], rows.shares[index], rows.output[index], rows.hidden[index])
+    return Rows(*(tensor[index] for tensor in vars(rows).values()))
 
 
 # ------------------------------------------------------------------------------------------------ the parts of a model
@@ -240,7 +240,7 @@ def test_a_padded_batch_equals_its_single_rows(name):
         assert torch.equal(made.sequences[0, alone["input_ids"].shape[1] :], told.written[row])
         own = part(told.rows, slice(row, row + 1))
         cells = rows.gaze.shape[-1]
-        same_rows(rows, Rows(own.gaze[..., :cells], own.shares, own.output, own.hidden), 1e-4)
+        same_rows(rows, replace(own, gaze=own.gaze[..., :cells]), 1e-4)
         close(backbone.logits(rows.hidden), backbone.logits(own.hidden), 1e-4)
     assert len(lengths) > 1, "a test of padding needs padding"
 
@@ -503,14 +503,63 @@ def test_hidden_becomes_the_models_own_logits(name):
 
 @every_family
 def test_words_are_judged_by_the_models_logits(name):
-    """Log-probability and entropy are those of the log-softmax of the model's logits."""
+    """Log-probability and entropy are those of the log-softmax of the model's logits, be these heard or computed."""
     kind, told = family(name), story(name)
     backbone = find_backbone(kind.model)
-    words = judge_words(backbone, backbone.heads(), told.rows, told.written)
     logs = told.logits.float().log_softmax(-1)
-    close(words.logprobs, logs.gather(-1, told.written[..., None])[..., 0], 1e-4)
-    close(words.entropy, -(logs.exp() * logs).sum(-1), 1e-4)
-    assert words.readout.shape == told.rows.output.shape[:3]
+    deaf = replace(told.rows, likely=torch.full_like(told.rows.likely, -1))
+    some = replace(deaf, likely=told.rows.likely.where(torch.arange(NEW)[:, None] % 3 > 0, -1))
+    rarest = logs.argmin(-1)  # not among the likeliest, of which alone it is heard
+    judged = [
+        (written, judge_words(backbone, backbone.heads(), rows, written))
+        for rows in (told.rows, deaf, some)
+        for written in (told.written, rarest)
+    ]
+    for written, words in judged:
+        close(words.logprobs, logs.gather(-1, written[..., None])[..., 0], 1e-4)
+        close(words.entropy, -(logs.exp() * logs).sum(-1), 1e-4)
+        assert words.readout.shape == told.rows.output.shape[:3]
+    for (_, words), (_, heard) in zip(judged[2:], judged[:2] * 2, strict=True):
+        close(words.readout, heard.readout, 1e-4)
+
+
+def test_logits_of_other_rows_are_not_taken_for_those_of_the_words():
+    """A pass that is asked for its last row, for all rows or for some by number does not say which the words' rows are."""
+    kind, told = family("LLaVA"), story("LLaVA")
+    whole = model_inputs(kind.model, kind.extended(told.inputs, told.written))
+    for keep in (1, 0, torch.arange(NEW + 1)):
+        with Tap(kind.model, [(1, 0)]) as tap:
+            tap.begin(announce(told.inputs))
+            kind.model(**whole, use_cache=False, logits_to_keep=keep)
+            assert (tap.collect().likely == -1).all()
+    with Tap(kind.model, [(1, 0)]) as tap:
+        tap.begin(announce(told.inputs))
+        kind.model(**whole, use_cache=False, logits_to_keep=NEW + 1)  # these are the words' rows and no others
+        rows = tap.collect()
+    logs = told.logits.log_softmax(-1)
+    close(rows.logs[:, :NEW], likeliest(logs)[1], 1e-4)
+    assert torch.equal(rows.likely[:, :NEW], told.rows.likely)
+
+
+def test_a_row_that_runs_again_says_what_it_says_now():
+    """Words that were taken back and run anew, in a pass that speaks of its last row alone, have nothing said of them."""
+    kind, told = family("LLaVA"), story("LLaVA")
+    cache = DynamicCache(config=kind.model.config.get_text_config())
+    how = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
+    heard = []
+    with Tap(kind.model, [(1, 0)]) as tap:
+        tap.begin(announce(told.inputs))
+        kind.model(**told.inputs, **how)
+        mask = told.inputs["attention_mask"]
+        for words in (told.written[:, :1], told.written[:, 1:2], told.written[:, :2], told.written[:, 2:3]):
+            if words.shape[1] > 1:
+                cache.crop(-2)
+                mask = told.inputs["attention_mask"]
+            mask = F.pad(mask, (0, words.shape[1]), value=1)
+            kind.model(input_ids=words, attention_mask=mask, **how)
+            heard.append((tap.collect().likely[0] >= 0).all(-1).tolist())
+        assert (tap.collect(start=2).likely >= 0)[0, :, 0].tolist() == [False, True]
+    assert heard == [[True] * 2, [True] * 3, [True, False, False], [True, False, False, True]]
 
 
 @every_family
@@ -567,7 +616,7 @@ def test_readout_is_relative_to_the_rivals():
     backbone = find_backbone(family("Qwen3-VL").model)
     heads = [(0, 3), (2, 1)]
     where = [backbone.heads().index(head) for head in heads]
-    rows = Rows(told.rows.gaze, told.rows.shares, told.rows.output[:, :, where], told.rows.hidden)
+    rows = replace(told.rows, output=told.rows.output[:, :, where])
     words = judge_words(backbone, heads, rows, told.written)
     for row in range(3):
         for step in range(NEW):

@@ -33,7 +33,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from gazeguard.heads import fingerprint
 from gazeguard.inputs import model_inputs
-from gazeguard.tap import Call, Prompts, Rows, Tap, _dense, _flash, find_backbone, judge_words
+from gazeguard.tap import Call, Prompts, Rows, Tap, _dense, _flash, find_backbone, judge_words, likeliest
 
 NEW = 8
 NAMES = ("Idefics3", "Qwen3-VL", "LLaVA")
@@ -74,9 +74,12 @@ def truth(kind: Family, row: int, written: Tensor) -> tuple[Tensor, Tensor, Tens
     return torch.cat(attentions, dim=1)[0, :, steps].transpose(0, 1), image, states[0][0, steps]
 
 
-def assert_heard(kind: Family, written: Tensor, rows: Rows, prompts: list[int], within: float = 2e-5) -> None:
+def assert_heard(kind: Family, written: Tensor, rows: Rows, prompts: list[int]) -> None:
     """Each caption, written after ``prompts[i]``, was heard as a plain pass would say."""
     assert rows.gaze.shape[1] >= written.shape[1]
+    logs = find_backbone(kind.model).logits(rows.hidden).float().log_softmax(-1)
+    said = (rows.likely >= 0).all(-1)
+    torch.testing.assert_close(rows.logs[said], likeliest(logs)[1][said], rtol=0, atol=1e-4)
     for i, row in enumerate(prompts):
         expected, image, hidden = truth(kind, row, written[i])
         steps = written.shape[1]
@@ -85,7 +88,7 @@ def assert_heard(kind: Family, written: Tensor, rows: Rows, prompts: list[int], 
             (rows.hidden[i, :steps], hidden),
             (rows.shares[i, :steps].sum(-1), torch.ones(steps, expected.shape[1])),
         ):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=within)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
         assert rows.output.shape[:3] == rows.gaze.shape[:3]
 
 
@@ -118,6 +121,8 @@ def test_rows_are_those_of_the_written_words(name, options, copies):
     torch.manual_seed(3)
     written, rows, made = live(kind, kind.batch(), **options)
     assert_heard(kind, written, rows, [row for row in range(3) for _ in range(copies)])
+    if options.get("use_cache", True):
+        assert (rows.likely >= 0).all(), "the model said something of each"
     if "num_beams" in options and not options.get("do_sample"):
         beams = made.beam_indices
         assert (beams[:, 1:] != beams[:, :-1]).any(), "a test of beams needs beams that change places"

@@ -11,6 +11,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from gazeguard.errors import GazeGuardError, NothingSeenError, UnsupportedError
 from gazeguard.inputs import grids_of, image_token_id, model_inputs
-from gazeguard.tap import Keys, Prompts, Rows, Tap, find_backbone, keys_of
+from gazeguard.tap import Keys, Prompts, Rows, Tap, find_backbone, keys_of, likeliest
 
 NEW = 6
 GROUPS = (families, families_grids, families_tiles, families_others)
@@ -114,7 +115,8 @@ def padding_moves_nothing(name: str) -> None:
         made, own = heard(kind, kind.model, alone, lambda alone=alone: write(kind.model, alone))
         assert torch.equal(made.sequences[0, -NEW:], written[row])
         cells = own.gaze.shape[-1]
-        part = Rows(rows.gaze[row : row + 1, ..., :cells], *(t[row : row + 1] for t in (rows.shares, rows.output, rows.hidden)))
+        part = Rows(*(tensor[row : row + 1] for tensor in vars(rows).values()))
+        part = replace(part, gaze=part.gaze[..., :cells])
         close(own, part, 1e-4)
 
 
@@ -123,6 +125,17 @@ def hidden_becomes_logits(name: str) -> None:
     kind, _, _, made, rows = story(name)
     logits = find_backbone(kind.model).logits(rows.hidden)
     torch.testing.assert_close(logits, torch.stack(made.logits, dim=1).float(), rtol=1e-4, atol=1e-4, msg=lambda m: m[:300])
+
+
+def logits_are_heard(name: str) -> None:
+    """What the model said while it wrote is kept of every word but perhaps the first, by whatever name it calls its parts."""
+    _, _, _, made, rows = story(name)
+    logs = torch.stack(made.logits, dim=1).float().log_softmax(-1)
+    said = (rows.likely >= 0).all(-1)
+    assert said[:, 1:].all()
+    torch.testing.assert_close(logs.gather(-1, rows.likely.clamp(min=0))[said], rows.logs[said])
+    for value, own in zip(likeliest(logs)[1:], (rows.logs, rows.entropy), strict=True):
+        torch.testing.assert_close(value[said], own[said])
 
 
 def cells_are_found(name: str) -> None:
@@ -175,6 +188,7 @@ LAWS = (
     leaves_nothing_behind,
     silence_is_an_error,
     hidden_becomes_logits,
+    logits_are_heard,
     cells_are_found,
 )
 # What is known not to be so, and why.
