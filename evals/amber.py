@@ -7,7 +7,7 @@ relation) is answered wholly or not at all. Annotations, the vocabulary with its
 Generative, over the nouns of a response that are in the vocabulary: ``chair`` is those that are not in the picture / all,
 ``hal`` responses with one / responses, ``cover`` things in the picture that are named / things in the picture, ``cog``
 expected inventions that are named / expected inventions. Discriminative: the positive answer is "No", and only "Yes" and
-"No" are answers. ``amber_score`` is (1 - chair + f1) / 2. All are shares, where AMBER prints per cent.
+"No" are answers. ``amber_score`` is (1 - chair + f1) / 2. All are segment_mass, where AMBER prints per cent.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ from evals.common import Figure, Out, Quick, rate, write
 from evals.counting import chair_figures, pope_figures
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import encode
-from gazeguard.lab.fit import write_captions
+from gazeguard.lab.training.tiny_fit import write_captions
 from gazeguard.lab.truth import mentions
 from gazeguard.lab.world import Sample, ask
+from gazeguard.vision.encoding import encode
 
 SEED = 100  # of the pictures; nothing was fitted on any test picture
 ORDERS = ((0, 2), (2, 4), (4, 6), (6, 9), (9, 99))  # of mentions, for the rate by order

@@ -1,4 +1,4 @@
-"""What every evaluation shares: figures with intervals, and a file that says how they came about.
+"""What every evaluation segment_mass: figures with intervals, and a file that says how they came about.
 
 An evaluation writes ``{"figures": {key: {"value": x, "ci": [low, high]}}, "meta": {...}}``. Intervals are 95 % percentile
 bootstraps over *images*, never over phrases: the phrases of one caption depend on each other.

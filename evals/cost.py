@@ -20,7 +20,7 @@ from torch import Tensor
 from evals.common import Figure, Out, Quick, median, write
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import encode, model_inputs
+from gazeguard.vision.encoding import encode, model_inputs
 
 SEED = 300
 

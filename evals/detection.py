@@ -28,11 +28,13 @@ from sklearn.metrics import average_precision_score, brier_score_loss, f1_score,
 
 from evals.baselines import detection as peers
 from evals.common import Figure, Out, Quick, auroc, figure, over_images, ranking, write
-from gazeguard import features, lab
-from gazeguard.detector import Detector, calibration_error, conformal, least_flagged
+from gazeguard import lab
+from gazeguard.detection import features
+from gazeguard.detection.calibration import calibration_error, conformal, least_flagged
+from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
-from gazeguard.heads import GazeHeads
-from gazeguard.lab.fit import TEXT_ONLY, Table, tabulate, write_captions
+from gazeguard.heads.artifact import GazeHeads
+from gazeguard.lab.training.tiny_fit import TEXT_ONLY, Table, tabulate, write_captions
 from gazeguard.lab.truth import judged
 from gazeguard.lab.world import COLOURS, describe
 from gazeguard.report import Report
@@ -44,7 +46,7 @@ RESPLITS = 20
 WAYS = (("sampled", True), ("greedy", False))
 # In the lab the picture encoder's warm-up has taught every patch the name of what it shows, so that these alone know all
 # about objects; what the heads' attention and output tell is measured without them, and so is the choice of heads.
-UNDER = ("content", "named")
+UNDER = ("attended_logprob", "internal_confidence")
 
 F64 = NDArray[np.float64]
 
@@ -60,7 +62,7 @@ class Told:
 
     def rows(self, table: Table) -> list[peers.Row]:
         """What the baselines read of each claim of a part of the table."""
-        columns = features.pick(table.x, self.reports[0].trace.heads, ("mention", "repeated"))
+        columns = features.pick(table.x, self.reports[0].trace.heads, ("object_index", "repeated"))
         found = []
         for claim, image, (mention, repeated) in zip(table.claims, table.image, columns, strict=True):
             trace = self.traces[image]
@@ -71,7 +73,9 @@ class Told:
         """The table as other heads would have it."""
         at = [self.traces[0].heads.index(head) for head in heads]
         of_trace = [
-            replace(t, heads=tuple(heads), gaze=t.gaze[:, at], shares=t.shares[:, at], readout=t.readout[:, at])
+            replace(
+                t, heads=tuple(heads), gaze=t.gaze[:, at], segment_mass=t.segment_mass[:, at], attribution=t.attribution[:, at]
+            )
             for t in self.traces
         ]
         return tabulate(self.samples, [replace(r, trace=t) for r, t in zip(self.reports, of_trace, strict=True)])
@@ -109,7 +113,7 @@ def scores(guard: GazeGuard, text_only: Detector, learnt: Told, told: Told) -> t
     """The object claims of captions, and every score of them, higher for more likely invented."""
     known, objects = learnt.table.of(learnt.table.kind == "object"), told.table.of(told.table.kind == "object")
     heads = guard.heads.heads
-    clock = ("position", "mention", "repeated")
+    clock = ("position", "object_index", "repeated")
     prior = Detector.fit(known.x, known.false, known.kind, guard.heads, clock)
     column = dict(zip(features.TEXT_FEATURES, features.pick(objects.x, heads, features.TEXT_FEATURES).T, strict=True))
     learnt_rows, rows = learnt.rows(known), told.rows(objects)
@@ -117,11 +121,11 @@ def scores(guard: GazeGuard, text_only: Detector, learnt: Told, told: Told) -> t
     return objects, {
         "detector": guard.detector.risk(objects.x, objects.kind),
         "looks": looks.risk(objects.x, objects.kind),
-        "readout": -features.pick(objects.x, heads, ("readout",))[:, 0],
+        "attribution": -features.pick(objects.x, heads, ("attribution",))[:, 0],
         "text_only": text_only.risk(objects.x, objects.kind),
         "position": column["position"],
         "position_repetition": prior.risk(objects.x, objects.kind),
-        "surprise": column["surprise"],
+        "token_nll": column["token_nll"],
         "entropy": column["entropy"],
         "svar": peers.svar(rows),
         "preceding": peers.preceding(rows),
@@ -170,8 +174,8 @@ def of_kinds(guard: GazeGuard, text_only: Detector, told: Told) -> dict[str, Fig
     found = {}
     for name, of in (
         ("colour", (table.kind == "attribute") & words),
-        ("wrong_panel", (table.kind == "place") & in_strip),
-        ("wrong_place", (table.kind == "place") & ~in_strip),
+        ("wrong_panel", (table.kind == "location") & in_strip),
+        ("wrong_place", (table.kind == "location") & ~in_strip),
     ):
         part = table.of(of)
         said = [claim.said.text if claim.kind == "attribute" else claim.phrase.head.text for claim in part.claims]
@@ -316,7 +320,7 @@ def drawn(path: Path, told: Told, objects: Table, made: dict[str, F64]) -> None:
     left.plot([0, 1], [0, 1], color="grey", linewidth=1)
     left.plot(risk, share, "o-")
     left.set(xlabel="risk said", ylabel="share invented", title="reliability (ten bins, test)")
-    for name in ("detector", "text_only", "surprise", "svar"):
+    for name in ("detector", "text_only", "token_nll", "svar"):
         chair, recall = selective(told, objects, made, name)
         some = slice(0, len(chair) * 4 // 10)
         right.plot(chair[some], recall[some], label=name.replace("_", " "))

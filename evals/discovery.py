@@ -16,10 +16,10 @@ import typer
 
 from evals.common import Out, Quick, figure, write
 from evals.overhead import measured
-from gazeguard.comics import draw_strips
-from gazeguard.heads import find_heads
-from gazeguard.inputs import encode, model_inputs
-from gazeguard.lab.model import build_model, build_processor
+from gazeguard.heads.discovery import find_heads
+from gazeguard.heads.strips import draw_strips
+from gazeguard.lab.training.tiny_model import build_model, build_processor
+from gazeguard.vision.encoding import encode, model_inputs
 
 LAYERS, WIDTH, STRIPS, REPEATS = 36, 1024, 8, 3
 

@@ -34,12 +34,15 @@ from rich.progress import track
 from evals.common import Figure, Out, Quick, figure, write
 from evals.cost import seconds
 from gazeguard import lab
-from gazeguard.files import open_input
-from gazeguard.filter import CaptionFilter, RayPool, filter_files
+from gazeguard.filtering.caption_filter import CaptionFilter
+from gazeguard.filtering.ray import RayPool
+from gazeguard.filtering.readers import open_input
+from gazeguard.filtering.run import filter_files
+from gazeguard.filtering.writer import PLACES, Results
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import encode, load_image, model_inputs
 from gazeguard.lab.world import describe
-from gazeguard.results import PLACES, Results
+from gazeguard.vision.encoding import encode, model_inputs
+from gazeguard.vision.images import load_image
 
 SEED = 900
 KILLS = 5

@@ -28,16 +28,17 @@ from scipy.stats import spearmanr
 from evals.common import Figure as Value
 from evals.common import Out, Quick, figure, over_images, rate, write
 from gazeguard import lab
-from gazeguard.comics import COLOURS, MAX_PANELS, Strip, draw_strips
+from gazeguard.attention.backbone import Head
+from gazeguard.attention.steering import STRENGTH, Target
+from gazeguard.claims.parse import chunk, things
 from gazeguard.guard import HEADS_FILE, GazeGuard
-from gazeguard.heads import GazeHeads, find_heads
-from gazeguard.inputs import encode
+from gazeguard.heads.artifact import GazeHeads
+from gazeguard.heads.discovery import find_heads
+from gazeguard.heads.plots import draw_heads
+from gazeguard.heads.strips import COLOURS, MAX_PANELS, Strip, draw_strips
 from gazeguard.lab.truth import mentions
 from gazeguard.lab.world import NOUNS, Picture, describe
-from gazeguard.phrases import chunk, things
-from gazeguard.plots import draw_heads
-from gazeguard.steer import STRENGTH, Target
-from gazeguard.tap import Head
+from gazeguard.vision.encoding import encode
 
 SEED = 100
 SETS = 10  # random head sets
@@ -102,7 +103,7 @@ class Steered:
         for at in range(0, len(samples), 48):
             rows = samples[at : at + 48]
             batch = encode(self.model, self.processor, [sample.image for sample in rows], [asked] * len(rows))
-            with guard.look_at(list(targets[at : at + 48]), **look):
+            with guard.steer(list(targets[at : at + 48]), **look):
                 sizes = [[sample.image.size] for sample in rows]
                 guard.generate(**batch.inputs, max_new_tokens=new, do_sample=False, picture_sizes=sizes)
             reports += guard.reports
@@ -177,7 +178,7 @@ class Stairs:
 def stairs(sample: lab.Sample, report: Any) -> Stairs:
     """Of a report on a narration of a strip, watched by all heads."""
     trace, picture = report.trace, sample.picture
-    shares = np.stack([trace.grid.overlap(picture.panel_box(p)) for p in range(picture.panels)], axis=1)
+    segment_mass = np.stack([trace.grid.overlap(picture.panel_box(p)) for p in range(picture.panels)], axis=1)
     every, named, invented = (np.full(len(trace), -1) for _ in range(3))
     since = np.zeros(len(trace), int)
     false = {mention.phrase.start for mention in mentions(picture, trace.text) if not mention.placed}
@@ -190,7 +191,7 @@ def stairs(sample: lab.Sample, report: Any) -> Stairs:
                 rows = list(trace.tokens(phrase.start, phrase.end))
                 named[rows] = panel
                 invented[rows] = panel if phrase.start in false else -1
-    return Stairs(trace.gaze @ shares, every, named, invented, since)
+    return Stairs(trace.gaze @ segment_mass, every, named, invented, since)
 
 
 def told_and_true(
@@ -385,7 +386,7 @@ def unchanged(model: Any, processor: Any, kept: GazeHeads, samples: Sequence[lab
     for sample in samples:
         batch = encode(model, processor, [sample.image], [sample.prompt])
         options = {"max_new_tokens": 160, "do_sample": False}
-        with guard.look_at(None):
+        with guard.steer(None):
             watched = guard.generate(**batch.inputs, **options)
         same += torch.equal(watched, model.generate(**batch.inputs, **options))
     return same / len(samples)

@@ -9,7 +9,7 @@ import typer
 from evals.common import Out, Quick, figure, write
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import encode
+from gazeguard.vision.encoding import encode
 
 SEED = 400
 BATCH = 20
@@ -19,7 +19,7 @@ def main(out: Out, quick: Quick = False) -> None:
     """Measure the laws, half of the captions greedy and half sampled."""
     guard = GazeGuard(*lab.load())
     samples = lab.samples("test", 40 if quick else 200, SEED)
-    same, differences = [], {name: [] for name in ("gaze", "readout", "logprobs", "entropy")}
+    same, differences = [], {name: [] for name in ("gaze", "attribution", "logprobs", "entropy")}
     for start in range(0, len(samples), BATCH):
         group = samples[start : start + BATCH]
         images, prompts = [sample.image for sample in group], [sample.prompt for sample in group]

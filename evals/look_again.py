@@ -1,7 +1,7 @@
 """What does looking again find? Things that captions left out, and what is made up instead.
 
-``GazeGuard.look_again`` is asked once for every caption, for ``regions`` places. What it returns is counted as if it were
-written behind the caption: ``recall_change`` and ``chair_i_change``, in shares; ``named`` things per caption, of which
+``GazeGuard.find_missed_objects`` is asked once for every caption, for ``regions`` places. What it returns is counted as if it were
+written behind the caption: ``recall_change`` and ``chair_i_change``, in segment_mass; ``named`` things per caption, of which
 ``new_share`` are in the picture and were left out, ``false_share`` are not in the picture, and the others were known under
 another colour. ``random_*``: other heads of the same layers are turned.
 """
@@ -21,7 +21,7 @@ from evals.common import Figure, Out, Quick, over_images, rate, write
 from evals.mitigation import WAYS, counts, lab_guard, random_detector, share
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
-from gazeguard.lab.fit import write_captions
+from gazeguard.lab.training.tiny_fit import write_captions
 from gazeguard.report import Report
 
 SEED = 420  # of the pictures
@@ -34,7 +34,7 @@ def looked(guard: GazeGuard, samples: list[lab.Sample], reports: list[Report]) -
     for sample, report in zip(
         samples, track(reports, "looking again", console=Console(stderr=True), transient=True), strict=True
     ):
-        found = guard.look_again(sample.image, report) if report.findings else []
+        found = guard.find_missed_objects(sample.image, report) if report.findings else []
         more.append(" ".join(own.caption for own in found))
     return more
 

@@ -7,7 +7,7 @@ in either. Test pictures are written with the chosen setting; greedily with the 
 ``{method}_{figure}_{greedy|sampled}{|_shifted}``: ``chair_i``, ``chair_s``, ``recall``, ``f1``, ``mentions`` and ``words`` per
 caption; ``misplaced``, mentions of what is in the picture but not where it is said to be, which CHAIR lets pass, and ``wrong``,
 these and the false ones. Against plain, on the same pictures: ``chair_i_reduction``, ``wrong_reduction`` and ``words_change``,
-relative; ``recall_change``, in shares; ``passes_ratio``, of rows that went through the decoder; ``time_ratio``, interleaved.
+relative; ``recall_change``, in segment_mass; ``passes_ratio``, of rows that went through the decoder; ``time_ratio``, interleaved.
 ``{method}_over_{other}``: CHAIR_i less the other's at equal recall; below 0 is better. The other may take any setting, or a
 mean of two, that keeps as much recall. ``drop_*_at_10``: when the tenth of things with the greatest risk is cut.
 ``yes_no_*``: POPE-form questions, greedily. With --quick: `QUICKLY` on test pictures, greedily, with their usual settings.
@@ -43,14 +43,14 @@ from evals.common import Figure, Out, Quick, figure, over_images, write
 from evals.cost import ratios
 from evals.counting import pope_figures
 from gazeguard import lab
+from gazeguard.claims.removal import without
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import encode
-from gazeguard.lab.fit import TEXT_ONLY
+from gazeguard.lab.training.tiny_fit import TEXT_ONLY
 from gazeguard.lab.truth import mentions
 from gazeguard.lab.world import ask
 from gazeguard.policy import Policy, load_policy
-from gazeguard.repair import without
 from gazeguard.report import Report
+from gazeguard.vision.encoding import encode
 
 SEED = 400  # of the pictures
 PICTURES, TUNING, QUICK = 120, 48, 8  # of a test split; of the validation split; of a test split with --quick
@@ -127,7 +127,7 @@ def of_policy(policy: Policy, base: Callable[[], GazeGuard] = lab_guard) -> Writ
 
     def write_guarded(inputs: Inputs, do_sample: bool) -> list[str]:
         guard().generate(**inputs, do_sample=do_sample, max_new_tokens=NEW)
-        return [report.repaired for report in guard().reports]
+        return [report.filtered_caption for report in guard().reports]
 
     return write_guarded
 
@@ -145,7 +145,14 @@ def methods() -> dict[str, dict[str, Writer]]:
     everything = lab_guard().heads.all_heads
     gaze, middle = lab_guard().heads.heads, peers.middle_heads(everything)
     moves = varied(
-        "rerank", "rerank", {"usual": {}, "strong": {"content": 4.0}, "readout": {"strength": 0.5}, "ends": {"content": 0.0}}
+        "rerank",
+        "rerank",
+        {
+            "usual": {},
+            "strong": {"attended_logprob": 4.0},
+            "attribution": {"attribution": 0.5},
+            "ends": {"attended_logprob": 0.0},
+        },
     )
     back = load_policy("rewind")
     asks = back.model_copy(update={"verify": load_policy("verify").verify})
@@ -176,7 +183,7 @@ def cuts() -> dict[str, dict[str, Callable[[Report], str]]]:
             value: GazeGuard(guard.model, guard.processor, policy, heads=guard.heads, detector=guard.detector)
             for value, policy in policies.items()
         }
-        return {value: lambda report, own=own: own.judge(report.trace).repaired for value, own in guards.items()}
+        return {value: lambda report, own=own: own.judge(report.trace).filtered_caption for value, own in guards.items()}
 
     return {
         "truncated": {
@@ -266,7 +273,7 @@ def run(job: Job) -> Done:
     """Do a job; the same job gives the same captions in any process."""
     torch.set_num_threads(1)
     guard, writer = lab_guard(), methods()[job.method][job.setting]
-    listens = job.method == "plain" and not job.asked  # ids are the same, and reports can be cut
+    uses_answers = job.method == "plain" and not job.asked  # ids are the same, and reports can be cut
     captions: list[str] = []
     reports: list[Report] = []
     todo = asked_of(job)
@@ -275,12 +282,12 @@ def run(job: Job) -> Done:
             group = todo[start : start + ROWS]
             torch.manual_seed(1000 * job.seed + start)
             inputs = encode(guard.model, guard.processor, [s.image for s, _ in group], [prompt for _, prompt in group]).inputs
-            if listens:
+            if uses_answers:
                 guard.generate(**inputs, do_sample=WAYS[job.way], max_new_tokens=NEW)
                 reports += guard.reports
             else:
                 captions += writer(inputs, WAYS[job.way])
-    if not listens:
+    if not uses_answers:
         return Done(captions, sum(rows), {}, [])
     captions = [report.caption for report in reports]
     cut = {(name, value): list(map(left, reports)) for name, own in cuts().items() for value, left in own.items()}

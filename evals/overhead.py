@@ -1,4 +1,4 @@
-"""What does the tap cost? Time and peak memory of generating in several ways, as ratios to plain SDPA generate.
+"""What does the recorder cost? Time and peak memory of generating in several ways, as ratios to plain SDPA generate.
 
 All ways write the same number of tokens. Each repeat runs every way once, in turning order and in one process, with a plain run
 before and after it; a ratio is that of the way to the mean of these two, so that a machine whose speed drifts favours none.
@@ -35,8 +35,11 @@ from torch import Tensor
 
 from evals.common import Figure, Out, Quick, median, write
 from gazeguard import lab
-from gazeguard.inputs import encode, image_token_id
-from gazeguard.tap import Prompts, Tap, find_backbone, judge_words
+from gazeguard.attention.attribution import token_statistics
+from gazeguard.attention.backbone import find_backbone
+from gazeguard.attention.buffers import KeyLayout
+from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.vision.encoding import encode, image_token_id
 
 HEADS = 12  # gaze heads that are heard, as the source paper finds in models of 7 billion parameters
 SEED = 500
@@ -152,7 +155,7 @@ def ways(model: tf.PreTrainedModel, inputs: dict[str, Tensor], new: int) -> dict
     every = find_backbone(model).heads()
     last = {layer for layer, _ in every[-3 * len(every) // 4 :]}
     heads = [head for head in every if head[0] in last][::2][:HEADS]
-    prompts = Prompts.of(inputs["input_ids"], inputs["attention_mask"], image_token_id(model))
+    prompts = KeyLayout.from_ids(inputs["input_ids"], inputs["attention_mask"], image_token_id(model))
     bias = torch.zeros(len(prompts.columns), len(heads), prompts.columns.shape[1], device=prompts.columns.device)
     bias[..., :10] = 5.0
 
@@ -165,14 +168,14 @@ def ways(model: tf.PreTrainedModel, inputs: dict[str, Tensor], new: int) -> dict
         return made.sequences[:, inputs["input_ids"].shape[1] :]
 
     def tapped(judge: bool = False, turn: bool = False) -> None:
-        with torch.no_grad(), Tap(model, heads) as tap:
-            tap.begin(prompts)
+        with torch.no_grad(), AttentionRecorder(model, heads) as recorder:
+            recorder.begin(prompts)
             if turn:
-                tap.steer(bias)
+                recorder.steer(bias)
             written = write_words()
-            rows = tap.collect()
+            rows = recorder.collect()
             if judge:
-                judge_words(tap.backbone, tap.heads, rows, written)
+                token_statistics(recorder.backbone, recorder.heads, rows, written)
 
     def second_pass() -> None:
         write_words(logits_processor=tf.LogitsProcessorList([SecondPass(model, inputs)]))
@@ -180,7 +183,7 @@ def ways(model: tf.PreTrainedModel, inputs: dict[str, Tensor], new: int) -> dict
     return {
         "plain": write_words,
         "null": write_words,
-        "tap": tapped,
+        "recorder": tapped,
         "tap_readout": lambda: tapped(judge=True),
         "tap_steering": lambda: tapped(turn=True),
         "eager": lambda: write_words("eager"),
@@ -270,7 +273,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Runs of every way.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Measure what the tap costs beside plain generate, and what others cost."""
+    """Measure what the recorder costs beside plain generate, and what others cost."""
     new, repeats = (8, 1) if quick else (new, repeats)
     figures: dict[str, Figure] = {}
     asked = {"models": models, "batches": batches, "ways": only, "new": new, "repeats": repeats, "device": device}

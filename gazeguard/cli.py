@@ -130,7 +130,7 @@ def _show(title: str, report: Any, truth: Sequence[str] = ()) -> None:
             out.print(Padding(Text(line, style="red"), (0, 0, 0, 4)))
     if report.verdict == "unchecked":
         out.print(Padding(Text(_printable(report.reason), style="yellow"), (0, 0, 0, 4)))
-    if report.repaired != report.caption:
+    if report.filtered_caption != report.caption:
         out.print(Padding(Text(f"left: {report.printable() or 'nothing'}", style="green"), (0, 0, 0, 4)))
     for line in truth:
         out.print(Padding(Text(f"truth: {line}", style="dim"), (0, 0, 0, 4)))
@@ -139,7 +139,7 @@ def _show(title: str, report: Any, truth: Sequence[str] = ()) -> None:
 
 def _finish(entries: Sequence[Any], html: Path | None, as_json: bool, files: Sequence[str]) -> None:
     """Print reports, write the page, and leave with the exit code that fits the verdicts."""
-    from gazeguard.report import page
+    from gazeguard.replay.page import page
 
     for entry, file in zip(entries, files, strict=True):
         if as_json:
@@ -167,9 +167,9 @@ def demo(
     with _errors():
         from gazeguard import lab
         from gazeguard.guard import GazeGuard
-        from gazeguard.lab.fit import write_captions
+        from gazeguard.lab.training.tiny_fit import write_captions
         from gazeguard.lab.truth import judged, mentions
-        from gazeguard.report import Entry, page
+        from gazeguard.replay.page import Entry, page
 
         folder.mkdir(parents=True, exist_ok=True)
         guard = GazeGuard(*_load(None), policy=policy)
@@ -208,8 +208,8 @@ def caption(
     """Describe pictures and flag what they do not support."""
     with _errors():
         from gazeguard.guard import GazeGuard
-        from gazeguard.inputs import load_image
-        from gazeguard.report import Entry
+        from gazeguard.replay.page import Entry
+        from gazeguard.vision.images import load_image
 
         pictures = [load_image(image) for image in images]
         guard = GazeGuard(*_load(model), policy=policy)
@@ -233,8 +233,8 @@ def check(
     """Check a caption that anything wrote against its picture."""
     with _errors():
         from gazeguard.guard import GazeGuard
-        from gazeguard.inputs import load_image
-        from gazeguard.report import Entry
+        from gazeguard.replay.page import Entry
+        from gazeguard.vision.images import load_image
 
         picture = load_image(image)
         guard = GazeGuard(*_load(model), policy=policy)
@@ -306,10 +306,12 @@ def filter_(
     """
     with _errors(), _stoppable():
         from gazeguard import lab
-        from gazeguard.files import open_input
-        from gazeguard.filter import CaptionFilter, RayPool, filter_files
+        from gazeguard.filtering.caption_filter import CaptionFilter
+        from gazeguard.filtering.ray import RayPool
+        from gazeguard.filtering.readers import open_input
+        from gazeguard.filtering.run import filter_files
+        from gazeguard.filtering.writer import Results
         from gazeguard.policy import load_policy
-        from gazeguard.results import Results
 
         rows = open_input(source, image_column, caption_column)
         options = {
@@ -366,10 +368,10 @@ def replay(
     Captions that the input lacks are written first, as filter does.
     """
     with _errors():
-        from gazeguard.files import open_input
-        from gazeguard.filter import CaptionFilter
-        from gazeguard.filter import replay as entries
-        from gazeguard.report import page
+        from gazeguard.filtering.caption_filter import CaptionFilter
+        from gazeguard.filtering.readers import open_input
+        from gazeguard.filtering.run import replay as entries
+        from gazeguard.replay.page import page
 
         if not html.parent.is_dir():  # said before the work, not after it
             raise InputError(f"{html.parent}, where the page is to go, is no folder. Make it, or give another path.")
@@ -403,15 +405,15 @@ def train(
 ) -> None:
     """Fit a detector of made-up phrases on captions with labels, for a model of your own."""
     with _errors():
+        from gazeguard.fitting import learn, read_rows
         from gazeguard.guard import GazeGuard
-        from gazeguard.learn import learn, read_rows
 
         told = read_rows(rows)
         guard = GazeGuard(*_load(model), heads=heads_file)
         detector, left_out = learn(guard, told, ask, batch_size, verify)
         detector.save_pretrained(folder)
         for kind, made in detector.kinds.items():
-            held = made.held
+            held = made.validation
             out.print(
                 f"{kind}: fitted on {made.claims} claims, {made.false} of them false; on {held.claims} others of "
                 f"{held.images} pictures AUROC {held.auroc:.3f}, calibration error {held.ece:.3f}"
@@ -440,15 +442,16 @@ def heads(
     Exit code 1 when no head follows the words, so that the model has no usable gaze heads.
     """
     with _errors():
-        from gazeguard.heads import GazeHeads, find_heads
-        from gazeguard.plots import draw_heads
+        from gazeguard.heads.artifact import GazeHeads
+        from gazeguard.heads.discovery import find_heads
+        from gazeguard.heads.plots import draw_heads
 
         if model == "show":
             if shown is None:
                 raise InputError("Say which file to show: gazeguard heads show heads.json")
             found = GazeHeads.load(shown)
         else:
-            from gazeguard.comics import SIZES, draw_strips, load_strips
+            from gazeguard.heads.strips import SIZES, draw_strips, load_strips
 
             drawn = material in SIZES
             pages = draw_strips(strips, panels=panels, style=material) if drawn else load_strips(material)[:strips]
@@ -507,15 +510,16 @@ def doctor(
 ) -> None:
     """Examine whether watching works for a model: exit code 0 when every check passes, 1 when one fails."""
     with _errors():
-        from gazeguard.comics import draw_strips
-        from gazeguard.doctor import examine
-        from gazeguard.inputs import encode, load_image
+        from gazeguard.attention.self_test import run_self_test
+        from gazeguard.heads.strips import draw_strips
+        from gazeguard.vision.encoding import encode
+        from gazeguard.vision.images import load_image
 
         loaded, processor = _load(model)
         picture = load_image(image) if image else draw_strips(1)[0].image
         inputs = encode(loaded, processor, [picture], ["Describe the picture."]).inputs
         with err.status("examining"):
-            checks = examine(loaded, processor, inputs, [[picture.size]])
+            checks = run_self_test(loaded, processor, inputs, [[picture.size]])
         for check in checks:
             out.print(Text.assemble(("works " if check.ok else "FAILS ", "green" if check.ok else "bold red"), str(check)))
     raise typer.Exit(0 if all(check.ok for check in checks) else 1)

@@ -4,7 +4,7 @@ GazeGuardError
 ├── InputError            the picture, the caption or the call cannot be used
 ├── OutputError           what was found out cannot be written
 ├── UnsupportedError      this model, or this way of generating, cannot be watched (the message names the way out)
-├── NothingSeenError      the hook ran but saw no attention: never read as "no drift"
+├── NoAttentionError      the hook ran but saw no attention: never read as "no drift"
 ├── ArtifactError         a heads, detector, trace or policy file cannot be read
 │   └── MismatchError     the file was made for another model or for other heads
 └── PolicyError           a policy does not say what it must, or says what nobody understands
@@ -27,7 +27,7 @@ class UnsupportedError(GazeGuardError, NotImplementedError):
     """This model, or this way of generating, cannot be watched."""
 
 
-class NothingSeenError(GazeGuardError, RuntimeError):
+class NoAttentionError(GazeGuardError, RuntimeError):
     """The hook ran but saw no attention."""
 
 

@@ -34,37 +34,43 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from gazeguard import __version__, features
-from gazeguard.ask import Words, answers, question, tails
-from gazeguard.decode import RerankProcessor, RewindLoop, Settled, branches, joints
-from gazeguard.detector import FILE_NAME as DETECTOR_FILE
-from gazeguard.detector import Detector, logistic
-from gazeguard.doctor import Check, examine
+from gazeguard import __version__
+from gazeguard.attention.buffers import CapturedActivations, KeyLayout
+from gazeguard.attention.logit_lens import LogitLens
+from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.attention.self_test import Check, run_self_test
+from gazeguard.attention.steering import STRENGTH, Mode, SteeringTarget, Target, undescribed_regions
+from gazeguard.attention.trace_batch import TraceBatch, trace_batch
+from gazeguard.attention.visual_keys import VisualKeys, visual_keys
+from gazeguard.claims.parse import Claim, Parser, Phrase, claims, may_end_thing
+from gazeguard.claims.removal import without
+from gazeguard.decoding.rerank import RerankProcessor
+from gazeguard.decoding.rewind import CommittedPrefix, RewindLoop, list_delimiters, rollback_points
+from gazeguard.decoding.verification import AnswerTokens, answers, question, tails
+from gazeguard.detection import features
+from gazeguard.detection.calibration import logistic
+from gazeguard.detection.detector import FILE_NAME as DETECTOR_FILE
+from gazeguard.detection.detector import Detector
 from gazeguard.errors import GazeGuardError, InputError, MismatchError, UnsupportedError
-from gazeguard.grid import ImageGrid
-from gazeguard.heads import GazeHeads
-from gazeguard.inputs import (
-    Encoded,
+from gazeguard.heads.artifact import GazeHeads
+from gazeguard.policy import Policy, load_policy
+from gazeguard.report import Finding, Report, Verdict, gaze_boxes
+from gazeguard.trace import SEGMENTS, GazeTrace
+from gazeguard.vision.encoding import (
+    EncodedBatch,
     check_prompt,
     check_text,
     context_of,
     decode,
     encode,
-    grids_of,
     has_pixels,
+    image_grids,
     image_token_id,
-    load_image,
     model_inputs,
     one_picture_a_row,
 )
-from gazeguard.phrases import Claim, Parser, Phrase, claims, may_end_thing
-from gazeguard.policy import Policy, load_policy
-from gazeguard.repair import without
-from gazeguard.report import Finding, Report, Verdict, gaze_boxes
-from gazeguard.seen import Seen, seen
-from gazeguard.steer import STRENGTH, Look, Mode, Target, undescribed
-from gazeguard.tap import Cells, Keys, Prompts, Rows, Tap, keys_of
-from gazeguard.trace import SHARES, GazeTrace
+from gazeguard.vision.grid import ImageGrid
+from gazeguard.vision.images import load_image
 
 HEADS_FILE = "heads.json"
 DEFAULT_PROMPT = "Describe the picture."
@@ -144,8 +150,8 @@ class _Part(NamedTuple):
 
     rows: Sequence[int]
     captions: Sequence[str]
-    batch: Encoded
-    keys: Keys
+    batch: EncodedBatch
+    keys: VisualKeys
     grids: Sequence[ImageGrid]
 
 
@@ -201,17 +207,17 @@ class GazeGuard:
                 "with gazeguard train, or choose a policy without rewind."
             )
         if self.policy.verify is not None:
-            if self.detector is None or not self.detector.listens:
+            if self.detector is None or not self.detector.uses_answers:
                 raise MismatchError(
                     f"Policy {self.policy.name!r} asks the model about what a detector doubts, and this guard has no detector "
                     "that has learnt what the answers are worth (answer, in detector.json). Fit one with gazeguard train "
                     "--verify, or choose a policy without verify."
                 )
-            self._words = Words.of(processor.tokenizer)
+            self._words = AnswerTokens.from_tokenizer(processor.tokenizer)
             tails(model, processor, ["Is it there?"])  # says so now if it cannot be asked
-        self.tap = Tap(model, self.heads.heads)
+        self.recorder = AttentionRecorder(model, self.heads.heads)
         self.reports: list[Report] = []
-        self._look: Look | None = None
+        self._look: SteeringTarget | None = None
 
     def _own(self, name: str) -> Path:
         path = Path(self.model.name_or_path) / name
@@ -340,20 +346,22 @@ class GazeGuard:
         if sizes is not None:
             sizes = [own for own in sizes for _ in range(ids.shape[0] // len(sizes))]
         ends = _ends(config)
-        keys = keys_of(self.model, inputs, ids, mask)
-        grids = grids_of(self.model, self.processor, inputs, keys.ids, keys.mask, sizes, self.grid)
-        with self.tap as tap:
-            tap.begin(Prompts.of(*keys), reordered=(config.num_beams or 1) > 1)
+        keys = visual_keys(self.model, inputs, ids, mask)
+        grids = image_grids(self.model, self.processor, inputs, keys.ids, keys.mask, sizes, self.grid)
+        with self.recorder as recorder:
+            recorder.begin(KeyLayout.from_ids(*keys), reordered=(config.num_beams or 1) > 1)
             if self._look is not None:
-                self._look.steer(tap, grids)
-            rerank = None if self.policy.rerank is None else RerankProcessor(tap, self.policy.rerank, self.processor.tokenizer)
+                self._look.steer(recorder, grids)
+            rerank = (
+                None if self.policy.rerank is None else RerankProcessor(recorder, self.policy.rerank, self.processor.tokenizer)
+            )
             if self.policy.rewind is None:
                 loop, made = None, run([] if rerank is None else [rerank], None)
                 beams = getattr(made, "beam_indices", None)
-                rows, cells = tap.collect(beams), self._cells(beams)
+                rows, cells = recorder.collect(beams), self._cells(beams)
             else:
                 judge = _Judge(self, grids, ends)
-                loop = RewindLoop(judge, self.policy.rewind.budget, joints(self.processor.tokenizer), rerank)
+                loop = RewindLoop(judge, self.policy.rewind.budget, list_delimiters(self.processor.tokenizer), rerank)
                 made = run([], loop)
                 whole = judge.seen()
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name not in _OF_A_PASS}
@@ -378,7 +386,7 @@ class GazeGuard:
         return made
 
     @contextmanager
-    def look_at(
+    def steer(
         self,
         targets: Target | Sequence[Target],
         strength: float = STRENGTH,
@@ -386,14 +394,14 @@ class GazeGuard:
         prompt: bool = True,
         image: int = 0,
     ) -> Iterator[GazeGuard]:
-        """Inside, the gaze heads look where they are told, in whatever this guard generates or checks: see `Look`.
+        """Inside, the gaze heads look where they are told, in whatever this guard generates or checks: see `SteeringTarget`.
 
-        with guard.look_at((0, 0, 200, 150)):
+        with guard.steer((0, 0, 200, 150)):
             guard.generate(**inputs, picture_sizes=[[picture.size]])
-        with guard.look_at({0: left, 20: right}):  # from the 20th new token on, the other one
+        with guard.steer({0: left, 20: right}):  # from the 20th new token on, the other one
             guard.caption(picture, "Describe a panel.")
         """
-        before, self._look = self._look, Look(targets, strength, mode, prompt, image)
+        before, self._look = self._look, SteeringTarget(targets, strength, mode, prompt, image)
         try:
             yield self
         finally:
@@ -406,7 +414,9 @@ class GazeGuard:
         self.generate(**batch.inputs, **{"max_new_tokens": 256, "picture_sizes": [[picture.size]], **arguments})
         return self.reports[0]
 
-    def look_again(self, image: Any, report: Report, regions: int = 2, prompt: str = "Name one object.") -> list[Report]:
+    def find_missed_objects(
+        self, image: Any, report: Report, regions: int = 2, prompt: str = "Name one object."
+    ) -> list[Report]:
         """Before giving up on a place: name what lies where a caption has not been.
 
         The gaze heads are turned to the ``regions`` of the picture on which they rested least while things were named, and the
@@ -420,7 +430,7 @@ class GazeGuard:
         gaze = np.array([trace.gaze[trace.tokens(head.start, head.end).start].mean(0) for head in named])
         batch = encode(self.model, self.processor, [picture] * regions, [prompt] * regions)
         before = self.reports
-        with self.look_at(undescribed(trace.grid, gaze, regions)):
+        with self.steer(undescribed_regions(trace.grid, gaze, regions)):
             self.generate(**batch.inputs, max_new_tokens=24, do_sample=False, picture_sizes=[[picture.size]] * regions)
         made, self.reports = self.reports, before
         known, found = {head.text.lower() for head in named}, []
@@ -492,7 +502,7 @@ class GazeGuard:
             halves = (todo[: len(todo) // 2], todo[len(todo) // 2 :])
             first, second = (self._encoded(half, pictures, captions, prompts) for half in halves)
             return Prepared(first.unchecked | second.unchecked, [*first.parts, *second.parts])
-        keys = keys_of(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
+        keys = visual_keys(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
         prompted = self._prompted(keys, batch.prompt_mask)
         long = {
             i: self._unchecked(captions[i], reason)
@@ -503,17 +513,17 @@ class GazeGuard:
             rest = self._encoded([i for i in todo if i not in long], pictures, captions, prompts)
             return Prepared(long | rest.unchecked, rest.parts)
         sizes = [[pictures[i].size] for i in todo]
-        grids = grids_of(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.grid)
+        grids = image_grids(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.grid)
         return Prepared({}, [_Part(todo, told, batch, keys, grids)])
 
     def _replayed(self, part: _Part) -> list[Report]:
         """Reports of a part's rows, from one teacher-forced pass."""
         batch, grids = part.batch, part.grids
-        with self.tap as tap:
-            tap.begin(Prompts.of(*part.keys))
+        with self.recorder as recorder:
+            recorder.begin(KeyLayout.from_ids(*part.keys))
             if self._look is not None:
-                self._look.steer(tap, grids)
-            # What the tap hears is judged; the model's own logits of every position would be the largest tensor of all.
+                self._look.steer(recorder, grids)
+            # What the recorder hears is judged; the model's own logits of every position would be the largest tensor of all.
             few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
             given = model_inputs(self.model, batch.inputs)
             if not has_pixels(given):
@@ -522,7 +532,7 @@ class GazeGuard:
                     "processor of this model."
                 )
             out = self.model(**given, use_cache=self.policy.verify is not None, **few)
-            rows, cells = tap.collect(), self._cells()
+            rows, cells = recorder.collect(), self._cells()
         whole = self._seen(rows, cells, batch.caption_ids)
         told = zip(batch.caption_ids, part.captions, batch.offsets, grids, strict=True)
         traces = [self._trace(whole, row, slice(len(of[0])), *of, finished=True) for row, of in enumerate(told)]
@@ -532,7 +542,7 @@ class GazeGuard:
         cache = next((value for value in out.values() if isinstance(value, Cache)), None)
         return self._verified(reports, batch.prompt, cache)
 
-    def _prompted(self, keys: Keys, mask: Tensor | None) -> list[int]:
+    def _prompted(self, keys: VisualKeys, mask: Tensor | None) -> list[int]:
         """How many tokens, padding aside, each row's decoder reads before what is written."""
         if self.model.config.is_encoder_decoder or mask is None or mask.ndim != 2:
             return [keys.last + 1] * len(keys.ids)
@@ -545,26 +555,30 @@ class GazeGuard:
 
     def verify(self, inputs: Mapping[str, Any]) -> list[Check]:
         """Does watching work for this model? Measured on a batch as the processor makes it: see `gazeguard.doctor`."""
-        return examine(self.model, self.processor, inputs, heads=self.tap.heads, known=self.grid)
+        return run_self_test(self.model, self.processor, inputs, heads=self.recorder.heads, known=self.grid)
 
     # ---------------------------------------------------------------------------------------------------- judging
 
-    def _seen(self, rows: Rows, cells: Cells | None, captions: Sequence[NDArray[np.int64]]) -> Seen:
+    def _seen(self, rows: CapturedActivations, cells: LogitLens | None, captions: Sequence[NDArray[np.int64]]) -> TraceBatch:
         """What ``rows`` tell of captions of these ids, (T,) each, which were written one word per row."""
         longest = max(len(ids) for ids in captions)
         written = np.zeros((len(captions), longest), np.int64)
         for row, ids in zip(written, captions, strict=True):
             row[: len(ids)] = ids
-        rows = Rows(*(tensor[:, :longest] for tensor in vars(rows).values()))
+        rows = CapturedActivations(*(tensor[:, :longest] for tensor in vars(rows).values()))
         told = torch.from_numpy(written).to(rows.hidden.device)
-        return seen(self.tap.backbone, self.tap.heads, rows, told, cells)
+        return trace_batch(self.recorder.backbone, self.recorder.heads, rows, told, cells)
 
-    def _cells(self, beams: Tensor | None = None) -> Cells | None:
+    def _cells(self, beams: Tensor | None = None) -> LogitLens | None:
         """What was heard of the image cells, if the detector asks for what lies under the gaze."""
-        return self.tap.cells(beams) if self.detector is None or self.detector.uses("content", "named") else None
+        return (
+            self.recorder.cells(beams)
+            if self.detector is None or self.detector.uses("attended_logprob", "internal_confidence")
+            else None
+        )
 
-    def _trace(self, whole: Seen, row: int, passes: Sequence[int] | slice, *of: Any, finished: bool) -> GazeTrace:
-        return whole.trace(row, passes, *of, heads=self.tap.heads, model=self.heads.model, finished=finished)
+    def _trace(self, whole: TraceBatch, row: int, passes: Sequence[int] | slice, *of: Any, finished: bool) -> GazeTrace:
+        return whole.trace(row, passes, *of, heads=self.recorder.heads, model=self.heads.model, finished=finished)
 
     def _verified(self, reports: Sequence[Report], inputs: Mapping[str, Any], cache: Cache | None) -> list[Report]:
         """The reports, judged anew with the model's answers to whether what they doubt is there.
@@ -590,7 +604,7 @@ class GazeGuard:
 
     def _asks(self, kind: str, risk: float) -> bool:
         """Whether the model is asked about a thing for the sake of a claim of this kind."""
-        if self.detector.kinds[kind].answer is None or kind == "place":
+        if self.detector.kinds[kind].answer is None or kind == "location":
             return False
         own = self.policy.verify.threshold
         return risk >= self.detector.threshold(kind, self.policy.threshold if own is None else own)
@@ -602,7 +616,7 @@ class GazeGuard:
         """
         if len(trace) == 0:
             return self._unchecked(trace.text, "the caption is empty")
-        if trace.shares[..., SHARES.index("picture")].max() < UNSEEN:
+        if trace.segment_mass[..., SEGMENTS.index("image")].max() < UNSEEN:
             return self._unchecked(trace.text, "the gaze heads never looked at the picture", trace)
         if not (said := claims(trace.text, self.nlp)):
             return self._unchecked(trace.text, "the caption names nothing that could be checked", trace)
@@ -610,21 +624,21 @@ class GazeGuard:
             return self._unchecked(trace.text, "no detector is fitted for this model", trace)
         if not (said := [claim for claim in said if claim.kind in self.detector.kinds]):
             return self._unchecked(trace.text, "the detector knows none of the kinds of claims in the caption", trace)
-        spans = [span for c in said for span in (c.said, c.phrase.head, *c.phrase.attributes, c.other) if span is not None]
+        spans = [span for c in said for span in (c.span, c.phrase.head, *c.phrase.attributes, c.related) if span is not None]
         if strange := next((span for span in spans if not trace.tokens(span.start, span.end)), None):
             return self._unchecked(trace.text, f"no token covers {strange.text!r}", trace)
         kinds = [claim.kind for claim in said]
         x = features.features(trace, said)
         if unknown := self.detector.unknown(x, kinds):
             return self._unchecked(trace.text, f"the model gave no finite number for {unknown}", trace)
-        if not (np.isfinite(trace.logprobs).all() and np.isfinite(trace.shares).all()):  # also what no feature reads
+        if not (np.isfinite(trace.logprobs).all() and np.isfinite(trace.segment_mass).all()):  # also what no feature reads
             return self._unchecked(trace.text, "the model gave no finite number for the caption's own words", trace)
         risks = self.detector.risk(x, kinds)
         heard = np.full(len(said), np.nan)
         if told:
             asked = [claim.phrase in told and self._asks(*of) for claim, *of in zip(said, kinds, risks, strict=True)]
             heard[asked] = [told[claim.phrase] for claim, was in zip(said, asked, strict=True) if was]
-            risks = self.detector.heard(risks, heard, kinds)
+            risks = self.detector.update_with_answers(risks, heard, kinds)
         if not np.isfinite(risks).all():
             return self._unchecked(trace.text, "the detector gave no finite risk", trace)
         limits = {kind: self.detector.threshold(kind, self.policy.threshold) for kind in set(kinds)}
@@ -635,7 +649,7 @@ class GazeGuard:
             flag and (claim.kind == "object" or claim.phrase not in absent) for claim, flag in zip(said, flagged, strict=True)
         ]
         of_flagged = iter(self.detector.reasons(x[flagged], [kind for kind, flag in zip(kinds, flagged, strict=True) if flag]))
-        boxes = gaze_boxes(trace, [trace.tokens(claim.said.start, claim.said.end) for claim in said])
+        boxes = gaze_boxes(trace, [trace.tokens(claim.span.start, claim.span.end) for claim in said])
         findings = tuple(
             Finding(
                 claim=claim,
@@ -671,12 +685,14 @@ class GazeGuard:
     def _made(
         self, caption: str, verdict: Verdict, reason: str, findings: tuple[Finding, ...], trace: GazeTrace | None
     ) -> Report:
-        doubtful, repaired = [(f.claim.start, f.claim.end) for f in findings if f.flagged], caption
-        if self.policy.left == "drop":
-            repaired = without(caption, doubtful)
-        elif self.policy.left == "abstain" and verdict != Verdict.PASS:
-            repaired = ""
-        return Report(caption, verdict, reason, findings, self.policy.name, self.heads.model, __version__, trace, repaired)
+        doubtful, filtered_caption = [(f.claim.start, f.claim.end) for f in findings if f.flagged], caption
+        if self.policy.on_flag == "drop":
+            filtered_caption = without(caption, doubtful)
+        elif self.policy.on_flag == "abstain" and verdict != Verdict.PASS:
+            filtered_caption = ""
+        return Report(
+            caption, verdict, reason, findings, self.policy.name, self.heads.model, __version__, trace, filtered_caption
+        )
 
 
 @dataclass(eq=False)
@@ -699,10 +715,10 @@ class _Judge:
     def __init__(self, guard: GazeGuard, grids: Sequence[ImageGrid], ends: set[int]) -> None:
         self.guard, self.grids, self.ends = guard, grids, ends
         self._words: list[list[int]] = []  # that every pass wrote, one per row
-        self._seen: Seen | None = None  # of so many passes as have been asked for
+        self._seen: TraceBatch | None = None  # of so many passes as have been asked for
         self._known: list[_Known] = []
 
-    def __call__(self, rows: Sequence[tuple[list[int], list[int], bool] | None]) -> list[Settled]:
+    def __call__(self, rows: Sequence[tuple[list[int], list[int], bool] | None]) -> list[CommittedPrefix]:
         self._known = self._known or [_Known() for _ in rows]
         for b, row in enumerate(rows):
             if row is None:
@@ -712,19 +728,19 @@ class _Judge:
                 self._words.append([0] * len(rows))
             self._words[passes[-1]][b] = tokens[-1]
             if self._seen is not None:  # another word than was there
-                self._seen = self._seen.first(passes[-1])
-        return [Settled(0) if row is None else self._settled(b, *row) for b, row in enumerate(rows)]
+                self._seen = self._seen.truncate(passes[-1])
+        return [CommittedPrefix(0) if row is None else self._settled(b, *row) for b, row in enumerate(rows)]
 
-    def seen(self, lies: bool = True) -> Seen:
+    def seen(self, lies: bool = True) -> TraceBatch:
         """The numbers of all passes, (batch, passes); with what ``lies`` under the gaze, which is costly, or without."""
-        guard, tap, done = self.guard, self.guard.tap, 0 if self._seen is None else len(self._seen)
+        guard, recorder, done = self.guard, self.guard.recorder, 0 if self._seen is None else len(self._seen)
         if done < len(self._words):
             words = torch.tensor(self._words[done:], device=guard.model.device).T
-            new = seen(tap.backbone, tap.heads, tap.collect(start=done), words, None)
-            self._seen = new if self._seen is None else self._seen.then(new)
-        return self._seen.over(guard._cells(), torch.tensor(self._words).T) if lies else self._seen
+            new = trace_batch(recorder.backbone, recorder.heads, recorder.collect(start=done), words, None)
+            self._seen = new if self._seen is None else self._seen.concatenate(new)
+        return self._seen.with_logit_lens(guard._cells(), torch.tensor(self._words).T) if lies else self._seen
 
-    def _settled(self, b: int, tokens: list[int], passes: list[int], ended: bool) -> Settled:
+    def _settled(self, b: int, tokens: list[int], passes: list[int], ended: bool) -> CommittedPrefix:
         guard, known, tokenizer = self.guard, self._known[b], self.guard.processor.tokenizer
         ids = np.array(tokens[:-1] if tokens[-1] in self.ends else tokens, np.int64)
 
@@ -739,10 +755,10 @@ class _Judge:
         known.length, known.text = len(tokens), text
         if not ended:
             if text[len(before) : len(before) + 1].isalnum():
-                return Settled(known.tokens)  # it goes on with the last word
+                return CommittedPrefix(known.tokens)  # it goes on with the last word
             last = _LAST_WORD.search(before)
             if guard.nlp is None and not (last and may_end_thing(last[0])):
-                return Settled(known.tokens)
+                return CommittedPrefix(known.tokens)
         said = claims(text, guard.nlp)
         new = [
             i
@@ -752,17 +768,17 @@ class _Judge:
             and (claim.start, claim.end) not in known.judged
         ]
         if not new:
-            return Settled(known.tokens)
+            return CommittedPrefix(known.tokens)
         text, offsets = decode(tokenizer, ids)
         grid = self.grids[b * len(self.grids) // len(self._known)]
-        whole = self.seen(lies=False).of(b, passes[: len(ids)])
+        whole = self.seen(lies=False).select(b, passes[: len(ids)])
         cells = guard._cells()
-        whole = whole.over(None if cells is None else cells.rows(slice(b, b + 1)), torch.from_numpy(ids)[None])
+        whole = whole.with_logit_lens(None if cells is None else cells.select(slice(b, b + 1)), torch.from_numpy(ids)[None])
         trace = guard._trace(whole, 0, slice(None), ids, text, offsets, grid, finished=True)
         doubtful = guard._doubtful(trace, said, new)
         known.judged |= {(said[i].start, said[i].end) for i in new}
         was, known.tokens = known.tokens, int(np.searchsorted(offsets[:, 1], max(said[i].end for i in new), side="right"))
         if doubtful is None:
-            return Settled(known.tokens)
-        at = trace.tokens(*branches(doubtful, text))
-        return Settled(was, range(max(was, at.start), at.stop))
+            return CommittedPrefix(known.tokens)
+        at = trace.tokens(*rollback_points(doubtful, text))
+        return CommittedPrefix(was, range(max(was, at.start), at.stop))

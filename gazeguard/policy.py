@@ -30,16 +30,16 @@ class _Strict(BaseModel):
 class Rerank(_Strict):
     """Move the scores of plausible words by what the gaze heads say for them.
 
-    strength:  how much a logit of readout counts beside a logit of the model
-    plausible: only words with at least this share of the likeliest word's probability are moved
-    content:   how much it counts, in logits per nat, whether a thing looks like what lies under the gaze
-    end:       logits that a full stop gains where the gaze finds nothing that has not been named
+    attribution:      how much a logit of attribution counts beside a logit of the model
+    plausible:        only words with at least this share of the likeliest word's probability are moved
+    attended_logprob: how much it counts, in logits per nat, whether a thing looks like what lies under the gaze
+    end_bonus:        logits that a full stop gains where the gaze finds nothing that has not been named
     """
 
-    strength: float = Field(ge=0, le=10)
+    attribution: float = Field(ge=0, le=10)
     plausible: float = Field(gt=0, le=1)
-    content: float = Field(default=0.0, ge=0, le=10)
-    end: float = Field(default=0.0, ge=0, le=10)
+    attended_logprob: float = Field(default=0.0, ge=0, le=10)
+    end_bonus: float = Field(default=0.0, ge=0, le=10)
 
 
 class Rewind(_Strict):
@@ -76,7 +76,7 @@ class Policy(_Strict):
     rerank: Rerank | None = None
     rewind: Rewind | None = None
     verify: Verify | None = None
-    left: Literal["mark", "drop", "abstain"] = "mark"
+    on_flag: Literal["keep", "drop", "abstain"] = "keep"
 
 
 def policy_folder() -> Path:

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gazeguard.errors import ArtifactError
-from gazeguard.grid import ImageGrid
+from gazeguard.vision.grid import ImageGrid
 
-SHARES = ("picture", "prompt", "generated", "first")  # where a row's attention goes; the four sum to one
+SEGMENTS = ("image", "prompt", "generated", "first")  # where a row's attention goes; the four sum to one
 MAX_FILE_BYTES = 2**30
 FORMAT = 2
 
@@ -47,11 +47,11 @@ class GazeTrace:
     logprobs:   (T,) float32, nats, of the written token under the model (before temperature or any processor)
     entropy:    (T,) float32, nats, of the model's next-token distribution
     gaze:       (T, H, N) float32, attention on each image cell
-    shares:     (T, H, 4) float32, attention on `SHARES`: all image tokens, other prompt, generated text, first token
-    readout:    (T, H) float32, logits: what the head's look adds to the written token over its rivals
-                (direct logit attribution of the head's output; see `gazeguard.tap.readout`)
+    segment_mass:     (T, H, 4) float32, attention on `SEGMENTS`: all image tokens, other prompt, generated text, first token
+    attribution:    (T, H) float32, logits: what the head's look adds to the written token over its rivals
+                (direct logit attribution of the head's output; see `gazeguard.recorder.attribution`)
     content:    (T,) float32, nats, log-probability of the written token where the heads look; named: at the best cell of all;
-                NaN when the cells were not heard (see `gazeguard.tap.content`)
+                NaN when the cells were not heard (see `gazeguard.recorder.attended_logprob`)
     heads:      (layer, head) of each gaze head
     finished:   the caption ended by itself, not by a length limit
     """
@@ -62,10 +62,10 @@ class GazeTrace:
     logprobs: F32
     entropy: F32
     gaze: F32
-    shares: F32
-    readout: F32
-    content: F32
-    named: F32
+    segment_mass: F32
+    attribution: F32
+    attended_logprob: F32
+    internal_confidence: F32
     heads: tuple[tuple[int, int], ...]
     grid: ImageGrid
     model: str
@@ -78,10 +78,10 @@ class GazeTrace:
             "logprobs": (t,),
             "entropy": (t,),
             "gaze": (t, h, n),
-            "shares": (t, h, len(SHARES)),
-            "readout": (t, h),
-            "content": (t,),
-            "named": (t,),
+            "segment_mass": (t, h, len(SEGMENTS)),
+            "attribution": (t, h),
+            "attended_logprob": (t,),
+            "internal_confidence": (t,),
         }
         for name, shape in wanted.items():
             if getattr(self, name).shape != shape:
@@ -132,7 +132,9 @@ class GazeTrace:
             for name, array in arrays.items():
                 if array.dtype != (wanted := np.int64 if name in WHOLE else np.float32):
                     raise ArtifactError(f"{path} has {name} in {array.dtype}, where a trace has {np.dtype(wanted)}.")
-                if name in ("gaze", "shares") and ((array < 0) | (array > 1.001)).any():  # NaN, of a model's overflow, may be
+                if (
+                    name in ("gaze", "segment_mass") and ((array < 0) | (array > 1.001)).any()
+                ):  # NaN, of a model's overflow, may be
                     raise ArtifactError(f"{path} has {name} outside of 0 to 1, which is no attention.")
             if meta["format"] != FORMAT:
                 raise ArtifactError(f"{path} has trace format {meta['format']!r}; this version reads format {FORMAT}.")

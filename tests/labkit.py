@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
 
-from gazeguard.grid import ImageGrid
-from gazeguard.lab.model import build_model, build_processor
-from gazeguard.trace import SHARES, GazeTrace
+from gazeguard.lab.training.tiny_model import build_model, build_processor
+from gazeguard.trace import SEGMENTS, GazeTrace
+from gazeguard.vision.grid import ImageGrid
 
 # Anything that a JSON or YAML file may hold.
 ANYTHING = st.recursive(
@@ -45,10 +45,10 @@ def make_trace(words: list[str], count: int = 2, side: int = 2, seed: int = 0, *
         "logprobs": -rng.random(tokens, np.float32),
         "entropy": rng.random(tokens, np.float32),
         "gaze": rng.random((tokens, count, cells), np.float32) / cells,
-        "shares": rng.dirichlet(np.ones(len(SHARES)), (tokens, count)).astype(np.float32),
-        "readout": rng.normal(size=(tokens, count)).astype(np.float32),
-        "content": -rng.random(tokens, np.float32),
-        "named": -rng.random(tokens, np.float32),
+        "segment_mass": rng.dirichlet(np.ones(len(SEGMENTS)), (tokens, count)).astype(np.float32),
+        "attribution": rng.normal(size=(tokens, count)).astype(np.float32),
+        "attended_logprob": -rng.random(tokens, np.float32),
+        "internal_confidence": -rng.random(tokens, np.float32),
         "heads": tuple((1, head) for head in range(count)),
         "grid": ImageGrid.regular(side, side, (60, 40)),
         "model": "0123456789abcdef",

@@ -7,10 +7,10 @@ import re
 import numpy as np
 from PIL import Image
 
-from gazeguard.grid import ImageGrid
-from gazeguard.phrases import Claim, Phrase, Span
+from gazeguard.claims.parse import Claim, Phrase, Span
 from gazeguard.report import Finding, Report, Verdict
 from gazeguard.trace import GazeTrace
+from gazeguard.vision.grid import ImageGrid
 
 CAPTION = "A red ball lies on the grass under a blue moon."
 NASTY = (
@@ -38,8 +38,8 @@ def make_trace(text: str, gaze: np.ndarray | None = None, grid: ImageGrid | None
         logprobs=np.full(tokens, -0.5, dtype=np.float32),
         entropy=np.ones(tokens, dtype=np.float32),
         gaze=gaze.astype(np.float32),
-        shares=np.full((tokens, heads, 4), 0.25, dtype=np.float32),
-        readout=rng.normal(size=(tokens, heads)).astype(np.float32),
+        segment_mass=np.full((tokens, heads, 4), 0.25, dtype=np.float32),
+        attribution=rng.normal(size=(tokens, heads)).astype(np.float32),
         content=np.full(tokens, -2, dtype=np.float32),
         named=np.full(tokens, -1, dtype=np.float32),
         heads=tuple((0, head) for head in range(heads)),

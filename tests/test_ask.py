@@ -14,17 +14,17 @@ from transformers import PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
 from gazeguard import lab
-from gazeguard.ask import Words, answers, keeps, question, tails, with_tails
-from gazeguard.detector import Detector
+from gazeguard.claims.parse import claims
+from gazeguard.decoding.verification import AnswerTokens, answers, keeps, question, tails, with_tails
+from gazeguard.detection.detector import Detector
 from gazeguard.errors import MismatchError, UnsupportedError
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import encode, model_inputs
-from gazeguard.phrases import claims
 from gazeguard.policy import parse_policy
 from gazeguard.report import Verdict
+from gazeguard.vision.encoding import encode, model_inputs
 
 SAMPLES = lab.samples("test", 8, seed=7)
-WORDS = Words((5, 6), (7,))
+WORDS = AnswerTokens((5, 6), (7,))
 
 
 def cache_of(made) -> Cache:
@@ -97,7 +97,7 @@ def test_the_lab_answers_from_its_cache_what_it_answers_to_the_processors_own_pr
     batch = encode(model, processor, images, prompts)
     assert not batch.prompt_mask.bool().all(), "the law needs padding"
     told = ["Is there a red star?", "Is there a skull in panel one?", "Are there two moons in the picture?"]
-    asked, words = tails(model, processor, told), Words.of(processor.tokenizer)
+    asked, words = tails(model, processor, told), AnswerTokens.from_tokenizer(processor.tokenizer)
     own = encode(model, processor, images, told).prompt
     made = with_tails(model, batch.prompt, asked)
     assert all(torch.equal(made[name], own[name]) for name in own)
@@ -111,7 +111,7 @@ def test_copies_of_a_prompt_and_beams_share_its_picture(lab_vlm):
     """The cache of beams or of several captions per prompt holds each picture as often; any of them serves."""
     model, processor = lab_vlm
     prompt = encode(model, processor, [s.image for s in SAMPLES[:2]], ["Describe the picture."] * 2).prompt
-    asked, words = tails(model, processor, ["Is there a red star?"]), Words.of(processor.tokenizer)
+    asked, words = tails(model, processor, ["Is there a red star?"]), AnswerTokens.from_tokenizer(processor.tokenizer)
     expected = answers(model, prompt, [1, 0], asked * 2, words)
     for how in ({"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
         cache = cache_of(model.generate(**prompt, max_new_tokens=5, return_dict_in_generate=True, **how))
@@ -142,16 +142,16 @@ def plain_tokenizer(*words: str) -> PreTrainedTokenizerFast:
 
 
 def test_every_spelling_that_is_one_token_counts():
-    assert Words.of(plain_tokenizer("yes", "no", " Yes", "YES", "not")) == ((1, 3, 4), (2,))
+    assert AnswerTokens.from_tokenizer(plain_tokenizer("yes", "no", " Yes", "YES", "not")) == ((1, 3, 4), (2,))
     logits = torch.tensor([[9.0, 1.0, 0.5, 2.0, -1.0, 7.0]])
     expected = math.log(math.e + math.e**2 + math.e**-1) - 0.5
-    assert Words((1, 3, 4), (2,)).log_odds(logits).item() == pytest.approx(expected, abs=1e-6)
+    assert AnswerTokens((1, 3, 4), (2,)).log_odds(logits).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("known", "missing"), [(("yes",), "no"), (("no",), "yes")])
 def test_a_tokenizer_without_yes_or_no_is_refused(known, missing):
     with pytest.raises(UnsupportedError, match=f"no spelling of '{missing}' is a single token .* policy without verify"):
-        Words.of(plain_tokenizer(*known))
+        AnswerTokens.from_tokenizer(plain_tokenizer(*known))
 
 
 def test_a_prompt_that_does_not_tell_where_its_picture_ends_is_refused(quietly):
@@ -176,8 +176,8 @@ def asking(guard: GazeGuard, detector: Detector, **sections) -> GazeGuard:
 
 def test_the_risk_after_an_answer_is_the_logistic_of_the_sum(guard):
     """By hand: risk .8 is log-odds log 4; an answer of no, log-odds -1, moves it as the weights say, nothing else."""
-    heard = hearing(guard.detector, kinds=("object",)).heard(
-        np.array([0.8, 0.8, 0.8, 1.0]), np.array([-1.0, np.nan, -1.0, 50.0]), ["object", "object", "place", "object"]
+    heard = hearing(guard.detector, kinds=("object",)).update_with_answers(
+        np.array([0.8, 0.8, 0.8, 1.0]), np.array([-1.0, np.nan, -1.0, 50.0]), ["object", "object", "location", "object"]
     )
     expected = 1 / (1 + math.exp(-(math.log(4) + 2 + 0.5)))
     assert heard[:3].tolist() == pytest.approx([expected, 0.8, 0.8], abs=1e-12)
@@ -187,17 +187,17 @@ def test_the_risk_after_an_answer_is_the_logistic_of_the_sum(guard):
 def test_what_answers_are_worth_is_learnt_from_those_that_were_asked(guard):
     """Answers that tell the truth get a weight; answers that tell nothing get almost none; too few claims teach nothing."""
     rng = np.random.default_rng(0)
-    risk, kinds = rng.uniform(0.05, 0.95, 900), rng.choice(["object", "attribute", "place"], 900)
+    risk, kinds = rng.uniform(0.05, 0.95, 900), rng.choice(["object", "attribute", "location"], 900)
     false = rng.random(900) < risk
     told = np.where(kinds == "object", np.where(false, -2, 2) + rng.normal(size=900), rng.normal(size=900))
-    told[kinds == "place"] = np.nan
-    made = guard.detector.listening(risk, told, false, kinds).kinds
+    told[kinds == "location"] = np.nan
+    made = guard.detector.fit_answers(risk, told, false, kinds).kinds
     assert made["object"].answer[1] < -1.5
     assert made["attribute"].answer[:2] == pytest.approx((1, 0), abs=0.35)
-    assert made["place"].answer is None
+    assert made["location"].answer is None
     assert made["object"].model_dump(exclude={"answer"}) == guard.detector.kinds["object"].model_dump(exclude={"answer"})
     few = np.where(np.arange(900) < 40, told, np.nan)
-    assert guard.detector.listening(risk, few, false, kinds).kinds["object"] == guard.detector.kinds["object"]
+    assert guard.detector.fit_answers(risk, few, false, kinds).kinds["object"] == guard.detector.kinds["object"]
 
 
 def test_a_detector_that_has_not_learnt_it_is_refused(guard):
@@ -243,7 +243,7 @@ def test_checked_captions_are_asked_about_in_one_pass_and_only_where_something_i
     assert len(heard) == 2, "the caption's, and one for all that is asked"
     assert heard[1][0] == len(phrases)
     assert heard[1][1] < 30, "only the questions' own words are read"
-    words = Words.of(guard.processor.tokenizer)
+    words = AnswerTokens.from_tokenizer(guard.processor.tokenizer)
     for b, old in flagged:
         new = next(f for f in after[b].findings if f.claim == old.claim)
         own = encode(guard.model, guard.processor, [images[b]], [question(old.claim.phrase)]).prompt
@@ -273,7 +273,7 @@ def test_the_verdict_follows_the_answer(guard, bias):
             assert new.reason == old.reason
         else:
             assert new.verdict is Verdict.PASS
-            assert new.repaired == new.caption
+            assert new.filtered_caption == new.caption
             assert all(f.answer is not None for f, was in zip(new.findings, old.findings, strict=True) if was.flagged)
 
 
@@ -283,8 +283,8 @@ def test_a_lower_threshold_asks_about_more(guard):
     strict = asking(guard, hearing(guard.detector), verify={"threshold": 0.0})
     reports = strict.check_all(images, [f"{c[:-1]} at the top left." for c in captions], prompts)
     findings = [f for report in reports for f in report.findings]
-    assert {f.claim.kind for f in findings} == {"object", "attribute", "place"}
-    assert all((f.answer is None) == (f.claim.kind == "place") for f in findings)
+    assert {f.claim.kind for f in findings} == {"object", "attribute", "location"}
+    assert all((f.answer is None) == (f.claim.kind == "location") for f in findings)
     assert len({f.answer for f in findings}) > len(images)
 
 

@@ -12,19 +12,19 @@ from transformers import DynamicCache
 
 from evals.baselines import mitigation as peers
 from gazeguard import lab
+from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.claims.parse import things
 from gazeguard.guard import HEADS_FILE
-from gazeguard.heads import GazeHeads
-from gazeguard.inputs import encode, image_token_id
-from gazeguard.phrases import things
-from gazeguard.tap import Tap
-from gazeguard.trace import SHARES
+from gazeguard.heads.artifact import GazeHeads
+from gazeguard.trace import SEGMENTS
+from gazeguard.vision.encoding import encode, image_token_id
 
 FOUND = GazeHeads.load(lab.checkpoint_path() / HEADS_FILE)
 GAZE, MIDDLE = FOUND.heads, [head for head in FOUND.all_heads if 0 < head[0] < 5]
 SAMPLES = lab.samples("validation", 4, 77)
 # Of different lengths, so that a batch is padded on the left.
 PROMPTS = ["Describe the picture.", "Describe all panels.", "Is there a star in panel two?", "Name one object."]
-PICTURE = SHARES.index("picture")
+PICTURE = SEGMENTS.index("image")
 
 
 @pytest.fixture
@@ -133,14 +133,14 @@ def test_a_prompt_without_its_picture_is_the_words_alone(lab_vlm, prompts):
 def test_a_bias_turns_the_look_to_the_picture_or_away(lab_vlm, prompts):
     """The share of the heads' attention that is on the picture, of the query that writes."""
     model, inputs = lab_vlm[0], prompts(0, 1)
-    shares = {}
+    segment_mass = {}
     for bias in (0.0, 2.0, peers.BLIND):
-        with Tap(model, GAZE) as tap:
-            peers.turned(tap, inputs, bias)
+        with AttentionRecorder(model, GAZE) as recorder:
+            peers.turned(recorder, inputs, bias)
             model.generate(**inputs, max_new_tokens=8, do_sample=False)
-            shares[bias] = tap.collect().shares[..., PICTURE]
-    assert shares[2.0].mean() > shares[0.0].mean() + 0.05
-    assert shares[peers.BLIND].max() < 1e-6
+            segment_mass[bias] = recorder.collect().segment_mass[..., PICTURE]
+    assert segment_mass[2.0].mean() > segment_mass[0.0].mean() + 0.05
+    assert segment_mass[peers.BLIND].max() < 1e-6
 
 
 def test_beams_are_refused(lab_vlm, prompts):
@@ -206,5 +206,5 @@ def test_random_heads_are_others_of_the_same_layers_with_a_detector_of_their_own
     assert not set(made.heads.heads) & set(GAZE)
     assert Counter(layer for layer, _ in made.heads.heads) == Counter(layer for layer, _ in GAZE)
     assert made.detector.heads == made.heads.heads
-    assert not made.detector.uses("content", "named")
+    assert not made.detector.uses("attended_logprob", "internal_confidence")
     assert np.isfinite(made.caption(SAMPLES[0].image).findings[0].risk)

@@ -170,11 +170,11 @@ def test_a_policy_is_shown_so_that_the_output_is_one_again(tmp_path):
 
 
 def test_a_wrong_policy_is_told_with_key_value_and_what_is_allowed(tmp_path):
-    (tmp_path / "mine.yaml").write_text("version: 1\nname: mine\nleft: cut\n")
+    (tmp_path / "mine.yaml").write_text("version: 1\nname: mine\non_flag: cut\n")
     told = run(app, ["policy", "validate", str(tmp_path / "mine.yaml")])
     assert told.exit_code == 2
     assert told.stdout == ""
-    said = "mine.yaml: key 'left' has the value 'cut': Input should be 'mark', 'drop' or 'abstain'."
+    said = "mine.yaml: key 'on_flag' has the value 'cut': Input should be 'keep', 'drop' or 'abstain'."
     assert said in " ".join(told.stderr.split())
 
 

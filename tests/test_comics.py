@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from labkit import ANYTHING
 from PIL import Image
 
-from gazeguard.comics import (
+from gazeguard.errors import InputError
+from gazeguard.heads.strips import (
     COLOURS,
     GLYPHS,
     MAX_PANELS,
@@ -27,7 +28,6 @@ from gazeguard.comics import (
     load_strips,
     panel_boxes,
 )
-from gazeguard.errors import InputError
 
 MENTION = re.compile(r"(an?) (\w+) (\w+)")
 

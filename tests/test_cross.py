@@ -29,12 +29,17 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from zoo import MAKERS, keys, story, write
 
 from gazeguard import lab
-from gazeguard.doctor import examine
+from gazeguard.attention.attribution import direct_logit_attribution, token_statistics
+from gazeguard.attention.backbone import find_backbone
+from gazeguard.attention.buffers import CapturedActivations, KeyLayout
+from gazeguard.attention.kernels import Call, _flash
+from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.attention.self_test import run_self_test
+from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.guard import GazeGuard
-from gazeguard.heads import GazeHeads, Score, fingerprint
-from gazeguard.inputs import encode, followed_by, grids_of, model_inputs
-from gazeguard.tap import Call, Prompts, Rows, Tap, _flash, find_backbone, judge_words, keys_of, readout
+from gazeguard.heads.artifact import GazeHeads, Score, fingerprint
+from gazeguard.vision.encoding import encode, followed_by, image_grids, model_inputs
 
 NAMES = ("Mllama", "Florence-2", "T5Gemma2", "BLIP-2 (T5)", "Idefics", "Idefics (perceiver)")
 OWN_KEYS = {"Mllama": ("cross_attention_mask", 17), "Idefics": ("image_attention_mask", 17)}
@@ -45,12 +50,12 @@ NEW = 6
 pytestmark = pytest.mark.usefixtures("quietly")
 
 
-def heard(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Rows]:
+def heard(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, CapturedActivations]:
     """The written ids (captions, T), and what all heads did."""
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(Prompts.of(*keys(kind, inputs)), reordered=options.get("num_beams", 1) > 1)
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(KeyLayout.from_ids(*keys(kind, inputs)), reordered=options.get("num_beams", 1) > 1)
         made = write(kind.model, inputs, **options)
-        rows = tap.collect(getattr(made, "beam_indices", None))
+        rows = recorder.collect(getattr(made, "beam_indices", None))
     return made.sequences[:, keys(kind, inputs).last + 1 :], rows
 
 
@@ -72,14 +77,14 @@ def truth(name: str, row: int, written: Tensor) -> Tensor:
     return weights[..., alone["input_ids"][0] == IMAGE]
 
 
-def assert_heard(name: str, written: Tensor, rows: Rows, prompts: list[int]) -> None:
+def assert_heard(name: str, written: Tensor, rows: CapturedActivations, prompts: list[int]) -> None:
     for i, row in enumerate(prompts):
         expected = truth(name, row, written[i])
         assert expected.max() > 0.05
         got = rows.gaze[i, : len(expected)]
         torch.testing.assert_close(got[..., : expected.shape[-1]], expected, rtol=1e-4, atol=2e-5)
         assert not got[..., expected.shape[-1] :].any()
-        torch.testing.assert_close(rows.shares[i].sum(-1), torch.ones(rows.shares[i].shape[:2]))
+        torch.testing.assert_close(rows.segment_mass[i].sum(-1), torch.ones(rows.segment_mass[i].shape[:2]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,7 +100,7 @@ def assert_heard(name: str, written: Tensor, rows: Rows, prompts: list[int]) -> 
     ids=["greedy", "sampled twice", "beams", "no cache", "static"],
 )
 def test_the_picture_is_where_the_class_says(name, options, copies):
-    """However words are chosen, the gaze is the class's own attention on its picture, and the shares add up."""
+    """However words are chosen, the gaze is the class's own attention on its picture, and the segment_mass add up."""
     kind = MAKERS[name]()
     torch.manual_seed(3)
     written, rows = heard(kind, kind.batch(), **options)
@@ -112,10 +117,10 @@ def test_guesses_that_are_rejected_leave_no_rows(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_device_is_not_waited_for(name, monkeypatch):
-    """After the first pass no tensor inside the tap is turned into a number or moved."""
+    """After the first pass no tensor inside the recorder is turned into a number or moved."""
     kind, waits = MAKERS[name](), Waits()
     for own in ("_hear_start", "hear", "_hear_output", "_hear_hidden"):
-        monkeypatch.setattr(Tap, own, counted(getattr(Tap, own), waits))
+        monkeypatch.setattr(AttentionRecorder, own, counted(getattr(AttentionRecorder, own), waits))
     heard(kind, kind.batch())
     assert waits.found == []
 
@@ -128,18 +133,18 @@ def test_the_device_is_not_waited_for(name, monkeypatch):
 def test_a_turned_look_is_a_bias_in_the_mask(name, kernel):
     """Heads that are turned in every row are those of the eager model with the same bias on the same keys."""
     kind, inputs, *_ = story(name)
-    prompts = Prompts.of(*keys(kind, inputs))
+    prompts = KeyLayout.from_ids(*keys(kind, inputs))
     cell, keyed = 2, prompts.real.shape[1]
     turned, twin = copy.deepcopy(kind.model), copy.deepcopy(kind.model)
     turned.set_attn_implementation(kernel)
     twin.set_attn_implementation("eager")
-    with Tap(turned, find_backbone(turned).heads()) as tap:
-        tap.begin(prompts)
-        bias = torch.zeros(3, len(tap.heads), prompts.columns.shape[1])
+    with AttentionRecorder(turned, find_backbone(turned).heads()) as recorder:
+        recorder.begin(prompts)
+        bias = torch.zeros(3, len(recorder.heads), prompts.columns.shape[1])
         bias[:, :, cell] = 2.0
-        tap.steer(bias, prompt=True)
+        recorder.steer(bias, prompt=True)
         made = write(turned, inputs)
-        rows = tap.collect()
+        rows = recorder.collect()
 
     def add(_: Any, args: Any, options: dict[str, Any]) -> Any:
         name = next(name for name in ("merged_attention_mask", "attention_mask", "mask") if name in options)
@@ -150,10 +155,10 @@ def test_a_turned_look_is_a_bias_in_the_mask(name, kernel):
 
     for module in find_backbone(twin).attention.values():
         module.register_forward_pre_hook(add, with_kwargs=True)
-    with Tap(twin, find_backbone(twin).heads()) as tap:
-        tap.begin(prompts)
+    with AttentionRecorder(twin, find_backbone(twin).heads()) as recorder:
+        recorder.begin(prompts)
         expected = write(twin, inputs)
-        torch.testing.assert_close(rows.gaze, tap.collect().gaze, rtol=0, atol=2e-5)
+        torch.testing.assert_close(rows.gaze, recorder.collect().gaze, rtol=0, atol=2e-5)
     plain = story(name)[3]
     assert torch.equal(expected.sequences, made.sequences)
     for left, right in zip(expected.logits, made.logits, strict=True):
@@ -183,7 +188,7 @@ def test_only_the_looking_layers_are_watched():
     """Mllama's self-attention sees no picture; an encoder's own attention and its decoder's self-attention neither."""
     assert {layer for layer, _ in find_backbone(MAKERS["Mllama"]().model).heads()} == {1, 3}
     with pytest.raises(UnsupportedError, match=r"no head \(0, 0\)"):
-        Tap(MAKERS["Mllama"]().model, [(0, 0)])
+        AttentionRecorder(MAKERS["Mllama"]().model, [(0, 0)])
     model = MAKERS["Florence-2"]().model
     path_of = {id(module): path for path, module in model.named_modules()}
     for layer, module in find_backbone(model).attention.items():
@@ -218,11 +223,11 @@ def test_a_row_of_text_sees_no_picture():
     inputs["cross_attention_mask"][1] = 0
     _, rows = heard(kind, inputs)
     assert not rows.gaze[1].any()
-    assert not rows.shares[1].any()
+    assert not rows.segment_mass[1].any()
     _, alone = heard(kind, kind.batch([0]))
     torch.testing.assert_close(rows.gaze[:1], alone.gaze, rtol=0, atol=1e-4)
     with pytest.raises(InputError, match="Row 1 of the batch has no image"):
-        grids_of(kind.model, None, inputs, *keys(kind, inputs)[:2])
+        image_grids(kind.model, None, inputs, *keys(kind, inputs)[:2])
 
 
 def test_a_batch_that_does_not_tell_its_pictures_is_refused():
@@ -232,8 +237,8 @@ def test_a_batch_that_does_not_tell_its_pictures_is_refused():
     bare = {name: value for name, value in inputs.items() if name != "cross_attention_mask"}
     with pytest.raises(InputError, match=r"got no cross_attention_mask.*pass the processor's output whole"):
         keys(kind, bare)
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(Prompts.of(*keys(kind, inputs)))
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(KeyLayout.from_ids(*keys(kind, inputs)))
         with pytest.raises(UnsupportedError, match=r"Layer 1 looks among 68 keys, but .* tells 34"):
             write(kind.model, kind.batch([1]))
 
@@ -259,13 +264,13 @@ def test_tiles_lie_where_the_processor_put_them(size):
     mask = torch.zeros(1, 3, 1, 4, dtype=torch.long)
     mask[..., : rows * columns] = 1
     inputs = {**made, "cross_attention_mask": mask}
-    told = keys_of(model, inputs, torch.tensor([[IMAGE, 5, 6]]), None)
-    grid = grids_of(model, None, inputs, told.ids, told.mask, [[size]])[0]
+    told = visual_keys(model, inputs, torch.tensor([[IMAGE, 5, 6]]), None)
+    grid = image_grids(model, None, inputs, told.ids, told.mask, [[size]])[0]
     cover = grid.overlap(box).reshape(rows * columns, -1)
     assert not cover[:, 0].any(), "a class cell has no place"
     assert np.isnan(grid.boxes.reshape(rows * columns, -1, 4)[:, 0]).all()
     assert np.corrcoef(cover[:, 1:].ravel(), light.numpy().ravel())[0, 1] > 0.95
-    assert grids_of(model, None, inputs, told.ids, told.mask)[0].sizes == ((columns * edge, rows * edge),)
+    assert image_grids(model, None, inputs, told.ids, told.mask)[0].sizes == ((columns * edge, rows * edge),)
 
 
 def test_words_that_a_model_keeps_apart_have_directions():
@@ -274,9 +279,9 @@ def test_words_that_a_model_keeps_apart_have_directions():
     backbone = find_backbone(kind.model)
     units = torch.eye(rows.hidden.shape[-1])
     torch.testing.assert_close(backbone.directions()(torch.arange(VOCABULARY + 2)), backbone.unembedding(units).T)
-    words = judge_words(backbone, backbone.heads(), rows, torch.full((3, NEW), VOCABULARY + 1))
+    words = token_statistics(backbone, backbone.heads(), rows, torch.full((3, NEW), VOCABULARY + 1))
     torch.testing.assert_close(words.logprobs, backbone.logits(rows.hidden).log_softmax(-1)[..., -1])
-    assert words.readout.isfinite().all()
+    assert words.attribution.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------- encoder-decoders
@@ -287,11 +292,11 @@ def test_logits_of_tied_embeddings_are_scaled():
     kind = MAKERS["BLIP-2 (T5)"]()
     kind.model.language_model.config.scale_decoder_outputs = True
     inputs = kind.batch([0])
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(Prompts.of(*keys(kind, inputs)))
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(KeyLayout.from_ids(*keys(kind, inputs)))
         made = write(kind.model, inputs)
-        rows = tap.collect()
-    torch.testing.assert_close(tap.backbone.logits(rows.hidden), torch.stack(made.logits, dim=1), rtol=1e-4, atol=1e-4)
+        rows = recorder.collect()
+    torch.testing.assert_close(recorder.backbone.logits(rows.hidden), torch.stack(made.logits, dim=1), rtol=1e-4, atol=1e-4)
 
 
 def test_flash_attention_over_an_encoder_is_open_but_for_padding():
@@ -326,7 +331,7 @@ def test_where_every_sum_is_normed_the_readout_follows_each_norm():
         return (part - part.mean(-1, keepdim=True)) / spread * norm.weight
 
     direction = torch.randn(3, NEW, rows.hidden.shape[-1], generator=torch.Generator().manual_seed(7))
-    got = readout(backbone, heads, rows.output, rows.hidden, direction)
+    got = direct_logit_attribution(backbone, heads, rows.output, rows.hidden, direction)
     for i, (number, head) in enumerate(heads):
         projection = backbone.projection(number)
         own = torch.zeros_like(seen[projection])
@@ -338,7 +343,7 @@ def test_where_every_sum_is_normed_the_readout_follows_each_norm():
             part = through(layer.final_layer_norm, through(layer.encoder_attn_layer_norm, part))
         torch.testing.assert_close(got[..., i], (direction * part).sum(-1), rtol=1e-3, atol=1e-4)
     assert got.abs().mean() > 0.1
-    words = judge_words(backbone, heads, rows, written)
+    words = token_statistics(backbone, heads, rows, written)
     logs = torch.stack(made.logits, dim=1).log_softmax(-1)
     torch.testing.assert_close(words.logprobs, logs.gather(-1, written[..., None])[..., 0], rtol=0, atol=1e-4)
 
@@ -350,12 +355,12 @@ def test_a_longer_start_of_the_decoder_is_no_caption(name):
     inputs = kind.batch([0])
     plain, rows = heard(kind, inputs)
     given = {**inputs, "decoder_input_ids": plain[:, :2]}
-    told = keys_of(kind.model, given, inputs["input_ids"], inputs["attention_mask"])
+    told = visual_keys(kind.model, given, inputs["input_ids"], inputs["attention_mask"])
     assert told.last == 2  # the start token, which generate puts in front, and two words
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(Prompts.of(*told))
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(KeyLayout.from_ids(*told))
         made = write(kind.model, given)
-        again = tap.collect()
+        again = recorder.collect()
     assert torch.equal(made.sequences[:, 3:][:, : NEW - 2], plain[:, 2:])
     torch.testing.assert_close(again.gaze[:, : NEW - 2], rows.gaze[:, 2:], rtol=0, atol=1e-5)
 
@@ -364,7 +369,7 @@ def test_a_longer_start_of_the_decoder_is_no_caption(name):
 def test_the_doctor_passes_them(name):
     """Grids, words, eager truth and padding, through the package's own ways to extend and pad a batch."""
     kind = MAKERS[name]()
-    checks = examine(kind.model, None, kind.batch([0, 2]))
+    checks = run_self_test(kind.model, None, kind.batch([0, 2]))
     assert len(checks) == 5
     told = "\n".join(map(str, checks))
     assert [check.ok for check in checks] == [True, name not in RESAMPLED, True, True, True], told
@@ -466,7 +471,7 @@ def test_a_guard_watches_mllama(lab_vlm, tokenizer):
     ):
         alone = guard.check(picture, caption, prompt).trace
         assert report.trace.grid.sizes == (picture.size,)
-        for field in ("gaze", "shares", "readout", "logprobs"):
+        for field in ("gaze", "segment_mass", "attribution", "logprobs"):
             np.testing.assert_allclose(getattr(report.trace, field), getattr(alone, field), rtol=0, atol=1e-4)
     live = guard.caption(pictures[1], prompts[1], max_new_tokens=8, do_sample=False).trace
     assert len(live) == 8
@@ -480,16 +485,16 @@ def test_a_guard_watches_mllama(lab_vlm, tokenizer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_row_can_be_had_while_words_are_written(name):
-    """What `Tap.at` says before a word is chosen becomes the logits that it is chosen from."""
+    """What `AttentionRecorder.at` says before a word is chosen becomes the logits that it is chosen from."""
     kind = MAKERS[name]()
     inputs = kind.batch()
 
     class Look(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            _, hidden = tap.at(input_ids.shape[1] - 1)
-            torch.testing.assert_close(tap.backbone.logits(hidden), scores, rtol=1e-4, atol=1e-4)
+            _, hidden = recorder.at(input_ids.shape[1] - 1)
+            torch.testing.assert_close(recorder.backbone.logits(hidden), scores, rtol=1e-4, atol=1e-4)
             return scores
 
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(Prompts.of(*keys(kind, inputs)))
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(KeyLayout.from_ids(*keys(kind, inputs)))
         write(kind.model, inputs, logits_processor=LogitsProcessorList([Look()]), suppress_tokens=None, min_new_tokens=None)

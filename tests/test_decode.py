@@ -16,13 +16,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from gazeguard import lab
-from gazeguard.decode import RewindLoop, Settled, branches, joints
+from gazeguard.claims.parse import claims
+from gazeguard.decoding.rewind import CommittedPrefix, RewindLoop, list_delimiters, rollback_points
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import encode, model_inputs
 from gazeguard.lab.truth import mentions
-from gazeguard.phrases import claims
 from gazeguard.policy import load_policy, parse_policy
+from gazeguard.vision.encoding import encode, model_inputs
 
 REWIND = {"version": 1, "name": "own", "rewind": {"budget": 8}}
 
@@ -48,9 +48,10 @@ class Doubts:
     def __init__(self, plan: dict[tuple[int, int], range]) -> None:
         self.plan = dict(plan)
 
-    def __call__(self, rows: list[tuple[list[int], list[int], bool] | None]) -> list[Settled]:
+    def __call__(self, rows: list[tuple[list[int], list[int], bool] | None]) -> list[CommittedPrefix]:
         return [
-            Settled(0) if row is None else Settled(0, self.plan.pop((b, len(row[0])), range(0))) for b, row in enumerate(rows)
+            CommittedPrefix(0) if row is None else CommittedPrefix(0, self.plan.pop((b, len(row[0])), range(0)))
+            for b, row in enumerate(rows)
         ]
 
 
@@ -97,8 +98,8 @@ def test_a_barred_word_never_comes_back_where_it_stood():
     likely = int((probability[1:] > 0.01).sum())
     assert likely >= 4
     for budget in (0, 1, 2, 3, likely + 5):
-        doubts = [Settled(0, range(1)) for _ in range(likely + 6)]
-        loop = RewindLoop(lambda rows, doubts=doubts: [doubts.pop() if len(rows[0][0]) == 1 else Settled(0)], budget)
+        doubts = [CommittedPrefix(0, range(1)) for _ in range(likely + 6)]
+        loop = RewindLoop(lambda rows, doubts=doubts: [doubts.pop() if len(rows[0][0]) == 1 else CommittedPrefix(0)], budget)
         made = kind.model.generate(**inputs, **options, custom_generate=loop)
         assert made.sequences[0, inputs["input_ids"].shape[1]] == order[min(budget, likely)]
 
@@ -122,7 +123,7 @@ def test_without_a_budget_it_is_generate(lab_vlm, batch):
         for ours, theirs in zip(none.reports, mark.reports, strict=True):
             assert [f.to_dict() | {"risk": 0} for f in ours.findings] == [f.to_dict() | {"risk": 0} for f in theirs.findings]
             np.testing.assert_allclose(ours.trace.gaze, theirs.trace.gaze, atol=1e-5)
-            np.testing.assert_allclose(ours.trace.named, theirs.trace.named, atol=1e-4)
+            np.testing.assert_allclose(ours.trace.internal_confidence, theirs.trace.internal_confidence, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- reranking
@@ -135,8 +136,8 @@ def invented(samples: Any, reports: Any) -> int:
 def test_rerank_invents_less_by_what_lies_under_the_gaze(lab_vlm, batch):
     """With what cells show, and without: the rest of the policy is the same."""
     rerank, left = load_policy("rerank"), []
-    for content in (0.0, rerank.rerank.content):
-        own = rerank.model_copy(update={"rerank": rerank.rerank.model_copy(update={"content": content})})
+    for content in (0.0, rerank.rerank.attended_logprob):
+        own = rerank.model_copy(update={"rerank": rerank.rerank.model_copy(update={"attended_logprob": content})})
         guard = GazeGuard(*lab_vlm, policy=own)
         plain(guard, batch[2])
         left.append(invented(batch[0], guard.reports))
@@ -192,7 +193,7 @@ def test_replay_equals_live_after_words_were_taken_back(batch, rewound):
     again = guard.check_all([s.image for s in samples], [r.caption for r in live], prompts)
     for one, other in zip(live, again, strict=True):
         assert one.trace.token_ids.tolist() == other.trace.token_ids.tolist()
-        for name in ("gaze", "logprobs", "entropy", "readout", "content", "named"):
+        for name in ("gaze", "logprobs", "entropy", "attribution", "attended_logprob", "internal_confidence"):
             np.testing.assert_allclose(getattr(one.trace, name), getattr(other.trace, name), atol=2e-4, err_msg=name)
         assert [f.flagged for f in one.findings] == [f.flagged for f in other.findings]
 
@@ -345,18 +346,18 @@ def test_the_policy_says_how_often(lab_vlm, batch):
 )
 def test_another_way_begins_where_the_thing_was_led_to(text, thing, window):
     claim = next(claim for claim in claims(text) if claim.text == thing)
-    start, end = branches(claim, text)
+    start, end = rollback_points(claim, text)
     assert text[start:end] == window
 
 
 @given(st.text("ab ,.and", max_size=40))
 def test_branches_lie_before_the_head(text):
     for claim in claims(text):
-        start, end = branches(claim, text)
+        start, end = rollback_points(claim, text)
         assert 0 <= start < end <= claim.phrase.head.start + 1
 
 
 def test_joints_are_the_words_that_lists_are_made_of(lab_vlm):
     tokenizer = lab_vlm[1].tokenizer
-    found = {tokenizer.decode([token]).strip() for token in joints(tokenizer)}
+    found = {tokenizer.decode([token]).strip() for token in list_delimiters(tokenizer)}
     assert {",", "and"} <= found <= {",", ";", "and", "or", "plus", "with", "&"}

@@ -21,18 +21,11 @@ from sklearn.metrics import f1_score, log_loss, precision_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from gazeguard import features
-from gazeguard.detector import (
-    FILE_NAME,
-    Detector,
-    calibration_error,
-    conformal,
-    least_flagged,
-    reliability,
-    thresholds,
-)
+from gazeguard.detection import features
+from gazeguard.detection.calibration import calibration_error, conformal, least_flagged, reliability, thresholds
+from gazeguard.detection.detector import FILE_NAME, Detector
 from gazeguard.errors import ArtifactError, InputError, MismatchError
-from gazeguard.heads import GazeHeads, Score
+from gazeguard.heads.artifact import GazeHeads, Score
 
 ALL = tuple((layer, head) for layer in range(2) for head in range(4))
 
@@ -66,13 +59,13 @@ X, FALSE, KINDS, IMAGE = data()
 
 @pytest.fixture(scope="module")
 def fitted() -> Detector:
-    return Detector.fit(X, FALSE, KINDS, HEADS).tuned(*data(400, seed=1))
+    return Detector.fit(X, FALSE, KINDS, HEADS).calibrated(*data(400, seed=1))
 
 
 def regression(**changes) -> dict:
     """A small regression as the file of a detector holds it."""
     made = {
-        "names": ["position", "readout@0.1"], "mean": [0, 1], "scale": [1, 2], "weights": [1, -1], "bias": 0.5,
+        "names": ["position", "attribution@0.1"], "mean": [0, 1], "scale": [1, 2], "weights": [1, -1], "bias": 0.5,
         "thresholds": {"f1": 0.5}, "claims": 9, "false": 3, "data": "",
     }  # fmt: skip
     return made | changes
@@ -109,7 +102,7 @@ def test_the_risk_is_sklearns_probability(regularisation):
     for kind in ("object", "attribute"):
         of = seen[2] == kind
         assert np.array_equal(mixed[of], detector.risk(seen[0][of], seen[2][of]))
-    assert np.isnan(detector.risk(X[:2], ["place", "place"])).all(), "a kind that nothing was learnt about has no risk"
+    assert np.isnan(detector.risk(X[:2], ["location", "location"])).all(), "a kind that nothing was learnt about has no risk"
 
 
 def test_some_columns_alone():
@@ -119,18 +112,18 @@ def test_some_columns_alone():
     other[:, len(features.TEXT_FEATURES) :] = 7
     assert alone.kinds["object"].names == features.TEXT_FEATURES
     assert alone.uses("position")
-    assert not alone.uses("readout", "content")
+    assert not alone.uses("attribution", "attended_logprob")
     assert np.array_equal(alone.risk(X, KINDS), alone.risk(other, KINDS))
 
 
 def test_what_is_not_known_of_some_claim_is_not_used():
     """A column with a NaN is left out of the fit, and nothing said of it; one that was learnt from is missed."""
     x = X.copy()
-    x[3, NAMES.index("content")] = np.nan
+    x[3, NAMES.index("attended_logprob")] = np.nan
     detector = Detector.fit(x, FALSE, KINDS, HEADS)
-    assert "content" not in detector.kinds["object"].names
+    assert "attended_logprob" not in detector.kinds["object"].names
     assert detector.unknown(x, KINDS) == ""
-    assert Detector.fit(X, FALSE, KINDS, HEADS).unknown(x, KINDS) == "content"
+    assert Detector.fit(X, FALSE, KINDS, HEADS).unknown(x, KINDS) == "attended_logprob"
 
 
 def test_too_few_claims_of_a_kind_teach_nothing():
@@ -166,7 +159,7 @@ def test_a_folder_of_a_model_keeps_its_files(tmp_path, fitted):
     assert all((tmp_path / name).read_text() == "mine" for name in ("config.json", "README.md"))
     fitted.save_pretrained(tmp_path / "alone")
     card = (tmp_path / "alone" / "README.md").read_text()
-    held = fitted.kinds["object"].held
+    held = fitted.kinds["object"].validation
     assert (
         f"| object | {(KINDS == 'object').sum()} ({FALSE[KINDS == 'object'].sum()}) | {fitted.kinds['object'].data} |" in card
     )
@@ -193,7 +186,9 @@ class Hub(BaseHTTPRequestHandler):
             answer = {"errors": [], "warnings": []}
         else:
             lines = [json.loads(line) for line in body.splitlines()]
-            self.taken |= {v["path"]: base64.b64decode(v["content"]) for v in (x["value"] for x in lines) if "path" in v}
+            self.taken |= {
+                v["path"]: base64.b64decode(v["attended_logprob"]) for v in (x["value"] for x in lines) if "path" in v
+            }
             answer = {"commitUrl": f"http://{self.headers['Host']}/me/mine/commit/0", "commitOid": "0" * 40}
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -230,7 +225,7 @@ def test_calibration_keeps_the_order_and_mends_the_probabilities():
     """A detector that is too sure of itself: the ranking stays, the log-loss falls to that of a Platt fit."""
     x, false, kinds, image = data(400, seed=3)
     detector = Detector.fit(X, FALSE, KINDS, HEADS, regularisation=1e6)
-    tuned = detector.tuned(x, false, kinds, image)
+    tuned = detector.calibrated(x, false, kinds, image)
     for kind in ("object", "attribute"):
         of = kinds == kind
         logits = [made.kinds[kind].logit(x[of]) for made in (detector, tuned)]
@@ -252,9 +247,9 @@ def test_the_calibration_error_by_hand():
 def test_labels_the_wrong_way_round_are_said():
     x, false, kinds, image = data(400, seed=3)
     with pytest.raises(InputError, match="Are the labels the right way round"):
-        Detector.fit(X, FALSE, KINDS, HEADS).tuned(x, ~false, kinds, image)
+        Detector.fit(X, FALSE, KINDS, HEADS).calibrated(x, ~false, kinds, image)
     with pytest.raises(InputError, match=r"0 of \d+ validation claims of kind '[a-z]+' are false; thresholds need both"):
-        Detector.fit(X, FALSE, KINDS, HEADS).tuned(x, np.zeros_like(false), kinds, image)
+        Detector.fit(X, FALSE, KINDS, HEADS).calibrated(x, np.zeros_like(false), kinds, image)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -347,7 +342,7 @@ def test_reasons_name_only_what_raises_the_risk(seed, most):
 
 def test_usual_features_have_no_reasons():
     detector = Detector.model_validate(plain())
-    assert detector.reasons(row(**{"readout@0.1": 1.0}), ["object"]) == [()]
+    assert detector.reasons(row(**{"attribution@0.1": 1.0}), ["object"]) == [()]
 
 
 @pytest.mark.parametrize("other", [gaze_heads(model="f" * 16), gaze_heads(heads=((1, 0),))], ids=["model", "heads"])
@@ -370,12 +365,12 @@ def test_other_heads_are_refused(fitted, other):
         (plain({"bias": float("inf")}), "every number must be finite and no scale zero"),
         (plain({"scale": [1, 0]}), "every number must be finite and no scale zero"),
         (plain({"names": ["position", "mood"]}), "kinds.object: these heads have no feature 'mood'"),
-        (plain({"names": ["position", "readout@5.5"]}), "kinds.object: these heads have no feature 'readout@5.5'"),
+        (plain({"names": ["position", "attribution@5.5"]}), "kinds.object: these heads have no feature 'attribution@5.5'"),
         (plain({"thresholds": {"f1": float("nan")}}), "kinds.object.thresholds.f1: Input should be"),
         (plain({"thresholds": {"f1": 1.5}}), "kinds.object.thresholds.f1: Input should be less than or equal to 1"),
         (plain({"thresholds": {}}), "thresholds lack the default, 'f1'"),
         (plain(kinds={}), "kinds lack 'object'"),
-        (plain(kinds={"object": regression(), "mood": regression()}), "Input should be 'object', 'attribute' or 'place'"),
+        (plain(kinds={"object": regression(), "mood": regression()}), "Input should be 'object', 'attribute' or 'location'"),
         (plain(format=1), "format: Input should be 2"),
         (plain(extra=1), "extra: Extra inputs are not permitted"),
     ],

@@ -8,17 +8,18 @@ import torch
 from families import IMAGE, family, gemma3, git, llava_mistral
 from typer.testing import CliRunner
 
-from gazeguard import lab, tap
+from gazeguard import lab
+from gazeguard.attention import recorder
+from gazeguard.attention.self_test import run_self_test
 from gazeguard.cli import app
-from gazeguard.doctor import examine
-from gazeguard.grid import ImageGrid
-from gazeguard.inputs import encode
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.grid import ImageGrid
 
 NAMES = (
     "the text decoder's heads are found",
     "the picture's cells are found",
     "watching changes no logit",
-    "the tap reads what eager attention does",
+    "the recorder reads what eager attention does",
     "padding moves nothing",
 )
 
@@ -26,7 +27,7 @@ NAMES = (
 def examined(kind, rows=(0,)):
     inputs = kind.batch(rows)
     cells = int((inputs["input_ids"][0] == IMAGE).sum())
-    return examine(kind.model, None, inputs, known=ImageGrid.regular(1, cells, (16, 16)))
+    return run_self_test(kind.model, None, inputs, known=ImageGrid.regular(1, cells, (16, 16)))
 
 
 @pytest.mark.parametrize(
@@ -48,17 +49,18 @@ def test_a_batch_with_padding_is_examined_as_it_is():
     kind = family("Idefics3")
     inputs = kind.batch()
     assert not inputs["attention_mask"].all()
-    assert all(check.ok for check in examine(kind.model, None, inputs))
+    assert all(check.ok for check in run_self_test(kind.model, None, inputs))
 
 
 def test_scores_that_the_tap_does_not_know_are_found(monkeypatch):
-    """A family that does something unknown to its scores: the tap's numbers are not the model's, and the check says so."""
-    monkeypatch.setattr(tap, "_dense", lambda call, rows: None)
+    """A family that does something unknown to its scores: the recorder's numbers are not the model's, and the check says so."""
     kind = family("LLaVA")
-    true_rule = tap._rule_of
-    monkeypatch.setattr(tap, "_rule_of", lambda kernel: (lambda call, rows: None) if kernel == "sdpa" else true_rule(kernel))
+    true_rule = recorder._rule_of
+    monkeypatch.setattr(
+        recorder, "_rule_of", lambda kernel: (lambda call, rows: None) if kernel == "sdpa" else true_rule(kernel)
+    )
     inputs = kind.batch()
-    checks = {check.name: check for check in examine(kind.model, None, inputs)}
+    checks = {check.name: check for check in run_self_test(kind.model, None, inputs)}
     assert not checks[NAMES[3]].ok
     assert re.search(r"attention apart by 0\.\d", checks[NAMES[3]].told)
     assert checks[NAMES[2]].ok
@@ -83,7 +85,7 @@ def test_a_model_that_padding_moves_is_found():
 
 def test_a_model_that_cannot_be_watched_says_why():
     """The first check fails with the reason, and nothing else is tried."""
-    checks = examine(git(), None, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+    checks = run_self_test(git(), None, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
     assert [check.ok for check in checks] == [False]
     assert "has no text attention that GazeGuard can watch" in checks[0].told
 

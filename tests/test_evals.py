@@ -17,9 +17,9 @@ from sklearn.metrics import roc_auc_score
 from evals.common import auroc, over_images, ranking, rate
 from evals.gaze_heads import climbed, panels_told, said_in, stairs
 from evals.tables import DEMO, DOCUMENTS, demo, renewed
-from gazeguard.grid import ImageGrid
 from gazeguard.lab.world import Picture, Sample, Thing
 from gazeguard.report import Report, Verdict
+from gazeguard.vision.grid import ImageGrid
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,7 +137,7 @@ def test_stairs_count_the_rows_of_what_is_said():
         ("overhead", ["tap_readout_time_ratio", "tap_readout_memory_ratio", "eager_output_attentions_time_ratio"]),
         ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
         ("mitigation", ["rerank_chair_i_reduction", "rerank_recall_change", "rerank_time_ratio", "drop_false_removed_at_10"]),
-        ("look_again", ["recall_change_sampled", "chair_i_change_sampled", "new_share_sampled"]),
+        ("find_missed_objects", ["recall_change_sampled", "chair_i_change_sampled", "new_share_sampled"]),
         ("filtering", ["throughput_ratio", "rows_per_second", "rows_exactly_once", "byte_equal", "kills"]),
     ],
 )

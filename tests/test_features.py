@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from labkit import make_trace
 
-from gazeguard import features as module
-from gazeguard.features import GAZE_FEATURES, HEAD_FEATURES, MEANING, TEXT_FEATURES, features, meaning, names
-from gazeguard.phrases import claims
-from gazeguard.trace import SHARES, GazeTrace
+from gazeguard.claims.parse import claims
+from gazeguard.detection import features as module
+from gazeguard.detection.features import GAZE_FEATURES, HEAD_FEATURES, MEANING, TEXT_FEATURES, features, meaning, names
+from gazeguard.trace import SEGMENTS, GazeTrace
 
 CAPTION = "There is a red star and a small blue moon on the left , a green star , an old cup ."
 WORDS = CAPTION.split()
@@ -23,7 +23,17 @@ def words(chosen) -> list[str]:
 
 def cut(trace: GazeTrace, tokens: int) -> GazeTrace:
     """The trace as it was when so many tokens were written."""
-    arrays = ("token_ids", "offsets", "logprobs", "entropy", "gaze", "shares", "readout", "content", "named")
+    arrays = (
+        "token_ids",
+        "offsets",
+        "logprobs",
+        "entropy",
+        "gaze",
+        "segment_mass",
+        "attribution",
+        "attended_logprob",
+        "internal_confidence",
+    )
     rows = {name: getattr(trace, name)[:tokens] for name in arrays}
     text = trace.text[: int(rows["offsets"][-1, 1])]
     return GazeTrace(text=text, heads=trace.heads, grid=trace.grid, model=trace.model, **rows)
@@ -42,7 +52,7 @@ def test_every_column_has_one_name_and_a_meaning(heads):
 def test_the_matrix_has_the_columns_of_its_names(heads):
     trace = make_trace(words(WORDS), heads)
     said = claims(trace.text)
-    assert {claim.kind for claim in said} == {"object", "attribute", "place"}
+    assert {claim.kind for claim in said} == {"object", "attribute", "location"}
     x = features(trace, said)
     assert x.shape == (len(said), len(names(trace.heads)))
     assert np.isfinite(x).all()
@@ -59,7 +69,7 @@ def test_nothing_looks_ahead(chosen, heads, seed):
     said = claims(trace.text)
     x = features(trace, said)
     for i, claim in enumerate(said):
-        spans = [claim.phrase, claim.said, *([claim.other] if claim.other else [])]
+        spans = [claim.phrase, claim.span, *([claim.related] if claim.related else [])]
         then = cut(trace, trace.tokens(claim.phrase.start, max(span.end for span in spans)).stop)
         # But for the last digits: a sum over fewer words may be taken in another order.
         np.testing.assert_allclose(features(then, said[: i + 1])[i], x[i], rtol=1e-12, atol=1e-12)
@@ -69,14 +79,14 @@ def test_known_values():
     """A trace by hand: tokens 'a', ' red', ' star', ' near', ' star', four cells, two heads."""
     even, one = [0.2] * 4, [0.8, 0, 0, 0]
     gaze = np.array([[even, even], [even, even], [one, even], [even, one], [one, one]], np.float32)
-    shares = np.zeros((5, 2, 4), np.float32)
-    shares[:, :, SHARES.index("picture")] = [[0.1, 0.1], [0.1, 0.1], [0.8, 0.8], [0.2, 0.6], [0.8, 0.4]]
-    readout = np.array([[9, 9], [1, 2], [3, 1], [9, 9], [5, -1]], np.float32)
+    segment_mass = np.zeros((5, 2, 4), np.float32)
+    segment_mass[:, :, SEGMENTS.index("image")] = [[0.1, 0.1], [0.1, 0.1], [0.8, 0.8], [0.2, 0.6], [0.8, 0.4]]
+    attribution = np.array([[9, 9], [1, 2], [3, 1], [9, 9], [5, -1]], np.float32)
     trace = make_trace(
         ["a", " red", " star", " near", " star"],
         gaze=gaze,
-        shares=shares,
-        readout=readout,
+        segment_mass=segment_mass,
+        attribution=attribution,
         content=np.array([0, -3, -1, 0, -2], np.float32),
         named=np.array([0, -2, -0.5, 0, -1], np.float32),
         logprobs=np.array([0, 0, -2, 0, -0.5], np.float32),
@@ -87,25 +97,25 @@ def test_known_values():
     assert [(claim.kind, claim.text) for claim in said] == [("object", "a red star"), ("attribute", "red"), ("object", "star")]
     got = [dict(zip(names(trace.heads), row, strict=True)) for row in features(trace, said)]
     wanted = [
-        {"position": np.log(3), "mention": 0, "repeated": 0, "surprise": 2, "entropy": 1.5, "readout": 4,
-         "readout_words": 3, "content": -1, "named": -0.5, "agreement": 0.25, "visited": 0, "together": 1, "there": 0.5,
-         "readout@1.0": 3, "readout@2.3": 1, "picture@1.0": 0.8, "picture@2.3": 0.8, "focus@1.0": 1, "focus@2.3": 0,
-         "shift@1.0": 0, "shift@2.3": 0},
-        {"position": np.log(2), "mention": 0, "repeated": 0, "surprise": 0, "entropy": 0, "readout": 3,
-         "readout_words": 3, "content": -3, "named": -2, "agreement": 1, "visited": 0, "together": (0.25 + 1) / 2,
-         "there": 0.5, "readout@1.0": 1, "readout@2.3": 2, "picture@1.0": 0.1, "picture@2.3": 0.1, "focus@1.0": 0,
-         "focus@2.3": 0, "shift@1.0": 0, "shift@2.3": 0},
-        {"position": np.log(5), "mention": np.log(2), "repeated": 1, "surprise": 0.5, "entropy": 0.25, "readout": 4,
-         "readout_words": 4, "content": -2, "named": -1, "agreement": 1, "visited": (1 + 0.25) / 2, "together": 1,
-         "there": 0.5, "readout@1.0": 5, "readout@2.3": -1, "picture@1.0": 0.8, "picture@2.3": 0.4, "focus@1.0": 1,
-         "focus@2.3": 1, "shift@1.0": 0.6, "shift@2.3": -0.2},
+        {"position": np.log(3), "object_index": 0, "repeated": 0, "token_nll": 2, "entropy": 1.5, "attribution": 4,
+         "attribution_min": 3, "attended_logprob": -1, "internal_confidence": -0.5, "head_agreement": 0.25, "earlier_overlap": 0, "related_overlap": 1, "location_agreement": 0.5,
+         "attribution@1.0": 3, "attribution@2.3": 1, "image_mass@1.0": 0.8, "image_mass@2.3": 0.8, "concentration@1.0": 1, "concentration@2.3": 0,
+         "image_mass_shift@1.0": 0, "image_mass_shift@2.3": 0},
+        {"position": np.log(2), "object_index": 0, "repeated": 0, "token_nll": 0, "entropy": 0, "attribution": 3,
+         "attribution_min": 3, "attended_logprob": -3, "internal_confidence": -2, "head_agreement": 1, "earlier_overlap": 0, "related_overlap": (0.25 + 1) / 2,
+         "location_agreement": 0.5, "attribution@1.0": 1, "attribution@2.3": 2, "image_mass@1.0": 0.1, "image_mass@2.3": 0.1, "concentration@1.0": 0,
+         "concentration@2.3": 0, "image_mass_shift@1.0": 0, "image_mass_shift@2.3": 0},
+        {"position": np.log(5), "object_index": np.log(2), "repeated": 1, "token_nll": 0.5, "entropy": 0.25, "attribution": 4,
+         "attribution_min": 4, "attended_logprob": -2, "internal_confidence": -1, "head_agreement": 1, "earlier_overlap": (1 + 0.25) / 2, "related_overlap": 1,
+         "location_agreement": 0.5, "attribution@1.0": 5, "attribution@2.3": -1, "image_mass@1.0": 0.8, "image_mass@2.3": 0.4, "concentration@1.0": 1,
+         "concentration@2.3": 1, "image_mass_shift@1.0": 0.6, "image_mass_shift@2.3": -0.2},
     ]  # fmt: skip
     for row, expected in zip(got, wanted, strict=True):
         assert row == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("place", "cell", "wanted"),
+    ("location", "cell", "wanted"),
     [
         ("on the left", 0, 0.75),  # the cell's middle is a quarter of the width away
         ("on the left", 3, 0.25),
@@ -122,8 +132,8 @@ def test_where_it_is_said_to_be(place, cell, wanted):
     gaze[..., cell] = 0.5
     trace = make_trace([text.split()[0], *words(text.split()[1:])], 1, side=2, gaze=gaze)
     said = claims(trace.text)
-    assert [claim.kind for claim in said] == ["object", "place"]
-    there = features(trace, said)[:, names(trace.heads).index("there")]
+    assert [claim.kind for claim in said] == ["object", "location"]
+    there = features(trace, said)[:, names(trace.heads).index("location_agreement")]
     assert there.tolist() == [0.5, wanted]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gazeguard.errors import InputError
-from gazeguard.files import MAX_LINE_BYTES, Folder, Lines, Shards, Slice, Table, identity, open_input
+from gazeguard.filtering.readers import MAX_LINE_BYTES, Folder, Lines, Shards, Slice, Table, identity, open_input
 
 PNG = io.BytesIO()
 Image.new("RGB", (9, 9), (255, 0, 0)).save(PNG, "PNG")

@@ -17,10 +17,11 @@ from PIL import Image
 
 from gazeguard import __version__, lab
 from gazeguard.errors import InputError
-from gazeguard.files import Slice
-from gazeguard.filter import AHEAD, COLUMNS, ArrowFilter, CaptionFilter, explain, picture_of
+from gazeguard.filtering.caption_filter import AHEAD, COLUMNS, CaptionFilter, explain, picture_of
+from gazeguard.filtering.ray import ArrowFilter
+from gazeguard.filtering.readers import Slice
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import encode
+from gazeguard.vision.encoding import encode
 
 SAMPLES = lab.samples("test", 6, seed=7)
 IMAGES, PROMPTS = [s.image for s in SAMPLES], [s.prompt for s in SAMPLES]
@@ -347,7 +348,7 @@ def test_a_row_at_which_the_model_raises_is_unchecked_alone(keep, told):
 def test_numbers_that_are_not_finite_are_unchecked(lab_vlm, told):
     """NaN in the model's last norm reaches the logits, not the gaze: the row is unchecked all the same."""
     keep = CaptionFilter(GazeGuard(*lab_vlm), batch_size=3)
-    weight = keep.guard.tap.backbone.norm.weight
+    weight = keep.guard.recorder.backbone.norm.weight
     kept = weight.detach().clone()
     try:
         with torch.no_grad():
@@ -401,7 +402,7 @@ def test_no_more_pictures_are_unpacked_than_are_needed_soon(keep, told, monkeypa
         opened[0] += 1
         return Image.new("RGB", (4, 4))
 
-    monkeypatch.setattr("gazeguard.filter.picture_of", counting)
+    monkeypatch.setattr("gazeguard.filtering.caption_filter.picture_of", counting)
     Counted(keep.guard, batch_size=3)({"image": [b""] * 60, "caption": ["A star."] * 60})
     assert 0 < most[0] <= 3 * (AHEAD + 1)
 

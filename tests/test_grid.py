@@ -56,16 +56,18 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.step3p7.image_processing_step3p7 import Step3p7ImageProcessor
 from zoo import MAKERS, works
 
+from gazeguard.attention.buffers import KeyLayout
+from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.errors import InputError, UnsupportedError
-from gazeguard.grid import ImageGrid, Prompt, find_grid, image_cells
-from gazeguard.inputs import grids_of
-from gazeguard.lab.model import IMAGE, build_processor
+from gazeguard.lab.training.tiny_model import IMAGE, build_processor
 from gazeguard.lab.world import CELL, CELLS, PAGE
-from gazeguard.tap import Prompts, keys_of
+from gazeguard.vision.encoding import image_grids
+from gazeguard.vision.grid import ImageGrid
+from gazeguard.vision.layouts.rules import Prompt, find_grid, image_cells
 
 SIZES = st.tuples(st.integers(24, 900), st.integers(24, 900))
 SIDES = st.integers(1, 12)
-SHARES = st.floats(0, 1, allow_subnormal=False)
+SEGMENTS = st.floats(0, 1, allow_subnormal=False)
 
 
 # ------------------------------------------------------------------------------------------------------- geometry
@@ -81,7 +83,7 @@ def test_the_page_holds_every_cell_and_cells_do_not_overlap(rows, columns, size)
         np.testing.assert_allclose(grid.overlap(grid.pixels(cell)), np.arange(len(grid)) == cell, atol=1e-3)
 
 
-@given(SIDES, SIDES, SIZES, st.lists(SHARES, max_size=4), st.lists(SHARES, max_size=4))
+@given(SIDES, SIDES, SIZES, st.lists(SEGMENTS, max_size=4), st.lists(SEGMENTS, max_size=4))
 def test_a_partition_of_the_page_is_a_partition_of_each_cell(rows, columns, size, xs, ys):
     """However the page is cut into boxes, the shares of a cell add up to 1, and none is outside [0, 1]."""
     grid = ImageGrid.regular(rows, columns, size)
@@ -975,8 +977,8 @@ def test_tokens_come_row_by_row_out_of_the_tower(name, where, columns, merge, fi
 
 
 def told_grids(kind: Family, inputs: dict[str, torch.Tensor], used: object = None, **told: object) -> list[ImageGrid]:
-    keys = keys_of(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
-    return grids_of(kind.model, used, inputs, keys.ids, keys.mask, **told)
+    keys = visual_keys(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    return image_grids(kind.model, used, inputs, keys.ids, keys.mask, **told)
 
 
 def test_pictures_and_videos_in_the_order_of_their_tokens():
@@ -1025,8 +1027,8 @@ def test_frames_whose_places_nothing_tells():
     )
     known = ImageGrid.regular(1, cells, (9, 9))
     assert told_grids(kind, inputs, known=known) == [known]
-    keys = keys_of(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
-    assert int(Prompts.of(*keys).cells.sum()) == cells
+    keys = visual_keys(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    assert int(KeyLayout.from_ids(*keys).cells.sum()) == cells
 
 
 def test_every_row_of_a_batch_gets_its_own_runs():

@@ -9,14 +9,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsP
 from transformers.generation.streamers import BaseStreamer
 
 from gazeguard import lab
-from gazeguard.detector import Detector
+from gazeguard.detection.detector import Detector
 from gazeguard.errors import InputError, MismatchError, UnsupportedError
-from gazeguard.grid import ImageGrid
 from gazeguard.guard import GazeGuard
-from gazeguard.heads import GazeHeads
-from gazeguard.inputs import encode
+from gazeguard.heads.artifact import GazeHeads
 from gazeguard.policy import parse_policy
 from gazeguard.report import Verdict
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.grid import ImageGrid
 
 SAMPLES = lab.samples("test", 6, seed=7)
 
@@ -30,7 +30,7 @@ def assert_same_trace(one, other, tolerance=1e-4):
     assert one.text == other.text
     np.testing.assert_array_equal(one.token_ids, other.token_ids)
     np.testing.assert_array_equal(one.offsets, other.offsets)
-    for name in ("gaze", "shares", "readout", "content", "named", "logprobs", "entropy"):
+    for name in ("gaze", "segment_mass", "attribution", "attended_logprob", "internal_confidence", "logprobs", "entropy"):
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=tolerance, err_msg=name)
 
 
@@ -105,7 +105,7 @@ def test_a_number_that_is_not_finite_leaves_the_caption_unchecked(lab_vlm):
     model, processor = copy.deepcopy(lab_vlm[0]), lab_vlm[1]
     guard = GazeGuard(model, processor)
     with torch.no_grad():
-        guard.tap.backbone.norm.weight[0] = torch.inf
+        guard.recorder.backbone.norm.weight[0] = torch.inf
     report = guard.check(SAMPLES[0].image, "There is a red star.", SAMPLES[0].prompt)
     assert report.verdict == Verdict.UNCHECKED
     assert report.reason.startswith("the model gave no finite number for ")
@@ -200,10 +200,13 @@ def test_a_pipeline_is_watched(guard):
     assert_same_trace(guard.check(sample.image, guard.reports[0].caption, sample.prompt).trace, guard.reports[0].trace)
 
 
-RERANKS = [{"strength": 5.0, "plausible": 0.01}, {"strength": 0.0, "plausible": 0.001, "content": 2.0, "end": 2.0}]
+RERANKS = [
+    {"attribution": 5.0, "plausible": 0.01},
+    {"attribution": 0.0, "plausible": 0.001, "attended_logprob": 2.0, "end_bonus": 2.0},
+]
 
 
-@pytest.mark.parametrize("rerank", RERANKS, ids=["readout", "content"])
+@pytest.mark.parametrize("rerank", RERANKS, ids=["attribution", "attended_logprob"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_rerank_works_while_beams_change_places_and_guesses_are_taken_back(guard, beams, rerank):
     """Rerank reads the row of the word that is being chosen, whatever else the pass held."""
@@ -248,7 +251,7 @@ def test_a_streamer_gets_every_token(guard):
     assert watched.ids == plain.ids
 
 
-@pytest.mark.parametrize("rerank", RERANKS, ids=["readout", "content"])
+@pytest.mark.parametrize("rerank", RERANKS, ids=["attribution", "attended_logprob"])
 def test_rerank_of_no_strength_is_plain_and_of_some_is_not(guard, rerank):
     """Strength 0 equals plain generate; a strength moves words, and the trace is still that of what was written."""
     none = {key: value if key == "plausible" else 0.0 for key, value in rerank.items()}
@@ -460,13 +463,13 @@ def test_what_is_left_of_a_caption_is_as_the_policy_says(guard):
     wrong = f"There is a {one.colour} {one.noun} {one.place}, a green {absent} in the middle and a {two.colour} {two.noun}."
     dropped = f"There is a {one.colour} {one.noun} {one.place} and a {two.colour} {two.noun}."
     right = f"There is a {one.colour} {one.noun} {one.place}."
-    expected = {"mark": (wrong, right), "drop": (dropped, right), "abstain": ("", right)}
+    expected = {"keep": (wrong, right), "drop": (dropped, right), "abstain": ("", right)}
     for left, texts in expected.items():
-        policy = parse_policy({"version": 1, "name": "own", "threshold": 0.5, "left": left})
+        policy = parse_policy({"version": 1, "name": "own", "threshold": 0.5, "on_flag": left})
         strict = GazeGuard(guard.model, guard.processor, policy)
         reports = [strict.check(sample.image, text, sample.prompt) for text in (wrong, right)]
-        assert tuple(report.repaired for report in reports) == texts
+        assert tuple(report.filtered_caption for report in reports) == texts
         assert reports[0].reason == f"not supported by the picture: a green {absent}"
         assert reports[0].caption == wrong
-        assert reports[0].to_dict()["repaired"] == texts[0]
-    assert GazeGuard(guard.model, guard.processor, "abstain").check(sample.image, "").repaired == ""
+        assert reports[0].to_dict()["filtered_caption"] == texts[0]
+    assert GazeGuard(guard.model, guard.processor, "abstain").check(sample.image, "").filtered_caption == ""

@@ -16,28 +16,26 @@ from labkit import ANYTHING, processor, untrained
 from pydantic import ValidationError
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from gazeguard import heads as heads_module
 from gazeguard import lab
-from gazeguard.comics import draw_strips
+from gazeguard.artifacts import MAX_FILE_BYTES
 from gazeguard.errors import ArtifactError, InputError, MismatchError, UnsupportedError
-from gazeguard.grid import ImageGrid
 from gazeguard.guard import GazeGuard
-from gazeguard.heads import (
-    MAX_FILE_BYTES,
+from gazeguard.heads import discovery as heads_module
+from gazeguard.heads.artifact import GazeHeads, Score, fingerprint
+from gazeguard.heads.discovery import (
     MAX_SHARE,
-    GazeHeads,
-    Score,
     _choose,
     _score,
     _without_sinks,
     contrast,
     find_heads,
-    fingerprint,
     gap,
     panel_shares,
     settled,
 )
-from gazeguard.lab.model import build_llava, build_llava_processor, build_model
+from gazeguard.heads.strips import draw_strips
+from gazeguard.lab.training.tiny_model import build_llava, build_llava_processor, build_model
+from gazeguard.vision.grid import ImageGrid
 
 PANELS = 4
 FLAT = [[0.05] * PANELS] * PANELS

@@ -39,17 +39,18 @@ from typer.testing import CliRunner
 
 from gazeguard import lab
 from gazeguard.cli import app
-from gazeguard.comics import draw_strips, load_strips
-from gazeguard.detector import Detector
+from gazeguard.detection.detector import Detector
 from gazeguard.errors import GazeGuardError, InputError
-from gazeguard.filter import CaptionFilter
+from gazeguard.filtering.caption_filter import CaptionFilter
 from gazeguard.guard import GazeGuard
-from gazeguard.heads import GazeHeads, _Kept, find_heads
-from gazeguard.inputs import load_image
-from gazeguard.plots import draw_heads
+from gazeguard.heads.artifact import GazeHeads
+from gazeguard.heads.discovery import _Kept, find_heads
+from gazeguard.heads.plots import draw_heads
+from gazeguard.heads.strips import draw_strips, load_strips
 from gazeguard.policy import load_policy, policy_folder
 from gazeguard.report import Report, Verdict
 from gazeguard.trace import GazeTrace
+from gazeguard.vision.images import load_image
 
 SAMPLES = lab.samples("test", 3, seed=7)
 IMAGE, CAPTION = SAMPLES[1].image, SAMPLES[1].turns[0].answer
@@ -302,7 +303,7 @@ def test_a_shape_that_the_processor_refuses_is_unchecked_alone(watching, monkeyp
 
     def strict(self: Any, talks: Any, **options: Any) -> Any:
         for talk in talks:
-            picture = talk[0]["content"][0]["image"]
+            picture = talk[0]["attended_logprob"][0]["image"]
             smart_resize(picture.height, picture.width)
         return whole(self, talks, **options)
 
@@ -696,7 +697,17 @@ WAYS: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
     lambda a: a[::-1],
     lambda a: np.roll(a, 1, axis=-1),
 )  # other numbers, another type, another shape, another order
-ARRAYS = ("token_ids", "offsets", "logprobs", "entropy", "gaze", "shares", "readout", "content", "named")
+ARRAYS = (
+    "token_ids",
+    "offsets",
+    "logprobs",
+    "entropy",
+    "gaze",
+    "segment_mass",
+    "attribution",
+    "attended_logprob",
+    "internal_confidence",
+)
 
 
 def reshaped(array: np.ndarray, way: int) -> np.ndarray:

@@ -18,9 +18,10 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gazeguard.errors import InputError, UnsupportedError
-from gazeguard.inputs import MAX_IMAGE_BYTES, decode, encode, grids_of, image_token_id, load_image, model_inputs, tokenize
-from gazeguard.lab.model import build_processor
+from gazeguard.lab.training.tiny_model import build_processor
 from gazeguard.lab.world import CELLS, samples
+from gazeguard.vision.encoding import decode, encode, image_grids, image_token_id, model_inputs, tokenize
+from gazeguard.vision.images import MAX_IMAGE_BYTES, load_image
 
 RED, GREY = (255, 0, 0), (128, 128, 128)
 UPSIDE = 274  # the EXIF tag that says how the camera was held
@@ -274,7 +275,7 @@ def test_every_row_gets_its_grid(pictures):
     model, used = untrained(), processor()
     made = encode(model, used, pictures[:2], PROMPTS[:2])
     for sizes, expected in ((None, (144, 144)), ([[(300, 200)], [(20, 30)]], (300, 200))):
-        grids = grids_of(model, used, made.inputs, made.prompt_ids, made.prompt_mask, sizes)
+        grids = image_grids(model, used, made.inputs, made.prompt_ids, made.prompt_mask, sizes)
         assert [len(grid) for grid in grids] == [CELLS**2] * 2
         assert grids[0].sizes == (expected,)
 
@@ -285,7 +286,7 @@ def test_a_row_without_a_picture_is_named(pictures):
     ids = made.prompt_ids.clone()
     ids[1][ids[1] == image_token_id(model)] = used.tokenizer.pad_token_id
     with pytest.raises(InputError, match=r"Row 1 of the batch has no image token \(id \d+\): .* Put an image into the"):
-        grids_of(model, used, made.inputs, ids, made.prompt_mask)
+        image_grids(model, used, made.inputs, ids, made.prompt_mask)
 
 
 def test_a_tokenizer_is_no_processor(pictures):

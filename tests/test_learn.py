@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from gazeguard import lab
 from gazeguard.cli import app
-from gazeguard.detector import Detector
+from gazeguard.detection.detector import Detector
 from gazeguard.errors import InputError
+from gazeguard.fitting import Label, Row, known, learn, read_rows, says_yes
 from gazeguard.guard import GazeGuard
-from gazeguard.lab.fit import tabulate, write_captions
+from gazeguard.lab.training.tiny_fit import tabulate, write_captions
 from gazeguard.lab.truth import judged
-from gazeguard.learn import Label, Row, known, learn, read_rows, says_yes
 
 
 def brief(row: Row) -> list[tuple[str, str, bool]]:
@@ -128,9 +128,9 @@ def test_no_picture_is_on_both_sides(written, guard):
     detector, left_out = learn(guard, read_rows(folder / "rows.jsonl"))
     made = detector.kinds["object"]
     assert made.answer is None
-    assert made.held.images < len(samples) / 2
+    assert made.validation.images < len(samples) / 2
     total = sum(1 for row in read_rows(folder / "rows.jsonl") for c, _ in known(row) if c.kind == "object")
-    assert made.claims + made.held.claims == total
+    assert made.claims + made.validation.claims == total
     assert sum(left_out.values()) == 1
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from gazeguard import lab
 from gazeguard.errors import InputError
-from gazeguard.lmms import GazeGuarded, manifest
+from gazeguard.integrations.lmms_eval import GazeGuarded, manifest
 
 SAMPLES = lab.samples("test", 5, seed=11)
 DOCUMENTS = {"lab": {"test": [{"image": sample.image} for sample in SAMPLES]}}
@@ -65,4 +65,4 @@ def test_lmms_eval_finds_it():
     if importlib.util.find_spec("lmms_eval") is None:
         pytest.skip("lmms-eval is not installed")
     made = manifest()
-    assert (made.model_id, made.simple_class_path) == ("gazeguard", "gazeguard.lmms.GazeGuarded")
+    assert (made.model_id, made.simple_class_path) == ("gazeguard", "gazeguard.integrations.lmms_eval.GazeGuarded")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gazeguard.phrases import Phrase, Span, chunk, claims
+from gazeguard.claims.parse import Phrase, Span, chunk, claims
 
 EVALDATA = Path(__file__).parents[2] / "shared" / "evaldata"
 
@@ -64,11 +64,11 @@ def check(caption: str) -> list[Phrase]:
 def test_panels() -> None:
     caption = "In panel one there is a small red star, a blue cup and an orange crown. In panel two there is a green note."
     assert [said(phrase) for phrase in check(caption)] == [
-        ("place", "In panel one", "one", [], 0),
+        ("location", "In panel one", "one", [], 0),
         ("object", "a small red star", "star", ["small", "red"], 0),
         ("object", "a blue cup", "cup", ["blue"], 0),
         ("object", "an orange crown", "crown", ["orange"], 0),
-        ("place", "In panel two", "two", [], 1),
+        ("location", "In panel two", "two", [], 1),
         ("object", "a green note", "note", ["green"], 1),
     ]
 
@@ -79,11 +79,11 @@ def test_places() -> None:
     )  # fmt: skip
     assert [said(phrase) for phrase in check(caption)] == [
         ("object", "a red phone", "phone", ["red"], 0),
-        ("place", "at the top right", "top right", [], 0),
+        ("location", "at the top right", "top right", [], 0),
         ("object", "an orange pencil", "pencil", ["orange"], 0),
-        ("place", "on the left", "left", [], 0),
+        ("location", "on the left", "left", [], 0),
         ("object", "a blue snowman", "snowman", ["blue"], 0),
-        ("place", "in the middle", "middle", [], 0),
+        ("location", "in the middle", "middle", [], 0),
     ]
 
 
@@ -179,8 +179,8 @@ def test_what_is_claimed(caption: str, expected: list[str]) -> None:
 def test_the_words_to_blame_and_the_words_that_decide() -> None:
     """A place is decided by what comes last, thing or place, and has to agree with what came first."""
     first, then = claims("In panel two there is a red cup.")[-1], claims("There is a red cup on the left.")[-1]
-    assert (first.kind, first.text, first.said.text, first.other.text) == ("place", "a red cup", "cup", "In panel two")
-    assert (then.kind, then.text, then.said.text, then.other.text) == ("place", "on the left", "on the left", "cup")
+    assert (first.kind, first.text, first.span.text, first.related.text) == ("location", "a red cup", "cup", "In panel two")
+    assert (then.kind, then.text, then.span.text, then.related.text) == ("location", "on the left", "on the left", "cup")
 
 
 def check_claims(caption: str) -> None:
@@ -189,13 +189,13 @@ def check_claims(caption: str) -> None:
     assert [claim.phrase for claim in found if claim.kind == "object"] == things
     for thing in things:
         own = [claim for claim in found if claim.phrase is thing or claim.phrase == thing]
-        assert [c.said for c in own if c.kind == "attribute"] == list(thing.attributes)
-        assert sum(claim.kind == "place" for claim in own) <= 1
+        assert [c.span for c in own if c.kind == "attribute"] == list(thing.attributes)
+        assert sum(claim.kind == "location" for claim in own) <= 1
     for claim in found:
-        spans = [claim, claim.said, *([claim.other] if claim.other else [])]
+        spans = [claim, claim.span, *([claim.related] if claim.related else [])]
         assert all(caption[span.start : span.end] == span.text != "" for span in spans)
-        assert (claim.other is None) == (claim.kind == "object")
-        assert claim.kind != "place" or claim.other.end <= claim.said.start
+        assert (claim.related is None) == (claim.kind == "object")
+        assert claim.kind != "location" or claim.related.end <= claim.span.start
 
 
 def test_sentences() -> None:
@@ -233,7 +233,7 @@ def lab_captions(draw: st.DrawFn) -> tuple[str, list[tuple[str, str, str, list[s
         things = []
         if panels:
             number = NUMBERS[index]
-            expected.append(("place", f"In panel {number}", number, [], index))
+            expected.append(("location", f"In panel {number}", number, [], index))
         for _ in range(draw(st.integers(1, 4))):
             attributes = [*draw(st.sampled_from([[], ["small"]])), draw(st.sampled_from(COLOURS))]
             noun, place = draw(st.sampled_from(NOUNS)), draw(st.sampled_from([None, *PLACES]))
@@ -241,7 +241,7 @@ def lab_captions(draw: st.DrawFn) -> tuple[str, list[tuple[str, str, str, list[s
             thing = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
             expected.append(("object", thing, noun, attributes, index))
             if place:
-                expected.append(("place", place, PLACES[place], [], index))
+                expected.append(("location", place, PLACES[place], [], index))
             things.append(f"{thing} {place}" if place else thing)
         listed = " and ".join(filter(None, [", ".join(things[:-1]), things[-1]]))
         sentences.append(f"In panel {NUMBERS[index]} there is {listed}." if panels else f"There is {listed}.")
@@ -343,7 +343,7 @@ PARSES = {
         "A/DET/det/3 small/ADJ/amod/3 red/ADJ/amod/3 dog/NOUN/nsubj/8 and/CCONJ/cc/3 two/NUM/nummod/7 hot/NOUN/compound/7 "
         "dogs/NOUN/conj/3 chase/VERB/ROOT/8 him/PRON/dobj/8 on/ADP/prep/8 the/DET/det/12 left/NOUN/pobj/10 ./PUNCT/punct/8",
         [("object", "A small red dog", "dog", ["small", "red"]), ("object", "two hot dogs", "hot dogs", ["two"]),
-         ("place", "on the left", "left", [])],
+         ("location", "on the left", "left", [])],
     ),
     "There is no cup. A star shines.": (
         "There/PRON/expl/1 is/VERB/ROOT/1 no/DET/det/3 cup/NOUN/attr/1 ./PUNCT/punct/1 A/DET/det/6 star/NOUN/nsubj/7 "

@@ -15,10 +15,10 @@ from gazeguard.policy import MAX_FILE_BYTES, SECTIONS, Policy, load_policy, pars
 MINE = {"version": 1, "name": "mine"}
 FULL = MINE | {
     "threshold": 0.25,
-    "rerank": {"strength": 0.5, "plausible": 0.02, "content": 1.0, "end": 1.5},
+    "rerank": {"attribution": 0.5, "plausible": 0.02, "attended_logprob": 1.0, "end_bonus": 1.5},
     "rewind": {"budget": 4, "threshold": "f1"},
     "verify": {"threshold": 0.125},
-    "left": "drop",
+    "on_flag": "drop",
 }
 
 
@@ -31,7 +31,7 @@ def test_every_policy_that_comes_along_loads_by_name_and_by_path(name):
 
 def test_everything_a_policy_can_do_is_in_one_that_comes_along():
     along = [load_policy(name) for name in policy_names()]
-    assert {policy.left for policy in along} == {"mark", "drop", "abstain"}
+    assert {policy.on_flag for policy in along} == {"keep", "drop", "abstain"}
     for section in SECTIONS:
         assert any(getattr(policy, section) for policy in along), section
 
@@ -40,7 +40,7 @@ def test_what_a_file_says_is_what_the_policy_holds(tmp_path):
     (tmp_path / "mine.yml").write_text(yaml.safe_dump(FULL))
     assert load_policy(tmp_path / "mine.yml").model_dump() == FULL
     least = parse_policy(MINE)
-    assert (least.threshold, least.rerank, least.rewind, least.verify, least.left) == ("f1", None, None, None, "mark")
+    assert (least.threshold, least.rerank, least.rewind, least.verify, least.on_flag) == ("f1", None, None, None, "keep")
     assert parse_policy(MINE | {"verify": {}}).verify.threshold is None
 
 
@@ -60,14 +60,14 @@ def test_every_key_is_explained():
     assert [name for name in policy_names() if f"| `{name}` |" not in told] == []
 
 
-KEYS = "Known keys: version, name, threshold, rerank, rewind, verify, left."
-RERANK_KEYS = "Known keys: rerank.strength, rerank.plausible, rerank.content, rerank.end."
+KEYS = "Known keys: version, name, threshold, rerank, rewind, verify, on_flag."
+RERANK_KEYS = "Known keys: rerank.attribution, rerank.plausible, rerank.attended_logprob, rerank.end_bonus."
 REWIND_KEYS = "Known keys: rewind.budget, rewind.threshold."
 VERIFY_KEYS = "Known keys: verify.threshold."
 RULES = "Input should be 'f1', 'precision_0.9', 'bound_0.05' or 'bound_0.02'"
 NUMBER = "Input should be a valid number"
 AT_LEAST = "Input should be greater than or equal to"
-LEFT = "Input should be 'mark', 'drop' or 'abstain'"
+LEFT = "Input should be 'keep', 'drop' or 'abstain'"
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ LEFT = "Input should be 'mark', 'drop' or 'abstain'"
         (MINE | {"name": 16**5000}, "key 'name' has the value of type int: Input should be a valid string."),
         (MINE | {"threshold": 2}, f"key 'threshold' has the value 2: {RULES} or Input should be less than or equal to 1."),
         (MINE | {"threshold": "0.5"}, f"key 'threshold' has the value '0.5': {RULES} or Input should be a valid number."),
-        (MINE | {"left": "cut"}, f"key 'left' has the value 'cut': {LEFT}."),
-        (MINE | {"left": ["drop"]}, f"key 'left' has the value ['drop']: {LEFT}."),
+        (MINE | {"on_flag": "cut"}, f"key 'on_flag' has the value 'cut': {LEFT}."),
+        (MINE | {"on_flag": ["drop"]}, f"key 'on_flag' has the value ['drop']: {LEFT}."),
         (MINE | {3: 4}, "key '3' has the value 3: Keys should be strings."),
         (MINE | {"rewind": 3}, f"key 'rewind' has the value 3, but it holds keys of its own. {REWIND_KEYS}"),
         (MINE | {"rewind": {}}, f"key 'rewind.budget' is missing. {REWIND_KEYS}"),
@@ -98,7 +98,7 @@ LEFT = "Input should be 'mark', 'drop' or 'abstain'"
         ),
         (MINE | {"verify": {"ask": 1}}, f"key 'verify.ask' (value 1) is not known. {VERIFY_KEYS}"),
         (MINE | {"verify": {"threshold": "f2"}}, f"key 'verify.threshold' has the value 'f2': {RULES} or {NUMBER}."),
-        (MINE | {"rerank": {"plausible": 0.1}}, f"key 'rerank.strength' is missing. {RERANK_KEYS}"),
+        (MINE | {"rerank": {"plausible": 0.1}}, f"key 'rerank.attribution' is missing. {RERANK_KEYS}"),
     ],
 )
 def test_what_is_wrong_is_said(data, said):
@@ -113,7 +113,7 @@ def test_an_endless_value_is_shown_short():
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("key", ["threshold", "rerank.strength", "rerank.plausible", "rewind.threshold", "verify.threshold"])
+@pytest.mark.parametrize("key", ["threshold", "rerank.attribution", "rerank.plausible", "rewind.threshold", "verify.threshold"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1])
 def test_no_number_out_of_range_is_taken(key, value):
     *section, last = key.split(".")

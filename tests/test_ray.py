@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.errors import InputError
-from gazeguard.files import open_input
-from gazeguard.filter import COLUMNS, CaptionFilter, RayPool, filter_files, ray_filter
+from gazeguard.filtering.caption_filter import COLUMNS, CaptionFilter
+from gazeguard.filtering.ray import RayPool, ray_filter
+from gazeguard.filtering.readers import open_input
+from gazeguard.filtering.run import filter_files
+from gazeguard.filtering.writer import Results
 from gazeguard.guard import GazeGuard
-from gazeguard.results import Results
 
 pytestmark = [
     pytest.mark.slow,  # actors take a core each, and long where there are two

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gazeguard.phrases import Phrase, chunk
-from gazeguard.repair import LONGEST, without
+from gazeguard.claims.parse import Phrase, chunk
+from gazeguard.claims.removal import LONGEST, without
 
 DATA = Path(__file__).parents[2] / "shared" / "evaldata" / "opera-llava-1.5"
 BROKEN = {

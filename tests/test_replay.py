@@ -20,8 +20,9 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from gazeguard.grid import ImageGrid
-from gazeguard.report import Entry, Report, Verdict, page
+from gazeguard.replay.page import Entry, page
+from gazeguard.report import Report, Verdict
+from gazeguard.vision.grid import ImageGrid
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -161,7 +162,7 @@ def test_hostile_text_is_shown_as_it_is_and_runs_nothing(show: Callable[..., Rep
         assert replay.js(plain + "return copy.textContent") == shown
         assert [replay.text(f"#{place}") for place in ("title", "truths", "reasons")] == [shown] * 3
         assert replay.text("#reason") == f" · {shown}"
-        assert replay.text("#repaired") == named(nasty[1:])
+        assert replay.text("#filtered_caption") == named(nasty[1:])
         assert replay.text("#phrases button") == named(nasty[:4])
         assert replay.text(".stairs small") == shown
         assert replay.text("#about").count(shown) == 3

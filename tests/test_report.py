@@ -16,9 +16,10 @@ from PIL import Image
 from reportkit import CAPTION, NASTY, find, make_report, make_trace, moon_report, picture
 
 from gazeguard.errors import InputError
-from gazeguard.grid import ImageGrid
-from gazeguard.report import LONGEST_EDGE, Entry, Report, Verdict, gaze_box, gaze_boxes, page
+from gazeguard.replay.page import LONGEST_EDGE, Entry, page
+from gazeguard.report import Report, Verdict, gaze_box, gaze_boxes
 from gazeguard.trace import GazeTrace
+from gazeguard.vision.grid import ImageGrid
 
 
 class Page(HTMLParser):
@@ -63,7 +64,7 @@ def test_the_report_survives_json() -> None:
     report = moon_report()
     plain = json.loads(report.to_json())
     assert plain == report.to_dict()
-    assert list(plain) == ["caption", "repaired", "verdict", "reason", "phrases", "policy", "model", "version"]
+    assert list(plain) == ["caption", "filtered_caption", "verdict", "reason", "phrases", "policy", "model", "version"]
     assert plain["phrases"][1] == {
         "text": "a blue moon",
         "start": 35,
@@ -277,7 +278,7 @@ def test_a_word_sums_its_log_probabilities_and_hides_what_is_no_number() -> None
     trace.offsets[:] = [(0, 4), (4, 9)]
     (entry,) = Page(page([Entry("t", picture(), make_report(text, trace))])).captions
     assert entry["words"][0]["logprob"] == -1.0
-    assert entry["words"][0]["shares"] == [0.25] * 4
+    assert entry["words"][0]["segment_mass"] == [0.25] * 4
     assert "logprob" not in entry["words"][1]  # no token covers it
     trace.logprobs[:] = -np.inf
     assert Page(page([Entry("t", picture(), make_report(text, trace))])).captions[0]["words"][0]["logprob"] is None

@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.errors import InputError, OutputError
-from gazeguard.files import open_input
-from gazeguard.filter import COLUMNS, CaptionFilter, filter_files
+from gazeguard.filtering.caption_filter import COLUMNS, CaptionFilter
+from gazeguard.filtering.readers import open_input
+from gazeguard.filtering.run import filter_files
+from gazeguard.filtering.writer import Results, kind_of
 from gazeguard.guard import GazeGuard
-from gazeguard.results import Results, kind_of
 
 run = CliRunner().invoke
 CHUNK = 4

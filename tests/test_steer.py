@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gazeguard import lab
+from gazeguard.attention.steering import SteeringTarget, cells_in, undescribed_regions
 from gazeguard.errors import InputError
-from gazeguard.grid import ImageGrid
-from gazeguard.inputs import encode
-from gazeguard.steer import Look, cells_in, undescribed
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.grid import ImageGrid
 
 GRID = ImageGrid.regular(12, 12, (144, 144))
 STRIPS = [sample for sample in lab.samples("validation", 60, 5, "strip") if sample.picture.panels == 6][:3]
@@ -21,13 +21,13 @@ PAGE = (0.0, 0.0, 144.0, 144.0)
 
 
 def written(guard, samples=STRIPS, prompt="Describe a panel.", look=None, **options) -> list[list[int]]:
-    """New ids of every row, under ``look`` (arguments of look_at) or unwatched when that is None."""
+    """New ids of every row, under ``look`` (arguments of steer) or unwatched when that is None."""
     batch = encode(guard.model, guard.processor, [s.image for s in samples], [prompt] * len(samples))
     own = {"max_new_tokens": 16, "do_sample": False, **options}
     if look is None:
         made = guard.model.generate(**batch.inputs, **own)
     else:
-        with guard.look_at(*look[:1], **dict(zip(("strength", "mode", "prompt"), look[1:], strict=False))):
+        with guard.steer(*look[:1], **dict(zip(("strength", "mode", "prompt"), look[1:], strict=False))):
             made = guard.generate(**batch.inputs, **own, picture_sizes=[[s.image.size] for s in samples])
     return made[:, batch.prompt_ids.shape[1] :].tolist()
 
@@ -75,13 +75,13 @@ def test_a_box_beside_the_picture_is_refused():
 )
 def test_what_is_no_target_is_refused(given, told):
     with pytest.raises(InputError, match=told):
-        Look(**given)
+        SteeringTarget(**given)
 
 
 def test_as_many_targets_as_prompts(guard):
     with pytest.raises(InputError, match="2 targets were given for 3 prompts"):
         written(guard, look=([LEFT, RIGHT],))
-    with pytest.raises(InputError, match="There is no picture 1 in the prompt"), guard.look_at(LEFT, image=1):
+    with pytest.raises(InputError, match="There is no picture 1 in the prompt"), guard.steer(LEFT, image=1):
         guard.caption(STRIPS[0].image)
 
 
@@ -93,7 +93,7 @@ def test_no_target_changes_nothing(guard):
     plain = written(guard)
     assert written(guard, look=(None,)) == plain
     assert written(guard, look=({0: None, 5: None},)) == plain
-    with pytest.raises(RuntimeError, match="stop"), guard.look_at(LEFT):
+    with pytest.raises(RuntimeError, match="stop"), guard.steer(LEFT):
         raise RuntimeError("stop")
     batch = encode(guard.model, guard.processor, [s.image for s in STRIPS], ["Describe a panel."] * 3)
     again = guard.generate(**batch.inputs, max_new_tokens=16, do_sample=False)[:, batch.prompt_ids.shape[1] :]
@@ -144,7 +144,7 @@ def test_a_schedule_holds_from_its_token_on(guard):
 @pytest.mark.parametrize("prompt", [True, False])
 def test_a_replay_under_the_same_look_sees_the_same(guard, prompt):
     """Law (b) holds for steered captions, too: row by row, with a schedule."""
-    with guard.look_at({0: LEFT, 7: RIGHT}, prompt=prompt):
+    with guard.steer({0: LEFT, 7: RIGHT}, prompt=prompt):
         live = guard.caption(STRIPS[0].image, "Describe a panel.", max_new_tokens=16, do_sample=False)
         replay = guard.check(STRIPS[0].image, live.caption, "Describe a panel.")
     steps = len(replay.trace)
@@ -189,7 +189,7 @@ def test_what_a_caption_left_out_is_found_by_looking_again(guard):
         told = " and ".join(f"a {thing} {thing.place}" for thing in things[: len(things) // 2])
         report = guard.check(sample.image, f"There is {told}.", sample.prompt)
         before = guard.reports
-        for more in guard.look_again(sample.image, report, regions=3):
+        for more in guard.find_missed_objects(sample.image, report, regions=3):
             assert more.verdict == "pass"
             named = {finding.claim.phrase.head.text for finding in more.findings}
             assert not named & {finding.claim.phrase.head.text for finding in report.findings}
@@ -197,15 +197,15 @@ def test_what_a_caption_left_out_is_found_by_looking_again(guard):
         assert guard.reports is before
     assert found >= 8
     with pytest.raises(InputError, match="The report has no trace of a caption that names things"):
-        guard.look_again(STRIPS[0].image, guard.check(STRIPS[0].image, ""))
+        guard.find_missed_objects(STRIPS[0].image, guard.check(STRIPS[0].image, ""))
 
 
 def test_undescribed_fields_are_those_without_gaze():
     grid = ImageGrid.regular(6, 6, (90, 90))
     gaze = np.zeros((2, 36))
     gaze[0, 0], gaze[1, 35] = 1, 1  # the first and the last cell
-    boxes = undescribed(grid, gaze, 7)
+    boxes = undescribed_regions(grid, gaze, 7)
     assert (0, 0, 30, 30) not in boxes
     assert (60, 60, 90, 90) not in boxes
     assert len(set(boxes)) == 7
-    assert undescribed(grid, np.zeros((0, 36)), 1) == [(0, 0, 30, 30)]
+    assert undescribed_regions(grid, np.zeros((0, 36)), 1) == [(0, 0, 30, 30)]

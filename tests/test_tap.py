@@ -1,4 +1,4 @@
-"""The tap hears what the model does, for every family; laws (a) to (d), (f) and (i) of `gazeguard.trace`."""
+"""The recorder hears what the model does, for every family; laws (a) to (d), (f) and (i) of `gazeguard.trace`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from gazeguard.errors import NothingSeenError, UnsupportedError
-from gazeguard.heads import fingerprint
-from gazeguard.inputs import image_token_id, model_inputs
-from gazeguard.tap import Head, Prompts, Rows, Tap, Track, content, find_backbone, judge_words, likeliest, readout
-from gazeguard.trace import SHARES
+from gazeguard.attention.attribution import direct_logit_attribution, token_statistics, top_k_statistics
+from gazeguard.attention.backbone import Head, find_backbone
+from gazeguard.attention.buffers import CapturedActivations, KeyLayout, RowBuffer
+from gazeguard.attention.logit_lens import attended_logprobs
+from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.errors import NoAttentionError, UnsupportedError
+from gazeguard.heads.artifact import fingerprint
+from gazeguard.trace import SEGMENTS
+from gazeguard.vision.encoding import image_token_id, model_inputs
 
 NEW = 8
 every_family = pytest.mark.parametrize("name", list(MAKERS))
@@ -45,35 +49,35 @@ def forward(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -
     return model(**model_inputs(model, inputs), use_cache=False, **options)
 
 
-def announce(inputs: dict[str, Tensor]) -> Prompts:
-    return Prompts.of(inputs["input_ids"], inputs["attention_mask"], IMAGE)
+def announce(inputs: dict[str, Tensor]) -> KeyLayout:
+    return KeyLayout.from_ids(inputs["input_ids"], inputs["attention_mask"], IMAGE)
 
 
 def live(
     model: PreTrainedModel, inputs: dict[str, Tensor], heads: Sequence[Head] | None = None, **options: Any
-) -> tuple[Any, Rows]:
+) -> tuple[Any, CapturedActivations]:
     """Generate, and what was heard meanwhile."""
-    with Tap(model, heads or find_backbone(model).heads()) as tap:
-        tap.begin(announce(inputs))
-        return generate(model, inputs, **options), tap.collect()
+    with AttentionRecorder(model, heads or find_backbone(model).heads()) as recorder:
+        recorder.begin(announce(inputs))
+        return generate(model, inputs, **options), recorder.collect()
 
 
-def replay(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], written: Tensor) -> Rows:
+def replay(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], written: Tensor) -> CapturedActivations:
     """One forward pass over prompt and ``written`` (batch, T), and what was heard; T + 1 rows."""
-    with Tap(model, find_backbone(model).heads()) as tap:
-        tap.begin(announce(inputs))
+    with AttentionRecorder(model, find_backbone(model).heads()) as recorder:
+        recorder.begin(announce(inputs))
         forward(model, kind.extended(inputs, written))
-        return tap.collect()
+        return recorder.collect()
 
 
 @dataclass(frozen=True)
 class Story:
-    """A batch of three rows of different length, what the model wrote, and what the tap heard of it."""
+    """A batch of three rows of different length, what the model wrote, and what the recorder heard of it."""
 
     inputs: dict[str, Tensor]
     written: Tensor
     logits: Tensor  # (batch, T, vocabulary), as generate says
-    rows: Rows
+    rows: CapturedActivations
 
 
 @functools.cache
@@ -96,14 +100,14 @@ def close(left: Tensor, right: Tensor, within: float) -> None:
     torch.testing.assert_close(left, right, rtol=0, atol=within)
 
 
-def same_rows(left: Rows, right: Rows, within: float) -> None:
-    for field in ("gaze", "shares", "output", "hidden"):
+def same_rows(left: CapturedActivations, right: CapturedActivations, within: float) -> None:
+    for field in ("gaze", "segment_mass", "output", "hidden"):
         close(getattr(left, field), getattr(right, field), within)
 
 
-def part(rows: Rows, index: Any) -> Rows:
+def part(rows: CapturedActivations, index: Any) -> CapturedActivations:
     """Some of the batch and of the rows."""
-    return Rows(*(tensor[index] for tensor in vars(rows).values()))
+    return CapturedActivations(*(tensor[index] for tensor in vars(rows).values()))
 
 
 # ------------------------------------------------------------------------------------------------ the parts of a model
@@ -140,7 +144,7 @@ def test_the_gain_is_the_norms_slope(name):
 
 @every_family
 def test_row_t_is_the_query_that_predicted_token_t(name):
-    """Law (a): what is heard while generating equals the eager attention rows P - 1 + t; the shares are its sums."""
+    """Law (a): what is heard while generating equals the eager attention rows P - 1 + t; the segment_mass are its sums."""
     kind, told = family(name), story(name)
     whole = kind.extended(told.inputs, told.written)
     twin = eager(kind.model)
@@ -158,8 +162,8 @@ def test_row_t_is_the_query_that_predicted_token_t(name):
         first = int(mask[row].nonzero()[0])
         other = [i for i in range(first + 1, width) if i not in set(image.tolist())]
         sums = [truth[row][..., where].sum(-1) for where in (image, other, slice(width, None), [first])]
-        close(told.rows.shares[row], torch.stack(sums, dim=-1), 1e-5)
-    close(told.rows.shares.sum(-1), torch.ones(truth.shape[:3]), 1e-5)
+        close(told.rows.segment_mass[row], torch.stack(sums, dim=-1), 1e-5)
+    close(told.rows.segment_mass.sum(-1), torch.ones(truth.shape[:3]), 1e-5)
     assert truth.amax(-1).mean() > 0.3, "the attention of the test is too flat to tell rows apart"
     assert (truth[:, 1:] - truth[:, :-1]).abs().amax() > 0.3, "the rows of the test are too alike to tell apart"
 
@@ -173,15 +177,15 @@ def test_the_states_of_the_cells_are_the_models_own(name):
     whole = kind.extended(told.inputs, told.written)
     logits = forward(kind.model, whole).logits.float()
     backbone = find_backbone(kind.model)
-    with Tap(kind.model, backbone.heads()) as tap:
-        tap.begin(announce(told.inputs))
+    with AttentionRecorder(kind.model, backbone.heads()) as recorder:
+        recorder.begin(announce(told.inputs))
         generate(kind.model, told.inputs)
-        rows, cells = tap.collect(), tap.cells()
-        tap.begin(announce(told.inputs))
-        assert tap.cells() is None, "a new watch forgets"
+        rows, cells = recorder.collect(), recorder.cells()
+        recorder.begin(announce(told.inputs))
+        assert recorder.cells() is None, "a new watch forgets"
         forward(kind.model, whole)
-        close(tap.cells().normed, cells.normed, 1e-4)
-    lies, named = content(cells, rows.gaze, told.written)
+        close(recorder.cells().normed, cells.normed, 1e-4)
+    lies, named = attended_logprobs(cells, rows.gaze, told.written)
     for row, ids in enumerate(told.inputs["input_ids"]):
         image = (ids == IMAGE).nonzero()[:, 0]
         assert cells.known[row].sum() == len(image)
@@ -228,7 +232,7 @@ def test_replay_equals_live(name):
 
 @every_family
 def test_a_padded_batch_equals_its_single_rows(name):
-    """Law (d): gaze, shares, output, hidden state and logits of a left-padded row are those of the row alone."""
+    """Law (d): gaze, segment_mass, output, hidden state and logits of a left-padded row are those of the row alone."""
     kind, told = family(name), story(name)
     backbone = find_backbone(kind.model)
     lengths = set()
@@ -251,7 +255,7 @@ def test_a_padded_batch_equals_its_single_rows(name):
 @every_family
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_watching_changes_no_logit(name, sampled):
-    """Law (c): with and without the tap, ids and logits are the same to the last bit."""
+    """Law (c): with and without the recorder, ids and logits are the same to the last bit."""
     kind = family(name)
     inputs = kind.batch()
     options = {"do_sample": sampled, **({"top_k": 0, "temperature": 1.3} if sampled else {})}
@@ -296,11 +300,11 @@ def test_leaving_restores_the_model(name, how):
     inputs = kind.batch()
     said = generate(kind.model, inputs, max_new_tokens=4)  # first: some classes install hooks of their own when they run
     before = shape_of(kind.model)
-    tap = Tap(kind.model, [(0, 1), (2, 3)])
+    recorder = AttentionRecorder(kind.model, [(0, 1), (2, 3)])
     try:
-        with tap:
+        with recorder:
             assert shape_of(kind.model) != before
-            tap.begin(announce(inputs))
+            recorder.begin(announce(inputs))
             if how == "raised":
                 raise KeyError("stumbled")
             if how != "unused":
@@ -316,18 +320,18 @@ def test_leaving_restores_the_model(name, how):
 
 
 def test_a_tap_can_be_used_again():
-    """Law (f), the tap's side: a tap that was left, or that met an exception, hears the next run as the first."""
+    """Law (f), the recorder's side: a recorder that was left, or that met an exception, hears the next run as the first."""
     kind, told = family("Qwen2.5-VL"), story("Qwen2.5-VL")
-    tap = Tap(kind.model, find_backbone(kind.model).heads())
-    with tap:
-        tap.begin(announce(told.inputs))
+    recorder = AttentionRecorder(kind.model, find_backbone(kind.model).heads())
+    with recorder:
+        recorder.begin(announce(told.inputs))
         with pytest.raises(KeyError):
             generate(kind.model, told.inputs, logits_processor=LogitsProcessorList([Stumble()]))
     for _ in range(2):
-        with tap:
-            tap.begin(announce(told.inputs))
+        with recorder:
+            recorder.begin(announce(told.inputs))
             generate(kind.model, told.inputs)
-            same_rows(tap.collect(), told.rows, 0)
+            same_rows(recorder.collect(), told.rows, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ law (i)
@@ -338,30 +342,30 @@ def test_hearing_nothing_raises(name):
     """Law (i): no begin, no run, a run of another batch size, and a watch that is over are errors with a way out."""
     kind = family(name)
     inputs = kind.batch()
-    with Tap(kind.model, [(1, 0)]) as tap:
-        with pytest.raises(NothingSeenError, match=r"did not run.*Run the model inside the watch"):
-            tap.collect()
-        tap.begin(announce(inputs))
-        with pytest.raises(NothingSeenError, match="layer 1 heard no attention"):
-            tap.collect()
+    with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
+        with pytest.raises(NoAttentionError, match=r"did not run.*Run the model inside the watch"):
+            recorder.collect()
+        recorder.begin(announce(inputs))
+        with pytest.raises(NoAttentionError, match="layer 1 heard no attention"):
+            recorder.collect()
         generate(kind.model, kind.batch([0]), max_new_tokens=2)
-        with pytest.raises(NothingSeenError, match="with the batch that the watch was opened for"):
-            tap.collect()
-    with pytest.raises(NothingSeenError):
-        tap.collect()
+        with pytest.raises(NoAttentionError, match="with the batch that the watch was opened for"):
+            recorder.collect()
+    with pytest.raises(NoAttentionError):
+        recorder.collect()
 
 
 def test_begin_forgets():
     """A second begin starts from nothing: its rows are those of the second run alone."""
     kind, told = family("Idefics3"), story("Idefics3")
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(announce(kind.batch([1])))
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(announce(kind.batch([1])))
         generate(kind.model, kind.batch([1]))
-        tap.begin(announce(told.inputs))
-        with pytest.raises(NothingSeenError):
-            tap.collect()
+        recorder.begin(announce(told.inputs))
+        with pytest.raises(NoAttentionError):
+            recorder.collect()
         generate(kind.model, told.inputs)
-        same_rows(tap.collect(), told.rows, 0)
+        same_rows(recorder.collect(), told.rows, 0)
 
 
 @given(
@@ -369,7 +373,7 @@ def test_begin_forgets():
 )
 def test_a_track_is_a_list_that_can_be_written_over(puts, start):
     """What is put goes after the rows before it and in place of those from it on; a narrow row is filled up with zeros."""
-    track, told, count = Track(), [], 0
+    track, told, count = RowBuffer(), [], 0
     for back, rows, width in puts:
         at = max(0, len(told) - back)
         new = [torch.full((2, width), float(count + i + 1)) for i in range(rows)]
@@ -386,7 +390,7 @@ def test_a_track_is_a_list_that_can_be_written_over(puts, start):
 
 def test_rows_heard_in_inference_mode_can_be_used_outside_of_it():
     """And blocks begun there can be written on; what is heard never asks for gradients by itself."""
-    track, heard = Track(), [torch.randn(2, 1, 4, requires_grad=True) for _ in range(3)]
+    track, heard = RowBuffer(), [torch.randn(2, 1, 4, requires_grad=True) for _ in range(3)]
     with torch.inference_mode():
         track.put(0, heard[0])
     with torch.enable_grad():
@@ -404,11 +408,11 @@ def test_rows_heard_in_inference_mode_can_be_used_outside_of_it():
 def test_a_long_text_is_kept_in_few_pieces():
     """Small tensors that stay from every word would break up the memory that a growing cache leaves (a factor of three)."""
     kind, new = family("LLaVA"), 70
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(announce(kind.batch()))
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(announce(kind.batch()))
         generate(kind.model, kind.batch(), max_new_tokens=new, min_new_tokens=new)
-        for layer in tap._layers.values():
-            tracks = {"queries": layer.queries, "openings": layer.openings, "output": layer.output, "hidden": tap._hidden}
+        for layer in recorder._layers.values():
+            tracks = {"queries": layer.queries, "openings": layer.openings, "output": layer.output, "hidden": recorder._hidden}
             for name, track in tracks.items():
                 pieces = {rows.untyped_storage().data_ptr() for _, rows in track.parts}
                 assert 0 < len(pieces) <= 2, f"{len(pieces)} pieces of {name}"
@@ -417,15 +421,15 @@ def test_a_long_text_is_kept_in_few_pieces():
 def test_the_cache_is_not_kept():
     """Once generate is over, its cache is the caller's alone; what was heard can still be told."""
     kind, told = family("LLaVA"), story("LLaVA")
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(announce(kind.batch()))
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(announce(kind.batch()))
         made = generate(kind.model, kind.batch())
         gone = weakref.ref(next(value for value in made.values() if isinstance(value, Cache)))
         del made
         gc.collect()
         assert gone() is None
         forward(kind.model, kind.batch())  # without a cache, so another run
-        same_rows(tap.collect(), told.rows, 1e-5)
+        same_rows(recorder.collect(), told.rows, 1e-5)
 
 
 def test_a_run_of_another_batch_is_not_mixed_in():
@@ -443,13 +447,13 @@ def test_a_run_of_another_batch_is_not_mixed_in():
 
 
 def test_a_second_run_is_not_mixed_in():
-    """A tap hears one run: a second one has a cache of its own, and is not appended."""
+    """A recorder hears one run: a second one has a cache of its own, and is not appended."""
     kind, told = family("LLaVA"), story("LLaVA")
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(announce(told.inputs))
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(announce(told.inputs))
         generate(kind.model, told.inputs)
         generate(kind.model, told.inputs, max_new_tokens=NEW + 2)
-        same_rows(tap.collect(), told.rows, 0)
+        same_rows(recorder.collect(), told.rows, 0)
 
 
 @every_family
@@ -457,8 +461,8 @@ def test_a_second_pass_without_a_cache_raises(name):
     """Two passes without a cache cannot be told apart, so the second is refused."""
     kind = family(name)
     inputs = kind.batch()
-    with Tap(kind.model, [(0, 0)]) as tap:
-        tap.begin(announce(inputs))
+    with AttentionRecorder(kind.model, [(0, 0)]) as recorder:
+        recorder.begin(announce(inputs))
         forward(kind.model, inputs)
         with pytest.raises(UnsupportedError, match=r"ran twice in one watch\. Call begin\(\) before each run"):
             forward(kind.model, inputs)
@@ -485,8 +489,8 @@ def test_a_prefix_mask_over_written_words_is_refused(words):
     kind, told = family("PaliGemma"), story("PaliGemma")
     whole = kind.extended(told.inputs, told.written[:, :words])
     whole["token_type_ids"][:] = 0
-    with Tap(kind.model, [(0, 0)]) as tap:
-        tap.begin(announce(told.inputs))
+    with AttentionRecorder(kind.model, [(0, 0)]) as recorder:
+        recorder.begin(announce(told.inputs))
         with pytest.raises(UnsupportedError, match="token_type_ids of 1"):
             forward(kind.model, whole)
 
@@ -511,16 +515,16 @@ def test_words_are_judged_by_the_models_logits(name):
     some = replace(deaf, likely=told.rows.likely.where(torch.arange(NEW)[:, None] % 3 > 0, -1))
     rarest = logs.argmin(-1)  # not among the likeliest, of which alone it is heard
     judged = [
-        (written, judge_words(backbone, backbone.heads(), rows, written))
+        (written, token_statistics(backbone, backbone.heads(), rows, written))
         for rows in (told.rows, deaf, some)
         for written in (told.written, rarest)
     ]
     for written, words in judged:
         close(words.logprobs, logs.gather(-1, written[..., None])[..., 0], 1e-4)
         close(words.entropy, -(logs.exp() * logs).sum(-1), 1e-4)
-        assert words.readout.shape == told.rows.output.shape[:3]
+        assert words.attribution.shape == told.rows.output.shape[:3]
     for (_, words), (_, heard) in zip(judged[2:], judged[:2] * 2, strict=True):
-        close(words.readout, heard.readout, 1e-4)
+        close(words.attribution, heard.attribution, 1e-4)
 
 
 def test_logits_of_other_rows_are_not_taken_for_those_of_the_words():
@@ -528,16 +532,16 @@ def test_logits_of_other_rows_are_not_taken_for_those_of_the_words():
     kind, told = family("LLaVA"), story("LLaVA")
     whole = model_inputs(kind.model, kind.extended(told.inputs, told.written))
     for keep in (1, 0, torch.arange(NEW + 1)):
-        with Tap(kind.model, [(1, 0)]) as tap:
-            tap.begin(announce(told.inputs))
+        with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
+            recorder.begin(announce(told.inputs))
             kind.model(**whole, use_cache=False, logits_to_keep=keep)
-            assert (tap.collect().likely == -1).all()
-    with Tap(kind.model, [(1, 0)]) as tap:
-        tap.begin(announce(told.inputs))
+            assert (recorder.collect().likely == -1).all()
+    with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
+        recorder.begin(announce(told.inputs))
         kind.model(**whole, use_cache=False, logits_to_keep=NEW + 1)  # these are the words' rows and no others
-        rows = tap.collect()
+        rows = recorder.collect()
     logs = told.logits.log_softmax(-1)
-    close(rows.logs[:, :NEW], likeliest(logs)[1], 1e-4)
+    close(rows.logs[:, :NEW], top_k_statistics(logs)[1], 1e-4)
     assert torch.equal(rows.likely[:, :NEW], told.rows.likely)
 
 
@@ -547,8 +551,8 @@ def test_a_row_that_runs_again_says_what_it_says_now():
     cache = DynamicCache(config=kind.model.config.get_text_config())
     how = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
     heard = []
-    with Tap(kind.model, [(1, 0)]) as tap:
-        tap.begin(announce(told.inputs))
+    with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
+        recorder.begin(announce(told.inputs))
         kind.model(**told.inputs, **how)
         mask = told.inputs["attention_mask"]
         for words in (told.written[:, :1], told.written[:, 1:2], told.written[:, :2], told.written[:, 2:3]):
@@ -557,8 +561,8 @@ def test_a_row_that_runs_again_says_what_it_says_now():
                 mask = told.inputs["attention_mask"]
             mask = F.pad(mask, (0, words.shape[1]), value=1)
             kind.model(input_ids=words, attention_mask=mask, **how)
-            heard.append((tap.collect().likely[0] >= 0).all(-1).tolist())
-        assert (tap.collect(start=2).likely >= 0)[0, :, 0].tolist() == [False, True]
+            heard.append((recorder.collect().likely[0] >= 0).all(-1).tolist())
+        assert (recorder.collect(start=2).likely >= 0)[0, :, 0].tolist() == [False, True]
     assert heard == [[True] * 2, [True] * 3, [True, False, False], [True, False, False, True]]
 
 
@@ -590,7 +594,7 @@ def test_readouts_and_the_rest_add_up_to_the_logit(name):
     for rival in (0, 5):  # the written word itself, and another one
         token = (told.written + rival) % VOCABULARY
         direction = backbone.unembedding.weight[token]
-        looked = readout(backbone, backbone.heads(), told.rows.output, told.rows.hidden, direction)
+        looked = direct_logit_attribution(backbone, backbone.heads(), told.rows.output, told.rows.hidden, direction)
         logit = backbone.logits(told.rows.hidden).gather(-1, token[..., None])[..., 0]
         close(looked.sum(-1) + (lens * direction).sum(-1), logit, 1e-3)
         assert looked.abs().mean() > 1e-2, "a test of sums needs summands"
@@ -604,20 +608,20 @@ def test_a_head_without_a_projection_has_no_readout(name):
     _, per_head = backbone.width(backbone.attention[1])
     backbone.projection(1).weight[:, 2 * per_head : 3 * per_head] = 0
     made, rows = live(kind.model, kind.batch())
-    words = judge_words(backbone, backbone.heads(), rows, made.sequences[:, -NEW:])
+    words = token_statistics(backbone, backbone.heads(), rows, made.sequences[:, -NEW:])
     silent = [head == (1, 2) for head in backbone.heads()]
-    assert not words.readout[..., silent].any()
-    assert words.readout[..., [not is_silent for is_silent in silent]].abs().amin((0, 1)).all()
+    assert not words.attribution[..., silent].any()
+    assert words.attribution[..., [not is_silent for is_silent in silent]].abs().amin((0, 1)).all()
 
 
 def test_readout_is_relative_to_the_rivals():
-    """The judged readout is the word's own readout minus the mean over its twenty likeliest rivals'."""
+    """The judged attribution is the word's own attribution minus the mean over its twenty likeliest rivals'."""
     told = story("Qwen3-VL")
     backbone = find_backbone(family("Qwen3-VL").model)
     heads = [(0, 3), (2, 1)]
     where = [backbone.heads().index(head) for head in heads]
     rows = replace(told.rows, output=told.rows.output[:, :, where])
-    words = judge_words(backbone, heads, rows, told.written)
+    words = token_statistics(backbone, heads, rows, told.written)
     for row in range(3):
         for step in range(NEW):
             ranked = told.logits[row, step].argsort(descending=True).tolist()
@@ -625,8 +629,10 @@ def test_readout_is_relative_to_the_rivals():
             rivals = [token for token in ranked[:21] if token != written]
             tokens = torch.tensor([written, *rivals])
             output, hidden = rows.output[row, step].expand(len(tokens), -1, -1), rows.hidden[row, step]
-            each = readout(backbone, heads, output, hidden.expand(len(tokens), -1), backbone.unembedding.weight[tokens])
-            close(words.readout[row, step], each[0] - each[1:].mean(0), 1e-4)
+            each = direct_logit_attribution(
+                backbone, heads, output, hidden.expand(len(tokens), -1), backbone.unembedding.weight[tokens]
+            )
+            close(words.attribution[row, step], each[0] - each[1:].mean(0), 1e-4)
 
 
 @every_family
@@ -636,13 +642,13 @@ def test_what_gaze_is_reduced_to_is_made_of_the_gaze(name):
     cells = told.rows.gaze.shape[-1]
     regions = torch.rand(3, cells, 5, generator=torch.Generator().manual_seed(1))
     expected = told.rows.gaze @ regions[:, None]
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(announce(told.inputs), lambda gaze: gaze @ regions[:, None])
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(announce(told.inputs), lambda gaze: gaze @ regions[:, None])
         generate(kind.model, told.inputs)
-        close(tap.looks(), expected, 1e-5)
-        tap.begin(announce(told.inputs), lambda gaze: gaze @ regions[:, None])
+        close(recorder.looks(), expected, 1e-5)
+        recorder.begin(announce(told.inputs), lambda gaze: gaze @ regions[:, None])
         forward(kind.model, kind.extended(told.inputs, told.written))
-        close(tap.looks()[:, :NEW], expected, 1e-5)
+        close(recorder.looks()[:, :NEW], expected, 1e-5)
 
 
 @every_family
@@ -653,26 +659,26 @@ def test_one_row_can_be_asked_for(name):
 
     class Ask(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            asked.append(tap.at(input_ids.shape[1] - 1))
+            asked.append(recorder.at(input_ids.shape[1] - 1))
             return scores
 
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(announce(told.inputs))
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(announce(told.inputs))
         generate(kind.model, told.inputs, logits_processor=LogitsProcessorList([Ask()]))
-        same_rows(tap.collect(), told.rows, 1e-5)
+        same_rows(recorder.collect(), told.rows, 1e-5)
     close(torch.stack([output for output, _ in asked], dim=1), told.rows.output, 1e-5)
     close(torch.stack([hidden for _, hidden in asked], dim=1), told.rows.hidden, 0)
 
 
 @every_family
 def test_chosen_heads_are_those_of_all(name):
-    """A tap on some heads, given in any order and twice, hears what a tap on all hears of them, by layer and head."""
+    """A recorder on some heads, given in any order and twice, hears what a recorder on all hears of them, by layer and head."""
     kind, told = family(name), story(name)
     every = find_backbone(kind.model).heads()
     _, rows = live(kind.model, told.inputs, [(2, 3), (0, 1), (2, 0), (0, 1)])
     where = [every.index(head) for head in ((0, 1), (2, 0), (2, 3))]
     close(rows.gaze, told.rows.gaze[:, :, where], 1e-6)
-    close(rows.shares, told.rows.shares[:, :, where], 1e-6)
+    close(rows.segment_mass, told.rows.segment_mass[:, :, where], 1e-6)
     close(rows.output, told.rows.output[:, :, where], 1e-6)
     close(rows.hidden, told.rows.hidden, 0)
 
@@ -692,7 +698,7 @@ def test_half_precision_is_near_the_truth(name):
     assert rows.hidden.dtype == torch.bfloat16
     assert rows.gaze.dtype == rows.output.dtype == torch.float32
     close(rows.gaze, truth.gaze, 0.03)
-    close(rows.shares, truth.shares, 0.03)
+    close(rows.segment_mass, truth.segment_mass, 0.03)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -702,16 +708,16 @@ def test_half_precision_is_near_the_truth(name):
 def test_two_taps_on_one_model(second):
     """A watched model is not watched again, and the first watch goes on unharmed."""
     kind, told = family("SmolVLM"), story("SmolVLM")
-    with Tap(kind.model, [(0, 0), (0, 1)]) as tap:
-        tap.begin(announce(told.inputs))
+    with AttentionRecorder(kind.model, [(0, 0), (0, 1)]) as recorder:
+        recorder.begin(announce(told.inputs))
         with (
             pytest.raises(UnsupportedError, match=r"watched already\. Leave the other watch first"),
-            Tap(kind.model, second),
+            AttentionRecorder(kind.model, second),
         ):
             pass
         generate(kind.model, told.inputs)
-        close(tap.collect().gaze, told.rows.gaze[:, :, :2], 1e-6)
-    with Tap(kind.model, second):
+        close(recorder.collect().gaze, told.rows.gaze[:, :, :2], 1e-6)
+    with AttentionRecorder(kind.model, second):
         pass
 
 
@@ -727,7 +733,7 @@ def test_two_taps_on_one_model(second):
 def test_unknown_heads_are_refused(heads, said):
     """Heads that the text decoder does not have, and none at all, are refused with what it has."""
     with pytest.raises(UnsupportedError, match=said):
-        Tap(family("LLaVA").model, heads)
+        AttentionRecorder(family("LLaVA").model, heads)
 
 
 def test_models_without_pictures_or_without_the_registry_are_refused():
@@ -735,7 +741,7 @@ def test_models_without_pictures_or_without_the_registry_are_refused():
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM has no image token.*text-only"):
         image_token_id(text_only())
     with pytest.raises(UnsupportedError, match="GitForCausalLM has no text attention"):
-        Tap(git(), [(0, 0)])
+        AttentionRecorder(git(), [(0, 0)])
 
 
 @every_family
@@ -751,11 +757,11 @@ def test_prompts_by_example():
     """Columns of image tokens in order, padded columns marked, kinds one-hot; padding is nothing, whatever its id."""
     ids = torch.tensor([[PAD, IMAGE, 5, IMAGE, 6], [5, IMAGE, IMAGE, 6, IMAGE], [4, 5, 6, 7, 8]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])
-    prompts = Prompts.of(ids, mask, IMAGE)
+    prompts = KeyLayout.from_ids(ids, mask, IMAGE)
     assert prompts.columns.tolist() == [[3, 0, 0], [1, 2, 4], [0, 0, 0]]
     assert prompts.cells.tolist() == [[True, False, False], [True] * 3, [False] * 3]
     assert torch.equal(prompts.real, mask.bool())
-    picture, prompt, generated, first = (SHARES.index(kind) for kind in ("picture", "prompt", "generated", "first"))
+    picture, prompt, generated, first = (SEGMENTS.index(kind) for kind in ("image", "prompt", "generated", "first"))
     kinds = prompts.kinds.argmax(-1)
     assert kinds[0, 2:].tolist() == [first, picture, prompt]
     assert kinds[1].tolist() == [first, picture, picture, prompt, picture]
@@ -765,7 +771,7 @@ def test_prompts_by_example():
 
 def test_prompts_need_no_mask():
     """Without a mask nothing is padding, even where the padding token stands; a picture may come first."""
-    prompts = Prompts.of(torch.tensor([[IMAGE, PAD, 3]]), None, IMAGE)
+    prompts = KeyLayout.from_ids(torch.tensor([[IMAGE, PAD, 3]]), None, IMAGE)
     assert prompts.real.all()
     assert prompts.kinds[0].argmax(-1).tolist() == [0, 1, 1]
     assert prompts.kinds[0].sum(-1).tolist() == [1, 1, 1]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from labkit import ANYTHING, make_trace
 
 from gazeguard.errors import ArtifactError
-from gazeguard.grid import ImageGrid
 from gazeguard.trace import MAX_FILE_BYTES, GazeTrace
+from gazeguard.vision.grid import ImageGrid
 
 WORDS = st.lists(st.text(st.characters(), min_size=1, max_size=6), max_size=8)
 
@@ -75,7 +75,7 @@ def test_what_was_saved_is_loaded_to_the_bit(folder, words, heads, side, finishe
     assert back.grid.sizes == grid.sizes
 
 
-@pytest.mark.parametrize("name", ["offsets", "logprobs", "entropy", "gaze", "shares", "readout"])
+@pytest.mark.parametrize("name", ["offsets", "logprobs", "entropy", "gaze", "segment_mass", "attribution"])
 def test_an_array_of_another_shape_is_refused(name):
     """Every array fits the tokens, heads and cells; the message says which does not, and what was expected."""
     good = getattr(make_trace(["a ", "star"]), name)

@@ -14,11 +14,10 @@ from labkit import processor
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from gazeguard.comics import COLOURS
-from gazeguard.inputs import encode, grids_of
-from gazeguard.lab import train as training
-from gazeguard.lab.model import build_model
-from gazeguard.lab.train import (
+from gazeguard.heads.strips import COLOURS
+from gazeguard.lab.training import tiny_train as training
+from gazeguard.lab.training.tiny_model import build_model
+from gazeguard.lab.training.tiny_train import (
     LEARNERS,
     Collator,
     FrozenLearner,
@@ -30,6 +29,7 @@ from gazeguard.lab.train import (
     train,
 )
 from gazeguard.lab.world import CELL, CELLS, NOUNS, lessons, samples, tales
+from gazeguard.vision.encoding import encode, image_grids
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_the_second_kind_is_told_what_its_processor_says():
         assert all(not turn.prompt.endswith("?") for turn in sample.turns)
     model = frozen().model
     asked = encode(model, llava(), [made[0].image], ["Describe the picture."])
-    (grid,) = grids_of(model, llava(), asked.inputs, asked.prompt_ids, asked.prompt_mask, [[made[0].image.size]])
+    (grid,) = image_grids(model, llava(), asked.inputs, asked.prompt_ids, asked.prompt_mask, [[made[0].image.size]])
     assert grid.pixels(13) == pytest.approx((12, 12, 24, 24))
     assert len(grid) == 144
 

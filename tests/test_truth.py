@@ -91,6 +91,6 @@ def test_no_colour_said_is_no_colour_wrong():
 def test_claims_are_judged_where_the_truth_is_clear(picture, caption, false):
     """Each claim by the words that are blamed; of "in panel one ... a star" that is the star, said last."""
     told = {
-        "panel" if picture.panels and c.kind == "place" else c.text: is_false for c, _, is_false in judged(picture, caption)
+        "panel" if picture.panels and c.kind == "location" else c.text: is_false for c, _, is_false in judged(picture, caption)
     }
     assert told == false

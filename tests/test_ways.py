@@ -31,9 +31,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from gazeguard.heads import fingerprint
-from gazeguard.inputs import model_inputs
-from gazeguard.tap import Call, Prompts, Rows, Tap, _dense, _flash, find_backbone, judge_words, likeliest
+from gazeguard.attention.attribution import token_statistics, top_k_statistics
+from gazeguard.attention.backbone import find_backbone
+from gazeguard.attention.buffers import CapturedActivations, KeyLayout
+from gazeguard.attention.kernels import Call, _dense, _flash
+from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.heads.artifact import fingerprint
+from gazeguard.vision.encoding import model_inputs
 
 NEW = 8
 NAMES = ("Idefics3", "Qwen3-VL", "LLaVA")
@@ -42,17 +46,17 @@ NAMES = ("Idefics3", "Qwen3-VL", "LLaVA")
 pytestmark = pytest.mark.usefixtures("quietly")
 
 
-def prompts_of(inputs: dict[str, Tensor]) -> Prompts:
-    return Prompts.of(inputs["input_ids"], inputs["attention_mask"], IMAGE)
+def prompts_of(inputs: dict[str, Tensor]) -> KeyLayout:
+    return KeyLayout.from_ids(inputs["input_ids"], inputs["attention_mask"], IMAGE)
 
 
-def live(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Rows, Any]:
+def live(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, CapturedActivations, Any]:
     """Generate in some way: the written ids (captions, T), what was heard of them, and what generate said."""
     options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **options}
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(prompts_of(inputs), reordered=options.get("num_beams", 1) > 1)
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(prompts_of(inputs), reordered=options.get("num_beams", 1) > 1)
         made = kind.model.generate(**inputs, **options)
-        rows = tap.collect(getattr(made, "beam_indices", None))
+        rows = recorder.collect(getattr(made, "beam_indices", None))
     return made.sequences[:, inputs["input_ids"].shape[1] :], rows, made
 
 
@@ -74,19 +78,19 @@ def truth(kind: Family, row: int, written: Tensor) -> tuple[Tensor, Tensor, Tens
     return torch.cat(attentions, dim=1)[0, :, steps].transpose(0, 1), image, states[0][0, steps]
 
 
-def assert_heard(kind: Family, written: Tensor, rows: Rows, prompts: list[int]) -> None:
+def assert_heard(kind: Family, written: Tensor, rows: CapturedActivations, prompts: list[int]) -> None:
     """Each caption, written after ``prompts[i]``, was heard as a plain pass would say."""
     assert rows.gaze.shape[1] >= written.shape[1]
     logs = find_backbone(kind.model).logits(rows.hidden).float().log_softmax(-1)
     said = (rows.likely >= 0).all(-1)
-    torch.testing.assert_close(rows.logs[said], likeliest(logs)[1][said], rtol=0, atol=1e-4)
+    torch.testing.assert_close(rows.logs[said], top_k_statistics(logs)[1][said], rtol=0, atol=1e-4)
     for i, row in enumerate(prompts):
         expected, image, hidden = truth(kind, row, written[i])
         steps = written.shape[1]
         for got, want in (
             (rows.gaze[i, :steps, :, : len(image)], expected[..., image]),
             (rows.hidden[i, :steps], hidden),
-            (rows.shares[i, :steps].sum(-1), torch.ones(steps, expected.shape[1])),
+            (rows.segment_mass[i, :steps].sum(-1), torch.ones(steps, expected.shape[1])),
         ):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
         assert rows.output.shape[:3] == rows.gaze.shape[:3]
@@ -139,7 +143,7 @@ def test_sliding_windows_are_heard(make, options):
     kind = make(12)
     written, rows, _ = live(kind, kind.batch(), **options)
     assert_heard(kind, written, rows, [0, 1, 2])
-    assert (rows.shares[..., 0] == 0).any(), "a test of windows needs pictures that leave them"
+    assert (rows.segment_mass[..., 0] == 0).any(), "a test of windows needs pictures that leave them"
 
 
 def test_a_static_cache_that_is_larger_than_needed():
@@ -176,12 +180,12 @@ def test_an_assistants_guesses_are_heard_once_they_stand():
     plain = kind.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     told = []
     for options in ({}, {"assistant_model": weaker}):
-        with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-            tap.begin(prompts_of(inputs))
+        with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+            recorder.begin(prompts_of(inputs))
             made = kind.model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
-            told.append(tap.collect())
+            told.append(recorder.collect())
         assert torch.equal(made, plain)
-    for name in ("shares", "output", "hidden"):
+    for name in ("segment_mass", "output", "hidden"):
         left, right = (getattr(rows, name)[:, :NEW] for rows in told)
         torch.testing.assert_close(left, right, rtol=0, atol=2e-5)
 
@@ -203,7 +207,7 @@ def test_a_continued_cache_is_heard_from_where_it_goes_on(name):
     words = {name: value for name, value in longer.items() if name != "pixel_values"}  # the cache has seen the pictures
     again, continued, _ = live(kind, words, **{CACHE: cache})
     assert torch.equal(whole, again)
-    for field in ("gaze", "shares", "output", "hidden"):
+    for field in ("gaze", "segment_mass", "output", "hidden"):
         torch.testing.assert_close(getattr(continued, field), getattr(together, field), rtol=0, atol=2e-5)
 
 
@@ -305,7 +309,7 @@ class Alone(nn.Module):
 
 @pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias", "sliding_window"])
 def test_what_alters_scores_is_honoured(option):
-    """Soft caps, sinks, position biases and windows: the weights that the tap computes give the kernel's own output."""
+    """Soft caps, sinks, position biases and windows: the weights that the recorder computes give the kernel's own output."""
     generator = torch.Generator().manual_seed(4)
     query, key, value = (torch.randn(2, heads, 7, 16, generator=generator) for heads in (4, 2, 2))
     given = {
@@ -316,13 +320,13 @@ def test_what_alters_scores_is_honoured(option):
     }
     options = {option: given[option]}
     model = family("LLaVA").model
-    with Tap(model, [(0, 1), (0, 2)]) as tap:
-        tap.begin(Prompts.of(torch.full((2, 1), IMAGE), None, IMAGE))
-        layer = tap._layers[0]
+    with AttentionRecorder(model, [(0, 1), (0, 2)]) as recorder:
+        recorder.begin(KeyLayout.from_ids(torch.full((2, 1), IMAGE), None, IMAGE))
+        layer = recorder._layers[0]
         layer.group, layer.scaling = 2, 0.25
         call = Call(Alone(), query, key, None, options)
         opening = (_dense if option == "position_bias" else _flash)(call, 3)
-        weights = tap._weigh(layer, call, query[:, :, -3:][:, [1, 2]], opening, [])
+        weights = recorder._weigh(layer, call, query[:, :, -3:][:, [1, 2]], opening, [])
     kernel = sdpa_attention_forward if option == "position_bias" else flash_by_hand
     module = Alone()
     module.num_key_value_groups = 2
@@ -335,7 +339,7 @@ def test_what_alters_scores_is_honoured(option):
 
 
 def test_compiled_decoding_is_heard():
-    """torch.compile with a static cache: the tap's own code is left out of the graph."""
+    """torch.compile with a static cache: the recorder's own code is left out of the graph."""
     kind = family("LLaVA")
     twin = copy.deepcopy(kind.model)
     other = Family(kind.name, twin, kind.cells, kind.pictures, kind.types)
@@ -395,15 +399,16 @@ def test_offloaded_layers_are_heard(tmp_path):
     assert_heard(kind, written, rows, [0, 1, 2])
     _, plain, _ = live(kind, inputs)
     one, two = (
-        judge_words(find_backbone(m), find_backbone(m).heads(), r, written) for m, r in ((model, rows), (kind.model, plain))
+        token_statistics(find_backbone(m), find_backbone(m).heads(), r, written)
+        for m, r in ((model, rows), (kind.model, plain))
     )
-    for field in ("logprobs", "entropy", "readout"):
+    for field in ("logprobs", "entropy", "attribution"):
         torch.testing.assert_close(getattr(one, field), getattr(two, field), rtol=0, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
 def test_a_peft_model_is_heard():
-    """A model with LoRA adapters is the same as the model with the adapters merged, readout included."""
+    """A model with LoRA adapters is the same as the model with the adapters merged, attribution included."""
     peft = pytest.importorskip("peft")
     kind = family("LLaVA")
     config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|o_proj)", init_lora_weights=False)
@@ -415,11 +420,11 @@ def test_a_peft_model_is_heard():
         other = Family(kind.name, model, kind.cells, kind.pictures, kind.types)
         written, rows, _ = live(other, kind.batch())
         backbone = find_backbone(model)
-        told.append((written, rows, judge_words(backbone, backbone.heads(), rows, written)))
+        told.append((written, rows, token_statistics(backbone, backbone.heads(), rows, written)))
     (one, rows, words), (two, others, same) = told
     assert torch.equal(one, two)
     torch.testing.assert_close(rows.gaze, others.gaze, rtol=0, atol=1e-4)
-    torch.testing.assert_close(words.readout, same.readout, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(words.attribution, same.attribution, rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------- steering
@@ -428,22 +433,22 @@ def test_a_peft_model_is_heard():
 class SteerFrom(LogitsProcessor):
     """Turns the look from a certain word on."""
 
-    def __init__(self, tap: Tap, bias: Tensor, step: int) -> None:
-        self.tap, self.bias, self.left = tap, bias, step
+    def __init__(self, recorder: AttentionRecorder, bias: Tensor, step: int) -> None:
+        self.recorder, self.bias, self.left = recorder, bias, step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.left -= 1
         if self.left == 0:
-            self.tap.steer(self.bias)
+            self.recorder.steer(self.bias)
         return scores
 
 
 def steered(kind: Family, inputs: dict[str, Tensor], bias: Tensor | None, prompt: bool = False, step: int = 0) -> Any:
-    with Tap(kind.model, find_backbone(kind.model).heads()) as tap:
-        tap.begin(prompts_of(inputs))
-        turn = SteerFrom(tap, bias, step)
+    with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
+        recorder.begin(prompts_of(inputs))
+        turn = SteerFrom(recorder, bias, step)
         if step == 0:
-            tap.steer(bias, prompt)
+            recorder.steer(bias, prompt)
         made = kind.model.generate(
             **inputs,
             max_new_tokens=NEW,
@@ -452,7 +457,7 @@ def steered(kind: Family, inputs: dict[str, Tensor], bias: Tensor | None, prompt
             return_dict_in_generate=True,
             logits_processor=LogitsProcessorList([turn]),
         )
-        return made, tap.collect()
+        return made, recorder.collect()
 
 
 def bias_of(kind: Family, inputs: dict[str, Tensor], value: float, cell: int = 1) -> Tensor:
@@ -560,11 +565,11 @@ class Waits(TorchDispatchMode):
 
 
 def counted(own: Any, waits: Waits) -> Any:
-    """A method of the tap whose waiting is counted, but for that of the first pass."""
+    """A method of the recorder whose waiting is counted, but for that of the first pass."""
 
-    def method(tap: Tap, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if tap._total < 0 else waits:
-            return own(tap, *args, **kwargs)
+    def method(recorder: AttentionRecorder, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.nullcontext() if recorder._total < 0 else waits:
+            return own(recorder, *args, **kwargs)
 
     return method
 
@@ -572,10 +577,10 @@ def counted(own: Any, waits: Waits) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=["", "beams", "static"])
 def test_the_tap_never_waits_for_the_device(name, options, monkeypatch):
-    """No tensor is turned into a number or moved inside the tap while words are written; only the first pass may."""
+    """No tensor is turned into a number or moved inside the recorder while words are written; only the first pass may."""
     kind, waits = family(name), Waits()
     for own in ("_hear_start", "hear", "_hear_output", "_hear_hidden"):
-        monkeypatch.setattr(Tap, own, counted(getattr(Tap, own), waits))
+        monkeypatch.setattr(AttentionRecorder, own, counted(getattr(AttentionRecorder, own), waits))
     live(kind, kind.batch(), **options)
     assert waits.found == []
     with waits:

@@ -10,21 +10,9 @@ from itertools import combinations, islice
 import numpy as np
 import pytest
 
-from gazeguard.comics import COLOURS, MAX_PANELS, ORDINALS
+from gazeguard.heads.strips import COLOURS, MAX_PANELS, ORDINALS
 from gazeguard.lab.truth import mentions
-from gazeguard.lab.world import (
-    CELL,
-    NOUNS,
-    PAGE,
-    PARTNER,
-    PLACES,
-    SPLITS,
-    USUAL_COLOUR,
-    ask,
-    describe,
-    lessons,
-    samples,
-)
+from gazeguard.lab.world import CELL, NOUNS, PAGE, PARTNER, PLACES, SPLITS, USUAL_COLOUR, ask, describe, lessons, samples
 
 # The world is part of every published figure: when a digest changes, models, detectors and baselines are of another
 # world. SHA-256 of the reprs of 50 samples, first 16 digits.

@@ -4,9 +4,9 @@ import pytest
 import transformers
 from zoo import BY_PROCESSOR, EXCEPTIONS, LAWS, LAYOUTS, MAKERS, OTHERS, works
 
+from gazeguard.attention.backbone import find_backbone
 from gazeguard.errors import UnsupportedError
-from gazeguard.inputs import image_token_id
-from gazeguard.tap import find_backbone
+from gazeguard.vision.encoding import image_token_id
 
 pytestmark = pytest.mark.usefixtures("quietly")
 

@@ -33,9 +33,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from gazeguard.errors import GazeGuardError, NothingSeenError, UnsupportedError
-from gazeguard.inputs import grids_of, image_token_id, model_inputs
-from gazeguard.tap import Keys, Prompts, Rows, Tap, find_backbone, keys_of, likeliest
+from gazeguard.attention.attribution import top_k_statistics
+from gazeguard.attention.backbone import find_backbone
+from gazeguard.attention.buffers import CapturedActivations, KeyLayout
+from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.attention.visual_keys import VisualKeys, visual_keys
+from gazeguard.errors import GazeGuardError, NoAttentionError, UnsupportedError
+from gazeguard.vision.encoding import image_grids, image_token_id, model_inputs
 
 NEW = 6
 GROUPS = (families, families_grids, families_tiles, families_others)
@@ -45,8 +49,8 @@ LAYOUTS: dict[str, str] = {name: told for group in GROUPS for name, told in grou
 LAYOUTS |= dict.fromkeys(("Gemma3", "LLaVA (Mistral)"), "one square per picture, row by row")
 
 
-def keys(kind: Family, inputs: dict[str, Tensor]) -> Keys:
-    return keys_of(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
+def keys(kind: Family, inputs: dict[str, Tensor]) -> VisualKeys:
+    return visual_keys(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
 
 
 def write(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Any:
@@ -54,21 +58,23 @@ def write(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> 
     return model.generate(**inputs, **how, output_logits=True, return_dict_in_generate=True)
 
 
-def heard(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], run: Callable[[], Any]) -> tuple[Any, Rows]:
-    """What ``run`` returned, and what a tap on all heads heard of it."""
-    with Tap(model, find_backbone(model).heads()) as tap:
-        tap.begin(Prompts.of(*keys(kind, inputs)))
-        return run(), tap.collect()
+def heard(
+    kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], run: Callable[[], Any]
+) -> tuple[Any, CapturedActivations]:
+    """What ``run`` returned, and what a recorder on all heads heard of it."""
+    with AttentionRecorder(model, find_backbone(model).heads()) as recorder:
+        recorder.begin(KeyLayout.from_ids(*keys(kind, inputs)))
+        return run(), recorder.collect()
 
 
-def replayed(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], written: Tensor) -> Rows:
+def replayed(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], written: Tensor) -> CapturedActivations:
     whole = kind.extended(inputs, written)
     rows = heard(kind, model, inputs, lambda: model(**model_inputs(model, whole), use_cache=False))[1]
-    return Rows(*(tensor[:, : written.shape[1]] for tensor in vars(rows).values()))
+    return CapturedActivations(*(tensor[:, : written.shape[1]] for tensor in vars(rows).values()))
 
 
 @cache
-def story(name: str) -> tuple[Family, dict[str, Tensor], Tensor, Any, Rows]:
+def story(name: str) -> tuple[Family, dict[str, Tensor], Tensor, Any, CapturedActivations]:
     """The family, a padded batch, the words written after it, what generate said, and what was heard."""
     kind = MAKERS[name]()
     inputs = kind.batch()
@@ -76,7 +82,12 @@ def story(name: str) -> tuple[Family, dict[str, Tensor], Tensor, Any, Rows]:
     return kind, inputs, made.sequences[:, -NEW:], made, rows
 
 
-def close(left: Rows, right: Rows, within: float, fields: tuple[str, ...] = ("gaze", "shares", "output")) -> None:
+def close(
+    left: CapturedActivations,
+    right: CapturedActivations,
+    within: float,
+    fields: tuple[str, ...] = ("gaze", "segment_mass", "output"),
+) -> None:
     for field in fields:
         torch.testing.assert_close(getattr(left, field), getattr(right, field), rtol=1e-4, atol=within, msg=lambda m: m[:300])
 
@@ -89,7 +100,7 @@ def reads_as_eager(name: str) -> None:
     kind, inputs, written, _, rows = story(name)
     twin = copy.deepcopy(kind.model)
     twin.set_attn_implementation("eager")
-    close(rows, replayed(kind, twin, inputs, written), 1e-5, ("gaze", "shares"))
+    close(rows, replayed(kind, twin, inputs, written), 1e-5, ("gaze", "segment_mass"))
     assert rows.gaze.max() > 0.05, "a test of looks needs a look"
 
 
@@ -100,7 +111,7 @@ def replay_is_live(name: str) -> None:
 
 
 def changes_no_logit(name: str) -> None:
-    """(c) With and without the tap, words and logits are the same to the last bit."""
+    """(c) With and without the recorder, words and logits are the same to the last bit."""
     kind, inputs, written, made, _ = story(name)
     plain = write(kind.model, inputs)
     assert torch.equal(plain.sequences[:, -NEW:], written)
@@ -115,13 +126,13 @@ def padding_moves_nothing(name: str) -> None:
         made, own = heard(kind, kind.model, alone, lambda alone=alone: write(kind.model, alone))
         assert torch.equal(made.sequences[0, -NEW:], written[row])
         cells = own.gaze.shape[-1]
-        part = Rows(*(tensor[row : row + 1] for tensor in vars(rows).values()))
+        part = CapturedActivations(*(tensor[row : row + 1] for tensor in vars(rows).values()))
         part = replace(part, gaze=part.gaze[..., :cells])
         close(own, part, 1e-4)
 
 
 def hidden_becomes_logits(name: str) -> None:
-    """The heard states, normed and unembedded, are the model's own logits: so are log-probability and readout."""
+    """The heard states, normed and unembedded, are the model's own logits: so are log-probability and attribution."""
     kind, _, _, made, rows = story(name)
     logits = find_backbone(kind.model).logits(rows.hidden)
     torch.testing.assert_close(logits, torch.stack(made.logits, dim=1).float(), rtol=1e-4, atol=1e-4, msg=lambda m: m[:300])
@@ -134,7 +145,7 @@ def logits_are_heard(name: str) -> None:
     said = (rows.likely >= 0).all(-1)
     assert said[:, 1:].all()
     torch.testing.assert_close(logs.gather(-1, rows.likely.clamp(min=0))[said], rows.logs[said])
-    for value, own in zip(likeliest(logs)[1:], (rows.logs, rows.entropy), strict=True):
+    for value, own in zip(top_k_statistics(logs)[1:], (rows.logs, rows.entropy), strict=True):
         torch.testing.assert_close(value[said], own[said])
 
 
@@ -142,12 +153,12 @@ def cells_are_found(name: str) -> None:
     """A rule says where each image cell lies, or that it lies nowhere, or the layout is refused with the way out."""
     kind, inputs, *_ = story(name)
     try:
-        grids = grids_of(kind.model, None, inputs, *keys(kind, inputs)[:2])
+        grids = image_grids(kind.model, None, inputs, *keys(kind, inputs)[:2])
     except UnsupportedError as error:
         if "grid=ImageGrid(...)" in str(error):
             return
         raise
-    assert [len(grid) for grid in grids] == Prompts.of(*keys(kind, inputs)).cells.sum(1).tolist()
+    assert [len(grid) for grid in grids] == KeyLayout.from_ids(*keys(kind, inputs)).cells.sum(1).tolist()
 
 
 def leaves_nothing_behind(name: str) -> None:
@@ -171,11 +182,11 @@ def leaves_nothing_behind(name: str) -> None:
 
 
 def silence_is_an_error(name: str) -> None:
-    """(i) A tap that heard nothing raises."""
+    """(i) A recorder that heard nothing raises."""
     kind, inputs, *_ = story(name)
     try:
         heard(kind, kind.model, inputs, lambda: None)
-    except NothingSeenError:
+    except NoAttentionError:
         return
     raise AssertionError("silence went by")
 
@@ -236,7 +247,7 @@ def examined(name: str) -> dict[str, Any]:
             kept[law.__name__] = EXCEPTIONS.get((name, law.__name__), str(error).strip().splitlines()[0])
     kind, inputs, *_ = story(name)
     try:
-        find = grids_of(kind.model, None, inputs, *keys(kind, inputs)[:2])
+        find = image_grids(kind.model, None, inputs, *keys(kind, inputs)[:2])
         grid = "found" if not np.isnan(find[0].boxes).all() else "no places: the answers of a resampler"
     except UnsupportedError:
         grid = "found with its processor and the pictures' sizes" if name in BY_PROCESSOR else "pass grid="

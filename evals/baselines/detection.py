@@ -26,9 +26,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import encode, model_inputs
 from gazeguard.lab import Sample
-from gazeguard.trace import SHARES, GazeTrace
+from gazeguard.trace import SEGMENTS, GazeTrace
+from gazeguard.vision.encoding import encode, model_inputs
 
 F64 = NDArray[np.float64]
 STRONGEST = 20
@@ -45,8 +45,8 @@ class Row:
 
 
 def _share(row: Row, name: str) -> F64:
-    """(all heads,) attention on one of `SHARES`."""
-    return row.trace.shares[row.at, :, SHARES.index(name)].astype(np.float64)
+    """(all heads,) attention on one of `SEGMENTS`."""
+    return row.trace.segment_mass[row.at, :, SEGMENTS.index(name)].astype(np.float64)
 
 
 def svar(rows: Sequence[Row]) -> F64:
@@ -54,7 +54,7 @@ def svar(rows: Sequence[Row]) -> F64:
     layers = np.array([layer for layer, _ in rows[0].trace.heads])
     depth = layers.max() + 1
     middle = (layers >= depth * 5 // 32) & (layers <= depth * 18 // 32)
-    return -np.array([_share(row, "picture")[middle].sum() for row in rows])
+    return -np.array([_share(row, "image_mass")[middle].sum() for row in rows])
 
 
 def preceding(rows: Sequence[Row]) -> F64:
@@ -64,7 +64,7 @@ def preceding(rows: Sequence[Row]) -> F64:
 
 
 def _lookback(row: Row) -> F64:
-    picture = _share(row, "picture") / row.trace.gaze.shape[-1]
+    picture = _share(row, "image_mass") / row.trace.gaze.shape[-1]
     written = _share(row, "generated") / max(1, row.at)
     return picture / np.maximum(picture + written, 1e-12)
 
@@ -105,7 +105,7 @@ def haloprobe(learnt: Sequence[Row], false: NDArray[np.bool_], rows: Sequence[Ro
 @torch.no_grad()
 def confidence(guard: GazeGuard, samples: Sequence[Sample], image: NDArray[np.int64], words: Sequence[str]) -> F64:
     """(claims,): ``words[k]`` is said of the picture of ``samples[image[k]]``. Image tokens never see the caption."""
-    norm, unembed = guard.tap.backbone.norm, guard.model.get_output_embeddings()
+    norm, unembed = guard.recorder.backbone.norm, guard.model.get_output_embeddings()
     pieces = [guard.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
     found = np.zeros(len(words))
     for number in np.unique(image):

@@ -1,8 +1,8 @@
 """How do the peers write? Their decoders on stock transformers, each a function from a batch of prompts to written ids.
 
-The functions take and give what ``model.generate`` does; ``options`` go to it (``max_new_tokens``, ``do_sample``, ...). Prompts
+The functions take and give what ``model.generate`` does; ``options`` go to it (``max_new_tokens``, ``do_sample``, ...). KeyLayout
 may be padded on the left. Nothing of a model's code is replaced: a second branch is a `LogitsProcessor`, and attention is
-turned through `gazeguard.tap.Tap.steer`.
+turned through `gazeguard.recorder.AttentionRecorder.steer`.
 
 Greedy, beam search and sampling are ``model.generate`` itself.
 """
@@ -20,14 +20,17 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from evals.detection import without
-from gazeguard.ask import CACHE
-from gazeguard.detector import Detector
+from gazeguard.attention.backbone import Head
+from gazeguard.attention.buffers import KeyLayout
+from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.attention.visual_keys import visual_keys
+from gazeguard.claims.parse import claims, things
+from gazeguard.decoding.verification import CACHE
+from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
-from gazeguard.inputs import image_token_id
-from gazeguard.lab.fit import captions_of
-from gazeguard.phrases import claims, things
+from gazeguard.lab.training.tiny_fit import captions_of
 from gazeguard.policy import Policy
-from gazeguard.tap import Head, Prompts, Tap, keys_of
+from gazeguard.vision.encoding import image_token_id
 
 Inputs = Mapping[str, Any]
 PLAUSIBLE = 0.1  # VCD's and PAI's beta
@@ -137,12 +140,14 @@ def middle_heads(heads: Sequence[Head]) -> list[Head]:
     return [head for head in heads if head[0] in layers[1:-1]]
 
 
-def turned(tap: Tap, inputs: Inputs, bias: float) -> None:
-    """A tap that listens from now on, and adds ``bias`` to its heads' scores of all image cells, wherever words are written."""
-    prompts = Prompts.of(*keys_of(tap.model, inputs, inputs["input_ids"], inputs["attention_mask"]))
-    tap.begin(prompts)
+def turned(recorder: AttentionRecorder, inputs: Inputs, bias: float) -> None:
+    """A recorder that uses_answers from now on, and adds ``bias`` to its heads' scores of all image cells, wherever words are written."""
+    prompts = KeyLayout.from_ids(*visual_keys(recorder.model, inputs, inputs["input_ids"], inputs["attention_mask"]))
+    recorder.begin(prompts)
     if bias:
-        tap.steer(torch.full((len(prompts.cells), len(tap.heads), prompts.cells.shape[1]), bias, device=tap.model.device))
+        recorder.steer(
+            torch.full((len(prompts.cells), len(recorder.heads), prompts.cells.shape[1]), bias, device=recorder.model.device)
+        )
 
 
 def without_picture(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
@@ -165,8 +170,8 @@ def pai(
     heads: all of the middle layers. Liu et al. 2024 (arXiv 2407.21771) add ``boost`` times a score's absolute value to it; here
     ``boost`` itself is added, which does not depend on where a head's scores have their zero.
     """
-    with Tap(model, heads) as tap:
-        turned(tap, inputs, boost)
+    with AttentionRecorder(model, heads) as recorder:
+        turned(recorder, inputs, boost)
         return _contrasted(model, inputs, Branch(model, without_picture(model, inputs)), alpha, beta, options)
 
 
@@ -181,8 +186,8 @@ def blindfolded(
 ) -> Tensor:
     """Contrast with a branch whose gaze heads are kept off the picture while words are written."""
     with ExitStack() as stack:
-        # Entered when the first branch has read its prompt, the tap hears the second alone: it follows one cache.
-        branch = Branch(model, inputs, lambda: turned(stack.enter_context(Tap(model, heads)), inputs, bias))
+        # Entered when the first branch has read its prompt, the recorder hears the second alone: it follows one cache.
+        branch = Branch(model, inputs, lambda: turned(stack.enter_context(AttentionRecorder(model, heads)), inputs, bias))
         return _contrasted(model, inputs, branch, alpha, beta, options)
 
 
@@ -212,5 +217,5 @@ def random_guard(guard: GazeGuard, captions: int, seed: int, policy: str | Polic
     listener = GazeGuard(guard.model, guard.processor, heads=heads)
     learnt, held = (captions_of(listener, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2)))
     detector = Detector.fit(learnt.x, learnt.false, learnt.kind, heads, without(heads.heads))
-    tuned = detector.tuned(held.x, held.false, held.kind, held.image)
+    tuned = detector.calibrated(held.x, held.false, held.kind, held.image)
     return GazeGuard(guard.model, guard.processor, policy=policy, heads=heads, detector=tuned)

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gazeguard.comics import COLOURS, ORDINALS
+from gazeguard.claims.parse import Claim, Phrase, chunk, claims
+from gazeguard.heads.strips import COLOURS, ORDINALS
 from gazeguard.lab.world import NOUNS, Picture, Thing
-from gazeguard.phrases import Claim, Phrase, chunk, claims
 
 _PANEL = re.compile(rf"\bpanel ({'|'.join(ORDINALS)})\b")
 
@@ -75,7 +75,7 @@ def judged(picture: Picture, caption: str) -> list[tuple[Claim, Mention, bool]]:
             continue
         if claim.kind == "object" and (mention.placed or not mention.present):
             found.append((claim, mention, not mention.present))
-        elif claim.kind == "place" and mention.present:
+        elif claim.kind == "location" and mention.present:
             found.append((claim, mention, not mention.placed))
         elif claim.kind == "attribute" and mention.placed and word in COLOURS:
             found.append((claim, mention, not mention.colour))
@@ -88,5 +88,5 @@ def _is_where_said(thing: Thing, picture: Picture, caption: str, phrases: Sequen
     if picture.panels:
         said = _PANEL.findall(caption[: phrases[i].start])
         return not said or ORDINALS[thing.panel] == said[-1]
-    place = phrases[i + 1] if i + 1 < len(phrases) and phrases[i + 1].kind == "place" else None
+    place = phrases[i + 1] if i + 1 < len(phrases) and phrases[i + 1].kind == "location" else None
     return place is None or place.text.lower() == thing.place

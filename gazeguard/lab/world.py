@@ -24,7 +24,7 @@ from typing import Literal
 
 from PIL import Image, ImageDraw
 
-from gazeguard.comics import COLOURS, MAX_PANELS, ORDINALS, PLACES, Box, a_phrase, glyph, join, panel_boxes
+from gazeguard.heads.strips import COLOURS, MAX_PANELS, ORDINALS, PLACES, Box, a_phrase, glyph, join, panel_boxes
 
 PAGE = 144  # pixels, both ways
 CELL = 12  # pixels; things lie in slots of 2 x 2 cells, anywhere on the lattice
