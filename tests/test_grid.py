@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from families import Family
-from families_tiles import VIDEO
+from families.tiles import VIDEO
 from hypothesis import given
 from hypothesis import strategies as st
 from labkit import processor

@@ -1,6 +1,6 @@
 """What do the laws say of every family? ``python tests/zoo.py --out FILE`` examines them all and writes the table.
 
-A family is a tiny model of a real transformers class (`families.py` and the files beside it). The laws are those of
+A family is a tiny model of a real transformers class (the package `families`). The laws are those of
 `gazeguard.trace`, as far as they need no processor.
 """
 
@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import families
-import families_grids
-import families_others
-import families_tiles
 import numpy as np
 import torch
 import transformers
 import typer
-from families import Family, quietly
+from families import Family, grids, others, quietly, tiles
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.progress import track
@@ -42,7 +39,7 @@ from gazeguard.errors import GazeGuardError, NoAttentionError, UnsupportedError
 from gazeguard.vision.encoding import image_grids, image_token_id, model_inputs
 
 NEW = 6
-GROUPS = (families, families_grids, families_tiles, families_others)
+GROUPS = (families, grids, tiles, others)
 MAKERS: dict[str, Callable[[], Family]] = {name: make for group in GROUPS for name, make in group.MAKERS.items()}
 MAKERS |= {"Gemma3": lambda: families.gemma3(12), "LLaVA (Mistral)": lambda: families.llava_mistral(12)}  # sliding windows
 LAYOUTS: dict[str, str] = {name: told for group in GROUPS for name, told in group.LAYOUTS.items()}
@@ -219,7 +216,7 @@ BY_PROCESSOR = (
     *("AyaVision", "Cohere2Vision", "Fuyu", "GOT-OCR2", "Inkling", "InternVL", "Lfm2-VL", "Llama4", "MiniCPM-OCR"),
     *("MiniCPM-V 4.6", "MiniCPM-V 4.7", "Ovis2", "PPChart2Table", "QianfanOCR", "Step3p7", "UnlimitedOCR"),
 )
-OTHERS = families_others.OTHERS  # models whose words see the picture by a way that is refused
+OTHERS = others.OTHERS  # models whose words see the picture by a way that is refused
 
 
 NOT_TRIED = {  # keys of the mapping that cannot be built here, or write no text word by word

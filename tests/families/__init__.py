@@ -85,31 +85,31 @@ class Family:
         return made
 
     def _prompt(self, row: int) -> Tensor:
-        words = torch.randint(2, IMAGE, (8 + 3 * row,), generator=_seed(row))
+        words = torch.randint(2, IMAGE, (8 + 3 * row,), generator=seeded(row))
         images = [torch.tensor([START] + [IMAGE] * count + [END]) for count in self.cells(row)]
         return torch.cat((words[:3], *images, words[3:]))
 
 
-def _seed(number: int) -> torch.Generator:
+def seeded(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def _noise(row: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=_seed(1000 + row))
+def draw_noise(row: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=seeded(1000 + row))
 
 
-def _squares(rows: Sequence[int]) -> dict[str, Tensor]:
+def squares(rows: Sequence[int]) -> dict[str, Tensor]:
     """``pixel_values`` (pictures, 3, 16, 16) for two pictures in odd rows and one in even rows."""
-    return {"pixel_values": torch.cat([_noise(row, 1 + row % 2, 3, 16, 16) for row in rows])}
+    return {"pixel_values": torch.cat([draw_noise(row, 1 + row % 2, 3, 16, 16) for row in rows])}
 
 
-def _several(cells: int) -> Callable[[int], list[int]]:
+def several(cells: int) -> Callable[[int], list[int]]:
     return lambda row: [cells] * (1 + row % 2)
 
 
 def draw_weights(model: PreTrainedModel, seed: int = 0, peak: float = 3.0) -> PreTrainedModel:
     """The model with fresh weights of a size that makes attention peaky, ready to be read."""
-    generator = _seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -127,7 +127,7 @@ def draw_weights(model: PreTrainedModel, seed: int = 0, peak: float = 3.0) -> Pr
     return model.eval()
 
 
-def _build(kind: type[PreTrainedModel], config: Any, attention: str = "sdpa") -> PreTrainedModel:
+def build(kind: type[PreTrainedModel], config: Any, attention: str = "sdpa") -> PreTrainedModel:
     model = kind._from_config(config, attn_implementation=attention)
     return draw_weights(model)
 
@@ -149,7 +149,7 @@ def _idefics3(config: Any, kind: type[PreTrainedModel], name: str) -> Family:
         most = max(1 + row % 2 for row in rows)
         pixels = torch.zeros(len(rows), most, 3, 16, 16)
         for i, row in enumerate(rows):
-            pixels[i, : 1 + row % 2] = _noise(row, 1 + row % 2, 3, 16, 16)
+            pixels[i, : 1 + row % 2] = draw_noise(row, 1 + row % 2, 3, 16, 16)
         return {"pixel_values": pixels}
 
     made = config(
@@ -159,7 +159,7 @@ def _idefics3(config: Any, kind: type[PreTrainedModel], name: str) -> Family:
         scale_factor=2,
         pad_token_id=PAD,
     )
-    return Family(name, _build(kind, made), _several(4), pictures)
+    return Family(name, build(kind, made), several(4), pictures)
 
 
 def llava() -> Family:
@@ -169,7 +169,7 @@ def llava() -> Family:
         vision_config={"model_type": "clip_vision_model", **TOWER, "projection_dim": 32},
         image_token_index=IMAGE,
     )
-    return Family("LLaVA", _build(tf.LlavaForConditionalGeneration, config), _several(16), _squares)
+    return Family("LLaVA", build(tf.LlavaForConditionalGeneration, config), several(16), squares)
 
 
 def _qwen(config: Any, kind: type[PreTrainedModel], name: str, vision: dict[str, Any], text: dict[str, Any]) -> Family:
@@ -178,7 +178,7 @@ def _qwen(config: Any, kind: type[PreTrainedModel], name: str, vision: dict[str,
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         grids = [shape(row) for row in rows]
-        patches = [_noise(row, h * w, 3 * 2 * 4 * 4) for row, (h, w) in zip(rows, grids, strict=True)]
+        patches = [draw_noise(row, h * w, 3 * 2 * 4 * 4) for row, (h, w) in zip(rows, grids, strict=True)]
         return {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor([(1, h, w) for h, w in grids])}
 
     tower = {
@@ -202,7 +202,7 @@ def _qwen(config: Any, kind: type[PreTrainedModel], name: str, vision: dict[str,
     )
     return Family(
         name,
-        _build(kind, made),
+        build(kind, made),
         lambda row: [shape(row)[0] * shape(row)[1] // 4],
         pictures,
         ("mm_token_type_ids", 1, 0),
@@ -243,8 +243,8 @@ def internvl() -> Family:
         image_seq_length=4,
         tie_word_embeddings=False,
     )
-    model = _build(tf.InternVLForConditionalGeneration, config)
-    return Family("InternVL", model, lambda row: [4 * (1 + row % 2)], _squares)
+    model = build(tf.InternVLForConditionalGeneration, config)
+    return Family("InternVL", model, lambda row: [4 * (1 + row % 2)], squares)
 
 
 def mistral3() -> Family:
@@ -253,7 +253,7 @@ def mistral3() -> Family:
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         pixels = torch.zeros(len(rows), 3, 16, 24)
         for i, row in enumerate(rows):
-            pixels[i, :, :, : 16 + 8 * (row % 2)] = _noise(row, 3, 16, 16 + 8 * (row % 2))
+            pixels[i, :, :, : 16 + 8 * (row % 2)] = draw_noise(row, 3, 16, 16 + 8 * (row % 2))
         return {"pixel_values": pixels, "image_sizes": torch.tensor([(16, 16 + 8 * (row % 2)) for row in rows])}
 
     config = tf.Mistral3Config(
@@ -263,7 +263,7 @@ def mistral3() -> Family:
         spatial_merge_size=2,
         tie_word_embeddings=False,
     )
-    model = _build(tf.Mistral3ForConditionalGeneration, config)
+    model = build(tf.Mistral3ForConditionalGeneration, config)
     return Family("Mistral3", model, lambda row: [4 + 2 * (row % 2)], pictures)
 
 
@@ -275,8 +275,8 @@ def paligemma() -> Family:
         image_token_index=IMAGE,
         projection_dim=WIDTH,
     )
-    model = _build(tf.PaliGemmaForConditionalGeneration, config)
-    return Family("PaliGemma", model, _several(16), _squares, ("token_type_ids", 0, 1))
+    model = build(tf.PaliGemmaForConditionalGeneration, config)
+    return Family("PaliGemma", model, several(16), squares, ("token_type_ids", 0, 1))
 
 
 def aya_vision() -> Family:
@@ -291,7 +291,7 @@ def aya_vision() -> Family:
         alignment_intermediate_size=32,
         tie_word_embeddings=False,
     )
-    return Family("AyaVision", _build(tf.AyaVisionForConditionalGeneration, config), _several(4), _squares)
+    return Family("AyaVision", build(tf.AyaVisionForConditionalGeneration, config), several(4), squares)
 
 
 MAKERS: dict[str, Callable[[], Family]] = {
@@ -340,7 +340,7 @@ def family(name: str) -> Family:
 
 
 def text_only() -> PreTrainedModel:
-    return _build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT))
+    return build(tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT))
 
 
 def git() -> PreTrainedModel:
@@ -349,7 +349,7 @@ def git() -> PreTrainedModel:
         vision_config={**TOWER},
         **{key: value for key, value in TEXT.items() if key != "num_key_value_heads"},
     )
-    return _build(tf.GitForCausalLM, config, attention="eager")
+    return build(tf.GitForCausalLM, config, attention="eager")
 
 
 def llava_mistral(window: int) -> Family:
@@ -359,7 +359,7 @@ def llava_mistral(window: int) -> Family:
         vision_config={"model_type": "clip_vision_model", **TOWER, "projection_dim": 32},
         image_token_index=IMAGE,
     )
-    return Family("LLaVA-Mistral", _build(tf.LlavaForConditionalGeneration, config), _several(16), _squares)
+    return Family("LLaVA-Mistral", build(tf.LlavaForConditionalGeneration, config), several(16), squares)
 
 
 def gemma3(window: int) -> Family:
@@ -375,5 +375,5 @@ def gemma3(window: int) -> Family:
         image_token_index=IMAGE,
         mm_tokens_per_image=4,
     )
-    model = _build(tf.Gemma3ForConditionalGeneration, config)
-    return Family("Gemma3", model, _several(4), _squares, ("token_type_ids", 1, 0))
+    model = build(tf.Gemma3ForConditionalGeneration, config)
+    return Family("Gemma3", model, several(4), squares, ("token_type_ids", 1, 0))

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 import transformers as tf
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from families import (
     END,
     IMAGE,
@@ -21,15 +24,13 @@ from families import (
     VOCABULARY,
     WIDTH,
     Family,
-    _build,
-    _noise,
-    _seed,
-    _several,
-    _squares,
+    build,
+    draw_noise,
     draw_weights,
+    seeded,
+    several,
+    squares,
 )
-from torch import Tensor
-from transformers import PreTrainedModel
 
 LLAMA: dict[str, Any] = {"model_type": "llama", **TEXT}
 QFORMER: dict[str, Any] = {
@@ -86,7 +87,7 @@ class LevelFamily(Family):
 
     def _prompt(self, row: int) -> Tensor:
         prompt = super()._prompt(row)
-        return torch.cat((prompt, torch.randint(2, IMAGE, (40 - len(prompt),), generator=_seed(50 + row))))
+        return torch.cat((prompt, torch.randint(2, IMAGE, (40 - len(prompt),), generator=seeded(50 + row))))
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _shifted(model: PreTrainedModel, by: float, *endings: str) -> PreTrainedMode
 
 
 def _calm(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    """A model whose attention is less peaky than `_build`'s, where rounding would grow through its layers."""
+    """A model whose attention is less peaky than `build`'s, where rounding would grow through its layers."""
     return draw_weights(kind._from_config(config, attn_implementation="sdpa"), peak=2.0)
 
 
@@ -139,7 +140,7 @@ def _starting(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _one_square(rows: Sequence[int]) -> dict[str, Tensor]:
-    return {"pixel_values": torch.cat([_noise(row, 1, 3, 16, 16) for row in rows])}
+    return {"pixel_values": torch.cat([draw_noise(row, 1, 3, 16, 16) for row in rows])}
 
 
 def _no_cells(_: int) -> list[int]:
@@ -159,7 +160,7 @@ def idefics2() -> Family:
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         pixels = torch.zeros(len(rows), max(1 + row % 2 for row in rows), 3, 16, 16)
         for i, row in enumerate(rows):
-            pixels[i, : 1 + row % 2] = _noise(row, 1 + row % 2, 3, 16, 16)
+            pixels[i, : 1 + row % 2] = draw_noise(row, 1 + row % 2, 3, 16, 16)
         return {"pixel_values": pixels}
 
     config = tf.Idefics2Config(
@@ -175,7 +176,7 @@ def idefics2() -> Family:
         },
         image_token_id=IMAGE,
     )
-    return Family("Idefics2", _calm(tf.Idefics2ForConditionalGeneration, config), _several(5), pictures)
+    return Family("Idefics2", _calm(tf.Idefics2ForConditionalGeneration, config), several(5), pictures)
 
 
 def aria() -> Family:
@@ -186,7 +187,7 @@ def aria() -> Family:
         projector_patch_to_query_dict={16: 5},
         image_token_index=IMAGE,
     )
-    return Family("Aria", _calm(tf.AriaForConditionalGeneration, config), _several(5), _squares)
+    return Family("Aria", _calm(tf.AriaForConditionalGeneration, config), several(5), squares)
 
 
 def fast_vlm() -> Family:
@@ -204,7 +205,7 @@ def fast_vlm() -> Family:
         image_token_index=IMAGE,
     )
     model = draw_weights(tf.FastVlmForConditionalGeneration._from_config(config))  # a ResNet has no attention to name
-    return Family("FastVLM", model, _several(4), _squares)
+    return Family("FastVLM", model, several(4), squares)
 
 
 def chameleon() -> Family:
@@ -222,8 +223,8 @@ def chameleon() -> Family:
         },
         vocabulary_map={"<image>": IMAGE, **{f"IMGIMG{'ABCDEFGH'[code]}Z": 100 + code for code in range(CODES)}},
     )
-    model = _shifted(_build(tf.ChameleonForConditionalGeneration, config), 1.7, "q_norm.weight", "k_norm.weight")
-    return Family("Chameleon", model, _several(16), _squares)
+    model = _shifted(build(tf.ChameleonForConditionalGeneration, config), 1.7, "q_norm.weight", "k_norm.weight")
+    return Family("Chameleon", model, several(16), squares)
 
 
 def emu3() -> Family:
@@ -231,7 +232,7 @@ def emu3() -> Family:
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         sizes = torch.tensor([(16, 16 + 8 * (row % 2)) for row in rows])
-        return {"pixel_values": torch.cat([_noise(row, 1, 3, 16, 24) for row in rows]), "image_sizes": sizes}
+        return {"pixel_values": torch.cat([draw_noise(row, 1, 3, 16, 24) for row in rows]), "image_sizes": sizes}
 
     config = tf.Emu3Config(
         text_config=TEXT,
@@ -257,11 +258,11 @@ def fuyu() -> Family:
     """No tower: patches go straight into Persimmon text, whose queries, keys and values are one projection."""
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {"pixel_values": torch.cat([_noise(row, 1 + row % 2, 6, 12) for row in rows])}
+        return {"pixel_values": torch.cat([draw_noise(row, 1 + row % 2, 6, 12) for row in rows])}
 
     text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
     config = tf.FuyuConfig(text_config={"model_type": "persimmon", **text}, patch_size=2, image_token_id=IMAGE)
-    model = _shifted(_build(tf.FuyuForCausalLM, config), 0.7, "q_layernorm.weight", "k_layernorm.weight")
+    model = _shifted(build(tf.FuyuForCausalLM, config), 0.7, "q_layernorm.weight", "k_layernorm.weight")
     return Family("Fuyu", model, lambda row: [3, 3] * (1 + row % 2), pictures)
 
 
@@ -286,8 +287,8 @@ def blip_2() -> Family:
         num_query_tokens=5,
         image_token_index=IMAGE,
     )
-    model = _inner(_build(tf.Blip2ForConditionalGeneration, config), "language_model")
-    return Family("BLIP-2", model, _several(5), _squares)
+    model = _inner(build(tf.Blip2ForConditionalGeneration, config), "language_model")
+    return Family("BLIP-2", model, several(5), squares)
 
 
 def blip_2_t5() -> Family:
@@ -308,23 +309,23 @@ def blip_2_t5() -> Family:
         num_query_tokens=5,
         image_token_index=IMAGE,
     )
-    model = _starting(_inner(_build(tf.Blip2ForConditionalGeneration, config), "language_model"))
-    return EncodedFamily("BLIP-2 (T5)", model, _several(5), _squares)
+    model = _starting(_inner(build(tf.Blip2ForConditionalGeneration, config), "language_model"))
+    return EncodedFamily("BLIP-2 (T5)", model, several(5), squares)
 
 
 def _instruct_blip(config: Any, kind: type[PreTrainedModel], name: str, token: str, frames: int) -> Family:
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         shape = (3, 16, 16) if frames == 1 else (frames, 3, 16, 16)
         counts = [1 + row % 2 for row in rows]
-        words = torch.cat([torch.randint(1, 16, (n, 4), generator=_seed(row)) for n, row in zip(counts, rows, strict=True)])
+        words = torch.cat([torch.randint(1, 16, (n, 4), generator=seeded(row)) for n, row in zip(counts, rows, strict=True)])
         return {
-            "pixel_values": torch.cat([_noise(row, n, *shape) for n, row in zip(counts, rows, strict=True)]),
+            "pixel_values": torch.cat([draw_noise(row, n, *shape) for n, row in zip(counts, rows, strict=True)]),
             "qformer_input_ids": words,
             "qformer_attention_mask": torch.ones_like(words),
         }
 
     made = config(text_config=LLAMA, vision_config=TOWER, qformer_config=QFORMER, num_query_tokens=5, **{token: IMAGE})
-    return Family(name, _inner(_calm(kind, made), "language_model"), _several(5 * frames), pictures)
+    return Family(name, _inner(_calm(kind, made), "language_model"), several(5 * frames), pictures)
 
 
 def instruct_blip() -> Family:
@@ -342,8 +343,8 @@ def instruct_blip_video() -> Family:
 def kosmos_2() -> Family:
     """A mask says where the latents go; the text part has its own ``generate``; a norm before the output projection."""
     config = tf.Kosmos2Config(text_config=KOSMOS, vision_config=TOWER, latent_query_num=5, tie_word_embeddings=False)
-    model = _inner(_build(tf.Kosmos2ForConditionalGeneration, config), "text_model")
-    return LevelFamily("Kosmos-2", model, _several(5), _squares, ("image_embeds_position_mask", 1, 0))
+    model = _inner(build(tf.Kosmos2ForConditionalGeneration, config), "text_model")
+    return LevelFamily("Kosmos-2", model, several(5), squares, ("image_embeds_position_mask", 1, 0))
 
 
 def kosmos_2_5() -> Family:
@@ -351,7 +352,7 @@ def kosmos_2_5() -> Family:
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         at = torch.cartesian_prod(torch.arange(1, 3), torch.arange(1, 4)).float()
-        return {"flattened_patches": torch.stack([torch.cat((at, _noise(row, 6, 12)), dim=1) for row in rows])}
+        return {"flattened_patches": torch.stack([torch.cat((at, draw_noise(row, 6, 12)), dim=1) for row in rows])}
 
     config = tf.Kosmos2_5Config(
         text_config=KOSMOS,
@@ -367,7 +368,7 @@ def kosmos_2_5() -> Family:
         latent_query_num=5,
         tie_word_embeddings=False,
     )
-    model = _build(tf.Kosmos2_5ForConditionalGeneration, config)
+    model = build(tf.Kosmos2_5ForConditionalGeneration, config)
     return LevelFamily("Kosmos-2.5", model, lambda row: [5], pictures, ("image_embeds_position_mask", 1, 0))
 
 
@@ -376,7 +377,7 @@ def nemotron_h_omni() -> Family:
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         grids = _grids(rows)
-        patches = [_noise(row, h * w, 3 * 4 * 4) for row, (h, w) in zip(rows, grids, strict=True)]
+        patches = [draw_noise(row, h * w, 3 * 4 * 4) for row, (h, w) in zip(rows, grids, strict=True)]
         return {"pixel_values": torch.cat(patches), "image_grid_hw": torch.tensor(grids)}
 
     text = {key: value for key, value in TEXT.items() if key != "num_hidden_layers"}
@@ -429,8 +430,8 @@ def t5gemma2() -> Family:
         decoder=text,
         image_token_index=IMAGE,
     )
-    model = _shifted(_build(tf.T5Gemma2ForConditionalGeneration, config), 0.7, "q_norm.weight", "k_norm.weight")
-    return EncodedFamily("T5Gemma2", model, _several(4), _squares)
+    model = _shifted(build(tf.T5Gemma2ForConditionalGeneration, config), 0.7, "q_norm.weight", "k_norm.weight")
+    return EncodedFamily("T5Gemma2", model, several(4), squares)
 
 
 @dataclass(frozen=True)
@@ -465,7 +466,7 @@ def mllama() -> Family:
         for i, row in enumerate(rows):
             shapes[i, : 1 + row % 2] = torch.tensor([2 - row // 2, 1])[: 1 + row % 2]  # two tiles, or one
             for number in range(1 + row % 2):
-                pixels[i, number, : shapes[i, number]] = _noise(10 * row + number, int(shapes[i, number]), 3, 16, 16)
+                pixels[i, number, : shapes[i, number]] = draw_noise(10 * row + number, int(shapes[i, number]), 3, 16, 16)
         mask = torch.stack((torch.ones_like(shapes), shapes == 2), dim=-1).long()
         return {"pixel_values": pixels, "aspect_ratio_ids": shapes, "aspect_ratio_mask": mask}
 
@@ -486,12 +487,12 @@ def mllama() -> Family:
         },
         image_token_index=IMAGE,
     )
-    model = _build(tf.MllamaForConditionalGeneration, config)
+    model = build(tf.MllamaForConditionalGeneration, config)
     with torch.no_grad():
         for name, gate in model.named_parameters():
             if name.endswith("_gate"):
                 gate.add_(0.7)  # from shut, as they are made, to open
-    return TileFamily("Mllama", model, _several(1), pictures)
+    return TileFamily("Mllama", model, several(1), pictures)
 
 
 @dataclass(frozen=True)
@@ -518,7 +519,7 @@ def idefics(latents: int = 0) -> Family:
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         pixels = torch.zeros(len(rows), max(1 + row % 2 for row in rows), 3, 16, 16)
         for i, row in enumerate(rows):
-            pixels[i, : 1 + row % 2] = _noise(row, 1 + row % 2, 3, 16, 16)
+            pixels[i, : 1 + row % 2] = draw_noise(row, 1 + row % 2, 3, 16, 16)
         return {"pixel_values": pixels}
 
     config = tf.IdeficsConfig(
@@ -538,7 +539,7 @@ def idefics(latents: int = 0) -> Family:
         alpha_type="vector",
         tie_word_embeddings=False,
     )
-    return ApartFamily("Idefics", _build(tf.IdeficsForVisionText2Text, config), _no_cells, pictures)
+    return ApartFamily("Idefics", build(tf.IdeficsForVisionText2Text, config), _no_cells, pictures)
 
 
 def florence_2() -> Family:
@@ -559,8 +560,8 @@ def florence_2() -> Family:
         },
         image_token_id=IMAGE,
     )
-    model = _starting(_build(tf.Florence2ForConditionalGeneration, config))
-    return EncodedFamily("Florence-2", model, _several(5), _squares)
+    model = _starting(build(tf.Florence2ForConditionalGeneration, config))
+    return EncodedFamily("Florence-2", model, several(5), squares)
 
 
 MAKERS: dict[str, Callable[[], Family]] = {
@@ -611,7 +612,7 @@ def pix2struct() -> Family:
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         at = torch.cartesian_prod(torch.arange(1, 3), torch.arange(1, 4)).float()
-        patches = torch.stack([torch.cat((at, _noise(row, 6, 12)), dim=1) for row in rows])
+        patches = torch.stack([torch.cat((at, draw_noise(row, 6, 12)), dim=1) for row in rows])
         return {"flattened_patches": patches, "attention_mask": torch.ones(len(rows), 6)}
 
     config = tf.Pix2StructConfig(
@@ -626,7 +627,7 @@ def pix2struct() -> Family:
             "seq_len": 8,
         },
     )
-    return PictureFamily("Pix2Struct", _starting(_build(tf.Pix2StructForConditionalGeneration, config)), _no_cells, pictures)
+    return PictureFamily("Pix2Struct", _starting(build(tf.Pix2StructForConditionalGeneration, config)), _no_cells, pictures)
 
 
 def udop() -> Family:
@@ -638,14 +639,14 @@ def udop() -> Family:
     config = tf.UdopConfig(
         **T5, vocab_size=VOCABULARY, d_model=WIDTH, image_size=16, patch_size=4, max_2d_position_embeddings=32
     )
-    return Family("UDOP", _starting(_build(tf.UdopForConditionalGeneration, config)), _no_cells, pictures)
+    return Family("UDOP", _starting(build(tf.UdopForConditionalGeneration, config)), _no_cells, pictures)
 
 
 def pp_formulanet() -> Family:
     """BART's decoder over a convolved map of patches; no prompt."""
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {"pixel_values": torch.cat([_noise(row, 1, 3, 32, 32) for row in rows])}
+        return {"pixel_values": torch.cat([draw_noise(row, 1, 3, 32, 32) for row in rows])}
 
     config = tf.PPFormulaNetConfig(
         text_config=BART,
@@ -665,7 +666,7 @@ def pp_formulanet() -> Family:
             "decoder_hidden_size": WIDTH,
         },
     )
-    model = _starting(_build(tf.PPFormulaNetForConditionalGeneration, config))
+    model = _starting(build(tf.PPFormulaNetForConditionalGeneration, config))
     return PictureFamily("PPFormulaNet", model, _no_cells, pictures)
 
 
@@ -680,7 +681,7 @@ def vision_encoder_decoder() -> Family:
             **{key: value for key, value in TEXT.items() if key not in ("num_key_value_heads", "max_position_embeddings")},
         },
     )
-    model = _starting(_build(tf.VisionEncoderDecoderModel, config))
+    model = _starting(build(tf.VisionEncoderDecoderModel, config))
     return PictureFamily("VisionEncoderDecoder", model, _no_cells, _one_square)
 
 
@@ -688,14 +689,14 @@ def git() -> Family:
     """Picture tokens before the words, without a place among the ids; attention that the class computes by itself."""
     text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
     config = tf.GitConfig(vision_config=TOWER, **text)
-    return Family("GIT", _build(tf.GitForCausalLM, config, attention="eager"), _no_cells, _one_square)
+    return Family("GIT", build(tf.GitForCausalLM, config, attention="eager"), _no_cells, _one_square)
 
 
 def blip() -> Family:
     """Cross attention over a ViT that the class computes by itself; the text part has its own ``generate``."""
     text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
     config = tf.BlipConfig(text_config=text, vision_config=TOWER)
-    model = _build(tf.BlipForConditionalGeneration, config, attention="eager")
+    model = build(tf.BlipForConditionalGeneration, config, attention="eager")
     return Family("BLIP", _inner(model, "text_decoder"), _no_cells, _one_square)
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 import transformers as tf
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from families import (
     END,
     IMAGE,
@@ -21,14 +24,12 @@ from families import (
     VOCABULARY,
     WIDTH,
     Family,
-    _build,
-    _noise,
-    _several,
-    _squares,
+    build,
+    draw_noise,
     draw_weights,
+    several,
+    squares,
 )
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 VIDEO = 123
 LLAMA: dict[str, Any] = {"model_type": "llama", **TEXT}
@@ -51,8 +52,8 @@ SAM: dict[str, Any] = {
 
 
 def _pages(rows: Sequence[int]) -> dict[str, Tensor]:
-    """``pixel_values`` (pictures, 3, 32, 32), as `_squares` but larger."""
-    return {"pixel_values": torch.cat([_noise(row, 1 + row % 2, 3, 32, 32) for row in rows])}
+    """``pixel_values`` (pictures, 3, 32, 32), as `squares` but larger."""
+    return {"pixel_values": torch.cat([draw_noise(row, 1 + row % 2, 3, 32, 32) for row in rows])}
 
 
 def _run(cells: int) -> Callable[[int], list[int]]:
@@ -74,7 +75,7 @@ def _sharpen(model: PreTrainedModel, name: str, times: float = 1.0, plus: float 
 def vipllava() -> Family:
     """Features of several layers of the CLIP tower side by side."""
     config = tf.VipLlavaConfig(text_config=LLAMA, vision_config=CLIP, image_token_index=IMAGE, vision_feature_layer=[-1, -2])
-    return Family("VipLlava", _build(tf.VipLlavaForConditionalGeneration, config), _several(16), _squares)
+    return Family("VipLlava", build(tf.VipLlavaForConditionalGeneration, config), several(16), squares)
 
 
 SIZES = ((16, 32), (8, 32), (32, 16))  # the heights and widths of the pictures of rows 0, 1 and 2
@@ -86,12 +87,12 @@ def _any_res(config: Any, kind: type[PreTrainedModel], name: str, cells: Sequenc
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         return {
-            "pixel_values": torch.stack([_noise(row, 3, 3, 16, 16) for row in rows]),
+            "pixel_values": torch.stack([draw_noise(row, 3, 3, 16, 16) for row in rows]),
             "image_sizes": torch.tensor([SIZES[row % 3] for row in rows]),
         }
 
     made = config(image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS, tie_word_embeddings=False, **options)
-    return Family(name, _build(kind, made), lambda row: [cells[row % 3]], pictures)
+    return Family(name, build(kind, made), lambda row: [cells[row % 3]], pictures)
 
 
 def llava_next() -> Family:
@@ -136,7 +137,7 @@ def llava_onevision() -> Family:
 def video_llava() -> Family:
     """Two CLIP towers, one of them for videos."""
     config = tf.VideoLlavaConfig(text_config=LLAMA, vision_config=CLIP, image_token_index=IMAGE, video_token_index=VIDEO)
-    return Family("VideoLLaVA", _build(tf.VideoLlavaForConditionalGeneration, config), _several(16), _squares)
+    return Family("VideoLLaVA", build(tf.VideoLlavaForConditionalGeneration, config), several(16), squares)
 
 
 # -------------------------------------------------------------------------------------------------- square pictures
@@ -150,7 +151,7 @@ def qianfan_ocr() -> Family:
         image_token_id=IMAGE,
         image_seq_length=4,
     )
-    return Family("QianfanOCR", _build(tf.QianfanOCRForConditionalGeneration, config), _run(4), _squares)
+    return Family("QianfanOCR", build(tf.QianfanOCRForConditionalGeneration, config), _run(4), squares)
 
 
 def llama4() -> Family:
@@ -174,7 +175,7 @@ def llama4() -> Family:
     config = tf.Llama4Config(
         text_config=text, vision_config=tower, image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END
     )
-    return Family("Llama4", _build(tf.Llama4ForConditionalGeneration, config), _several(4), _squares)
+    return Family("Llama4", build(tf.Llama4ForConditionalGeneration, config), several(4), squares)
 
 
 def ovis2() -> Family:
@@ -187,9 +188,9 @@ def ovis2() -> Family:
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
     )
-    model = _build(tf.Ovis2ForConditionalGeneration, config)
+    model = build(tf.Ovis2ForConditionalGeneration, config)
     model.generation_config.suppress_tokens += [124, 125, 126]
-    return Family("Ovis2", model, _several(4), _squares)
+    return Family("Ovis2", model, several(4), squares)
 
 
 def cohere2_vision() -> Family:
@@ -201,7 +202,7 @@ def cohere2_vision() -> Family:
         image_token_id=IMAGE,
         alignment_intermediate_size=64,
     )
-    return Family("Cohere2Vision", _build(tf.Cohere2VisionForConditionalGeneration, config), _several(4), _squares)
+    return Family("Cohere2Vision", build(tf.Cohere2VisionForConditionalGeneration, config), several(4), squares)
 
 
 def shieldgemma2() -> Family:
@@ -222,8 +223,8 @@ def shieldgemma2() -> Family:
         eoi_token_index=END,
         mm_tokens_per_image=4,
     )
-    model = _build(tf.Gemma3ForConditionalGeneration, config)
-    return Family("ShieldGemma2", model, _several(4), _squares, ("token_type_ids", 1, 0))
+    model = build(tf.Gemma3ForConditionalGeneration, config)
+    return Family("ShieldGemma2", model, several(4), squares, ("token_type_ids", 1, 0))
 
 
 def janus() -> Family:
@@ -242,20 +243,20 @@ def janus() -> Family:
         },
         image_token_id=IMAGE,
     )
-    return Family("Janus", _build(tf.JanusForConditionalGeneration, config), _several(16), _squares)
+    return Family("Janus", build(tf.JanusForConditionalGeneration, config), several(16), squares)
 
 
 def deepseek_vl() -> Family:
     """SigLIP tower, Llama text, tied embeddings."""
     config = tf.DeepseekVLConfig(text_config=LLAMA, vision_config=SIGLIP, image_token_id=IMAGE)
-    return Family("DeepseekVL", _build(tf.DeepseekVLForConditionalGeneration, config), _several(16), _squares)
+    return Family("DeepseekVL", build(tf.DeepseekVLForConditionalGeneration, config), several(16), squares)
 
 
 def deepseek_vl_hybrid() -> Family:
     """DeepseekVL with a SAM tower beside the SigLIP one, whose map is brought to the same grid."""
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {**_squares(rows), "high_res_pixel_values": _pages(rows)["pixel_values"]}
+        return {**squares(rows), "high_res_pixel_values": _pages(rows)["pixel_values"]}
 
     config = tf.DeepseekVLHybridConfig(
         text_config=LLAMA,
@@ -263,8 +264,8 @@ def deepseek_vl_hybrid() -> Family:
         high_res_vision_config={"model_type": "sam_vision_model", **SAM},
         image_token_id=IMAGE,
     )
-    model = _build(tf.DeepseekVLHybridForConditionalGeneration, config)
-    return Family("DeepseekVL-Hybrid", model, _several(16), pictures)
+    model = build(tf.DeepseekVLHybridForConditionalGeneration, config)
+    return Family("DeepseekVL-Hybrid", model, several(16), pictures)
 
 
 def _got(config: Any, name: str) -> Family:
@@ -292,14 +293,14 @@ def _sizes(rows: Sequence[int]) -> dict[str, Tensor]:
     sizes = [(16, 16 + 8 * (row % 2)) for row in rows]
     pixels = torch.zeros(len(rows), 3, 16, 24)
     for i, row in enumerate(rows):
-        pixels[i, :, :, : sizes[i][1]] = _noise(row, 3, *sizes[i])
+        pixels[i, :, :, : sizes[i][1]] = draw_noise(row, 3, *sizes[i])
     return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
 def lighton_ocr() -> Family:
     """Mistral3's tower with Qwen3 text and tied embeddings, without break tokens."""
     config = tf.LightOnOcrConfig(text_config=QWEN3, vision_config=PIXTRAL, image_token_id=IMAGE)
-    model = _build(tf.LightOnOcrForConditionalGeneration, config)
+    model = build(tf.LightOnOcrForConditionalGeneration, config)
     return Family("LightOnOCR", model, lambda row: [4 + 2 * (row % 2)], _sizes)
 
 
@@ -328,7 +329,7 @@ def mistral_large4() -> Family:
         },
     }
     config = tf.MistralLarge4Config(text_config=text, vision_config=PIXTRAL, image_token_index=IMAGE)
-    model = _sharpen(_build(tf.MistralLarge4ForConditionalGeneration, config), "q_proj", times=4)
+    model = _sharpen(build(tf.MistralLarge4ForConditionalGeneration, config), "q_proj", times=4)
     return Family("Mistral-Large-4", model, lambda row: [4 + 2 * (row % 2)], _sizes)
 
 
@@ -342,7 +343,7 @@ def lfm2_vl() -> Family:
         most = max(4 * width(row) for row in rows)
         pixels, mask = torch.zeros(len(rows), most, 3 * 4 * 4), torch.zeros(len(rows), most, dtype=torch.long)
         for i, row in enumerate(rows):
-            pixels[i, : 4 * width(row)] = _noise(row, 4 * width(row), 3 * 4 * 4)
+            pixels[i, : 4 * width(row)] = draw_noise(row, 4 * width(row), 3 * 4 * 4)
             mask[i, : 4 * width(row)] = 1
         shapes = torch.tensor([(4, width(row)) for row in rows])
         return {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask}
@@ -359,7 +360,7 @@ def lfm2_vl() -> Family:
         image_token_id=IMAGE,
         projector_hidden_size=32,
     )
-    model = _sharpen(_build(tf.Lfm2VlForConditionalGeneration, config), "q_layernorm", times=3)
+    model = _sharpen(build(tf.Lfm2VlForConditionalGeneration, config), "q_layernorm", times=3)
     return Family("Lfm2-VL", model, lambda row: [width(row)], pictures)
 
 
@@ -368,8 +369,8 @@ def _global_and_local(side: int) -> Callable[[Sequence[int]], dict[str, Tensor]]
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         return {
-            "pixel_values": torch.cat([_noise(row, 1, 3, 32, 32) for row in rows]),
-            "pixel_values_local": torch.cat([_noise(row + 50, 1 + row % 2, 3, side, side) for row in rows]),
+            "pixel_values": torch.cat([draw_noise(row, 1, 3, 32, 32) for row in rows]),
+            "pixel_values_local": torch.cat([draw_noise(row + 50, 1 + row % 2, 3, side, side) for row in rows]),
             "num_local_patches": torch.tensor([1 + row % 2 for row in rows]),
         }
 
@@ -399,7 +400,7 @@ def step3p7() -> Family:
     config = tf.Step3p7Config(
         text_config=text, vision_config={**TOWER, "image_size": 32, "mlp_ratio": 1.0}, image_token_id=IMAGE
     )
-    model = _sharpen(_build(tf.Step3p7ForConditionalGeneration, config), "q_norm", plus=1)
+    model = _sharpen(build(tf.Step3p7ForConditionalGeneration, config), "q_norm", plus=1)
     return Family("Step3p7", model, lambda row: [4 + 1 + row % 2], _global_and_local(16))
 
 
@@ -436,7 +437,7 @@ def unlimited_ocr() -> Family:
         vision_config={"sam_config": SAM_ENCODER, "encoder_config": {**TOWER, "image_size": 8}},
         image_token_id=IMAGE,
     )
-    model = _build(tf.UnlimitedOcrForConditionalGeneration, config)
+    model = build(tf.UnlimitedOcrForConditionalGeneration, config)
     return Family("UnlimitedOCR", model, lambda row: [2 * 3 + 1 + 2 * (1 + row % 2)], pictures)
 
 
@@ -454,7 +455,7 @@ def _gemma4(config: Any, kind: type[PreTrainedModel], name: str, patch: int, poo
         pixels, places = torch.zeros(len(rows), most, 3 * patch * patch), torch.full((len(rows), most, 2), -1)
         for i, row in enumerate(rows):
             h, w = shape(row)
-            pixels[i, : h * w] = _noise(row, h * w, 3 * patch * patch).sigmoid()
+            pixels[i, : h * w] = draw_noise(row, h * w, 3 * patch * patch).sigmoid()
             places[i, : h * w] = torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(1)
         return {"pixel_values": pixels, "image_position_ids": places}
 
@@ -472,7 +473,7 @@ def _gemma4(config: Any, kind: type[PreTrainedModel], name: str, patch: int, poo
     options["text_config"] = {**text, **options["text_config"]}
     special = {"boi_token_id": START, "eoi_token_id": END, "image_token_id": IMAGE, "video_token_id": VIDEO}
     made = config(**options, **special, boa_token_id=124, audio_token_id=125, eoa_token_index=126)
-    model = _sharpen(_build(kind, made), "q_norm", times=0.2)  # it does not divide scores by the root of the head's width
+    model = _sharpen(build(kind, made), "q_norm", times=0.2)  # it does not divide scores by the root of the head's width
     model.generation_config.suppress_tokens += [124, 125, 126]
     return Family(name, model, lambda row: [2 * (2 + row % 2)], pictures, ("mm_token_type_ids", 1, 0))
 
@@ -526,7 +527,7 @@ def _minicpm(config: Any, kind: type[PreTrainedModel], name: str, merge: int, **
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         shapes = [shape(row) for row in rows]
-        strips = [_noise(row, 1, 3, 4, 4 * h * w) for row, (h, w) in zip(rows, shapes, strict=True)]
+        strips = [draw_noise(row, 1, 3, 4, 4 * h * w) for row, (h, w) in zip(rows, shapes, strict=True)]
         return {"pixel_values": torch.cat(strips, dim=3), "target_sizes": torch.tensor(shapes, dtype=torch.int32)}
 
     text = {
@@ -549,7 +550,7 @@ def _minicpm(config: Any, kind: type[PreTrainedModel], name: str, merge: int, **
     made = config(
         text_config=text, vision_config=TOWER, insert_layer_id=0, image_token_id=IMAGE, video_token_id=VIDEO, **options
     )
-    model = _sharpen(_build(kind, made), "q_norm", plus=0.5)
+    model = _sharpen(build(kind, made), "q_norm", plus=0.5)
     return Family(name, model, lambda row: [2 * (2 + row % 2)], pictures)
 
 
@@ -615,7 +616,7 @@ def granite_docling() -> Family:
         most = max(1 + row % 2 for row in rows)
         pixels, mask = torch.zeros(len(rows), most, 3, 16, 16), torch.zeros(len(rows), most, dtype=torch.bool)
         for i, row in enumerate(rows):
-            pixels[i, : 1 + row % 2] = _noise(row, 1 + row % 2, 3, 16, 16)
+            pixels[i, : 1 + row % 2] = draw_noise(row, 1 + row % 2, 3, 16, 16)
             mask[i, : 1 + row % 2] = True
         return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
@@ -625,7 +626,7 @@ def granite_docling() -> Family:
         image_token_id=IMAGE,
         pad_token_id=PAD,
     )
-    return Family("GraniteDocling", _build(tf.GraniteDoclingForConditionalGeneration, config), _several(4), pictures)
+    return Family("GraniteDocling", build(tf.GraniteDoclingForConditionalGeneration, config), several(4), pictures)
 
 
 def molmo2() -> Family:
@@ -641,7 +642,7 @@ def molmo2() -> Family:
         for i, row in enumerate(rows):
             h, w = shape(row)
             pooling += [windows + 32 * i, windows[: h * w] + 32 * i + 16]
-        pixels = torch.cat([_noise(row, 2, 16, 3 * 4 * 4) for row in rows])
+        pixels = torch.cat([draw_noise(row, 2, 16, 3 * 4 * 4) for row in rows])
         return {"pixel_values": pixels, "image_token_pooling": torch.cat(pooling), "image_grids": grids}
 
     tower = {"num_key_value_heads": 2, "head_dim": 16}
@@ -663,7 +664,7 @@ def molmo2() -> Family:
         frame_start_token_id=124,
         frame_end_token_id=125,
     )
-    model = _sharpen(_build(tf.Molmo2ForConditionalGeneration, config), "q_norm", times=0.5)
+    model = _sharpen(build(tf.Molmo2ForConditionalGeneration, config), "q_norm", times=0.5)
     return Family("Molmo2", model, lambda row: [4 + shape(row)[0] * 2], pictures, ("mm_token_type_ids", 1, 0))
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import transformers as tf
-from families import END, IMAGE, START, TEXT, TOWER, WIDTH, Family, _noise, draw_weights, qwen2_5_vl
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from families import END, IMAGE, START, TEXT, TOWER, WIDTH, Family, draw_noise, draw_weights, qwen2_5_vl
 
 PATCH = 4
 FLAT, DEEP = (3 * PATCH**2,), (3 * 2 * PATCH**2,)  # the numbers of a patch, of one frame or of two
@@ -62,7 +63,7 @@ def _merged(row: int) -> list[int]:
 
 def _patches(rows: Sequence[int], patch: Sequence[int]) -> dict[str, Tensor]:
     grids = [(1, *_shape(row)) for row in rows]
-    pixels = [_noise(row, h * w, *patch) for row, (_, h, w) in zip(rows, grids, strict=True)]
+    pixels = [draw_noise(row, h * w, *patch) for row, (_, h, w) in zip(rows, grids, strict=True)]
     return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}
 
 
@@ -123,7 +124,7 @@ def qwen2_5_vl_video() -> Family:
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         films = [film(row) for row in rows]
-        pixels = [_noise(row + 50, math.prod(told), *DEEP) for row, told in zip(rows, films, strict=True)]
+        pixels = [draw_noise(row + 50, math.prod(told), *DEEP) for row, told in zip(rows, films, strict=True)]
         made = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor(films)}
         odd = [row for row in rows if row % 2]
         return {**made, **(_patches(odd, DEEP) if odd else {})}
@@ -477,7 +478,7 @@ def inkling() -> Family:
         return [4 + 2 * (row % 3)]
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {"pixel_values": torch.cat([_noise(row, *cells(row), 2, PATCH, PATCH, 3) for row in rows])}
+        return {"pixel_values": torch.cat([draw_noise(row, *cells(row), 2, PATCH, PATCH, 3) for row in rows])}
 
     config = tf.InklingConfig(
         text_config={
@@ -499,7 +500,7 @@ def inkling2() -> Family:
 
     def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
         made = _patches(rows, (1,))["image_grid_thw"] // torch.tensor([1, 2, 2])
-        pixels = [_noise(row, *_merged(row), 2 * PATCH, 2 * PATCH, 3) for row in rows]
+        pixels = [draw_noise(row, *_merged(row), 2 * PATCH, 2 * PATCH, 3) for row in rows]
         return {"pixel_values": torch.cat(pixels), "image_grid_thw": made}
 
     config = tf.Inkling2Config(
