@@ -379,7 +379,7 @@ class GazeGuard:
             grid = grids[b * len(grids) // len(captions)]
             trace = self._trace(whole, b, own, ids, text, offsets, grid, finished=stops[b] < len(written[b]))
             reason = self._too_long(prompted[b * len(prompted) // len(captions)] + len(ids))
-            self.reports.append(self._unchecked(text, reason, trace) if reason else self.judge(trace))
+            self.reports.append(self.unchecked(text, reason, trace) if reason else self.judge(trace))
         if self.policy.verify is not None:
             cache = loop.cache if loop is not None else next((v for v in _values(made) if isinstance(v, Cache)), None)
             self.reports = self._verified(self.reports, given, cache)
@@ -473,7 +473,7 @@ class GazeGuard:
                 check_prompt(self.processor, prompts[i])
                 pictures[i] = load_image(image)
             except InputError as error:
-                unchecked[i] = self._unchecked(caption if isinstance(caption, str) else "", str(error))
+                unchecked[i] = self.unchecked(caption if isinstance(caption, str) else "", str(error))
         made = self._encoded(list(pictures), pictures, captions, prompts)
         return Prepared(unchecked | made.unchecked, made.parts)
 
@@ -498,14 +498,14 @@ class GazeGuard:
             raise
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # one picture's shape, say, refused for all
             if len(todo) == 1:
-                return Prepared({todo[0]: self._unchecked(told[0], f"the processor refuses it: {_line(error)}")}, [])
+                return Prepared({todo[0]: self.unchecked(told[0], f"the processor refuses it: {_line(error)}")}, [])
             halves = (todo[: len(todo) // 2], todo[len(todo) // 2 :])
             first, second = (self._encoded(half, pictures, captions, prompts) for half in halves)
             return Prepared(first.unchecked | second.unchecked, [*first.parts, *second.parts])
         keys = visual_keys(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
         prompted = self._prompted(keys, batch.prompt_mask)
         long = {
-            i: self._unchecked(captions[i], reason)
+            i: self.unchecked(captions[i], reason)
             for i, before, ids in zip(todo, prompted, batch.caption_ids, strict=True)
             if (reason := self._too_long(before + len(ids)))
         }
@@ -615,24 +615,24 @@ class GazeGuard:
         told: for things of the caption that the model was asked about, the log-odds of its yes against its no
         """
         if len(trace) == 0:
-            return self._unchecked(trace.text, "the caption is empty")
+            return self.unchecked(trace.text, "the caption is empty")
         if trace.segment_mass[..., SEGMENTS.index("image")].max() < UNSEEN:
-            return self._unchecked(trace.text, "the gaze heads never looked at the picture", trace)
+            return self.unchecked(trace.text, "the gaze heads never looked at the picture", trace)
         if not (said := claims(trace.text, self.nlp)):
-            return self._unchecked(trace.text, "the caption names nothing that could be checked", trace)
+            return self.unchecked(trace.text, "the caption names nothing that could be checked", trace)
         if self.detector is None:
-            return self._unchecked(trace.text, "no detector is fitted for this model", trace)
+            return self.unchecked(trace.text, "no detector is fitted for this model", trace)
         if not (said := [claim for claim in said if claim.kind in self.detector.kinds]):
-            return self._unchecked(trace.text, "the detector knows none of the kinds of claims in the caption", trace)
+            return self.unchecked(trace.text, "the detector knows none of the kinds of claims in the caption", trace)
         spans = [span for c in said for span in (c.span, c.phrase.head, *c.phrase.attributes, c.related) if span is not None]
         if strange := next((span for span in spans if not trace.tokens(span.start, span.end)), None):
-            return self._unchecked(trace.text, f"no token covers {strange.text!r}", trace)
+            return self.unchecked(trace.text, f"no token covers {strange.text!r}", trace)
         kinds = [claim.kind for claim in said]
         x = features.features(trace, said)
         if unknown := self.detector.unknown(x, kinds):
-            return self._unchecked(trace.text, f"the model gave no finite number for {unknown}", trace)
+            return self.unchecked(trace.text, f"the model gave no finite number for {unknown}", trace)
         if not (np.isfinite(trace.logprobs).all() and np.isfinite(trace.segment_mass).all()):  # also what no feature reads
-            return self._unchecked(trace.text, "the model gave no finite number for the caption's own words", trace)
+            return self.unchecked(trace.text, "the model gave no finite number for the caption's own words", trace)
         risks = self.detector.risk(x, kinds)
         heard = np.full(len(said), np.nan)
         if told:
@@ -640,7 +640,7 @@ class GazeGuard:
             heard[asked] = [told[claim.phrase] for claim, was in zip(said, asked, strict=True) if was]
             risks = self.detector.update_with_answers(risks, heard, kinds)
         if not np.isfinite(risks).all():
-            return self._unchecked(trace.text, "the detector gave no finite risk", trace)
+            return self.unchecked(trace.text, "the detector gave no finite risk", trace)
         limits = {kind: self.detector.threshold(kind, self.policy.threshold) for kind in set(kinds)}
         flagged = [risk >= limits[kind] for risk, kind in zip(risks, kinds, strict=True)]
         # Of a thing that is not there nobody asks for its colour or place.
@@ -679,7 +679,8 @@ class GazeGuard:
         over = self.detector.risk(x, kinds) >= limit
         return said[things[int(np.argmax(over))]] if over.any() else None
 
-    def _unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:
+    def unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:
+        """The report on a caption that could not be checked, with the reason; never a pass."""
         return self._made(caption, Verdict.UNCHECKED, reason, (), trace)
 
     def _made(

@@ -396,7 +396,7 @@ def test_no_more_pictures_are_unpacked_than_are_needed_soon(keep, told, monkeypa
         def _judged(self, rows, prepared=None):
             most[0] = max(most[0], opened[0])
             opened[0] -= len(rows)
-            return [self.guard._unchecked(row.caption, "not looked at") for row in rows]
+            return [self.guard.unchecked(row.caption, "not looked at") for row in rows]
 
     def counting(source):
         opened[0] += 1

@@ -203,7 +203,7 @@ class CaptionFilter:
             asked = None if prompts is None else prompts[number]
             if captions is not None and not (isinstance(told, str) and told.strip()):
                 text, why = (told, "the caption is empty") if isinstance(told, str) else ("", "there is no caption")
-                put(number, self.guard._unchecked(text, why))
+                put(number, self.guard.unchecked(text, why))
             else:
                 rows.append(_Row(number, image, told, self.prompt if asked is None else str(asked)))
         tick(len(images) - len(rows))
@@ -211,7 +211,7 @@ class CaptionFilter:
         groups = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
         for loaded, blank, prepared in self._loaded(groups):
             for row in blank:
-                put(row.number, self.guard._unchecked(row.caption or "", row.image))
+                put(row.number, self.guard.unchecked(row.caption or "", row.image))
             for row, report in zip(loaded, self._judged(loaded, prepared), strict=True):
                 put(row.number, report)
             tick(len(loaded) + len(blank))
@@ -227,7 +227,7 @@ class CaptionFilter:
         for row in rows:
             if row.wrong:
                 tick(1)
-                report = self.guard._unchecked(row.caption if isinstance(row.caption, str) else "", row.wrong)
+                report = self.guard.unchecked(row.caption if isinstance(row.caption, str) else "", row.wrong)
                 told = ({} if captioned else {self.caption: ""}) | columns(report)
             else:
                 told = next(judged)
@@ -300,7 +300,7 @@ class CaptionFilter:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(rows) == 1:
-            return [self.guard._unchecked(rows[0].caption or "", why)]
+            return [self.guard.unchecked(rows[0].caption or "", why)]
         half = len(rows) // 2
         return self._judged(rows[:half]) + self._judged(rows[half:])
 

@@ -25,7 +25,7 @@ def replay(keep: CaptionFilter, source: Source, passed: bool = True) -> Iterator
         reports = iter(keep.reports([row.image for row in good], captions, [row.prompt for row in good]))
         for number, row in rows:
             told = row.caption if isinstance(row.caption, str) else ""
-            report = keep.guard._unchecked(told, row.wrong) if row.wrong else next(reports)
+            report = keep.guard.unchecked(told, row.wrong) if row.wrong else next(reports)
             if passed or report.verdict != "pass":
                 picture = picture_of(row.image)
                 name = row.own.get(keep.image) or row.own.get("key") or f"row {number}"
