@@ -1,20 +1,41 @@
-"""TODO artifacts."""
+"""Files of heads and detectors: read with a bounded size, found in a folder or on the hub, and pushed there."""
 
 from __future__ import annotations
 
 import json
+import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from gazeguard.errors import ArtifactError
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+HEADS_FILE = "heads.json"
+DETECTOR_FILE = "detector.json"
 MAX_FILE_BYTES = 16 * 2**20
 
 
 def read_json(kind: type[Any], path: str | Path, what: str, maker: str) -> Any:
-    """A pydantic model from a JSON file of bounded size. Raises `ArtifactError` with what is wrong and what writes one."""
+    """Read a pydantic model from a JSON file of bounded size.
+
+    Args:
+        kind: The pydantic model.
+        path: The file.
+        what: What the file holds, for the message ("gaze heads").
+        maker: The command or function that writes such a file, for the message.
+
+    Returns:
+        The validated model.
+
+    Raises:
+        ArtifactError: The file cannot be read, or it is not what it should be.
+    """
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -30,3 +51,56 @@ def read_json(kind: type[Any], path: str | Path, what: str, maker: str) -> Any:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
         raise ArtifactError(f"{path} is not a file of {what}: {where}: {first['msg']}. {maker} writes one.") from error
+
+
+def find_file(source: str | Path, name: str, **download: Any) -> Path:
+    """Find a file of an artifact in a folder or in a repository of the hub.
+
+    Args:
+        source: A folder, the file itself, or a hub id (``owner/name``); what exists on disk goes first.
+        name: The file's name in the folder or repository.
+        **download: For a repository, options of `huggingface_hub.hf_hub_download` (``revision``, ``token``, ...).
+
+    Returns:
+        The path of the file, which need not exist when `source` is neither a folder nor a hub id.
+
+    Raises:
+        ArtifactError: The folder or the repository has no such file.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / name).is_file():
+            raise ArtifactError(f"There is no {name} in the folder {path}.")
+        return path / name
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(source), name, **download))
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArtifactError(
+            f"There is no folder {str(source)!r}, and no {name} from the hub's repository ({reason})."
+        ) from error
+
+
+def push_folder(write: Callable[[Path], None], repo_id: str, api: HfApi | None = None, **upload: Any) -> str:
+    """Upload what a function writes into a repository of the hub, which is created if need be.
+
+    Args:
+        write: Writes the files into the folder that it is given.
+        repo_id: The repository (``owner/name``).
+        api: With a token or an endpoint of one's own.
+        **upload: Options of `HfApi.upload_folder` (``commit_message``, ``create_pr``, ...).
+
+    Returns:
+        The address of the commit.
+    """
+    from huggingface_hub import HfApi
+
+    api = api or HfApi()
+    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))

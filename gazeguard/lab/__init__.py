@@ -11,13 +11,14 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from gazeguard.lab.world import Sample, samples
+from gazeguard.loading import LAB_CHECKPOINT
 
 __all__ = ["Sample", "checkpoint_path", "load", "samples"]
 
 
 def checkpoint_path() -> Path:
     """The folder of the lab's checkpoint: weights, processor, gaze heads, detector and model card."""
-    return Path(__file__).parent / "checkpoint"
+    return LAB_CHECKPOINT
 
 
 def load(path: str | Path | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
