@@ -48,6 +48,7 @@ from gazeguard.heads.discovery import _Kept, find_heads
 from gazeguard.heads.plots import draw_heads
 from gazeguard.heads.strips import draw_strips, load_strips
 from gazeguard.policy import load_policy, policy_folder
+from gazeguard.replay.page import report_page
 from gazeguard.report import Report, Verdict
 from gazeguard.trace import GazeTrace
 from gazeguard.vision.images import load_image
@@ -421,7 +422,7 @@ def test_strange_captions_are_read_as_words(watching, keep):
         assert report.caption == report.trace.text == caption
         assert not special & set(report.trace.token_ids.tolist())
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", report.marked())
-        assert "<script>alert" not in report.to_html(IMAGE)
+        assert "<script>alert" not in report_page(report, IMAGE)
     assert made["gaze_verdict"] == ["flag"] * len(STRANGE)
 
 
@@ -592,7 +593,7 @@ def load_trace(watching: GazeGuard, path: Path) -> None:
     report = watching.judge(GazeTrace.load(path))
     json.loads(report.to_json())
     with np.errstate(all="ignore"):  # means of numbers that overflow
-        report.to_html(IMAGE)
+        report_page(report, IMAGE)
 
 
 def load_rules(watching: GazeGuard, trace: GazeTrace, path: Path) -> None:

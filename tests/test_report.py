@@ -16,7 +16,7 @@ from PIL import Image
 from reportkit import CAPTION, NASTY, find, make_report, make_trace, moon_report, picture
 
 from gazeguard.errors import InputError
-from gazeguard.replay.page import LONGEST_EDGE, Entry, page
+from gazeguard.replay.page import LONGEST_EDGE, Entry, page, report_page
 from gazeguard.report import Report, Verdict, gaze_box, gaze_boxes
 from gazeguard.trace import GazeTrace
 from gazeguard.vision.grid import ImageGrid
@@ -287,21 +287,21 @@ def test_a_word_sums_its_log_probabilities_and_hides_what_is_no_number() -> None
 def test_a_word_in_two_phrases_shows_the_flagged_one() -> None:
     caption = "a dog on grass"
     report = make_report(caption, None, find(caption, 0, 14, 0.6), find(caption, 0, 5, 0.5, True))
-    (entry,) = Page(report.to_html(picture())).captions
+    (entry,) = Page(report_page(report, picture())).captions
     assert [word["phrase"] for word in entry["words"]] == [1, 1, 0, 0]
 
 
 def test_an_unchecked_report_renders_without_a_trace() -> None:
     for caption in ("A red ball lies on the gra", ""):
         report = Report(caption, Verdict.UNCHECKED, "The caption was cut off.", (), "balanced", "toy", "0.1", None)
-        (entry,) = Page(report.to_html(picture())).captions
+        (entry,) = Page(report_page(report, picture())).captions
         assert entry["gaze"] is None
         assert entry["report"]["reason"] == "The caption was cut off."
         assert "logprob" not in json.dumps(entry["words"])
 
 
 def test_a_trace_without_tokens_renders() -> None:
-    (entry,) = Page(make_report("", make_trace("", np.zeros((0, 2, 144)))).to_html(picture())).captions
+    (entry,) = Page(report_page(make_report("", make_trace("", np.zeros((0, 2, 144)))), picture())).captions
     assert entry["gaze"]["heat"] == ""
     assert entry["words"] == []
 
@@ -323,7 +323,7 @@ def photo(size: tuple[int, int] = (300, 200)) -> Image.Image:
 def test_a_large_picture_is_shrunk_and_loses_its_metadata(image: Image.Image, kind: str) -> None:
     image.info["comment"] = "where I live"
     image.getexif()[270] = "where I live"
-    data = Page(make_report().to_html(image)).data
+    data = Page(report_page(make_report(), image)).data
     found, shown, raw = picture_in(data)
     assert found == kind
     assert data["captions"][0]["size"] == [3000, 1500]
@@ -333,7 +333,7 @@ def test_a_large_picture_is_shrunk_and_loses_its_metadata(image: Image.Image, ki
 
 
 def test_a_photograph_looks_as_before() -> None:
-    _, shown, _ = picture_in(Page(make_report().to_html(photo())).data)
+    _, shown, _ = picture_in(Page(report_page(make_report(), photo())).data)
     assert np.abs(np.asarray(shown, dtype=float) - np.asarray(photo(), dtype=float)).mean() < 3
 
 
@@ -361,7 +361,7 @@ def test_an_entry_may_have_no_picture() -> None:
 def test_a_phrase_starts_at_its_first_word() -> None:
     caption = "a dog, a cat"
     report = make_report(caption, None, find(caption, 7, 12), find(caption, 0, 5), find(caption, 5, 6))
-    assert Page(report.to_html(picture())).captions[0]["starts"] == [3, 0, 2]
+    assert Page(report_page(report, picture())).captions[0]["starts"] == [3, 0, 2]
 
 
 # ------------------------------------------------------------------------------------------------------ in a notebook
