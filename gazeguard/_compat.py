@@ -1,0 +1,117 @@
+"""Private members of transformers that GazeGuard relies on, each behind one function.
+
+GazeGuard is written for ``transformers>=5.20,<6``. Whatever it uses beyond the documented interface stands here, so that a
+new release is checked, and adapted to, in one file.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+EAGER_KERNEL = "eager_attention_forward"  # the name by which a modeling file keeps its eager kernel, outside the registry
+REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"  # the name by which a modeling file reaches the registry
+
+# Cache layers, by the name of their class.
+GROWING_LAYERS = frozenset({"DynamicLayer", "LinearAttentionAndFullAttentionLayer"})  # keys stay what and where they are
+MASKABLE_LAYERS = frozenset({"DynamicLayer", "StaticLayer"})  # single keys can be masked, the others stay what they are
+PLAIN_LAYERS = frozenset({"DynamicLayer"})  # can be copied and continued by hand
+
+
+def generation_config(model: PreTrainedModel, given: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:
+    """The configuration that ``model.generate`` would use with these arguments."""
+    return model._prepare_generation_config(given, **options)[0]
+
+
+def decoding_loop(model: PreTrainedModel, config: GenerationConfig) -> Callable[..., Any]:
+    """The loop that ``model.generate`` would run: beam search, or sampling and greedy search."""
+    return model._beam_search if (config.num_beams or 1) > 1 else model._sample
+
+
+def padding_token(config: GenerationConfig, default: int = 0) -> int:
+    """The padding token of a configuration that ``generate`` has prepared."""
+    tensor = config._pad_token_tensor
+    return default if tensor is None else int(tensor)
+
+
+def mask_length(config: GenerationConfig) -> int:
+    """The length of the attention mask that ``generate`` got; 0 when it got none, or when this transformers does not say."""
+    return getattr(config, "_mask_length", None) or 0
+
+
+def next_inputs(model: PreTrainedModel, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the next forward pass, after one that gave ``outputs``."""
+    return model._update_model_kwargs_for_generation(outputs, model_kwargs)
+
+
+@functools.cache
+def cache_argument_name() -> str:
+    """What a forward calls its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
+    from transformers import LlamaModel
+
+    return "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+def cache_argument(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of a forward, under its new or old name; None without one."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
+
+
+def cache_layers(cache: Any) -> list[Any]:
+    """The layers of a cache, empty for None and for a cache without layers."""
+    return list(getattr(cache, "layers", ()))
+
+
+def cache_layer_kinds(cache: Any) -> set[str]:
+    """The class names of a cache's layers."""
+    return {type(layer).__name__ for layer in cache_layers(cache)}
+
+
+def layer_grows(cache: Any, layer: int) -> bool:
+    """Whether the keys of one cache layer stay what and where they are until the end of a generation."""
+    layers = getattr(cache, "layers", ())
+    return layer < len(layers) and type(layers[layer]).__name__ in GROWING_LAYERS and not getattr(cache, "offloading", False)
+
+
+def layer_keeps_prompt(cache: Any, layer: int) -> bool:
+    """Whether a cache layer of limited length drops generated keys and keeps those of the prompt."""
+    layers = getattr(cache, "layers", ())
+    return layer < len(layers) and hasattr(layers[layer], "prefill_length")
+
+
+def attention_kernel(module: nn.Module) -> str:
+    """The name of the attention kernel that an attention module runs now, such as "sdpa"."""
+    return module.config._attn_implementation
+
+
+def attention_kernels(model: PreTrainedModel) -> dict[str, str]:
+    """The kernels of a model and of its parts, as ``model.set_attn_implementation`` takes them."""
+    kernels = {name: getattr(model.config, name)._attn_implementation for name in model.config.sub_configs}
+    return kernels | {"": model.config._attn_implementation}
+
+
+def registered_kernel(name: str) -> Callable[..., Any] | None:
+    """The kernel that transformers' attention registry has under a name, None when it has none."""
+    return ALL_ATTENTION_FUNCTIONS.get(name)
+
+
+def register_kernel(name: str, kernel: Callable[..., Any]) -> None:
+    """Put a kernel into transformers' attention registry, for every model of the process."""
+    AttentionInterface.register(name, kernel)
+
+
+def forward_globals(module: nn.Module) -> dict[str, Any]:
+    """The global names that a module's forward sees: those of its modeling file."""
+    return inspect.unwrap(type(module).forward).__globals__
+
+
+def names_in_forward(module: nn.Module) -> frozenset[Any]:
+    """The names and constants in the code of a module's forward; a fallback where no table describes a class."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return frozenset() if code is None else frozenset((*code.co_names, *code.co_consts))
