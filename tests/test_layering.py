@@ -14,8 +14,8 @@ import gazeguard
 ROOT = Path(gazeguard.__file__).parent
 # The rooms, from the ground up: a room is a package, or a module of its own.
 ORDER = (
-    "errors", "_compat", "claims", "vision", "policy", "artifacts", "loading", "trace", "attention", "report", "heads", "decoding",
-    "replay", "detection", "judge", "tracing", "guard", "fitting", "filtering", "integrations", "lab", "cli",
+    "errors", "_compat", "claims", "vision", "policy", "artifacts", "loading", "trace", "attention", "report", "heads",
+    "decoding", "replay", "detection", "judge", "tracing", "guard", "fitting", "filtering", "integrations", "lab", "cli",
 )  # fmt: skip
 EXEMPT = {"__init__", "__main__"}
 
