@@ -35,6 +35,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from gazeguard import __version__
+from gazeguard.artifacts import DETECTOR_FILE
 from gazeguard.attention.buffers import CapturedActivations, KeyLayout
 from gazeguard.attention.logit_lens import LogitLens
 from gazeguard.attention.recorder import AttentionRecorder
@@ -49,7 +50,6 @@ from gazeguard.decoding.rewind import CommittedPrefix, RewindLoop, list_delimite
 from gazeguard.decoding.verification import AnswerTokens, answers, question, tails
 from gazeguard.detection import features
 from gazeguard.detection.calibration import logistic
-from gazeguard.detection.detector import FILE_NAME as DETECTOR_FILE
 from gazeguard.detection.detector import Detector
 from gazeguard.errors import GazeGuardError, InputError, MismatchError, UnsupportedError
 from gazeguard.heads.artifact import GazeHeads

@@ -21,9 +21,10 @@ from sklearn.metrics import f1_score, log_loss, precision_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from gazeguard.artifacts import DETECTOR_FILE
 from gazeguard.detection import features
 from gazeguard.detection.calibration import calibration_error, conformal, least_flagged, reliability, thresholds
-from gazeguard.detection.detector import FILE_NAME, Detector
+from gazeguard.detection.detector import Detector
 from gazeguard.errors import ArtifactError, InputError, MismatchError
 from gazeguard.heads.artifact import GazeHeads, Score
 
@@ -131,8 +132,8 @@ def test_too_few_claims_of_a_kind_teach_nothing():
     of = KINDS == "attribute"
     rare = FALSE & ~(of & (np.cumsum(FALSE & of) > 5))
     assert set(Detector.fit(X, rare, KINDS, HEADS).kinds) == {"object"}
-    told = r"5 of \d+ objects are invented; a detector needs at least 20 invented and 20 real ones. Take more captions."
-    with pytest.raises(InputError, match=told):
+    message = r"5 of \d+ object claims are false; a detector needs at least 20 false and 20 true ones. Add more captions."
+    with pytest.raises(InputError, match=message):
         Detector.fit(X, rare, np.where(of, "object", "attribute"), HEADS)
 
 
@@ -145,7 +146,7 @@ def test_extreme_features_give_extreme_risks_and_no_warning():
 @pytest.mark.parametrize("as_file", [True, False])
 def test_json_keeps_every_bit(tmp_path, fitted, as_file):
     fitted.save_pretrained(tmp_path / "new" / "folder")
-    back = Detector.from_pretrained(tmp_path / "new" / "folder" / (FILE_NAME if as_file else ""))
+    back = Detector.from_pretrained(tmp_path / "new" / "folder" / (DETECTOR_FILE if as_file else ""))
     assert back == fitted
     assert np.array_equal(back.risk(X, KINDS), fitted.risk(X, KINDS))
 
@@ -155,7 +156,7 @@ def test_a_folder_of_a_model_keeps_its_files(tmp_path, fitted):
     for name in ("config.json", "README.md"):
         (tmp_path / name).write_text("mine")
     fitted.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "README.md", FILE_NAME, "reliability.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "README.md", DETECTOR_FILE, "reliability.png"}
     assert all((tmp_path / name).read_text() == "mine" for name in ("config.json", "README.md"))
     fitted.save_pretrained(tmp_path / "alone")
     card = (tmp_path / "alone" / "README.md").read_text()
@@ -186,9 +187,7 @@ class Hub(BaseHTTPRequestHandler):
             answer = {"errors": [], "warnings": []}
         else:
             lines = [json.loads(line) for line in body.splitlines()]
-            self.taken |= {
-                v["path"]: base64.b64decode(v["attended_logprob"]) for v in (x["value"] for x in lines) if "path" in v
-            }
+            self.taken |= {v["path"]: base64.b64decode(v["content"]) for v in (x["value"] for x in lines) if "path" in v}
             answer = {"commitUrl": f"http://{self.headers['Host']}/me/mine/commit/0", "commitOid": "0" * 40}
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -207,14 +206,14 @@ def test_to_the_hub_and_back(tmp_path, fitted):
         address = fitted.push_to_hub("me/mine", api=api)
         server.shutdown()
     assert address.endswith("/me/mine/commit/0") or "/me/mine/" in address
-    assert set(Hub.taken) == {FILE_NAME, "README.md", "reliability.png"}
+    assert set(Hub.taken) == {DETECTOR_FILE, "README.md", "reliability.png"}
     kept = tmp_path / "models--me--mine"
     (kept / "snapshots" / "abc").mkdir(parents=True)
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("abc")
-    (kept / "snapshots" / "abc" / FILE_NAME).write_bytes(Hub.taken[FILE_NAME])
+    (kept / "snapshots" / "abc" / DETECTOR_FILE).write_bytes(Hub.taken[DETECTOR_FILE])
     assert Detector.from_pretrained("me/mine", cache_dir=tmp_path, local_files_only=True) == fitted
-    with pytest.raises(ArtifactError, match="No detector can be had from the repository 'me/other'"):
+    with pytest.raises(ArtifactError, match=r"There is no folder 'me/other', and no detector.json from the hub's repository"):
         Detector.from_pretrained("me/other", cache_dir=tmp_path, local_files_only=True)
 
 
@@ -246,9 +245,9 @@ def test_the_calibration_error_by_hand():
 
 def test_labels_the_wrong_way_round_are_said():
     x, false, kinds, image = data(400, seed=3)
-    with pytest.raises(InputError, match="Are the labels the right way round"):
+    with pytest.raises(InputError, match=r"claims with a high risk are not the false ones. Check that"):
         Detector.fit(X, FALSE, KINDS, HEADS).calibrated(x, ~false, kinds, image)
-    with pytest.raises(InputError, match=r"0 of \d+ validation claims of kind '[a-z]+' are false; thresholds need both"):
+    with pytest.raises(InputError, match=r"0 of \d+ validation claims of kind '[a-z]+' are false; thresholds need both true"):
         Detector.fit(X, FALSE, KINDS, HEADS).calibrated(x, np.zeros_like(false), kinds, image)
 
 
@@ -310,7 +309,7 @@ def test_a_rule_without_a_threshold_is_named(fitted):
         alone.threshold("object", "bound_0.02")
     assert str(caught.value) == (
         "This detector has no threshold 'bound_0.02' for claims of kind 'object'; it has f1. Name one of these in the "
-        "policy, give a number, or tune the detector on more captions."
+        "policy, give a number, or calibrate the detector on more captions."
     )
 
 
@@ -376,7 +375,7 @@ def test_other_heads_are_refused(fitted, other):
     ],
 )
 def test_a_wrong_file_is_refused_with_what_is_wrong(tmp_path, file, said):
-    path = tmp_path / FILE_NAME
+    path = tmp_path / DETECTOR_FILE
     path.write_text(json.dumps(file))
     with pytest.raises(ArtifactError) as caught:
         Detector.from_pretrained(tmp_path)
@@ -418,8 +417,19 @@ def test_what_is_no_json_is_refused(path, text):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ArtifactError, match=r"cannot be read as a file of a detector .*No such file"):
+    with pytest.raises(ArtifactError, match=r"There is no detector\.json in the folder"):
         Detector.from_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match=r"cannot be read as a file of a detector .*No such file"):
+        Detector.from_pretrained(tmp_path / "none.json")
+
+
+def test_repr_is_one_line(fitted):
+    """It says what the detector is: model, heads, and what it is worth."""
+    auroc = fitted.kinds["object"].validation.auroc
+    assert repr(fitted).startswith(f"Detector(model {HEADS.model}, 2 gaze heads: ")
+    assert f"object (AUROC {auroc:.3f})" in repr(fitted)
+    assert repr(Detector.model_validate(plain())) == "Detector(model m, 1 gaze head: object)"
+    assert "\n" not in repr(fitted)
 
 
 def test_a_detector_cannot_be_changed(fitted):

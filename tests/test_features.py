@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 from labkit import make_trace
 
 from gazeguard.claims.parse import claims
-from gazeguard.detection import features as module
-from gazeguard.detection.features import GAZE_FEATURES, HEAD_FEATURES, MEANING, TEXT_FEATURES, features, meaning, names
+from gazeguard.detection.features import (
+    GAZE_FEATURES,
+    HEAD_FEATURES,
+    MEANING,
+    TEXT_FEATURES,
+    features,
+    head_agreement,
+    meaning,
+    names,
+)
 from gazeguard.trace import SEGMENTS, GazeTrace
 
 CAPTION = "There is a red star and a small blue moon on the left , a green star , an old cup ."
@@ -87,37 +95,47 @@ def test_known_values():
         gaze=gaze,
         segment_mass=segment_mass,
         attribution=attribution,
-        content=np.array([0, -3, -1, 0, -2], np.float32),
-        named=np.array([0, -2, -0.5, 0, -1], np.float32),
+        attended_logprob=np.array([0, -3, -1, 0, -2], np.float32),
+        internal_confidence=np.array([0, -2, -0.5, 0, -1], np.float32),
         logprobs=np.array([0, 0, -2, 0, -0.5], np.float32),
         entropy=np.array([0, 0, 1.5, 0, 0.25], np.float32),
         heads=((1, 0), (2, 3)),
     )
     said = claims(trace.text)
     assert [(claim.kind, claim.text) for claim in said] == [("object", "a red star"), ("attribute", "red"), ("object", "star")]
-    got = [dict(zip(names(trace.heads), row, strict=True)) for row in features(trace, said)]
-    wanted = [
-        {"position": np.log(3), "object_index": 0, "repeated": 0, "token_nll": 2, "entropy": 1.5, "attribution": 4,
-         "attribution_min": 3, "attended_logprob": -1, "internal_confidence": -0.5, "head_agreement": 0.25, "earlier_overlap": 0, "related_overlap": 1, "location_agreement": 0.5,
-         "attribution@1.0": 3, "attribution@2.3": 1, "image_mass@1.0": 0.8, "image_mass@2.3": 0.8, "concentration@1.0": 1, "concentration@2.3": 0,
-         "image_mass_shift@1.0": 0, "image_mass_shift@2.3": 0},
-        {"position": np.log(2), "object_index": 0, "repeated": 0, "token_nll": 0, "entropy": 0, "attribution": 3,
-         "attribution_min": 3, "attended_logprob": -3, "internal_confidence": -2, "head_agreement": 1, "earlier_overlap": 0, "related_overlap": (0.25 + 1) / 2,
-         "location_agreement": 0.5, "attribution@1.0": 1, "attribution@2.3": 2, "image_mass@1.0": 0.1, "image_mass@2.3": 0.1, "concentration@1.0": 0,
-         "concentration@2.3": 0, "image_mass_shift@1.0": 0, "image_mass_shift@2.3": 0},
-        {"position": np.log(5), "object_index": np.log(2), "repeated": 1, "token_nll": 0.5, "entropy": 0.25, "attribution": 4,
-         "attribution_min": 4, "attended_logprob": -2, "internal_confidence": -1, "head_agreement": 1, "earlier_overlap": (1 + 0.25) / 2, "related_overlap": 1,
-         "location_agreement": 0.5, "attribution@1.0": 5, "attribution@2.3": -1, "image_mass@1.0": 0.8, "image_mass@2.3": 0.4, "concentration@1.0": 1,
-         "concentration@2.3": 1, "image_mass_shift@1.0": 0.6, "image_mass_shift@2.3": -0.2},
-    ]  # fmt: skip
-    for row, expected in zip(got, wanted, strict=True):
-        assert row == pytest.approx(expected, abs=1e-6)
+    wanted = {
+        "position": [np.log(3), np.log(2), np.log(5)],
+        "object_index": [0, 0, np.log(2)],
+        "repeated": [0, 0, 1],
+        "token_nll": [2, 0, 0.5],
+        "entropy": [1.5, 0, 0.25],
+        "attribution": [4, 3, 4],
+        "attribution_min": [3, 3, 4],
+        "attended_logprob": [-1, -3, -2],
+        "internal_confidence": [-0.5, -2, -1],
+        "head_agreement": [0.25, 1, 1],
+        "earlier_overlap": [0, 0, (1 + 0.25) / 2],
+        "related_overlap": [1, (0.25 + 1) / 2, 1],
+        "location_agreement": [0.5, 0.5, 0.5],
+        "attribution@1.0": [3, 1, 5],
+        "attribution@2.3": [1, 2, -1],
+        "image_mass@1.0": [0.8, 0.1, 0.8],
+        "image_mass@2.3": [0.8, 0.1, 0.4],
+        "concentration@1.0": [1, 0, 1],
+        "concentration@2.3": [0, 0, 1],
+        "image_mass_shift@1.0": [0, 0, 0.6],
+        "image_mass_shift@2.3": [0, 0, -0.2],
+    }
+    x = features(trace, said)
+    assert list(wanted) == list(names(trace.heads))
+    for name, column in zip(names(trace.heads), x.T, strict=True):
+        assert column == pytest.approx(wanted[name], abs=1e-6), name
 
 
 @pytest.mark.parametrize(
-    ("location", "cell", "wanted"),
+    ("location", "token", "wanted"),
     [
-        ("on the left", 0, 0.75),  # the cell's middle is a quarter of the width away
+        ("on the left", 0, 0.75),  # the patch's middle is a quarter of the width away
         ("on the left", 3, 0.25),
         ("at the top left", 0, 0.75),  # mean over the words, and over the axes that they name
         ("at the top left", 3, 0.25),
@@ -125,11 +143,11 @@ def test_known_values():
         ("in panel two", 0, 0.5),  # a panel is no direction
     ],
 )
-def test_where_it_is_said_to_be(place, cell, wanted):
-    """Two by two cells, all gaze in one of them."""
-    text = f"a star {place}"
+def test_location_agreement(location, token, wanted):
+    """Two by two image tokens, all attention on one of them."""
+    text = f"a star {location}"
     gaze = np.zeros((len(text.split()), 1, 4), np.float32)
-    gaze[..., cell] = 0.5
+    gaze[..., token] = 0.5
     trace = make_trace([text.split()[0], *words(text.split()[1:])], 1, side=2, gaze=gaze)
     said = claims(trace.text)
     assert [claim.kind for claim in said] == ["object", "location"]
@@ -141,7 +159,7 @@ def test_where_it_is_said_to_be(place, cell, wanted):
 def test_agreement_is_an_overlap(heads, cells, seed):
     """Between 0 and 1, 1 for equal heads or a single one, 0 for heads that share no cell, blind to the order of heads."""
     where = np.random.default_rng(seed).dirichlet(np.ones(cells), heads)
-    assert 0 <= module._agreement(where) <= 1 + 1e-9
-    assert module._agreement(where) == pytest.approx(module._agreement(where[::-1]))
-    assert module._agreement(np.repeat(where[:1], heads, axis=0)) == pytest.approx(1)
-    assert module._agreement(np.eye(heads)) == (1 if heads == 1 else 0)
+    assert 0 <= head_agreement(where) <= 1 + 1e-9
+    assert head_agreement(where) == pytest.approx(head_agreement(where[::-1]))
+    assert head_agreement(np.repeat(where[:1], heads, axis=0)) == pytest.approx(1)
+    assert head_agreement(np.eye(heads)) == (1 if heads == 1 else 0)

@@ -1,1 +1,1 @@
-"""TODO detection."""
+"""Features of claims and the detector that turns them into calibrated risks."""

@@ -1,67 +1,93 @@
-"""TODO detection.calibration."""
+"""Calibration of risks: reliability, expected calibration error, and thresholds, also with a conformal bound."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import precision_recall_curve
 
 
 def logistic(logit: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The probability of these log-odds, without overflow."""
+    """The probability of log-odds, without overflow."""
     return 0.5 * (1 + np.tanh(logit / 2))
 
 
 def log_odds(risk: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The log-odds of a probability; of 0 and 1 those of the next numbers that are not."""
+    """The log-odds of a probability, which is clipped to 1e-15 and 1 - 1e-15 so that they are finite."""
     risk = np.clip(risk, 1e-15, 1 - 1e-15)
     return np.log(risk) - np.log1p(-risk)
 
 
 def reliability(risk: NDArray[np.float64], false: NDArray[np.bool_], bins: int) -> list[tuple[float, float, int]]:
-    """(mean risk, share that is false, claims) of ``bins`` bins of equal mass; fewer when there are fewer claims."""
+    """The reliability diagram as numbers.
+
+    Args:
+        risk: (claims,) probabilities.
+        false: (claims,) whether each claim is false.
+        bins: Number of bins of equal mass; with fewer claims there are fewer bins.
+
+    Returns:
+        For each bin its mean risk, the share of its claims that are false, and their number.
+    """
     parts = [part for part in np.array_split(np.argsort(risk, kind="stable"), bins) if len(part)]
     return [(float(risk[part].mean()), float(false[part].mean()), len(part)) for part in parts]
 
 
 def calibration_error(risk: NDArray[np.float64], false: NDArray[np.bool_]) -> float:
     """Expected calibration error over 15 bins of equal mass."""
-    return sum(abs(said - true) * count for said, true, count in reliability(risk, false, 15)) / len(risk)
+    return sum(abs(mean_risk - share) * count for mean_risk, share, count in reliability(risk, false, 15)) / len(risk)
 
 
 def thresholds(risk: NDArray[np.float64], false: NDArray[np.bool_], image: NDArray[np.int64]) -> dict[str, float]:
-    """Risks (claims,) from which to flag, by rule; a rule that the data cannot satisfy is left out.
+    """Thresholds from which claims are flagged, by rule.
 
-    f1:                     the best F1
-    precision_0.9:          the lowest from which at least 90 % of the flagged claims are false
-    bound_0.05, bound_0.02: `conformal` with that alpha
+    Args:
+        risk: (claims,) probabilities.
+        false: (claims,) whether each claim is false.
+        image: (claims,) index of the image of each claim.
+
+    Returns:
+        By name of the rule; a rule that the data cannot satisfy is left out.
+
+        f1:                     the threshold with the best F1
+        precision_0.9:          the lowest from which at least 90 % of the flagged claims are false
+        bound_0.05, bound_0.02: `conformal` with that alpha
     """
-    precision, recall, at = precision_recall_curve(false, risk)
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, candidates = precision_recall_curve(false, risk)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    found = {"f1": float(at[np.argmax(f1[:-1])])}
-    if (enough := precision[:-1] >= 0.9).any():
-        found["precision_0.9"] = float(at[np.argmax(enough)])
+    by_rule = {"f1": float(candidates[np.argmax(f1[:-1])])}
+    if (precise := precision[:-1] >= 0.9).any():
+        by_rule["precision_0.9"] = float(candidates[np.argmax(precise)])
     for alpha in (0.05, 0.02):
         if (bound := conformal(risk, false, image, alpha)) is not None:
-            found[f"bound_{alpha}"] = bound
-    return found
+            by_rule[f"bound_{alpha}"] = bound
+    return by_rule
 
 
 def conformal(risk: NDArray[np.float64], false: NDArray[np.bool_], image: NDArray[np.int64], alpha: float) -> float | None:
-    """The risk from which to flag so that a new caption keeps, in expectation, at most ``alpha`` false claims per claim made.
+    """The threshold that keeps, in expectation, at most ``alpha`` false claims per claim of a new caption.
 
     Conformal risk control (Angelopoulos et al. 2024, eq. 4) with the image as the unit, since the claims of one caption
-    depend on each other. The loss of an image, false claims kept over claims made, never falls with the threshold, so the
-    largest threshold is taken for which ``n / (n + 1) * mean loss + 1 / (n + 1) <= alpha`` over the n images; None when
-    there is none, which takes fewer than ``1 / alpha - 1`` images. The bound holds for captions like these alone: the same
-    model, prompt, decoder and kind of picture.
+    depend on each other. The loss of an image, false claims kept over all its claims, never falls with the threshold, so the
+    largest threshold is taken for which ``n / (n + 1) * mean loss + 1 / (n + 1) <= alpha`` over the n images. The bound
+    holds for captions like these alone: the same model, prompt, decoder and kind of image.
+
+    Args:
+        risk: (claims,) probabilities.
+        false: (claims,) whether each claim is false.
+        image: (claims,) index of the image of each claim.
+        alpha: The share of false claims that may stay.
+
+    Returns:
+        The threshold, or None when there is none, which takes fewer than ``1 / alpha - 1`` images.
     """
     _, image = np.unique(image, return_inverse=True)
-    made = np.bincount(image)
-    n = len(made)
+    claims_per_image = np.bincount(image)
+    n = len(claims_per_image)
     order = np.argsort(risk, kind="stable")
     # Flagging from the k-th lowest risk on keeps the k claims below it; equal risks are kept or flagged together.
-    kept = np.concatenate(([0.0], np.cumsum((false / made[image])[order]))) / n
+    kept = np.concatenate(([0.0], np.cumsum((false / claims_per_image[image])[order]))) / n
     edges = np.concatenate((risk[order], [1.0]))
     first = np.searchsorted(risk[order], edges, side="left")
     allowed = np.flatnonzero((n * kept[first] + 1) / (n + 1) <= alpha)
@@ -69,5 +95,5 @@ def conformal(risk: NDArray[np.float64], false: NDArray[np.bool_], image: NDArra
 
 
 def least_flagged(false_share: float, alpha: float) -> float:
-    """The share of claims that any filter must flag to leave at most ``alpha`` false, when so many are (arXiv 2606.29054)."""
+    """The share of claims that any filter must flag to leave at most ``alpha`` false, given their share (arXiv 2606.29054)."""
     return max(0.0, (false_share - alpha) / (1 - alpha))

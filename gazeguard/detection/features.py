@@ -1,13 +1,14 @@
-"""How do glance and word differ? Pure functions from a trace and its claims to named numbers.
+"""Features of claims: named numbers from a trace, one row per claim.
 
-Nothing here looks ahead: the features of a claim depend only on the caption up to the end of its thing and place, so that
-they can be had while the caption is being written. Each gaze head keeps its own columns; an average over heads would drown
-the few that speak.
+Pure functions. Nothing here looks ahead: the features of a claim depend only on the caption up to the end of its object and
+its location, so that they are available while the caption is being generated. Each gaze head keeps its own columns; a mean
+over heads would drown the few that carry the evidence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 from gazeguard.claims.parse import Claim, Phrase, Span
 from gazeguard.trace import SEGMENTS, GazeTrace
 
-# What can be known without the picture: the prior, and the row that every gaze result stands beside.
+F64 = NDArray[np.float64]
+
+# Available without the image: the prior, and the baseline row that stands beside every result of the gaze heads.
 TEXT_FEATURES = ("position", "object_index", "repeated", "token_nll", "entropy")
 # One of each per gaze head.
 HEAD_FEATURES = ("attribution", "image_mass", "concentration", "image_mass_shift")
@@ -30,32 +33,32 @@ GAZE_FEATURES = (
     "related_overlap",
     "location_agreement",
 )
-# Where in the picture words of place point: x and y from 0 (left, top) to 1; None leaves the axis open.
+# The image location that a word denotes: x and y from 0 (left, top) to 1; None leaves the axis open.
 DIRECTIONS: dict[str, tuple[float | None, float | None]] = {
     "left": (0, None), "right": (1, None), "top": (None, 0), "upper": (None, 0), "bottom": (None, 1), "lower": (None, 1),
     "middle": (0.5, 0.5), "center": (0.5, 0.5), "centre": (0.5, 0.5),
 }  # fmt: skip
-# What to say when a low, or a high, value of a feature raises the risk.
+# The reason in a report when a low, or a high, value of a feature raises the risk. Contributions are summed per text.
 MEANING = {
-    "attribution": ("what the gaze heads see does not speak for this word", "the gaze heads push this word unusually hard"),
-    "attribution_min": ("what the gaze heads see does not speak for this word", "the gaze heads push this word unusually hard"),
-    "attended_logprob": (
-        "what lies under the gaze does not look like this word",
-        "what lies under the gaze looks like this word",
+    "attribution": ("low logit attribution from the gaze heads", "unusually high logit attribution from the gaze heads"),
+    "attribution_min": ("low logit attribution from the gaze heads", "unusually high logit attribution from the gaze heads"),
+    "attended_logprob": ("the attended image tokens do not predict this word", "the attended image tokens predict this word"),
+    "internal_confidence": ("no image token predicts this word", "some image token predicts this word"),
+    "image_mass": ("little attention on the image", "unusually much attention on the image"),
+    "concentration": ("attention is spread over the image", "attention is concentrated on a single spot"),
+    "image_mass_shift": ("attention does not move to the image at this word", "attention moves to the image at this word"),
+    "head_agreement": ("the gaze heads attend to different locations", "the gaze heads all attend to one location"),
+    "earlier_overlap": ("attention is where no object was named before", "attention is where another object was named before"),
+    "related_overlap": (
+        "attention is elsewhere than at the related words",
+        "attention stays where it was at the related words",
     ),
-    "internal_confidence": ("nothing in the picture looks like this word", "something in the picture looks like this word"),
-    "image_mass": ("little attention on the picture", "unusually much attention on the picture"),
-    "concentration": ("the gaze does not settle on one place", "the gaze sticks to a single spot"),
-    "image_mass_shift": ("the gaze does not turn to the picture for this word", "the gaze jumps to the picture for this word"),
-    "head_agreement": ("the gaze heads look at different places", "the gaze heads all look at one place"),
-    "earlier_overlap": ("the gaze is where nothing was named before", "the gaze is where something else was named before"),
-    "related_overlap": ("the gaze is not where the words that belong to it were", "the gaze stays where it was"),
-    "location_agreement": ("the gaze is not in the part of the picture that is named", "the gaze is in the part that is named"),
+    "location_agreement": ("attention is outside the named location", "attention is inside the named location"),
     "position": ("early in the caption", "late in the caption"),
-    "object_index": ("few things were named before", "many things were named before"),
-    "repeated": ("it was not named before", "it was named before"),
-    "token_nll": ("the model was very ready to say this word", "the model gave this word little probability"),
-    "entropy": ("the model was sure what kind of word comes here", "the model was unsure what to say here"),
+    "object_index": ("few objects were named before", "many objects were named before"),
+    "repeated": ("the object was not named before", "the object was named before"),
+    "token_nll": ("the model gave this word high probability", "the model gave this word low probability"),
+    "entropy": ("the next-token distribution has low entropy here", "the next-token distribution has high entropy here"),
 }
 
 
@@ -66,122 +69,61 @@ def names(heads: Sequence[tuple[int, int]]) -> tuple[str, ...]:
 
 
 def meaning(name: str, high: bool) -> str:
-    """In words: what a low or a high value of the feature says when it raises the risk."""
+    """The reason that a report gives when a low or a high value of a feature raises the risk."""
     return MEANING[name.partition("@")[0]][high]
 
 
-@np.errstate(invalid="ignore", over="ignore")  # what a model's overflow makes of them is not finite, and the guard says so
-def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Sequence[int] | None = None) -> NDArray[np.float64]:
-    """(wanted claims, len(names(trace.heads))) float64: one row per claim of the trace's caption, in order; of all of them, or
-    of those with the numbers ``wanted``, in rising order.
+@np.errstate(invalid="ignore", over="ignore")  # where a model overflowed, features are not finite; the judge reports that
+def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Sequence[int] | None = None) -> F64:
+    """The feature matrix of a caption's claims.
 
-    All but ``attribution_min`` and ``surprise`` are of the first token of the words that decide the claim (`Claim.span`).
+    All features but ``attribution_min`` and ``token_nll`` are those of the first token of the words that decide the claim
+    (`Claim.span`).
 
-    position:      log(1 + index of the token); mention: log(1 + things named before)
-    repeated:      1 when the same noun was named before
-    surprise:      negative log-probability of the least likely token of the words, nats
-    entropy:       of the distribution that the token came from, nats
-    attribution:       logits, `GazeTrace.attribution` per head and summed over heads
-    attribution_min: the sum over heads, least over the words (for an object, over its attributes and noun)
-    content:       log-probability of the token where the heads look; named: at the cell that fits it best; nats
-    picture:       share of the head's attention on the picture; focus: 1 - normalised entropy of where on it
-    shift:         picture share minus its mean over the words before that belong to no thing
-    agreement:     mean overlap of two heads' gaze, 0 to 1
-    visited:       overlap with where the gaze was for the things named before, 0 to 1
-    together:      overlap with the gaze of the words that belong to it (`Claim.related`), mean over heads; 1 if none do
-    there:         how far the gaze agrees with words like "top left", 0 to 1; 0.5 when no such word is said
+    position:            log(1 + token index)
+    object_index:        log(1 + number of objects named before)
+    repeated:            1 when the same noun was named before, else 0
+    token_nll:           negative log-probability of the least likely token of the span, nats
+    entropy:             entropy of the next-token distribution, nats
+    attribution:         direct logit attribution, logits: per head, and summed over heads
+    attribution_min:     the sum over heads, minimum over the words (of an object: its attributes and noun)
+    attended_logprob:    log-probability of the token by the logit lens on the attended image tokens, nats
+    internal_confidence: the same at the image token that predicts it best, nats
+    image_mass:          share of the head's attention on the image
+    concentration:       1 - normalised entropy of the head's attention over image tokens
+    image_mass_shift:    image_mass minus its mean over the earlier tokens that belong to no object
+    head_agreement:      mean overlap of the attention of two heads, 0 to 1
+    earlier_overlap:     overlap with the attention at the objects named before, 0 to 1
+    related_overlap:     overlap with the attention at the related words (`Claim.related`), mean over heads; 1 without any
+    location_agreement:  agreement of attention and words like "top left", 0 to 1; 0.5 without such words
+
+    Args:
+        trace: The trace of the caption.
+        claims: All claims of the caption, in order.
+        wanted: Indices of the claims whose rows are returned, ascending; by default all.
+
+    Returns:
+        (wanted claims, len(names(trace.heads))) float64.
     """
-    wanted = range(len(claims)) if wanted is None else wanted
-    if not wanted:
+    chosen = [claims[i] for i in (range(len(claims)) if wanted is None else wanted)]
+    if not chosen:
         return np.zeros((0, len(names(trace.heads))))
-
-    @cache  # a thing is asked for with each of its claims
-    def tokens(span: Span) -> range:
-        return trace.tokens(span.start, span.end)
-
-    def first(span: Span) -> int:
-        return tokens(span).start
-
-    def where(rows: Sequence[int]) -> NDArray[np.float64]:
-        """(rows, H, N): how each head's gaze on the picture is spread while these tokens are written."""
-        gaze = trace.gaze[list(rows)].astype(np.float64)
-        return gaze / np.maximum(gaze.sum(-1, keepdims=True), 1e-9)
-
-    at = [first(claims[i].span) for i in wanted]
-    here = where(at)
-    picture = trace.segment_mass[:, :, SEGMENTS.index("image")].astype(np.float64)  # of which sums are taken
-    attribution = trace.attribution.sum(-1)
-    things: dict[Phrase, None] = {}
-    before: list[int] = []  # for each wanted claim, how many things were named before its own
-    repeated, unlikely, attribution_min = [], [], []
-    between = np.zeros((len(wanted), len(trace)), bool)  # for each wanted claim, the words before it that belong to no thing
-    inside, nouns = np.zeros(len(trace), bool), []
-    for i, claim in enumerate(claims[: wanted[-1] + 1]):
-        if claim.phrase not in things:
-            things[claim.phrase] = None
-            nouns.append(_noun(claim.phrase))
-            own = tokens(claim.phrase)
-            inside[own.start : own.stop] = True
-        if i not in wanted:
-            continue
-        between[len(before), : first(claim.span)] = ~inside[: first(claim.span)]
-        before.append(len(things) - 1)
-        repeated.append(_noun(claim.phrase) in nouns[:-1])
-        said = tokens(claim.span)
-        words = [first(part) for part in (*claim.phrase.attributes, claim.phrase.head)] if claim.kind == "object" else said
-        unlikely.append(-trace.logprobs[said.start : said.stop].min())
-        attribution_min.append(attribution[list(words)].min())
-    count = between.sum(1)[:, None]
-    usual = np.where(count, between @ picture / np.maximum(count, 1), picture[at])
-    # Of the gaze for the things named so far, the most on every cell; nothing before the first.
-    visits = np.maximum.accumulate(where([first(thing.head) for thing in things]).mean(1), axis=0)
-    seen = np.concatenate((np.zeros((1, visits.shape[1])), visits))[before]
-    mean = here.mean(1)
-    together = np.ones(len(wanted))
-    if paired := [n for n, i in enumerate(wanted) if claims[i].related is not None]:
-        others = where([first(claims[wanted[n]].related) for n in paired])
-        together[paired] = np.minimum(here[paired], others).sum(-1).mean(-1)
-    spread = -(here * np.log(np.maximum(here, 1e-12))).sum(-1) / np.log(max(2, here.shape[-1]))
-    alone = (
-        np.log1p(at),
-        np.log1p(before),
-        repeated,
-        unlikely,
-        trace.entropy[at],
-        attribution[at],
-        attribution_min,
-        trace.attended_logprob[at],
-        trace.internal_confidence[at],
-        _agreement(here),
-        np.minimum(mean, seen).sum(-1),
-        together,
-        [_there(trace, own, claims[i]) for own, i in zip(mean, wanted, strict=True)],
+    first = [_first_token(trace, claim.span) for claim in chosen]
+    attention = _image_attention(trace, first)
+    context = _context(trace, claims, range(len(claims)) if wanted is None else wanted)
+    return np.concatenate(
+        (
+            _text_features(trace, chosen, first, context),
+            _gaze_features(trace, chosen, first, attention, context),
+            *_head_features(trace, first, attention, context),
+        ),
+        axis=1,
+        dtype=np.float64,
     )
-    per_head = (trace.attribution[at], picture[at], 1 - spread, picture[at] - usual)
-    return np.concatenate((np.stack(alone, axis=1), *per_head), axis=1, dtype=np.float64)
 
 
-def _noun(thing: Phrase) -> str:
-    return thing.head.text.lower()
-
-
-def _there(trace: GazeTrace, where: NDArray[np.float64], claim: Claim) -> float:
-    """1 - the mean distance of the gaze (N,) from where the claim's words of place point; per word and axis, 0.5 if none."""
-    if claim.kind != "location" or claim.related is None:
-        return 0.5
-    words = f"{claim.span.text} {claim.related.text}".lower().replace("-", " ").split()
-    said = [DIRECTIONS[word] for word in words if word in DIRECTIONS]
-    placed = (trace.grid.image == 0) & np.isfinite(trace.grid.boxes).all(axis=1)
-    if not said or not where[placed].sum() > 0:
-        return 0.5
-    weights, boxes = where[placed] / where[placed].sum(), trace.grid.boxes[placed]
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    far = [weights @ np.abs(centres[:, axis] - goal) for word in said for axis, goal in enumerate(word) if goal is not None]
-    return float(1 - np.mean(far))
-
-
-def pick(x: NDArray[np.float64], heads: Sequence[tuple[int, int]], wanted: Sequence[str]) -> NDArray[np.float64]:
-    """Some of the columns of `features`, by name: (phrases, len(wanted))."""
+def pick(x: F64, heads: Sequence[tuple[int, int]], wanted: Sequence[str]) -> F64:
+    """Some columns of `features`, by name: (claims, len(wanted))."""
     return x[:, _columns(tuple(heads), tuple(wanted))]
 
 
@@ -191,9 +133,159 @@ def _columns(heads: tuple[tuple[int, int], ...], wanted: tuple[str, ...]) -> lis
     return [known.index(name) for name in wanted]
 
 
-def _agreement(where: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over pairs of heads of the overlap of their distributions (..., H, N); 1 for a single head."""
-    one, other = np.triu_indices(where.shape[-2], 1)
+# ------------------------------------------------------------------------------------------- the caption before a claim
+
+
+@dataclass(frozen=True)
+class _Context:
+    """The caption before each of C claims.
+
+    objects:      the objects of the caption, in the order in which claims name them
+    object_index: (C,) number of objects named before the claim's own
+    repeated:     (C,) whether an earlier object has the same noun
+    background:   (C, T) bool, the tokens before the claim that belong to no object
+    """
+
+    objects: tuple[Phrase, ...]
+    object_index: list[int]
+    repeated: list[bool]
+    background: NDArray[np.bool_]
+
+
+def _context(trace: GazeTrace, claims: Sequence[Claim], wanted: Sequence[int]) -> _Context:
+    objects: dict[Phrase, str] = {}  # with their nouns
+    in_object = np.zeros(len(trace), bool)
+    object_index: list[int] = []
+    repeated: list[bool] = []
+    background = np.zeros((len(wanted), len(trace)), bool)
+    for i, claim in enumerate(claims[: wanted[-1] + 1]):
+        noun = claim.phrase.head.text.lower()
+        if claim.phrase not in objects:
+            objects[claim.phrase] = noun
+            tokens = _tokens(trace, claim.phrase)
+            in_object[tokens.start : tokens.stop] = True
+        if i in wanted:
+            first = _first_token(trace, claim.span)
+            background[len(object_index), :first] = ~in_object[:first]
+            object_index.append(len(objects) - 1)
+            repeated.append(noun in list(objects.values())[:-1])
+    return _Context(tuple(objects), object_index, repeated, background)
+
+
+def _tokens(trace: GazeTrace, span: Span) -> range:
+    return trace.tokens(span.start, span.end)
+
+
+def _first_token(trace: GazeTrace, span: Span) -> int:
+    return _tokens(trace, span).start
+
+
+def _image_attention(trace: GazeTrace, tokens: Sequence[int]) -> F64:
+    """(tokens, H, N): each head's attention over image tokens at these tokens, normalised to sum to one."""
+    gaze = trace.gaze[list(tokens)].astype(np.float64)
+    return gaze / np.maximum(gaze.sum(-1, keepdims=True), 1e-9)
+
+
+# --------------------------------------------------------------------------------------------------- groups of features
+
+
+def _text_features(trace: GazeTrace, claims: Sequence[Claim], first: Sequence[int], context: _Context) -> F64:
+    """(claims, 5): `TEXT_FEATURES`."""
+    spans = (_tokens(trace, claim.span) for claim in claims)
+    columns = (
+        np.log1p(first),
+        np.log1p(context.object_index),
+        context.repeated,
+        [-trace.logprobs[span.start : span.stop].min() for span in spans],
+        trace.entropy[first],
+    )
+    return np.stack(columns, axis=1)
+
+
+def _gaze_features(trace: GazeTrace, claims: Sequence[Claim], first: Sequence[int], attention: F64, context: _Context) -> F64:
+    """(claims, 8): `GAZE_FEATURES`."""
+    attribution = trace.attribution.sum(-1)
+    mean_attention = attention.mean(1)
+    columns = (
+        attribution[first],
+        [attribution[_word_tokens(trace, claim)].min() for claim in claims],
+        trace.attended_logprob[first],
+        trace.internal_confidence[first],
+        head_agreement(attention),
+        _earlier_overlap(trace, mean_attention, context),
+        _related_overlap(trace, claims, attention),
+        [_location_agreement(trace, weights, claim) for weights, claim in zip(mean_attention, claims, strict=True)],
+    )
+    return np.stack(columns, axis=1)
+
+
+def _head_features(trace: GazeTrace, first: Sequence[int], attention: F64, context: _Context) -> tuple[F64, ...]:
+    """`HEAD_FEATURES`, each (claims, H)."""
+    image_mass = trace.segment_mass[:, :, SEGMENTS.index("image")].astype(np.float64)
+    count = context.background.sum(1)[:, None]
+    usual = np.where(count, context.background @ image_mass / np.maximum(count, 1), image_mass[first])
+    entropy = -(attention * np.log(np.maximum(attention, 1e-12))).sum(-1) / np.log(max(2, attention.shape[-1]))
+    return trace.attribution[first], image_mass[first], 1 - entropy, image_mass[first] - usual
+
+
+# ------------------------------------------------------------------------------------------------------ single features
+
+
+def _word_tokens(trace: GazeTrace, claim: Claim) -> list[int]:
+    """The tokens over which the minimum attribution is taken: of an object the first of each word, else the whole span."""
+    if claim.kind == "object":
+        return [_first_token(trace, word) for word in (*claim.phrase.attributes, claim.phrase.head)]
+    return list(_tokens(trace, claim.span))
+
+
+def head_agreement(attention: F64) -> F64:
+    """Mean overlap of the attention of two heads, over all pairs.
+
+    Args:
+        attention: (..., H, N), each head's distribution over image tokens.
+
+    Returns:
+        (...), 0 to 1; 1 for a single head.
+    """
+    one, other = np.triu_indices(attention.shape[-2], 1)
     if not len(one):
-        return np.ones(where.shape[:-2])
-    return np.minimum(where[..., one, :], where[..., other, :]).sum(-1).mean(-1)
+        return np.ones(attention.shape[:-2])
+    return np.minimum(attention[..., one, :], attention[..., other, :]).sum(-1).mean(-1)
+
+
+def _earlier_overlap(trace: GazeTrace, mean_attention: F64, context: _Context) -> F64:
+    """(claims,): overlap of the mean attention (claims, N) with its maximum over the objects named before."""
+    at_objects = _image_attention(trace, [_first_token(trace, phrase.head) for phrase in context.objects]).mean(1)
+    running = np.maximum.accumulate(at_objects, axis=0)
+    before = np.concatenate((np.zeros((1, running.shape[1])), running))[context.object_index]
+    return np.minimum(mean_attention, before).sum(-1)
+
+
+def _related_overlap(trace: GazeTrace, claims: Sequence[Claim], attention: F64) -> F64:
+    """(claims,): overlap with the attention at the related words, mean over heads; 1 for a claim without any."""
+    overlap = np.ones(len(claims))
+    related = {i: _first_token(trace, claim.related) for i, claim in enumerate(claims) if claim.related is not None}
+    if related:
+        at_related = _image_attention(trace, list(related.values()))
+        overlap[list(related)] = np.minimum(attention[list(related)], at_related).sum(-1).mean(-1)
+    return overlap
+
+
+def _location_agreement(trace: GazeTrace, weights: F64, claim: Claim) -> float:
+    """1 - the mean distance of the attention (N,) from the location that the claim's words denote; 0.5 if they denote none.
+
+    The mean is over words and axes; distances are shares of the image's width and height. Only the first image counts.
+    """
+    if claim.kind != "location" or claim.related is None:
+        return 0.5
+    words = f"{claim.span.text} {claim.related.text}".lower().replace("-", " ").split()
+    targets = [DIRECTIONS[word] for word in words if word in DIRECTIONS]
+    located = (trace.grid.image == 0) & np.isfinite(trace.grid.boxes).all(axis=1)
+    if not targets or not weights[located].sum() > 0:
+        return 0.5
+    share, boxes = weights[located] / weights[located].sum(), trace.grid.boxes[located]
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    distances = [
+        share @ np.abs(centres[:, axis] - goal) for target in targets for axis, goal in enumerate(target) if goal is not None
+    ]
+    return float(1 - np.mean(distances))
