@@ -78,6 +78,11 @@ class Policy(_Strict):
     verify: Verify | None = None
     on_flag: Literal["keep", "drop", "abstain"] = "keep"
 
+    @classmethod
+    def load(cls, name: str | Path) -> Policy:
+        """`load_policy`: a policy by its name, or from a YAML file."""
+        return load_policy(name)
+
 
 def policy_folder() -> Path:
     """Where the policies that come with GazeGuard are: in the package of a wheel, beside it in a checkout."""

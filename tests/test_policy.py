@@ -26,7 +26,7 @@ FULL = MINE | {
 def test_every_policy_that_comes_along_loads_by_name_and_by_path(name):
     policy = load_policy(name)
     assert policy.name == name
-    assert policy == load_policy(policy_folder() / f"{name}.yaml")
+    assert policy == load_policy(policy_folder() / f"{name}.yaml") == Policy.load(name)
 
 
 def test_everything_a_policy_can_do_is_in_one_that_comes_along():
