@@ -10,9 +10,20 @@ import pytest
 
 import gazeguard
 
-PUBLIC = (
-    "GazeGuard GazeHeads find_heads Detector Policy CaptionFilter Report Finding Verdict GazeTrace ImageGrid GazeGuardError"
-).split()
+PUBLIC = [
+    "GazeGuard",
+    "GazeHeads",
+    "find_heads",
+    "Detector",
+    "Policy",
+    "CaptionFilter",
+    "Report",
+    "Finding",
+    "Verdict",
+    "GazeTrace",
+    "ImageGrid",
+    "GazeGuardError",
+]
 
 
 def fresh(code: str) -> str:

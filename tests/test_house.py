@@ -20,7 +20,14 @@ TOO_LONG: set[str] = {
     "gazeguard.attention", "gazeguard.cli", "gazeguard.decoding", "gazeguard.detection", "gazeguard.guard", "gazeguard.lab",
     "evals",
 }  # fmt: skip
-PRIVATE: set[str] = {"gazeguard.attention", "gazeguard.guard", "gazeguard.decoding", "gazeguard.vision", "evals"}
+PRIVATE: set[str] = {
+    "gazeguard.attention",
+    "gazeguard.guard",
+    "gazeguard.decoding",
+    "gazeguard.vision",
+    "gazeguard.replay",
+    "evals",
+}
 OLD_WORDS: set[str] = {
     "gazeguard.attention", "gazeguard.cli", "gazeguard.decoding", "gazeguard.detection", "gazeguard.filtering",
     "gazeguard.fitting", "gazeguard.guard", "gazeguard.heads", "gazeguard.integrations", "gazeguard.lab", "gazeguard.policy",
@@ -33,8 +40,8 @@ OLD = re.compile(
     r"""\b(?:
     taps? | tapped | hears? | heard | listen(?:s|er|ers|ing)? | glance[sd]? | look(?:s|ed|ing)?\b(?![ -](?:up|alike))
     | look_at | look_again | pictures? | cells? | things? | (?<!in\ )(?<!in\ the\ )places?\b(?!\ of) | the\ said
-    | readout | rivals? | speaks?\ for | under\ the\ gaze | likeliest | surprise | visited | barred | tuned | tak(?:e|es|en|ing)\ back
-    | takes?\ (?:it|them|phrases|a\ phrase)\ back | way\ out | laws? | peers? | ways?\ of\ writing | blindfolded
+    | readout | rivals? | speaks?\ for | under\ the\ gaze | likeliest | surprise | visited | barred | tuned
+    | tak(?:e|es|en|ing)\ back | takes?\ (?:it|them|phrases|a\ phrase)\ back | way\ out | laws? | peers? | ways?\ of\ writing | blindfolded
     | false\ alarms? | told\ apart | missed(?!\ object) | the\ price | repaired | left: | decode\ loop\ of\ its\ own
     )(?!\w)""",
     re.VERBOSE | re.IGNORECASE,
