@@ -387,7 +387,7 @@ def replay(
 
 @app.command()
 def train(
-    rows: Annotated[Path, typer.Argument(help="JSONL: image, caption, and labels or objects; see gazeguard.learn.Row.")],
+    rows: Annotated[Path, typer.Argument(help="JSONL: image, caption, and labels or objects; see gazeguard.fitting.")],
     model: ModelOption = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the detector, its card and its diagram.")] = Path(
         "detector"
@@ -405,12 +405,12 @@ def train(
 ) -> None:
     """Fit a detector of made-up phrases on captions with labels, for a model of your own."""
     with _errors():
-        from gazeguard.fitting import learn, read_rows
+        from gazeguard.fitting import fit_detector, read_captions
         from gazeguard.guard import GazeGuard
 
-        told = read_rows(rows)
+        captions = read_captions(rows)
         guard = GazeGuard(*_load(model), heads=heads_file)
-        detector, left_out = learn(guard, told, ask, batch_size, verify)
+        detector, left_out = fit_detector(guard, captions, ask, batch_size, verify)
         detector.save_pretrained(folder)
         for kind, made in detector.kinds.items():
             held = made.validation
@@ -419,7 +419,7 @@ def train(
                 f"{held.images} pictures AUROC {held.auroc:.3f}, calibration error {held.ece:.3f}"
             )
         for reason, count in left_out.items():
-            out.print(f"left out: {count} of {len(told)} captions: {escape(reason)}")
+            out.print(f"left out: {count} of {len(captions)} captions: {escape(reason)}")
         out.print(f"Detector, card and diagram: [bold]{escape(str(folder))}[/]", soft_wrap=True)
 
 

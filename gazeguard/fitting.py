@@ -1,8 +1,20 @@
-"""What does a detector learn from? Captions whose claims are labelled: by you, by a list of what is there, or by the model.
+"""Fitting of a detector to captions with labels: a person's, a list of the objects in the image, or the model's own answers.
 
-detector, left_out = learn(guard, read_rows("captions.jsonl"))
-detector.save_pretrained("my-detector")
-"""
+    detector, left_out = fit_detector(guard, read_captions("captions.jsonl"))
+    detector.save_pretrained("my-detector")
+
+Each line of ``captions.jsonl`` is one captioned image, a JSON object with these keys:
+
+| key | required | meaning |
+|---|---|---|
+| ``image`` | yes | path of the image, relative to the folder of the file |
+| ``caption`` | yes | the caption that the model wrote |
+| ``prompt`` | no | the prompt that the caption answers |
+| ``labels`` | no | list of ``{"start": 0, "end": 8, "kind": "object", "false": true}``: claims of this kind on these characters of the caption (``end`` exclusive) are false, or with ``false: false`` are true; ``kind`` is object, attribute or location |
+| ``objects`` | no | without ``labels``: every object in the image, in the words of the captions ("dog", "dining table"), as the ground truth of CHAIR lists them (Rohrbach et al. 2018); an object that the caption names and the list does not counts as false |
+
+Claims without a label are left out.
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 
@@ -10,14 +22,16 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import track
 
-from gazeguard.claims.parse import Claim, Kind, Phrase, claims
+from gazeguard.claims.parse import Claim, Kind, claims
 from gazeguard.decoding.verification import AnswerTokens
 from gazeguard.decoding.verification import ask as ask_about
 from gazeguard.detection import features
@@ -28,12 +42,12 @@ from gazeguard.report import Report
 from gazeguard.vision.encoding import encode, model_inputs
 from gazeguard.vision.images import load_image
 
-MAX_ROW_BYTES = 2**20
-HELD_OUT = 3  # one picture in so many sets probabilities and thresholds, the others the weights
+MAX_LINE_BYTES = 2**20
+VALIDATION_PART = 3  # one image in so many sets probabilities and thresholds, the others the weights
 
 
 class Label(BaseModel):
-    """What is known of the claims of one kind on these characters of a caption, ``end`` exclusive."""
+    """Whether the claims of one kind on these characters of a caption are false; ``end`` is exclusive."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -43,15 +57,8 @@ class Label(BaseModel):
     false: bool
 
 
-class Row(BaseModel):
-    """One captioned picture, as a line of a JSONL file has it.
-
-    image:   path of the picture, from the folder of the file
-    prompt:  what the caption answers
-    labels:  what is known of its claims; the others are left out
-    objects: without labels: everything that is in the picture, in the words of the captions ("dog", "dining table"), as the
-             ground truth of CHAIR (Rohrbach et al. 2018) has it; whatever else is named counts as invented
-    """
+class LabelledCaption(BaseModel):
+    """One captioned image with what is known of its claims, as a line of a JSONL file has it; the module says the keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,52 +69,77 @@ class Row(BaseModel):
     objects: tuple[str, ...] | None = None
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a JSONL file. Raises `InputError` with the line that is wrong, and why."""
-    path, rows = Path(path), []
+class _Example(NamedTuple):
+    """One labelled claim with its features (F,), and the caption that it is from."""
+
+    x: NDArray[np.float64]
+    false: bool
+    claim: Claim
+    source: LabelledCaption
+
+
+def read_captions(path: str | Path) -> list[LabelledCaption]:
+    """Read captions with labels from a JSONL file.
+
+    Args:
+        path: The file; images are found relative to its folder.
+
+    Raises:
+        InputError: The file cannot be opened, or a line is not a labelled caption; the message names the line and the key.
+    """
+    path, captions = Path(path), []
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if len(line) > MAX_ROW_BYTES:
-                    raise InputError(f"{path}, line {number}: longer than {MAX_ROW_BYTES} bytes, more than any row needs.")
+                if len(line) > MAX_LINE_BYTES:
+                    raise InputError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes, more than any row needs.")
                 if line.strip():
-                    row = Row.model_validate_json(line)
-                    rows.append(row.model_copy(update={"image": str(path.parent / row.image)}))
+                    row = LabelledCaption.model_validate_json(line)
+                    captions.append(row.model_copy(update={"image": str(path.parent / row.image)}))
     except OSError as error:
-        raise InputError(f"{path} cannot be opened: {error.strerror}. Give a JSONL file of captioned pictures.") from error
+        raise InputError(f"{path} cannot be opened: {error.strerror}. Give a JSONL file of captioned images.") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole line"
+        key = ".".join(map(str, first["loc"])) or "the whole line"
         raise InputError(
-            f"{path}, line {number}: {where}: {first['msg']}. A row has image, caption, and labels or objects."
+            f"{path}, line {number}: {key}: {first['msg']}. A row has image, caption, and labels or objects."
         ) from error
-    return rows
+    return captions
 
 
-def known(row: Row) -> Iterator[tuple[Claim, bool]]:
-    """The claims of a row whose truth it tells, each with whether it is false."""
-    there = None if row.objects is None else {_singular(name) for name in row.objects}
+def labelled_claims(row: LabelledCaption) -> Iterator[tuple[Claim, bool]]:
+    """The claims of a caption that its labels or objects decide, each with whether it is false."""
+    objects = None if row.objects is None else {_singular(name) for name in row.objects}
     for claim in claims(row.caption):
         for label in row.labels or ():
             if label.kind == claim.kind and label.start < claim.end and claim.start < label.end:
                 yield claim, label.false
                 break
         else:
-            if row.labels is None and there is not None and claim.kind == "object":
-                yield claim, _singular(claim.phrase.head.text) not in there
+            if row.labels is None and objects is not None and claim.kind == "object":
+                yield claim, _singular(claim.phrase.head.text) not in objects
 
 
 def _singular(name: str) -> str:
-    """The name in lower case without a plural's "s"; the same for the caption's words and the list's."""
+    """The name in lower case without a plural's "s"; used alike for the words of captions and lists."""
     name = name.strip().lower()
     return name if name.endswith("ss") else name.removesuffix("s")
 
 
 @torch.no_grad()
-def says_yes(guard: GazeGuard, images: Sequence[str], names: Sequence[str]) -> list[float]:
-    """The probability of yes, against no, that the model answers to "Is there a NAME in the picture?" of each picture."""
-    asked = [_question(name.lower()) for name in names]
-    inputs = encode(guard.model, guard.processor, [load_image(image) for image in images], asked).inputs
+def yes_probability(guard: GazeGuard, images: Sequence[str], names: Sequence[str]) -> list[float]:
+    """The model's answers to "Is there a NAME in the picture?".
+
+    Args:
+        guard: The guard whose model is asked.
+        images: Paths of the images.
+        names: For each image the object that is asked about.
+
+    Returns:
+        For each image the probability of yes against no.
+    """
+    questions = [_question(name.lower()) for name in names]
+    inputs = encode(guard.model, guard.processor, [load_image(image) for image in images], questions).inputs
     logits = guard.model(**model_inputs(guard.model, inputs), use_cache=False).logits[:, -1]
     return AnswerTokens.from_tokenizer(guard.processor.tokenizer).log_odds(logits).sigmoid().tolist()
 
@@ -118,75 +150,98 @@ def _question(name: str) -> str:
     return f"Is there a{'n' * name.startswith(tuple('aeiou'))} {name} in the picture?"
 
 
-def learn(
-    guard: GazeGuard, rows: Sequence[Row], ask: bool = False, batch_size: int = 16, verify: bool = False
+def fit_detector(
+    guard: GazeGuard, captions: Sequence[LabelledCaption], ask: bool = False, batch_size: int = 16, verify: bool = False
 ) -> tuple[Detector, Counter[str]]:
-    """A detector fitted on replays of the rows' captions, and how many rows were left out for which reason.
+    """Fit a detector to replays of captions with labels.
 
-    ask: rows that tell nothing of their objects are labelled by asking the model itself, by `says_yes`. Such labels are weak:
-         what the model believes when asked it may have written, too.
-    verify: also learn, from the pictures that are held out, what the model's answers are worth when it is asked about a claim:
-         what a policy with verify needs
-    Pictures are held out for probabilities and thresholds by the hash of their path, so that no picture is on both sides.
-    Raises `InputError` when there are too few false or true claims to learn from.
+    Images are held out for validation by the hash of their path, so that no image is in both parts.
+
+    Args:
+        guard: A guard over the model that wrote the captions; its heads are used, its detector is not.
+        captions: The captions with their labels.
+        ask: Label the objects of captions without labels by asking the model itself (`yes_probability`). Such labels are
+            weak: a model that believes a false object may have written it for that reason.
+        batch_size: Captions replayed at a time.
+        verify: Also fit the weight of self-verification answers, on the validation images; policies that verify need it.
+
+    Returns:
+        The detector, and how many captions were left out for which reason.
+
+    Raises:
+        InputError: There are too few false or true claims.
     """
-    listener = GazeGuard(guard.model, guard.processor, heads=guard.heads, grid=guard.grid)
-    listener.detector = None  # whatever it would say, it is about to be replaced
-    left_out: Counter[str] = Counter()
-    found: list[tuple[np.ndarray, bool, Kind, str]] = []
-    sources: list[tuple[Row, Phrase]] = []  # of what was found
-    groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    for group in track(groups, "replaying captions", console=Console(stderr=True), transient=True):
-        images, captions, prompts = zip(*((row.image, row.caption, row.prompt) for row in group), strict=True)
-        reports = listener.check_all(images, captions, prompts)
-        for row, report in zip(group, reports, strict=True):
-            told = list(known(row)) if report.trace is not None else []
-            if report.trace is not None and not told and ask:
-                told = _asked(listener, row)
-            if told:
-                found += _measured(row, report, told)
-                sources += [(row, claim.phrase) for claim, _ in told]
-            else:
-                left_out["nothing is known of its claims" if report.trace is not None else report.reason] += 1
-    if not found:
+    examples, left_out = _examples(guard, captions, ask, batch_size)
+    if not examples:
         raise InputError(
-            f"No claim of {len(rows)} captions has a label. Give labels or objects with the rows, or let the model be asked."
+            f"No claim of {len(captions)} captions has a label. Give labels or objects with the rows, or set ask (--ask)."
         )
-    x, false, kinds, images = (np.array(column) for column in zip(*found, strict=True))
-    numbers = np.unique(images, return_inverse=True)[1]
-    held = np.array([int(hashlib.sha256(image.encode()).hexdigest(), 16) % HELD_OUT == 0 for image in images])
-    detector = Detector.fit(x[~held], false[~held], kinds[~held], guard.heads)
-    detector = detector.calibrated(x[held], false[held], kinds[held], numbers[held])
+    x, false = np.stack([each.x for each in examples]), np.array([each.false for each in examples])
+    kinds = np.array([each.claim.kind for each in examples])
+    paths = np.array([each.source.image for each in examples])
+    image = np.unique(paths, return_inverse=True)[1]
+    held_out = np.array([_is_held_out(path) for path in paths])
+    detector = Detector.fit(x[~held_out], false[~held_out], kinds[~held_out], guard.heads)
+    x, false, kinds, image = x[held_out], false[held_out], kinds[held_out], image[held_out]
+    detector = detector.calibrated(x, false, kinds, image)
     if verify:
-        said = _answers([source for source, is_held in zip(sources, held, strict=True) if is_held], kinds[held], listener)
-        detector = detector.fit_answers(detector.risk(x[held], kinds[held]), said, false[held], kinds[held])
+        answers = _answers(guard, [each for each, is_held_out in zip(examples, held_out, strict=True) if is_held_out])
+        detector = detector.fit_answers(detector.risk(x, kinds), answers, false, kinds)
     return detector, left_out
 
 
-def _answers(sources: Sequence[tuple[Row, Phrase]], kinds: np.ndarray, guard: GazeGuard) -> np.ndarray:
-    """(claims,) log-odds of yes, when the model is asked whether the thing of each claim is there; NaN for places."""
-    said = np.full(len(sources), np.nan)
-    of_row: dict[int, list[int]] = {}
-    for i, (row, _) in enumerate(sources):
-        if kinds[i] != "location":
-            of_row.setdefault(id(row), []).append(i)
-    for own in track(of_row.values(), "asking about them", console=Console(stderr=True), transient=True):
-        row, things = sources[own[0]][0], [sources[i][1] for i in own]
-        image = load_image(row.image)
-        said[own] = ask_about(guard.model, guard.processor, [image], [row.prompt], [0] * len(own), things).cpu().numpy()
-    return said
+def _is_held_out(path: str) -> bool:
+    return int(hashlib.sha256(path.encode()).hexdigest(), 16) % VALIDATION_PART == 0
 
 
-def _asked(guard: GazeGuard, row: Row) -> list[tuple[Claim, bool]]:
-    things = [claim for claim in claims(row.caption) if claim.kind == "object"]
-    if not things:
+def _examples(
+    guard: GazeGuard, captions: Sequence[LabelledCaption], ask: bool, batch_size: int
+) -> tuple[list[_Example], Counter[str]]:
+    """The labelled claims of captions with their features, and how many captions were left out for which reason."""
+    replayer = GazeGuard(guard.model, guard.processor, heads=guard.heads, grid=guard.grid)
+    replayer.detector = None  # its verdicts are not needed
+    examples: list[_Example] = []
+    left_out: Counter[str] = Counter()
+    batches = [captions[i : i + batch_size] for i in range(0, len(captions), batch_size)]
+    for batch in track(batches, "replaying captions", console=Console(stderr=True), transient=True):
+        columns = zip(*((row.image, row.caption, row.prompt) for row in batch), strict=True)
+        for row, report in zip(batch, replayer.check_all(*columns), strict=True):
+            if report.trace is None:
+                left_out[report.reason] += 1
+                continue
+            labelled = list(labelled_claims(row)) or (_claims_by_asking(guard, row) if ask else [])
+            if not labelled:
+                left_out["no claim has a label"] += 1
+            examples += _with_features(row, report, labelled)
+    return examples, left_out
+
+
+def _claims_by_asking(guard: GazeGuard, row: LabelledCaption) -> list[tuple[Claim, bool]]:
+    """The object claims of a caption, each false where the model answers no."""
+    objects = [claim for claim in claims(row.caption) if claim.kind == "object"]
+    if not objects:
         return []
-    answers = says_yes(guard, [row.image] * len(things), [claim.phrase.head.text for claim in things])
-    return [(claim, answer < 0.5) for claim, answer in zip(things, answers, strict=True)]
+    answers = yes_probability(guard, [row.image] * len(objects), [claim.phrase.head.text for claim in objects])
+    return [(claim, answer < 0.5) for claim, answer in zip(objects, answers, strict=True)]
 
 
-def _measured(row: Row, report: Report, told: Sequence[tuple[Claim, bool]]) -> Iterator[tuple[np.ndarray, bool, Kind, str]]:
-    said = claims(row.caption)
-    x = features.features(report.trace, said)
-    for claim, false in told:
-        yield x[said.index(claim)], false, claim.kind, row.image
+def _with_features(row: LabelledCaption, report: Report, labelled: Sequence[tuple[Claim, bool]]) -> Iterator[_Example]:
+    every = claims(row.caption)
+    x = features.features(report.trace, every) if labelled else None
+    for claim, false in labelled:
+        yield _Example(x[every.index(claim)], false, claim, row)
+
+
+def _answers(guard: GazeGuard, examples: Sequence[_Example]) -> NDArray[np.float64]:
+    """(examples,) log-odds of yes to the question whether each claim's object is there; NaN for locations."""
+    answers = np.full(len(examples), np.nan)
+    of_caption: dict[int, list[int]] = {}
+    for i, example in enumerate(examples):
+        if example.claim.kind != "location":
+            of_caption.setdefault(id(example.source), []).append(i)
+    for indices in track(of_caption.values(), "self-verification", console=Console(stderr=True), transient=True):
+        row, phrases = examples[indices[0]].source, [examples[i].claim.phrase for i in indices]
+        image = load_image(row.image)
+        log_odds = ask_about(guard.model, guard.processor, [image], [row.prompt], [0] * len(phrases), phrases)
+        answers[indices] = log_odds.cpu().numpy()
+    return answers

@@ -16,30 +16,32 @@ from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.detection.detector import Detector
 from gazeguard.errors import InputError
-from gazeguard.fitting import Label, Row, known, learn, read_rows, says_yes
+from gazeguard.fitting import Label, LabelledCaption, fit_detector, labelled_claims, read_captions, yes_probability
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.training.tiny_fit import tabulate, write_captions
 from gazeguard.lab.truth import judged
 
 
-def brief(row: Row) -> list[tuple[str, str, bool]]:
-    return [(claim.kind, claim.text, false) for claim, false in known(row)]
+def brief(row: LabelledCaption) -> list[tuple[str, str, bool]]:
+    return [(claim.kind, claim.text, false) for claim, false in labelled_claims(row)]
 
 
 def test_labels_reach_the_claims_that_they_lie_on():
     """By kind and characters; what has no label is not known."""
     caption = "There is a red star and a moon on the left."
     labels = (Label(start=11, end=19, false=False), Label(start=11, end=14, kind="attribute", false=True))
-    assert brief(Row(image="x", caption=caption, labels=labels)) == [
+    assert brief(LabelledCaption(image="x", caption=caption, labels=labels)) == [
         ("object", "a red star", False),
         ("attribute", "red", True),
     ]
-    assert brief(Row(image="x", caption=caption)) == []
+    assert brief(LabelledCaption(image="x", caption=caption)) == []
 
 
 def test_a_list_of_what_is_there_judges_objects_alone():
     """Plurals and capitals are the same thing; labels, where given, are believed instead."""
-    row = Row(image="x", caption="Two dogs, a Dining table and a glass on the left.", objects=("Dog", "dining tables"))
+    row = LabelledCaption(
+        image="x", caption="Two dogs, a Dining table and a glass on the left.", objects=("Dog", "dining tables")
+    )
     assert brief(row) == [("object", "Two dogs", False), ("object", "a Dining table", False), ("object", "a glass", True)]
     assert brief(row.model_copy(update={"labels": ()})) == []
     assert brief(row.model_copy(update={"objects": ()})) == [(*found[:2], True) for found in brief(row)]
@@ -60,27 +62,27 @@ def test_a_wrong_line_is_named(tmp_path, line, said):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"image": "x", "caption": "y"}\n' + line + "\n")
     with pytest.raises(InputError) as caught:
-        read_rows(path)
+        read_captions(path)
     assert str(caught.value).startswith(f"{path}, {said}")
 
 
-@given(ANYTHING | st.dictionaries(st.sampled_from(list(Row.model_fields)), ANYTHING))
+@given(ANYTHING | st.dictionaries(st.sampled_from(list(LabelledCaption.model_fields)), ANYTHING))
 def test_any_json_is_a_row_or_refused(tmp_path_factory, anything):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_text(json.dumps(anything))
     try:
-        rows = read_rows(path)
+        rows = read_captions(path)
     except InputError:
         return
-    assert all(claim.text for row in rows for claim, _ in known(row))
+    assert all(claim.text for row in rows for claim, _ in labelled_claims(row))
 
 
 def test_pictures_lie_beside_their_file(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('\n{"image": "pictures/1.png", "caption": "A dog."}\n\n')
-    (row,) = read_rows(tmp_path / "rows.jsonl")
-    assert row.image == str(tmp_path / "pictures" / "1.png")
-    with pytest.raises(InputError, match=r"No such file or directory\. Give a JSONL file of captioned pictures"):
-        read_rows(tmp_path / "none.jsonl")
+    (tmp_path / "rows.jsonl").write_text('\n{"image": "images/1.png", "caption": "A dog."}\n\n')
+    (row,) = read_captions(tmp_path / "rows.jsonl")
+    assert row.image == str(tmp_path / "images" / "1.png")
+    with pytest.raises(InputError, match=r"No such file or directory\. Give a JSONL file of captioned images"):
+        read_captions(tmp_path / "none.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +125,13 @@ def test_train_makes_a_detector_from_labels(written, guard):
 
 
 def test_no_picture_is_on_both_sides(written, guard):
-    """What is held out is held out picture by picture, and is what `learn` says it is."""
+    """What is held out is held out picture by picture, and is what `fit_detector` says it is."""
     folder, samples, _ = written
-    detector, left_out = learn(guard, read_rows(folder / "rows.jsonl"))
+    detector, left_out = fit_detector(guard, read_captions(folder / "rows.jsonl"))
     made = detector.kinds["object"]
     assert made.answer is None
     assert made.validation.images < len(samples) / 2
-    total = sum(1 for row in read_rows(folder / "rows.jsonl") for c, _ in known(row) if c.kind == "object")
+    total = sum(1 for row in read_captions(folder / "rows.jsonl") for c, _ in labelled_claims(row) if c.kind == "object")
     assert made.claims + made.validation.claims == total
     assert sum(left_out.values()) == 1
 
@@ -137,12 +139,12 @@ def test_no_picture_is_on_both_sides(written, guard):
 def test_asking_labels_what_is_unknown(written, guard):
     """The model's own answers are used as they are. The lab's says no to everything, which teaches nothing; that is said."""
     folder = written[0]
-    rows = [row.model_copy(update={"labels": None}) for row in read_rows(folder / "rows.jsonl")][:6]
-    answers = says_yes(guard, [row.image for row in rows], ["star", "moons", "apple", "glass", "cup", "horse"])
+    rows = [row.model_copy(update={"labels": None}) for row in read_captions(folder / "rows.jsonl")][:6]
+    answers = yes_probability(guard, [row.image for row in rows], ["star", "moons", "apple", "glass", "cup", "horse"])
     assert all(0 <= answer <= 1 for answer in answers)
-    alone = says_yes(guard, [rows[2].image], ["apple"])
+    alone = yes_probability(guard, [rows[2].image], ["apple"])
     assert alone == pytest.approx(answers[2:3], abs=1e-5)
     with pytest.raises(InputError, match=r"No claim of 6 captions has a label\. Give labels or objects"):
-        learn(guard, rows)
-    with pytest.raises(InputError, match="objects are invented; a detector needs at least 20 invented and 20 real ones"):
-        learn(guard, rows, ask=True)
+        fit_detector(guard, rows)
+    with pytest.raises(InputError, match="object claims are false; a detector needs at least 20 false and 20 true ones"):
+        fit_detector(guard, rows, ask=True)
