@@ -1,34 +1,34 @@
-"""What can go wrong? One tree; every message says what is wrong, why, and what to do.
+"""Exceptions: one tree, whose messages say what was given, what is expected, and what to do next.
 
 GazeGuardError
-├── InputError            the picture, the caption or the call cannot be used
-├── OutputError           what was found out cannot be written
-├── UnsupportedError      this model, or this way of generating, cannot be watched (the message names the way out)
-├── NoAttentionError      the hook ran but saw no attention: never read as "no drift"
+├── InputError            the image, the caption or the call cannot be used
+├── OutputError           results cannot be written
+├── UnsupportedError      this model or decoding method is not supported (the message names an alternative)
+├── NoAttentionError      the recorder saw no attention weights: never read as "no hallucination"
 ├── ArtifactError         a heads, detector, trace or policy file cannot be read
-│   └── MismatchError     the file was made for another model or for other heads
-└── PolicyError           a policy does not say what it must, or says what nobody understands
+│   └── MismatchError     the file belongs to another model or to other heads
+└── PolicyError           a policy lacks a key, or has an unknown key or value
 """
 
 
 class GazeGuardError(Exception):
-    """Root of everything that GazeGuard raises on purpose."""
+    """Base class of everything that GazeGuard raises on purpose."""
 
 
 class InputError(GazeGuardError, ValueError):
-    """The picture, the caption or the call cannot be used."""
+    """The image, the caption or the call cannot be used."""
 
 
 class OutputError(GazeGuardError, OSError):
-    """What was found out cannot be written."""
+    """Results cannot be written."""
 
 
 class UnsupportedError(GazeGuardError, NotImplementedError):
-    """This model, or this way of generating, cannot be watched."""
+    """This model or decoding method is not supported."""
 
 
 class NoAttentionError(GazeGuardError, RuntimeError):
-    """The hook ran but saw no attention."""
+    """The recorder ran but saw no attention weights."""
 
 
 class ArtifactError(GazeGuardError, ValueError):
@@ -36,8 +36,8 @@ class ArtifactError(GazeGuardError, ValueError):
 
 
 class MismatchError(ArtifactError):
-    """The file was made for another model or for other heads."""
+    """The file belongs to another model or to other heads."""
 
 
 class PolicyError(GazeGuardError, ValueError):
-    """A policy does not say what it must, or says what nobody understands."""
+    """A policy lacks a key, or has an unknown key or value."""

@@ -1,4 +1,4 @@
-"""What do we do about it? A policy is a small strict YAML file; the ones in ``policies/`` go by their names."""
+"""Policies: what is done about likely hallucinations, as small strict YAML files. Those in ``policies/`` go by their names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from gazeguard.errors import PolicyError
 MAX_FILE_BYTES = 64 * 1024
 
 
-# Rules by which a detector sets its thresholds on validation data; `gazeguard.detector.thresholds` says what they mean.
+# Rules by which a detector sets its thresholds on validation data; `gazeguard.detection.calibration.thresholds` has them.
 Rule = Literal["f1", "precision_0.9", "bound_0.05", "bound_0.02"]
-
-
 Threshold = Rule | Annotated[float, Field(ge=0, le=1)]
 MOST_REWINDS = 1000
 
@@ -28,12 +26,14 @@ class _Strict(BaseModel):
 
 
 class Rerank(_Strict):
-    """Move the scores of plausible words by what the gaze heads say for them.
+    """Move the logits of plausible next tokens by the evidence of the gaze heads.
 
-    attribution:      how much a logit of attribution counts beside a logit of the model
-    plausible:        only words with at least this share of the likeliest word's probability are moved
-    attended_logprob: how much it counts, in logits per nat, whether a thing looks like what lies under the gaze
-    end_bonus:        logits that a full stop gains where the gaze finds nothing that has not been named
+    Attributes:
+        attribution: Weight of the gaze heads' direct logit attribution, in logits per logit of the model.
+        plausible: Only tokens with at least this share of the top token's probability are moved.
+        attended_logprob: Weight of a token's log-probability in the logit lens on the attended image tokens, in logits per
+            nat.
+        end_bonus: Logits that a full stop gains where no attended image token shows an object that is not named yet.
     """
 
     attribution: float = Field(ge=0, le=10)
@@ -43,10 +43,11 @@ class Rerank(_Strict):
 
 
 class Rewind(_Strict):
-    """Take a phrase that is over its risk limit back to where it began, bar that beginning there, and go on another way.
+    """Roll an object over its risk limit back to where it began, ban that beginning there, and try an alternative.
 
-    budget:    how often per caption; 0 never
-    threshold: from which risk; as the policy's own if it is left out
+    Attributes:
+        budget: Rollbacks per caption at most; 0 for none.
+        threshold: The risk that leads to a rollback; by default the policy's own threshold.
     """
 
     budget: int = Field(ge=0, le=MOST_REWINDS)
@@ -54,20 +55,28 @@ class Rewind(_Strict):
 
 
 class Verify(_Strict):
-    """Ask the model whether doubtful things are there, and let its answer count; see `gazeguard.ask`.
+    """Self-verification: ask the model whether doubtful objects are there, and let its answer count as evidence.
 
-    threshold: from which risk a thing is asked about; as the policy's own if it is left out, so that what is flagged is
+    Attributes:
+        threshold: The risk from which an object is asked about; by default the policy's own, so that whatever would be
+            flagged is asked about.
     """
 
     threshold: Threshold | None = None
 
 
 class Policy(_Strict):
-    """What is done while a caption is written (``rerank``, ``rewind``), once it is written (``verify``), and with phrases that
-    are flagged in the end.
+    """What is done while a caption is generated, once it is complete, and about phrases that are flagged in the end.
 
-    threshold: the risk from which a claim is flagged
-    left:      flagged phrases are only marked; or dropped from the caption; or there is no caption (abstain)
+    Attributes:
+        version: Of the format.
+        name: Stands in every report.
+        threshold: The risk from which a claim is flagged: a number, or a rule of the detector.
+        rerank: While a caption is generated: how the next token is chosen.
+        rewind: While a caption is generated: rollback of likely hallucinations.
+        verify: Once it is complete: self-verification.
+        on_flag: Flagged phrases are only marked ("keep"), removed from the caption ("drop"), or the caption is withheld
+            ("abstain").
     """
 
     version: Literal[1]
@@ -85,7 +94,7 @@ class Policy(_Strict):
 
 
 def policy_folder() -> Path:
-    """Where the policies that come with GazeGuard are: in the package of a wheel, beside it in a checkout."""
+    """The folder of the policies that ship with GazeGuard: in the package of a wheel, beside it in a checkout."""
     packed = Path(str(files("gazeguard"))) / "policies"
     return packed if packed.is_dir() else Path(__file__).resolve().parents[1] / "policies"
 
@@ -106,13 +115,22 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_policy(name: str | Path) -> Policy:
-    """A policy by its name, or from a ``.yaml`` file. Raises `PolicyError` with the key, the value and what is allowed."""
+    """Load a policy.
+
+    Args:
+        name: The name of a policy that ships with GazeGuard, or the path of a ``.yaml`` file.
+
+    Returns:
+        The policy.
+
+    Raises:
+        PolicyError: There is no such policy, or the file is none; the message has the key, the value and what is allowed.
+    """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         if str(name) not in policy_names():
             raise PolicyError(
-                f"There is no policy {str(name)!r}. Known policies: {', '.join(policy_names())}; "
-                "or give the path of a .yaml file."
+                f"Unknown policy {str(name)!r}; expected one of: {', '.join(policy_names())}; or the path of a .yaml file."
             )
         path = policy_folder() / f"{name}.yaml"
     try:
@@ -127,7 +145,18 @@ def load_policy(name: str | Path) -> Policy:
 
 
 def parse_policy(data: Any, source: str = "the policy") -> Policy:
-    """A policy from plain data. Raises `PolicyError`."""
+    """Validate plain data as a policy.
+
+    Args:
+        data: What a YAML file holds.
+        source: Its name, for the message.
+
+    Returns:
+        The policy.
+
+    Raises:
+        PolicyError: With the key, the value and what is allowed.
+    """
     try:
         return Policy.model_validate(data)
     except ValidationError as error:
@@ -143,7 +172,7 @@ def _shown(value: Any) -> str:
 
 
 def _explain(error: ValidationError, data: Any) -> str:
-    """The first thing that is wrong, with its key, its value and what is allowed."""
+    """The first error, with its key, its value and what is allowed."""
     errors = error.errors(include_url=False)
     first = errors[0]
     if not isinstance(data, dict):
@@ -151,14 +180,14 @@ def _explain(error: ValidationError, data: Any) -> str:
     # The path ends in the names of a union's members where the schema leaves a choice: those are no keys of the file.
     section = SECTIONS.get(first["loc"][0]) if len(first["loc"]) > 1 else None
     path = first["loc"][: 2 if section else 1]
-    key, told = ".".join(str(part) for part in path), _keys(section or Policy, f"{path[0]}." if section else "")
+    key, known = ".".join(str(part) for part in path), _keys(section or Policy, f"{path[0]}." if section else "")
     if first["type"] == "extra_forbidden":
-        return f"key {key!r} (value {_shown(first['input'])}) is not known. {told}"
+        return f"key {key!r} (value {_shown(first['input'])}) is not known. {known}"
     if first["type"] == "missing":
-        return f"key {key!r} is missing. {told}"
+        return f"key {key!r} is missing. {known}"
     if path[0] in SECTIONS and len(path) == 1:
-        told = _keys(SECTIONS[key], f"{key}.")
-        return f"key {key!r} has the value {_shown(first['input'])}, but it holds keys of its own. {told}"
+        known = _keys(SECTIONS[key], f"{key}.")
+        return f"key {key!r} has the value {_shown(first['input'])}, but it holds keys of its own. {known}"
     wanted = " or ".join(each["msg"] for each in errors if each["loc"][: len(path)] == path)
     return f"key {key!r} has the value {_shown(first['input'])}: {wanted}."
 

@@ -77,7 +77,7 @@ def test_check_flags_what_is_not_there(picture):
     [
         (["caption", "nowhere.png"], "nowhere.png cannot be opened"),
         (["check", "pyproject.toml", "--caption", "A star."], "not a picture that Pillow can read"),
-        (["caption", "PICTURE", "--policy", "mrak"], "There is no policy 'mrak'. Known policies: "),
+        (["caption", "PICTURE", "--policy", "mrak"], "Unknown policy 'mrak'; expected one of: "),
         (["caption", "PICTURE", "--model", "no/such/folder"], "cannot be loaded as a vision-language model"),
         (["heads", "no/such/folder"], "cannot be loaded as a vision-language model"),
     ],
