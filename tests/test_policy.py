@@ -127,7 +127,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
     with pytest.raises(PolicyError) as caught:
         load_policy(name)
     assert str(caught.value) == (
-        f"There is no policy {name!r}. Known policies: {', '.join(policy_names())}; or give the path of a .yaml file."
+        f"Unknown policy {name!r}; expected one of: {', '.join(policy_names())}; or the path of a .yaml file."
     )
 
 
