@@ -572,7 +572,7 @@ class GazeGuard:
     def _cells(self, beams: Tensor | None = None) -> LogitLens | None:
         """What was heard of the image cells, if the detector asks for what lies under the gaze."""
         return (
-            self.recorder.cells(beams)
+            self.recorder.logit_lens(beams)
             if self.detector is None or self.detector.uses("attended_logprob", "internal_confidence")
             else None
         )

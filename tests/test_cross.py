@@ -211,7 +211,7 @@ def test_what_a_gated_head_delivers_is_gated(name):
     for handle in handles:
         handle.remove()
     added = (seen[1] - seen[0])[:, -1]
-    delivered = rows.output[:, 0, 4:].flatten(1) @ backbone.delivers(number, range(4)).T
+    delivered = rows.output[:, 0, 4:].flatten(1) @ backbone.output_weight(number, range(4)).T
     torch.testing.assert_close(delivered, added, rtol=1e-4, atol=1e-5)
     assert added.abs().max() > 0.05
 
@@ -278,7 +278,7 @@ def test_words_that_a_model_keeps_apart_have_directions():
     kind, _, _, _, rows = story("Idefics")
     backbone = find_backbone(kind.model)
     units = torch.eye(rows.hidden.shape[-1])
-    torch.testing.assert_close(backbone.directions()(torch.arange(VOCABULARY + 2)), backbone.unembedding(units).T)
+    torch.testing.assert_close(backbone.unembedding_rows()(torch.arange(VOCABULARY + 2)), backbone.unembedding(units).T)
     words = token_statistics(backbone, backbone.heads(), rows, torch.full((3, NEW), VOCABULARY + 1))
     torch.testing.assert_close(words.logprobs, backbone.logits(rows.hidden).log_softmax(-1)[..., -1])
     assert words.attribution.isfinite().all()
@@ -485,13 +485,13 @@ def test_a_guard_watches_mllama(lab_vlm, tokenizer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_row_can_be_had_while_words_are_written(name):
-    """What `AttentionRecorder.at` says before a word is chosen becomes the logits that it is chosen from."""
+    """What `AttentionRecorder.step_at` says before a word is chosen becomes the logits that it is chosen from."""
     kind = MAKERS[name]()
     inputs = kind.batch()
 
     class Look(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            _, hidden = recorder.at(input_ids.shape[1] - 1)
+            _, hidden = recorder.step_at(input_ids.shape[1] - 1)
             torch.testing.assert_close(recorder.backbone.logits(hidden), scores, rtol=1e-4, atol=1e-4)
             return scores
 

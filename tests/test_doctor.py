@@ -40,7 +40,7 @@ def test_a_model_that_is_read_right_passes(make):
     checks = examined(kind)
     assert [check.name for check in checks] == list(NAMES)
     assert all(check.ok for check in checks), "\n".join(map(str, checks))
-    assert "logits apart by 0" in checks[2].told
+    assert "logits apart by 0" in checks[2].detail
     assert before == {type(m).__name__: m.config._attn_implementation for m in kind.model.modules() if hasattr(m, "config")}
 
 
@@ -62,7 +62,7 @@ def test_scores_that_the_tap_does_not_know_are_found(monkeypatch):
     inputs = kind.batch()
     checks = {check.name: check for check in run_self_test(kind.model, None, inputs)}
     assert not checks[NAMES[3]].ok
-    assert re.search(r"attention apart by 0\.\d", checks[NAMES[3]].told)
+    assert re.search(r"attention apart by 0\.\d", checks[NAMES[3]].detail)
     assert checks[NAMES[2]].ok
 
 
@@ -80,14 +80,14 @@ def test_a_model_that_padding_moves_is_found():
     object.__setattr__(kind, "model", twin)
     checks = {check.name: check for check in examined(kind)}
     assert not checks[NAMES[4]].ok
-    assert "padding in front, attention apart by 0." in checks[NAMES[4]].told
+    assert "padding in front, attention apart by 0." in checks[NAMES[4]].detail
 
 
 def test_a_model_that_cannot_be_watched_says_why():
     """The first check fails with the reason, and nothing else is tried."""
     checks = run_self_test(git(), None, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
     assert [check.ok for check in checks] == [False]
-    assert "has no text attention that GazeGuard can watch" in checks[0].told
+    assert "has no text attention that GazeGuard can watch" in checks[0].detail
 
 
 def test_a_guard_verifies_itself(guard):
@@ -96,7 +96,7 @@ def test_a_guard_verifies_itself(guard):
     inputs = encode(guard.model, guard.processor, [sample.image], [sample.prompt]).inputs
     checks = guard.verify(inputs)
     assert all(check.ok for check in checks)
-    assert "144 tokens, 144 with a place, over 100% of the width and 100% of the height" in checks[1].told
+    assert "144 tokens, 144 with a place, over 100% of the width and 100% of the height" in checks[1].detail
 
 
 def test_the_command_examines_the_labs_model():

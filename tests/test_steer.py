@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gazeguard import lab
-from gazeguard.attention.steering import SteeringTarget, cells_in, undescribed_regions
+from gazeguard.attention.steering import SteeringTarget, image_tokens_in, undescribed_regions
 from gazeguard.errors import InputError
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.grid import ImageGrid
@@ -33,7 +33,7 @@ def written(guard, samples=STRIPS, prompt="Describe a panel.", look=None, **opti
 
 
 def mass_in(report, box, rows=slice(None)) -> float:
-    return float(report.trace.gaze[rows, :, cells_in(report.trace.grid, box)].sum(-1).mean())
+    return float(report.trace.gaze[rows, :, image_tokens_in(report.trace.grid, box)].sum(-1).mean())
 
 
 # ------------------------------------------------------------------------------------------------------------ targets
@@ -43,7 +43,7 @@ def mass_in(report, box, rows=slice(None)) -> float:
 def test_a_box_has_cells(x, y, width, height):
     """Every box on the page has at least one cell; each of them touches it, and those that lie in it are all there."""
     box = (x, y, min(144.0, x + width), min(144.0, y + height))
-    inside = cells_in(GRID, box)
+    inside = image_tokens_in(GRID, box)
     share = GRID.overlap(box)
     assert inside.any()
     assert (share[inside] > 0).all()
@@ -52,7 +52,7 @@ def test_a_box_has_cells(x, y, width, height):
 
 def test_a_box_beside_the_picture_is_refused():
     with pytest.raises(InputError, match=r"The box \(200, 0, 300, 50\) touches no image cell of its picture"):
-        cells_in(GRID, (200, 0, 300, 50))
+        image_tokens_in(GRID, (200, 0, 300, 50))
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_the_backbone_is_the_text_decoder(name):
 def test_the_gain_is_the_norms_slope(name):
     """The norm equals gain times the scaled state, whether its class multiplies by weight or by one plus weight."""
     backbone = find_backbone(family(name).model)
-    gain, centres = backbone.gain
+    gain, centres = backbone.final_norm_weight
     state = torch.randn(5, len(gain), generator=torch.Generator().manual_seed(3)) * 4
     moved = state - state.mean(-1, keepdim=True) if centres else state
     expected = moved / moved.pow(2).mean(-1, keepdim=True).sqrt() * gain
@@ -180,19 +180,19 @@ def test_the_states_of_the_cells_are_the_models_own(name):
     with AttentionRecorder(kind.model, backbone.heads()) as recorder:
         recorder.begin(announce(told.inputs))
         generate(kind.model, told.inputs)
-        rows, cells = recorder.collect(), recorder.cells()
+        rows, cells = recorder.collect(), recorder.logit_lens()
         recorder.begin(announce(told.inputs))
-        assert recorder.cells() is None, "a new watch forgets"
+        assert recorder.logit_lens() is None, "a new watch forgets"
         forward(kind.model, whole)
-        close(recorder.cells().normed, cells.normed, 1e-4)
+        close(recorder.logit_lens().normed, cells.normed, 1e-4)
     lies, named = attended_logprobs(cells, rows.gaze, told.written)
     for row, ids in enumerate(told.inputs["input_ids"]):
         image = (ids == IMAGE).nonzero()[:, 0]
         assert cells.known[row].sum() == len(image)
         close(backbone.unembed(cells.normed[row, : len(image)]), logits[row, image], 1e-3)
         likely, word = logits[row, image].log_softmax(-1).max(-1)
-        close(cells.likely[row, : len(image)], likely, 1e-3)
-        assert torch.equal(cells.word[row, : len(image)], word)
+        close(cells.top_logprob[row, : len(image)], likely, 1e-3)
+        assert torch.equal(cells.top_id[row, : len(image)], word)
         said = logits[row, image].log_softmax(-1)[:, told.written[row]]  # (N, T)
         close(named[row], said.amax(0), 1e-3)
         look = rows.gaze[row, ..., : len(image)].mean(1)  # (T, N)
@@ -511,8 +511,8 @@ def test_words_are_judged_by_the_models_logits(name):
     kind, told = family(name), story(name)
     backbone = find_backbone(kind.model)
     logs = told.logits.float().log_softmax(-1)
-    deaf = replace(told.rows, likely=torch.full_like(told.rows.likely, -1))
-    some = replace(deaf, likely=told.rows.likely.where(torch.arange(NEW)[:, None] % 3 > 0, -1))
+    deaf = replace(told.rows, top_ids=torch.full_like(told.rows.top_ids, -1))
+    some = replace(deaf, top_ids=told.rows.top_ids.where(torch.arange(NEW)[:, None] % 3 > 0, -1))
     rarest = logs.argmin(-1)  # not among the likeliest, of which alone it is heard
     judged = [
         (written, token_statistics(backbone, backbone.heads(), rows, written))
@@ -535,14 +535,14 @@ def test_logits_of_other_rows_are_not_taken_for_those_of_the_words():
         with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
             recorder.begin(announce(told.inputs))
             kind.model(**whole, use_cache=False, logits_to_keep=keep)
-            assert (recorder.collect().likely == -1).all()
+            assert (recorder.collect().top_ids == -1).all()
     with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
         recorder.begin(announce(told.inputs))
         kind.model(**whole, use_cache=False, logits_to_keep=NEW + 1)  # these are the words' rows and no others
         rows = recorder.collect()
     logs = told.logits.log_softmax(-1)
-    close(rows.logs[:, :NEW], top_k_statistics(logs)[1], 1e-4)
-    assert torch.equal(rows.likely[:, :NEW], told.rows.likely)
+    close(rows.top_logprobs[:, :NEW], top_k_statistics(logs)[1], 1e-4)
+    assert torch.equal(rows.top_ids[:, :NEW], told.rows.top_ids)
 
 
 def test_a_row_that_runs_again_says_what_it_says_now():
@@ -561,8 +561,8 @@ def test_a_row_that_runs_again_says_what_it_says_now():
                 mask = told.inputs["attention_mask"]
             mask = F.pad(mask, (0, words.shape[1]), value=1)
             kind.model(input_ids=words, attention_mask=mask, **how)
-            heard.append((recorder.collect().likely[0] >= 0).all(-1).tolist())
-        assert (recorder.collect(start=2).likely >= 0)[0, :, 0].tolist() == [False, True]
+            heard.append((recorder.collect().top_ids[0] >= 0).all(-1).tolist())
+        assert (recorder.collect(start=2).top_ids >= 0)[0, :, 0].tolist() == [False, True]
     assert heard == [[True] * 2, [True] * 3, [True, False, False], [True, False, False, True]]
 
 
@@ -586,7 +586,7 @@ def test_readouts_and_the_rest_add_up_to_the_logit(name):
     start = told.inputs["input_ids"].shape[1] - 1
     rest = torch.stack(heard).sum(0)[:, start : start + NEW]
     # The lens: the same norm, its scale that of the whole state.
-    gain, centres = backbone.gain
+    gain, centres = backbone.final_norm_weight
     state = told.rows.hidden
     if centres:
         rest, state = rest - rest.mean(-1, keepdim=True), state - state.mean(-1, keepdim=True)
@@ -645,10 +645,10 @@ def test_what_gaze_is_reduced_to_is_made_of_the_gaze(name):
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
         recorder.begin(announce(told.inputs), lambda gaze: gaze @ regions[:, None])
         generate(kind.model, told.inputs)
-        close(recorder.looks(), expected, 1e-5)
+        close(recorder.reduced_gaze(), expected, 1e-5)
         recorder.begin(announce(told.inputs), lambda gaze: gaze @ regions[:, None])
         forward(kind.model, kind.extended(told.inputs, told.written))
-        close(recorder.looks()[:, :NEW], expected, 1e-5)
+        close(recorder.reduced_gaze()[:, :NEW], expected, 1e-5)
 
 
 @every_family
@@ -659,7 +659,7 @@ def test_one_row_can_be_asked_for(name):
 
     class Ask(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            asked.append(recorder.at(input_ids.shape[1] - 1))
+            asked.append(recorder.step_at(input_ids.shape[1] - 1))
             return scores
 
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
@@ -759,22 +759,22 @@ def test_prompts_by_example():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])
     prompts = KeyLayout.from_ids(ids, mask, IMAGE)
     assert prompts.columns.tolist() == [[3, 0, 0], [1, 2, 4], [0, 0, 0]]
-    assert prompts.cells.tolist() == [[True, False, False], [True] * 3, [False] * 3]
+    assert prompts.valid.tolist() == [[True, False, False], [True] * 3, [False] * 3]
     assert torch.equal(prompts.real, mask.bool())
     picture, prompt, generated, first = (SEGMENTS.index(kind) for kind in ("image", "prompt", "generated", "first"))
-    kinds = prompts.kinds.argmax(-1)
+    kinds = prompts.segments.argmax(-1)
     assert kinds[0, 2:].tolist() == [first, picture, prompt]
     assert kinds[1].tolist() == [first, picture, picture, prompt, picture]
-    assert torch.equal(prompts.kinds.sum(-1), mask.float())
-    assert not prompts.kinds[..., generated].any()
+    assert torch.equal(prompts.segments.sum(-1), mask.float())
+    assert not prompts.segments[..., generated].any()
 
 
 def test_prompts_need_no_mask():
     """Without a mask nothing is padding, even where the padding token stands; a picture may come first."""
     prompts = KeyLayout.from_ids(torch.tensor([[IMAGE, PAD, 3]]), None, IMAGE)
     assert prompts.real.all()
-    assert prompts.kinds[0].argmax(-1).tolist() == [0, 1, 1]
-    assert prompts.kinds[0].sum(-1).tolist() == [1, 1, 1]
+    assert prompts.segments[0].argmax(-1).tolist() == [0, 1, 1]
+    assert prompts.segments[0].sum(-1).tolist() == [1, 1, 1]
 
 
 # -------------------------------------------------------------------------------------------------------- fingerprints

@@ -82,8 +82,8 @@ def assert_heard(kind: Family, written: Tensor, rows: CapturedActivations, promp
     """Each caption, written after ``prompts[i]``, was heard as a plain pass would say."""
     assert rows.gaze.shape[1] >= written.shape[1]
     logs = find_backbone(kind.model).logits(rows.hidden).float().log_softmax(-1)
-    said = (rows.likely >= 0).all(-1)
-    torch.testing.assert_close(rows.logs[said], top_k_statistics(logs)[1][said], rtol=0, atol=1e-4)
+    said = (rows.top_ids >= 0).all(-1)
+    torch.testing.assert_close(rows.top_logprobs[said], top_k_statistics(logs)[1][said], rtol=0, atol=1e-4)
     for i, row in enumerate(prompts):
         expected, image, hidden = truth(kind, row, written[i])
         steps = written.shape[1]
@@ -126,7 +126,7 @@ def test_rows_are_those_of_the_written_words(name, options, copies):
     written, rows, made = live(kind, kind.batch(), **options)
     assert_heard(kind, written, rows, [row for row in range(3) for _ in range(copies)])
     if options.get("use_cache", True):
-        assert (rows.likely >= 0).all(), "the model said something of each"
+        assert (rows.top_ids >= 0).all(), "the model said something of each"
     if "num_beams" in options and not options.get("do_sample"):
         beams = made.beam_indices
         assert (beams[:, 1:] != beams[:, :-1]).any(), "a test of beams needs beams that change places"
@@ -162,7 +162,7 @@ def test_prompt_lookup_leaves_no_rejected_rows(name):
     """Guesses from the prompt that are rejected vanish; those accepted are rows like any other."""
     kind = family(name)
     passes: list[int] = []
-    handle = find_backbone(kind.model).owner.register_forward_pre_hook(lambda *_: passes.append(1), with_kwargs=True)
+    handle = find_backbone(kind.model).decoder.register_forward_pre_hook(lambda *_: passes.append(1), with_kwargs=True)
     written, rows, _ = live(kind, kind.batch([1]), prompt_lookup_num_tokens=3, max_matching_ngram_size=1, max_new_tokens=16)
     handle.remove()
     assert_heard(kind, written, rows, [1])

@@ -139,10 +139,10 @@ def logits_are_heard(name: str) -> None:
     """What the model said while it wrote is kept of every word but perhaps the first, by whatever name it calls its parts."""
     _, _, _, made, rows = story(name)
     logs = torch.stack(made.logits, dim=1).float().log_softmax(-1)
-    said = (rows.likely >= 0).all(-1)
+    said = (rows.top_ids >= 0).all(-1)
     assert said[:, 1:].all()
-    torch.testing.assert_close(logs.gather(-1, rows.likely.clamp(min=0))[said], rows.logs[said])
-    for value, own in zip(top_k_statistics(logs)[1:], (rows.logs, rows.entropy), strict=True):
+    torch.testing.assert_close(logs.gather(-1, rows.top_ids.clamp(min=0))[said], rows.top_logprobs[said])
+    for value, own in zip(top_k_statistics(logs)[1:], (rows.top_logprobs, rows.entropy), strict=True):
         torch.testing.assert_close(value[said], own[said])
 
 
@@ -155,7 +155,7 @@ def cells_are_found(name: str) -> None:
         if "grid=ImageGrid(...)" in str(error):
             return
         raise
-    assert [len(grid) for grid in grids] == KeyLayout.from_ids(*keys(kind, inputs)).cells.sum(1).tolist()
+    assert [len(grid) for grid in grids] == KeyLayout.from_ids(*keys(kind, inputs)).valid.sum(1).tolist()
 
 
 def leaves_nothing_behind(name: str) -> None:

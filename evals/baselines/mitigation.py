@@ -146,7 +146,7 @@ def turned(recorder: AttentionRecorder, inputs: Inputs, bias: float) -> None:
     recorder.begin(prompts)
     if bias:
         recorder.steer(
-            torch.full((len(prompts.cells), len(recorder.heads), prompts.cells.shape[1]), bias, device=recorder.model.device)
+            torch.full((len(prompts.valid), len(recorder.heads), prompts.valid.shape[1]), bias, device=recorder.model.device)
         )
 
 

@@ -27,7 +27,7 @@ def direct_logit_attribution(
                 (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; DESIGN: attribution)
                 where a decoder norms every sum, its norms' scales are all held fixed
     """
-    gain, centres = backbone.gain
+    gain, centres = backbone.final_norm_weight
     state = hidden.float()
     if centres:
         state = state - state.mean(-1, keepdim=True)
@@ -37,7 +37,7 @@ def direct_logit_attribution(
     parts = []
     for layer in sorted({layer for layer, _ in heads}):
         chosen = [head for la, head in heads if la == layer]
-        delivered = directions @ backbone.delivers(layer, chosen)
+        delivered = directions @ backbone.output_weight(layer, chosen)
         parts.append(delivered.unflatten(-1, (len(chosen), -1)))  # (..., chosen heads, width per head)
     return (_side_by_side(parts, dim=-2) * output).sum(-1)
 
@@ -64,7 +64,7 @@ def token_statistics(backbone: Backbone, heads: Sequence[Head], rows: CapturedAc
 
     The attribution's direction is the token's unembedding row minus the mean over its rivals, the `NUM_CONTRAST_TOKENS` likeliest others.
     """
-    table = backbone.directions()
+    table = backbone.unembedding_rows()
 
     def computed(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logs = backbone.logits(hidden).log_softmax(-1)
@@ -79,10 +79,10 @@ def token_statistics(backbone: Backbone, heads: Sequence[Head], rows: CapturedAc
 
     def few(function: Callable[..., Any], *given: Tensor) -> list[Any]:
         # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.
-        return [function(*part) for part in zip(*(tensor.split(backbone.few) for tensor in given), strict=True)]
+        return [function(*part) for part in zip(*(tensor.split(backbone.logits_chunk) for tensor in given), strict=True)]
 
-    same = rows.likely == written[..., None]
-    found = (rows.logs.where(same, 0).sum(-1), rows.likely, rows.entropy)
+    same = rows.top_ids == written[..., None]
+    found = (rows.top_logprobs.where(same, 0).sum(-1), rows.top_ids, rows.entropy)
     unheard = ~same.any(-1)
     if unheard.any():
         made = zip(*few(computed, rows.hidden[unheard], written[unheard]), strict=True)

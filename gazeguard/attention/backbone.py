@@ -29,19 +29,19 @@ Head = tuple[int, int]  # (layer, head)
 class Backbone:
     """The parts of a VLM's text decoder that the recorder needs: where heads are, and how their output becomes a logit."""
 
-    owner: nn.Module  # the module that runs the layers and the final norm
+    decoder: nn.Module  # the module that runs the layers and the final norm
     attention: dict[int, nn.Module]  # layer -> attention module
     norm: nn.Module  # the final norm
     unembedding: nn.Module
-    speaker: nn.Module  # the innermost model that holds the unembedding; its output has the logits
+    causal_lm: nn.Module  # the innermost model that holds the unembedding; its output has the logits
     config: Any  # the text configuration
     logit_changes: tuple[LogitChange, ...] = ()  # those of `LOGIT_CHANGES` that this model's forward makes
-    look: VisualKeySource | None = None  # None when the picture is part of the prompt
+    key_source: VisualKeySource | None = None  # None when the picture is part of the prompt
     gated: Mapping[int, nn.Module] = field(default_factory=dict)  # layer -> the module that holds its gate
     # Where a decoder norms every sum: layer -> the norms that its module's output goes through in order, but for the last one.
     norms: Mapping[int, tuple[nn.LayerNorm, ...]] = field(default_factory=dict)
 
-    def directions(self) -> Callable[[Tensor], Tensor]:
+    def unembedding_rows(self) -> Callable[[Tensor], Tensor]:
         """A function from words (...) to the unembedding's rows of them (..., width)."""
         table, more = weight_of(self.unembedding), getattr(self.unembedding, "additional_fc", None)
         if more is None:
@@ -65,7 +65,7 @@ class Backbone:
         per_head = _first(module, ("v_head_dim", "head_dim")) or columns // self.config.num_attention_heads
         return columns // per_head, per_head
 
-    def delivers(self, layer: int, heads: Sequence[int]) -> Tensor:
+    def output_weight(self, layer: int, heads: Sequence[int]) -> Tensor:
         """(width, heads * numbers per head) float32: what a unit of the heads' outputs adds to the state before `norm`, given
         that the norms in between have divided by 1.
         """
@@ -75,10 +75,10 @@ class Backbone:
         return made
 
     def _adds(self, layer: int, heads: Sequence[int]) -> Tensor:
-        """What a unit of the heads' outputs adds to the residual stream, shaped as in `delivers`."""
+        """What a unit of the heads' outputs adds to the residual stream, shaped as in `output_weight`."""
         projection, per_head = self.projection(layer), self.width(self.attention[layer])[1]
         at = [head * per_head + i for head in heads for i in range(per_head)]
-        gate = weight_of(self.gated[layer], self.look.gate).float().tanh().view(-1, 1) if layer in self.gated else 1
+        gate = weight_of(self.gated[layer], self.key_source.gate).float().tanh().view(-1, 1) if layer in self.gated else 1
         if type(projection) is nn.Linear:
             return weight_of(projection)[:, at].float() * gate
         # An adapter or a quantised layer is asked, unit by unit.
@@ -90,7 +90,7 @@ class Backbone:
         return (made[:-1] - made[-1]).T * gate
 
     @functools.cached_property
-    def gain(self) -> tuple[Tensor, bool]:
+    def final_norm_weight(self) -> tuple[Tensor, bool]:
         """The final norm's weight (width,) fp32, however it is parametrised, and whether it subtracts the mean (LayerNorm).
 
         A vector of alternating signs has mean 0 and square mean 1, so every RMS or layer norm maps it to +-weight (+ bias).
@@ -103,7 +103,7 @@ class Backbone:
         return (signs * (up - down) / 2)[0].float(), torch.allclose(shifted, up, atol=1e-2, rtol=1e-2)
 
     @property
-    def few(self) -> int:
+    def logits_chunk(self) -> int:
         """Rows whose logits are worked on together: see `LOGITS_AT_ONCE`."""
         return max(ROWS_AT_ONCE, LOGITS_AT_ONCE // len(self.unembedding.weight))
 
@@ -115,12 +115,12 @@ class Backbone:
         """`logits` of a state that the final norm has made ``normed``, (..., width)."""
         return self._changed(self.unembedding(normed).float(), self.logit_changes)
 
-    def unembed_as(self, words: Tensor, normed: Tensor) -> Tensor:
+    def unembed_tokens(self, words: Tensor, normed: Tensor) -> Tensor:
         """`unembed` for a few ``words`` (batch, W) alone, at each of ``normed`` (batch, N, width): (batch, W, N), fp32."""
         if type(self.unembedding) is not nn.Linear or self.unembedding.bias is not None:  # only itself knows what it does
             found = self.unembed(normed)
             return found.gather(-1, words[:, None].expand(-1, found.shape[1], -1)).transpose(1, 2)
-        rows = self.directions()(words)
+        rows = self.unembedding_rows()(words)
         logits = (rows @ normed.to(rows.dtype).transpose(1, 2)).float()
         return self._changed(logits, [made for made in self.logit_changes if made.name != CUT])
 

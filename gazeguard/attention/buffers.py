@@ -17,15 +17,15 @@ class KeyLayout:
     """Where things are among the P keys of a batch of prompts: its tokens, or what stands in their place in `Keys`.
 
     columns: (batch, N) int64, the place of each image cell; rows with fewer repeat place 0
-    cells:   (batch, N) bool, which of the columns are real
-    kinds:   (batch, P, 4) float32, one-hot over `gazeguard.trace.SEGMENTS`; all zero for padding
+    valid:   (batch, N) bool, which of the columns are real
+    segments: (batch, P, 4) float32, one-hot over `gazeguard.trace.SEGMENTS`; all zero for padding
     real:    (batch, P) bool, False for padding
     last:    the position of the query that predicts the first written token
     """
 
     columns: Tensor
-    cells: Tensor
-    kinds: Tensor
+    valid: Tensor
+    segments: Tensor
     real: Tensor
     last: int
 
@@ -61,9 +61,9 @@ class CapturedActivations:
     output: (batch, T, H, width per head) float32, each head's output before the output projection; zeros after a narrow
             head's own width where layers differ; divided by what `Backbone.norms` divide by
     hidden: (batch, T, model width), the last layer's state before the final norm, in the model's dtype
-    likely: (batch, T, `NUM_CONTRAST_TOKENS` + 1) int64, the likeliest next words by the logits that the model gave while it ran; -1 where
+    top_ids: (batch, T, `NUM_CONTRAST_TOKENS` + 1) int64, the likeliest next words by the logits that the model gave while it ran; -1 where
             it gave none, as for most words of a replay
-    logs:   (batch, T, `NUM_CONTRAST_TOKENS` + 1) float32, nats, their log-probabilities; 0 where there were no logits
+    top_logprobs: (batch, T, `NUM_CONTRAST_TOKENS` + 1) float32, nats, their log-probabilities; 0 where there were no logits
     entropy: (batch, T) float32, nats, of all words; 0 where there were no logits
     """
 
@@ -71,8 +71,8 @@ class CapturedActivations:
     segment_mass: Tensor
     output: Tensor
     hidden: Tensor
-    likely: Tensor
-    logs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
     entropy: Tensor
 
 

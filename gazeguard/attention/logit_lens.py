@@ -16,7 +16,7 @@ LEAST = -30.0  # nats; what is less likely is as good as impossible
 class LogitLens:
     """What lies in the image cells: their last states read as words, as in the logit lens (nostalgebraist 2020).
 
-    normed: (batch, N, width), after the final norm, see `AttentionRecorder.cells`; known: (batch, N) bool, False for cells not heard
+    normed: (batch, N, width), after the final norm, see `AttentionRecorder.logit_lens`; known: (batch, N) bool, False for cells not heard
     total:  (batch, N) float32, the log of the sum of all words' exponentials, once and for all
     word:   (batch, N) int64, the likeliest word of each cell; likely: (batch, N) float32, its log-probability
     """
@@ -24,16 +24,16 @@ class LogitLens:
     backbone: Backbone
     normed: Tensor
     known: Tensor
-    total: Tensor
-    word: Tensor
-    likely: Tensor
+    log_normalizer: Tensor
+    top_id: Tensor
+    top_logprob: Tensor
 
     @staticmethod
     def read(backbone: Backbone, states: Tensor) -> LogitLens:
         """states: (batch, N, width), before the final norm; NaN for cells that were not heard."""
         known, states = ~states.isnan().any(-1), states.nan_to_num()
         parts = []
-        for some in states.flatten(0, 1).split(backbone.few):
+        for some in states.flatten(0, 1).split(backbone.logits_chunk):
             most, word = (logits := backbone.unembed(normed := backbone.norm(some))).max(-1)
             rest = logits.sub_(most[:, None]).exp_().sum(-1).log()  # in place, as logsumexp is not
             parts.append((normed, most + rest, word, -rest))
@@ -46,7 +46,7 @@ class LogitLens:
 
     def log_probs(self, words: Tensor) -> Tensor:
         """Log-probability (batch, W, N) of ``words`` (batch, W) at each cell; minus infinity where it was not heard."""
-        logs = self.backbone.unembed_as(words, self.normed) - self.total[:, None]
+        logs = self.backbone.unembed_tokens(words, self.normed) - self.log_normalizer[:, None]
         return logs.masked_fill(~self.known[:, None], -torch.inf)
 
 

@@ -78,7 +78,7 @@ class AttentionRecorder:
 
     def __enter__(self) -> AttentionRecorder:
         self._kernel, self._rule = self._opening_rule()
-        _ = self.backbone.gain  # runs the norm, so before anyone uses_answers to it
+        _ = self.backbone.final_norm_weight  # runs the norm, so before anyone uses_answers to it
         if any("_gazeguard_tap" in module.__dict__ for module in self.backbone.attention.values()):
             raise UnsupportedError("This model is being watched already. Leave the other watch first, or copy the model.")
         for number in self._numbers:
@@ -89,9 +89,9 @@ class AttentionRecorder:
             self._handles.append(self.backbone.projection(number).register_forward_pre_hook(projected))
         for norm in {norm for number in self._numbers for norm in self.backbone.norms.get(number, ())}:
             self._handles.append(norm.register_forward_pre_hook(self._hear_norm))
-        self._handles.append(self.backbone.owner.register_forward_pre_hook(self._hear_start, with_kwargs=True))
+        self._handles.append(self.backbone.decoder.register_forward_pre_hook(self._hear_start, with_kwargs=True))
         self._handles.append(self.backbone.norm.register_forward_pre_hook(self._hear_hidden))
-        self._handles.append(self.backbone.speaker.register_forward_hook(self._hear_logits, with_kwargs=True))
+        self._handles.append(self.backbone.causal_lm.register_forward_hook(self._hear_logits, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,7 +107,7 @@ class AttentionRecorder:
         """Forget what was heard and listen to what follows these prompts.
 
         reduce:    what is kept of a layer's gaze (batch, K, r, N) float32 on the image cells, read r rows at a time: any
-                   tensor (a, K, b, c). Only this is kept then, for `looks` to give; it makes all heads of a large model
+                   tensor (a, K, b, c). Only this is kept then, for `reduced_gaze` to give; it makes all heads of a large model
                    affordable
         reordered: the rows of the batch change places between words, as in beam search
         """
@@ -216,10 +216,10 @@ class AttentionRecorder:
         call = Call(module, query, key, mask, options)
         opening = self._rule(call, rows)
         replayed = wanted > 1 and self._past <= self._first  # words that came in one pass with their prompt
-        words = key.shape[2] if self.backbone.look is None else key.shape[2] - self._prompts.real.shape[1]
+        words = key.shape[2] if self.backbone.key_source is None else key.shape[2] - self._prompts.real.shape[1]
         if replayed and opening is not None and _sees_ahead(opening[:, :, -wanted:, :words]):
             raise UnsupportedError(
-                f"LayerBuffers {module.layer_idx} lets written tokens attend to later ones, as if they were a prompt; while the model "
+                f"Layer {module.layer_idx} lets written tokens attend to later ones, as if they were a prompt; while the model "
                 "writes it cannot. Mark them as written: in PaliGemma with token_type_ids of 1."
             )
         if opening is not None and opening.shape[1] > 1:
@@ -250,10 +250,10 @@ class AttentionRecorder:
 
     def _check_keys(self, number: int, keys: int) -> None:
         """Raises `UnsupportedError` when a looking module's keys are not those that the prompts were said to have."""
-        look, told = self.backbone.look, self._prompts.real.shape[1]
+        look, told = self.backbone.key_source, self._prompts.real.shape[1]
         if look is not None and (keys < told if look.after_words else keys != told):
             raise UnsupportedError(
-                f"LayerBuffers {number} looks among {keys} keys, but the batch that the watch was opened for tells {told}: the inputs "
+                f"Layer {number} looks among {keys} keys, but the batch that the watch was opened for tells {told}: the inputs "
                 "are another batch's, or the cache makes room for more. Pass the same inputs to both, and a dynamic cache."
             )
 
@@ -261,7 +261,7 @@ class AttentionRecorder:
         """How many of the prompt's keys have left a layer's cache of so many keys, from the first on; negative when so many
         others are in front of them.
         """
-        if self.backbone.look is not None:
+        if self.backbone.key_source is not None:
             return self._prompts.real.shape[1] - keys
         layers = getattr(self._cache, "layers", ())
         keeps_prompt = number < len(layers) and hasattr(layers[number], "prefill_length")  # what goes was written
@@ -310,9 +310,9 @@ class AttentionRecorder:
     def _columns(self, offset: int) -> tuple[Tensor, Tensor]:
         """The image cells' places among the keys, when the first ``offset`` positions have left the cache."""
         if not offset:
-            return self._prompts.columns, self._prompts.cells
+            return self._prompts.columns, self._prompts.valid
         columns = self._prompts.columns - offset
-        return columns.clamp(min=0), self._prompts.cells & (columns >= 0)
+        return columns.clamp(min=0), self._prompts.valid & (columns >= 0)
 
     def _on_cells(self, weights: Tensor, offset: int) -> Tensor:
         """What of attention (batch, K, r, S) lies on the image cells: (batch, K, r, N); ``offset`` as for `_file`."""
@@ -327,7 +327,7 @@ class AttentionRecorder:
         if self._reduce is not None:
             layer.gaze.put(start, self._reduce(gaze).transpose(1, 2))
             return
-        kinds, before = self._prompts.kinds[:, max(0, offset) :], max(0, -offset)
+        kinds, before = self._prompts.segments[:, max(0, offset) :], max(0, -offset)
         after = before + kinds.shape[1]
         segment_mass = weights[..., before:after] @ kinds[:, None]
         segment_mass[..., 2] += weights[..., :before].sum(-1) + weights[..., after:].sum(-1)
@@ -404,9 +404,9 @@ class AttentionRecorder:
             for track in self._said:
                 track.cut(start)
             self._unsaid = rows.shape[1] if self._reduce is None else 0
-        if self._live and self._past <= self._first and self.backbone.look is None and self._reduce is None:
+        if self._live and self._past <= self._first and self.backbone.key_source is None and self._reduce is None:
             columns = self._prompts.columns - self._past
-            here = self._prompts.cells & (columns >= 0) & (columns < args[0].shape[1])
+            here = self._prompts.valid & (columns >= 0) & (columns < args[0].shape[1])
             where = columns.clamp(0, args[0].shape[1] - 1)[..., None].expand(-1, -1, args[0].shape[2])
             before = torch.full_like(where, torch.nan, dtype=args[0].dtype) if self._states is None else self._states
             self._states = torch.where(here[..., None], args[0].gather(1, where), before)
@@ -420,7 +420,7 @@ class AttentionRecorder:
         logits, picked = getattr(output, "logits", None), isinstance(kwargs.get("logits_to_keep"), Tensor)
         if not rows or logits is None or logits.shape[1] != rows or picked:
             return
-        start, few = self._total - rows - self._first, max(1, self.backbone.few // len(logits))
+        start, few = self._total - rows - self._first, max(1, self.backbone.logits_chunk // len(logits))
         for at in range(0, rows, few):
             said = top_k_statistics(logits[:, at : at + few].detach().float().log_softmax(-1))
             for track, value in zip(self._said, said, strict=True):
@@ -428,7 +428,7 @@ class AttentionRecorder:
 
     # --------------------------------------------------------------------------------------------------- telling
 
-    def at(self, position: int) -> tuple[Tensor, Tensor] | None:
+    def step_at(self, position: int) -> tuple[Tensor, Tensor] | None:
         """One row alone, that of the query at ``position``: head outputs (batch, H, width per head) and final state
         (batch, width); None while it has not been heard.
         """
@@ -439,7 +439,7 @@ class AttentionRecorder:
         return _side_by_side(outputs, dim=1), self._hidden.row(row)
 
     def gaze_at(self, position: int) -> Tensor:
-        """The heads' attention on the image cells, (batch, H, N) float32, of a row that `at` has heard."""
+        """The heads' attention on the image cells, (batch, H, N) float32, of a row that `step_at` has heard."""
         row = position - self._first
         found = []
         for layer in self._layers.values():
@@ -462,7 +462,7 @@ class AttentionRecorder:
                 )
         return list(self._layers.values())
 
-    def looks(self) -> Tensor:
+    def reduced_gaze(self) -> Tensor:
         """What ``reduce`` kept of the heads' gaze: (a, b, H, c). Raises `NoAttentionError` when nothing was heard."""
         device = self.model.device
         return torch.cat([layer.gaze.joined().to(device) for layer in self._heard()], dim=2)
@@ -489,7 +489,7 @@ class AttentionRecorder:
         gaze, segment_mass, output, *others = tensors
         return CapturedActivations(gaze, segment_mass, output.float(), *others)
 
-    def cells(self, beams: Tensor | None = None) -> LogitLens | None:
+    def logit_lens(self, beams: Tensor | None = None) -> LogitLens | None:
         """What the last layer made of each image cell, before the final norm; not known for cells that this watch did not
         hear, such as those of an earlier turn, and that a row does not have. None where the picture is no part of the text
         decoder's sequence. ``beams`` as for `collect`.

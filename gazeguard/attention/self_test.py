@@ -34,10 +34,10 @@ class Check:
 
     name: str
     ok: bool
-    told: str
+    detail: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.told}"
+        return f"{self.name}: {self.detail}"
 
 
 def run_self_test(

@@ -96,11 +96,11 @@ class SteeringTarget:
         inside, outside = (sign * self.strength for sign in SIGNS[self.mode])
         for row, (box, grid) in enumerate(zip(boxes, grids, strict=True)):
             if box is not None:
-                bias[row, : len(grid)] = torch.from_numpy(np.where(cells_in(grid, box, self.image), inside, outside))
+                bias[row, : len(grid)] = torch.from_numpy(np.where(image_tokens_in(grid, box, self.image), inside, outside))
         return bias
 
 
-def cells_in(grid: ImageGrid, box: Box, image: int = 0) -> NDArray[np.bool_]:
+def image_tokens_in(grid: ImageGrid, box: Box, image: int = 0) -> NDArray[np.bool_]:
     """(cells,) which image cells lie in ``box`` by more than half, or the one that lies in it most when none does.
 
     Raises `InputError` for a box that touches no cell.
@@ -124,5 +124,5 @@ def undescribed_regions(grid: ImageGrid, gaze: NDArray[np.floating], count: int)
     width, height = grid.sizes[0]
     fields = [(x * width / 3, y * height / 3, (x + 1) * width / 3, (y + 1) * height / 3) for y in range(3) for x in range(3)]
     # At the best thing's, not in all: a field is described when one thing in it was.
-    seen = [gaze[:, cells_in(grid, field)].sum(1).max(initial=0) for field in fields]
+    seen = [gaze[:, image_tokens_in(grid, field)].sum(1).max(initial=0) for field in fields]
     return [fields[i] for i in np.argsort(seen, kind="stable")[:count]]

@@ -84,7 +84,7 @@ def trace_batch(
 ) -> TraceBatch:
     """What the ``rows`` that predicted the words ``written`` (batch, T) int64 tell of them.
 
-    cells: of the images, see `AttentionRecorder.cells`; without them what lies under the gaze is NaN
+    cells: of the images, see `AttentionRecorder.logit_lens`; without them what lies under the gaze is NaN
     """
     words = token_statistics(backbone, heads, rows, written)
     unknown = torch.full_like(words.logprobs, torch.nan)

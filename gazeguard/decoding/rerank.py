@@ -47,7 +47,7 @@ class RerankProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores: (batch, vocabulary) logits or log-probabilities of the word after ``input_ids`` (batch, length)."""
         position = input_ids.shape[1] - 1
-        heard = self.recorder.at(position)
+        heard = self.recorder.step_at(position)
         if heard is None:  # prompt look-up tries its guesses on the processors before the model has seen them
             return scores
         if self._shown is None:
@@ -66,7 +66,7 @@ class RerankProcessor(LogitsProcessor):
         if of_things or of_ends:
             gaze = self.recorder.gaze_at(position)
         if of_things:
-            lies, _ = attended_logprobs(self.recorder.cells(), gaze.mean(1)[:, None, None].square(), words)
+            lies, _ = attended_logprobs(self.recorder.logit_lens(), gaze.mean(1)[:, None, None].square(), words)
             looks_like = _beside(lies.clamp(min=ABSENT), plausible)
             gain += self.policy.attended_logprob * looks_like.where(
                 things.any(-1, keepdim=True), 0
@@ -84,7 +84,7 @@ class RerankProcessor(LogitsProcessor):
             self.recorder.heads,
             output[:, None].expand(-1, count, -1, -1),
             hidden[:, None].expand(-1, count, -1),
-            self.recorder.backbone.directions()(words),  # (batch, candidates, width)
+            self.recorder.backbone.unembedding_rows()(words),  # (batch, candidates, width)
         ).sum(-1)
 
     def _news(self, gaze: Tensor, input_ids: Tensor) -> Tensor:
@@ -95,13 +95,13 @@ class RerankProcessor(LogitsProcessor):
 
     def _words_shown(self, rows: int) -> Tensor:
         """`_shown`, from what the last layer made of the cells when it read the prompt."""
-        cells = self.recorder.cells()
+        cells = self.recorder.logit_lens()
         if cells is None or not (self.policy.end_bonus or self.policy.attended_logprob):
             return torch.full((rows, 1), -1, device=self.recorder.model.device)
-        names = {word: self.tokenizer.decode([word]).strip() for word in cells.word.unique().tolist()}
+        names = {word: self.tokenizer.decode([word]).strip() for word in cells.top_id.unique().tolist()}
         named = [word for word, name in names.items() if name.isalpha() and len(name) > 2]
-        known = (cells.likely > math.log(0.5)) & torch.isin(cells.word, cells.word.new_tensor(named)) & cells.known
-        return cells.word.masked_fill(~known, -1)
+        known = (cells.top_logprob > math.log(0.5)) & torch.isin(cells.top_id, cells.top_id.new_tensor(named)) & cells.known
+        return cells.top_id.masked_fill(~known, -1)
 
 
 def _beside(values: Tensor, plausible: Tensor) -> Tensor:

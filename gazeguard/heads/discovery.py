@@ -170,7 +170,7 @@ class _Show:
         regions = regions.to(self.model.device)
         self.recorder.begin(prompts, lambda gaze: reduce(gaze, regions))
         self.model(**model_inputs(self.model, batch.inputs), use_cache=False)
-        return self.recorder.looks()
+        return self.recorder.reduced_gaze()
 
     def narrated(self) -> EncodedBatch:
         """The strips, each with its prompt and its narration."""
