@@ -121,17 +121,12 @@ def _guard(model: str | None, policy: Any) -> Any:
 
 def _show(title: str, report: Any, truth: Sequence[str] = ()) -> None:
     """One caption on the terminal: verdict, marked text, reasons, and the truth where it is known."""
-    style = {"pass": "green", "flag": "bold red", "unchecked": "yellow"}[report.verdict]
-    out.print(Text.assemble((f"{report.verdict.upper():9}", style), " ", (_printable(title), "bold")))
-    out.print(Padding(Text(report.marked()), (0, 0, 0, 2)))
-    for finding in report.findings:
-        if finding.flagged:
-            line = f"⟦{finding.claim}⟧ risk {finding.risk:.2f}: {'; '.join(finding.reasons)}"
-            out.print(Padding(Text(line, style="red"), (0, 0, 0, 4)))
-    if report.verdict == "unchecked":
-        out.print(Padding(Text(_printable(report.reason), style="yellow"), (0, 0, 0, 4)))
-    if report.filtered_caption != report.caption:
-        out.print(Padding(Text(f"left: {report.printable() or 'nothing'}", style="green"), (0, 0, 0, 4)))
+    verdict, *lines = report.lines(title)
+    label, style = verdict.text[:9], {"pass": "green", "flag": "bold red", "unchecked": "yellow"}[report.verdict]
+    out.print(Text.assemble((label, style), (verdict.text[9:], "bold")))
+    styles = {"flagged": "red", "reason": "yellow", "filtered": "green"}
+    for line in lines:
+        out.print(Padding(Text(line.text, style=styles.get(line.role, "")), (0, 0, 0, 2 if line.role == "caption" else 4)))
     for line in truth:
         out.print(Padding(Text(f"truth: {line}", style="dim"), (0, 0, 0, 4)))
     out.print()

@@ -1,7 +1,7 @@
-"""What do we show? A `Report` on one caption, as text, JSON or a page that replays the gaze word by word.
+"""Report on one caption: the verdict, a finding for each claim, and the gaze behind them.
 
-The page is one file: no library, no request, and a content security policy under which only its own script runs. Text
-from outside (captions, titles, reasons) travels as JSON and reaches the page through ``textContent`` alone.
+A `Report` prints as text of a few lines, converts to JSON, draws the attended region of a phrase, and is saved and loaded.
+`gazeguard.replay` shows it as a page. Text from outside (captions, reasons) never steers what shows it: see `safe_text`.
 """
 
 from __future__ import annotations
@@ -10,24 +10,39 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
+from gazeguard.artifacts import read_json
 from gazeguard.claims.parse import Claim
-from gazeguard.errors import InputError
+from gazeguard.errors import ArtifactError, InputError
 from gazeguard.trace import GazeTrace
 from gazeguard.vision.grid import Box
+from gazeguard.vision.images import load_image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+FORMAT = 1  # of a saved report
+MAX_LINES = 25  # of a printed report
+MAX_PRINTED_FLAGS = 8
+MAX_REPR_FLAGS = 3
+MAX_REPR_TEXT = 60  # characters of a claim or a reason in a repr
+HEAT, FRAME = "#d62728", "#ffffff"
 
 # All that can steer a terminal or turn the direction of writing, and halves of characters; tab and newline stay.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Verdict(StrEnum):
-    """What the guard says of a whole caption. Unchecked is not a weak pass: nothing was found out."""
+    """Judgement on a whole caption. Unchecked is not a weak pass: nothing is known about the caption."""
 
     PASS = "pass"
     FLAG = "flag"
@@ -38,10 +53,16 @@ class Verdict(StrEnum):
 class Finding:
     """What is known about one claim of a caption.
 
-    risk:     probability in [0, 1] that the claim is false
-    reasons:  short English, which features spoke
-    box:      the gazed region, x0 y0 x1 y1 in pixels of the first picture; None when there was no gaze to place
-    answer:   probability that the model, asked whether it is there, says yes and not no; None when it was not asked
+    Attributes:
+        claim: The claim.
+        risk: Probability in [0, 1] that the claim is false.
+        flagged: Whether the risk reaches the threshold of the policy.
+        reasons: Short English: the evidence that raised the risk.
+        box: The attended region, x0 y0 x1 y1 in pixels of the first image; None without attention on a location.
+        answer: Probability that the model, asked whether the object is there, says yes and not no; None when it was not asked.
+
+    Raises:
+        InputError: The risk is not a probability.
     """
 
     claim: Claim
@@ -55,8 +76,13 @@ class Finding:
         if not 0 <= self.risk <= 1:  # also false for NaN, which no threshold would ever flag
             raise InputError(f"The risk of {self.claim.text!r} is {self.risk}, not a probability. Pass one in [0, 1].")
 
+    @property
+    def rounded_box(self) -> list[float] | None:
+        """`box` to a tenth of a pixel, as plain floats."""
+        return None if self.box is None else [round(float(edge), 1) for edge in self.box]
+
     def to_dict(self) -> dict[str, Any]:
-        """The finding as plain values; ``start`` and ``end`` count characters of the caption."""
+        """Return the finding as plain values; ``start`` and ``end`` count characters of the caption."""
         return {
             "text": self.claim.text,
             "start": self.claim.start,
@@ -67,22 +93,36 @@ class Finding:
             "risk": float(self.risk),
             "flagged": bool(self.flagged),
             "reasons": list(self.reasons),
-            "box": None if self.box is None else [float(edge) for edge in self.box],
+            "box": self.rounded_box,
             "answer": None if self.answer is None else float(self.answer),
         }
 
 
-@dataclass(frozen=True, eq=False)
+class Line(NamedTuple):
+    """One line of a printed report, and what stands in it, for whoever prints in colour."""
+
+    role: Literal["verdict", "caption", "flagged", "reason", "filtered"]
+    text: str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """The guard's answer for one caption.
 
-    reason:  why, for flag and unchecked; empty for pass
-    policy:  name of the policy that turned risks into the verdict
-    model:   the watched model
-    version: of GazeGuard
-    trace:   the gaze behind the caption; None when none was recorded
-    filtered_caption: what the policy lets through: the caption itself; or what is left of it without its flagged phrases; or, where
-              the policy abstains, "" for whatever did not pass
+    Attributes:
+        caption: The caption.
+        verdict: Pass, flag or unchecked.
+        reason: Why, for flag and unchecked; empty for pass.
+        findings: One for each judged claim, in the order of the caption.
+        policy: Name of the policy that turned risks into the verdict.
+        model: The watched model.
+        version: Of GazeGuard.
+        trace: The gaze behind the caption; None when none was recorded.
+        filtered_caption: What the policy lets through: the caption itself; or the caption without its flagged phrases; or,
+            where the policy abstains, "" for whatever did not pass.
+
+    Raises:
+        InputError: The trace belongs to another text.
     """
 
     caption: str
@@ -99,11 +139,90 @@ class Report:
         if self.trace is not None and self.trace.text != self.caption:
             raise InputError(
                 f"The trace is of another text ({self.trace.text[:40]!r}) than the caption ({self.caption[:40]!r}), "
-                "so its gaze would be shown at the wrong words. Pass the caption's own trace, or None."
+                "so its gaze would be shown at the wrong tokens. Pass the caption's own trace, or None."
             )
 
+    @property
+    def flagged(self) -> tuple[Finding, ...]:
+        """The flagged findings, in the order of the caption."""
+        return tuple(finding for finding in self.findings if finding.flagged)
+
+    def __repr__(self) -> str:
+        if self.verdict == Verdict.UNCHECKED:
+            return f"Report(unchecked: {_clipped(self.reason)})"
+        flags = [f"{_clipped(str(finding.claim))} {finding.risk:.2f}" for finding in self.flagged]
+        more = [f"{len(flags) - MAX_REPR_FLAGS} more"] * (len(flags) > MAX_REPR_FLAGS)
+        named = ", ".join(flags[:MAX_REPR_FLAGS] + more)
+        return f"Report({self.verdict}, {self._count()}{named and f': {named}'})"
+
+    def __str__(self) -> str:
+        indent = {"verdict": "", "caption": "  "}
+        return "\n".join(indent.get(line.role, "    ") + line.text for line in self.lines())
+
+    def _count(self) -> str:
+        total, flagged = len(self.findings), len(self.flagged)
+        if not total:
+            return "no claims judged"
+        return f"{flagged or 'none'} of {total} claim{'s' * (total != 1)} flagged"
+
+    def lines(self, title: str | None = None) -> list[Line]:
+        """Lay the report out for a terminal.
+
+        Args:
+            title: What the caption is about, such as the path of its image; by default the number of flagged claims.
+
+        Returns:
+            At most `MAX_LINES` lines, without any character that could steer a terminal: the verdict, the caption with its
+            flagged phrases in ⟦ ⟧, each flagged claim with its reasons, why the caption is unchecked, and the filtered caption.
+            Where lines are left out, a line says how many.
+        """
+        verdict = Line("verdict", f"{self.verdict.upper():9} {safe_line(self._count() if title is None else title)}".rstrip())
+        flags = [
+            Line("flagged", safe_line(f"⟦{f.claim}⟧ risk {f.risk:.2f}" + (f": {'; '.join(f.reasons)}" if f.reasons else "")))
+            for f in self.flagged
+        ]
+        tail = _shortened(flags, MAX_PRINTED_FLAGS, "flagged claims")
+        if self.verdict == Verdict.UNCHECKED:
+            tail.append(Line("reason", safe_line(self.reason)))
+        room, filtered = MAX_LINES - 1 - len(tail), []
+        if self.filtered_caption != self.caption:
+            filtered = _text_lines("filtered", safe_text(self.filtered_caption)) or [Line("filtered", "nothing")]
+            filtered[0] = Line("filtered", f"filtered caption: {filtered[0].text}")
+            filtered = _shortened(filtered, room // 2, "lines")
+        return [verdict, *_shortened(_text_lines("caption", self.marked()), room - len(filtered), "lines"), *tail, *filtered]
+
+    def marked(self) -> str:
+        """Return the caption for a terminal: flagged phrases in ⟦ ⟧, and no character that could steer the terminal."""
+        return "".join(f"⟦{text}⟧" if flagged else text for text, flagged in self._pieces())
+
+    def _pieces(self) -> list[tuple[str, bool]]:
+        """The caption's safe text in pieces, and whether each is flagged."""
+        text, pieces, done = safe_text(self.caption), [], 0
+        for start, end in _merged([(f.claim.start, f.claim.end) for f in self.flagged]):
+            pieces += [(text[done:start], False), (text[start:end], True)]
+            done = end
+        return [*pieces, (text[done:], False)]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: verdict, reason, the caption with its marks, and each flagged phrase. Static and small."""
+
+        def escaped(value: str) -> str:
+            return html.escape(safe_text(value))
+
+        caption = "".join(
+            f'<u style="text-decoration:underline wavy">{html.escape(text)}</u><sup>?</sup>' if flagged else html.escape(text)
+            for text, flagged in self._pieces()
+        )
+        rows = "".join(
+            f"<li>{escaped(str(f.claim))}: risk {f.risk:.2f}; {escaped('; '.join(f.reasons))}</li>" for f in self.flagged
+        )
+        return (
+            f'<div style="max-width:45rem"><b>{self.verdict}</b>{escaped(self.reason and f" · {self.reason}")}'
+            f'<p dir="auto" style="white-space:pre-wrap;font-size:1.15em">{caption}</p><ul>{rows}</ul></div>'
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, ready for JSON; without the trace, which has its own file format."""
+        """Return the report as plain values, ready for JSON; without the trace, which has its own file format."""
         return {
             "caption": self.caption,
             "filtered_caption": self.filtered_caption,
@@ -116,89 +235,227 @@ class Report:
         }
 
     def to_json(self, indent: int | None = None) -> str:
-        """`to_dict` as strict JSON, in ASCII."""
+        """Return `to_dict` as strict JSON, in ASCII."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
-    def marked(self) -> str:
-        """The caption for a terminal: flagged phrases in ⟦ ⟧, and no character that could steer the terminal."""
-        text, parts, done = _plain(self.caption), [], 0
-        for start, end in _merged([(f.claim.start, f.claim.end) for f in self.findings if f.flagged]):
-            parts += [text[done:start], "⟦", text[start:end], "⟧"]
-            done = end
-        return "".join(parts) + text[done:]
+    def save(self, path: str | Path) -> None:
+        """Write the report as strict JSON, and its trace, if there is one, beside it as ``.safetensors``.
 
-    def printable(self) -> str:
-        """``filtered_caption`` for a terminal, with no character that could steer it."""
-        return _plain(self.filtered_caption)
+        Args:
+            path: Of the JSON file, such as ``report.json``; its trace then goes to ``report.safetensors``.
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows: verdict, reason, the caption with its marks, and each flagged phrase. Static and small."""
+        Raises:
+            InputError: The path is that of a trace.
+        """
+        path, beside = _paths(path)
+        stored = {name: getattr(self, name) for name in _SavedReport.model_fields if hasattr(self, name)}
+        stored |= {"format": FORMAT, "verdict": str(self.verdict), "trace": self.trace is not None}
+        stored["findings"] = [asdict(finding) for finding in self.findings]
+        text = json.dumps(stored, indent=1, allow_nan=False, default=_plain_number)
+        if self.trace is not None:
+            self.trace.save(beside)
+        path.write_text(text + "\n", encoding="utf-8")
 
-        def text(value: str) -> str:
-            return html.escape(_plain(value))
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a report that `save` wrote, with its trace. Nothing in the files is executed.
 
-        caption, parts, done = _plain(self.caption), [], 0
-        for start, end in _merged([(f.claim.start, f.claim.end) for f in self.findings if f.flagged]):
-            marked = f'<u style="text-decoration:underline wavy">{html.escape(caption[start:end])}</u><sup>?</sup>'
-            parts += [html.escape(caption[done:start]), marked]
-            done = end
-        rows = "".join(
-            f"<li>{text(str(f.claim))}: risk {f.risk:.2f}; {text('; '.join(f.reasons))}</li>"
-            for f in self.findings
-            if f.flagged
-        )
-        return (
-            f'<div style="max-width:45rem"><b>{self.verdict}</b>{text(self.reason and f" · {self.reason}")}'
-            f'<p dir="auto" style="white-space:pre-wrap;font-size:1.15em">{"".join(parts)}{html.escape(caption[done:])}</p>'
-            f"<ul>{rows}</ul></div>"
-        )
+        Args:
+            path: Of the JSON file.
+
+        Raises:
+            ArtifactError: The file is no report, it is too large, or its trace is missing or of another caption.
+        """
+        path, beside = _paths(path)
+        saved: _SavedReport = read_json(_SavedReport, path, "a saved report", "Report.save")
+        for finding in saved.findings:
+            claim, text = finding.claim, saved.caption[finding.claim.start : finding.claim.end]
+            if claim.text != text:
+                raise ArtifactError(f"{path} is no report: the claim {claim.text!r} stands where the caption says {text!r}.")
+        if saved.trace and not beside.is_file():
+            raise ArtifactError(f"{path} needs its trace, and there is no {beside}. Put the two files side by side.")
+        values = {name: getattr(saved, name) for name in _SavedReport.model_fields if name not in ("format", "trace")}
+        try:
+            return cls(**values, trace=GazeTrace.load(beside) if saved.trace else None)
+        except InputError as error:
+            raise ArtifactError(f"{beside} is not the trace of {path}. {error}") from error
+
+    def plot(self, image: str | Path | bytes | Image.Image, phrase: str | Finding) -> Figure:
+        """Draw where the gaze heads attended while a phrase was written: the heat map, and the attended region as a frame.
+
+        Args:
+            image: The image that the caption is about.
+            phrase: A finding or the text of one, for the words with which its claim is decided; or any words of the caption.
+
+        Returns:
+            A matplotlib figure; ``figure.savefig`` writes it, and a notebook shows it.
+
+        Raises:
+            InputError: The report has no trace, or the caption does not have the phrase.
+        """
+        if self.trace is None:
+            raise InputError("The report has no trace, so there is no gaze to draw. Check the caption again to record one.")
+        start, end, label = self._locate(phrase)
+        return _draw(load_image(image), self.trace, self.trace.tokens(start, end), label)
+
+    def _locate(self, phrase: str | Finding) -> tuple[int, int, str]:
+        """The characters of a phrase, end exclusive, and what to call it."""
+        finding = phrase if isinstance(phrase, Finding) else None
+        for candidate in self.findings if finding is None else ():
+            if phrase in (candidate.claim.text, str(candidate.claim)):
+                finding = candidate
+                break
+        if finding is not None:
+            risk = f"risk {finding.risk:.2f}{', flagged' if finding.flagged else ''}"
+            return finding.claim.span.start, finding.claim.span.end, f"{finding.claim}: {risk}"
+        start = self.caption.find(str(phrase)) if phrase else -1
+        if start < 0:
+            known = ", ".join(repr(candidate.claim.text) for candidate in self.findings[:5]) or "none"
+            raise InputError(f"The caption does not say {phrase!r}. Pass words of the caption; its claims begin with: {known}.")
+        return start, start + len(str(phrase)), str(phrase)
+
+
+class _SavedReport(BaseModel):
+    """The JSON file of a report."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    format: Literal[1]
+    caption: str
+    verdict: Verdict
+    reason: str
+    findings: tuple[Finding, ...]
+    policy: str
+    model: str
+    version: str
+    filtered_caption: str
+    trace: bool
+
+
+def _paths(path: str | Path) -> tuple[Path, Path]:
+    """The file of a report, and that of its trace."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        raise InputError(f"{path} is the name of a trace. Give the path of the report, such as {path.with_suffix('.json')}.")
+    return path, path.with_suffix(".safetensors")
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of NumPy as one of Python."""
+    return value.item()
 
 
 def gaze_box(trace: GazeTrace, tokens: Sequence[int]) -> Box | None:
-    """Where did the gaze rest while ``tokens`` (row numbers of the trace) were written?
+    """Find the attended region of some tokens.
 
-    The smallest box, in pixels of the first picture, around the fewest cells that together carry half of the gaze there
-    (mean over heads and tokens). None when there are no tokens, no cells with a place, or no gaze on them.
+    Args:
+        trace: The trace.
+        tokens: Their numbers in the trace.
+
+    Returns:
+        The smallest box, in pixels of the first image, around the fewest image tokens that together carry half of the
+        attention there (mean over heads and tokens). None when there are no tokens, no image tokens with a location, or no
+        attention on them.
     """
     return gaze_boxes(trace, [tokens])[0]
 
 
-def gaze_boxes(trace: GazeTrace, words: Sequence[Sequence[int]]) -> list[Box | None]:
-    """`gaze_box` for the tokens of each of several ``words``, in their order."""
-    placed = _placed(trace)
-    if not len(words) or not len(placed):
-        return [None] * len(words)
-    gaze = trace.gaze.mean(axis=1, dtype=np.float64)[:, placed]
-    mass = np.zeros((len(words), len(placed)))
-    alone = [i for i, tokens in enumerate(words) if len(tokens) == 1]  # most words: the gaze of their token is theirs
-    mass[alone] = gaze[[words[i][0] for i in alone]]
-    for own, tokens in zip(mass, words, strict=True):
+def gaze_boxes(trace: GazeTrace, phrases: Sequence[Sequence[int]]) -> list[Box | None]:
+    """Find the attended region, as `gaze_box` does, for the tokens of each of several ``phrases``, in their order."""
+    located = located_tokens(trace)
+    if not len(phrases) or not len(located):
+        return [None] * len(phrases)
+    gaze = trace.gaze.mean(axis=1, dtype=np.float64)[:, located]
+    mass = np.zeros((len(phrases), len(located)))
+    single = [i for i, tokens in enumerate(phrases) if len(tokens) == 1]  # most of them, in one step
+    mass[single] = gaze[[phrases[i][0] for i in single]]
+    for phrase_mass, tokens in zip(mass, phrases, strict=True):
         if len(tokens) > 1:
-            own[:] = gaze[list(tokens)].mean(axis=0)
+            phrase_mass[:] = gaze[list(tokens)].mean(axis=0)
     mass[~np.isfinite(mass)] = 0
     total = mass.sum(axis=1, keepdims=True)
     order = np.argsort(-mass, axis=1, kind="stable")
-    # A cell is taken while those before it carry less than half. The tiny allowance lets n equal cells be halved exactly in
-    # spite of rounding.
+    # An image token is taken while those before it carry less than half. The tiny allowance lets n equal ones be halved exactly
+    # in spite of rounding.
     summed = np.take_along_axis(mass, order, axis=1).cumsum(axis=1)
     taken = np.sum(summed < total / 2 * (1 - 1e-9), axis=1) + 1
-    boxes = trace.grid.boxes[placed].astype(np.float64) * np.tile(np.array(trace.grid.sizes[0], float), 2)
-    around = boxes[order[np.arange(order.shape[1]) < taken[:, None]]]  # one word's cells after the other's
+    boxes = pixel_boxes(trace, located)[order[np.arange(order.shape[1]) < taken[:, None]]]  # one phrase's after the other's
     first = np.cumsum(taken) - taken
-    found = np.concatenate(
-        (np.minimum.reduceat(around[:, :2], first, axis=0), np.maximum.reduceat(around[:, 2:], first, axis=0)), axis=1
+    edges = np.concatenate(
+        (np.minimum.reduceat(boxes[:, :2], first, axis=0), np.maximum.reduceat(boxes[:, 2:], first, axis=0)), axis=1
     )
-    return [tuple(box) if has else None for box, has in zip(found.tolist(), total[:, 0] > 0, strict=True)]
+    return [tuple(box) if attended else None for box, attended in zip(edges.tolist(), total[:, 0] > 0, strict=True)]
 
 
-def _placed(trace: GazeTrace) -> NDArray[np.int64]:
-    """The cells of the first picture that have a place in it (separators and line ends have none)."""
+def located_tokens(trace: GazeTrace) -> NDArray[np.int64]:
+    """Return the image tokens of the first image that have a location in it (separators and line ends have none)."""
     return np.flatnonzero((trace.grid.image == 0) & np.isfinite(trace.grid.boxes).all(axis=1))
 
 
-def _plain(text: str) -> str:
-    """The text with a sign of one character in place of each that could steer what shows it."""
+def pixel_boxes(trace: GazeTrace, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the boxes, (len(tokens), 4), of image tokens of the first image, in its pixels."""
+    return trace.grid.boxes[tokens].astype(np.float64) * np.tile(np.array(trace.grid.sizes[0], float), 2)
+
+
+def mean_gaze(trace: GazeTrace, tokens: Sequence[int]) -> NDArray[np.float64]:
+    """Return the attention on each image token, (N,), mean over heads and the given tokens; NaN counts as none."""
+    if not len(tokens):
+        return np.zeros(len(trace.grid))
+    gaze = trace.gaze[list(tokens)].astype(np.float64).mean(axis=(0, 1))
+    return np.where(np.isfinite(gaze), gaze, 0)
+
+
+def _draw(image: Image.Image, trace: GazeTrace, tokens: Sequence[int], label: str) -> Figure:
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba_array
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    width, height = trace.grid.sizes[0]
+    figure = Figure(figsize=(6, 6 * height / width + 0.6), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(image, extent=(0, width, height, 0))
+    located = located_tokens(trace)
+    mass = mean_gaze(trace, tokens)[located]
+    if mass.max(initial=0) > 0:
+        x0, y0, x1, y1 = pixel_boxes(trace, located).T
+        colours = to_rgba_array([HEAT] * len(mass), 0.7 * np.sqrt(mass / mass.max()))  # the root shows faint attention, too
+        corners = np.stack(((x0, y0), (x1, y0), (x1, y1), (x0, y1)), axis=0).transpose(2, 0, 1)
+        axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0))
+    if (box := gaze_box(trace, tokens)) is not None:
+        corner, size = box[:2], (box[2] - box[0], box[3] - box[1])
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="black", linewidth=4))
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=FRAME, linewidth=2, linestyle="--"))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    axes.set_title(safe_line(label), fontsize=10, parse_math=False, wrap=True)
+    return figure
+
+
+def safe_text(text: str) -> str:
+    """Return the text with a sign of one character in place of each that could steer what shows it; tabs and newlines stay."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def safe_line(text: str) -> str:
+    """Return `safe_text` in one line."""
+    return " ".join(safe_text(text).split())
+
+
+def _clipped(text: str) -> str:
+    text = safe_line(text)
+    return text if len(text) <= MAX_REPR_TEXT else text[: MAX_REPR_TEXT - 1] + "…"
+
+
+def _text_lines(role: Literal["caption", "filtered"], text: str) -> list[Line]:
+    return [Line(role, line.rstrip()) for line in text.splitlines() if line.strip()]
+
+
+def _shortened(lines: Sequence[Line], most: int, noun: str) -> list[Line]:
+    """The lines, the last of them replaced by how many more there are where they are too many."""
+    if len(lines) <= most:
+        return list(lines)
+    return [*lines[: most - 1], Line(lines[0].role, f"… {len(lines) - most + 1} more {noun}")]
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

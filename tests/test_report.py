@@ -6,7 +6,12 @@ import base64
 import hashlib
 import io
 import json
+import re
+import unicodedata
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from reportkit import CAPTION, NASTY, find, make_report, make_trace, moon_report, picture
 
-from gazeguard.errors import InputError
+from gazeguard import lab
+from gazeguard.artifacts import MAX_FILE_BYTES
+from gazeguard.errors import ArtifactError, InputError
 from gazeguard.replay.page import LONGEST_EDGE, Entry, page, report_page
-from gazeguard.report import Report, Verdict, gaze_box, gaze_boxes
+from gazeguard.report import MAX_LINES, Report, Verdict, gaze_box, gaze_boxes
 from gazeguard.trace import GazeTrace
 from gazeguard.vision.grid import ImageGrid
 
@@ -121,6 +128,177 @@ def test_marked_changes_nothing_but_the_brackets(caption: str, ends: list[tuple[
             seen += [position] * depth
             position += 1
     assert seen == inside
+
+
+# ------------------------------------------------------------------------------------------------------- in the terminal
+
+
+def flags(count: int, caption: str = "") -> Report:
+    """A report whose caption names ``count`` dogs, all flagged."""
+    caption = caption or " ".join(f"dog{i:02}" for i in range(count))
+    return make_report(caption, None, *(find(caption, 6 * i, 6 * i + 5, 0.9, True, reasons=("why",)) for i in range(count)))
+
+
+def test_a_report_prints_its_verdict_marks_and_reasons() -> None:
+    report = replace(moon_report(), filtered_caption="A red ball lies on the grass.")
+    assert str(report).splitlines() == [
+        "FLAG      1 of 2 claims flagged",
+        "  A red ball lies on the grass under ⟦a blue moon⟧.",
+        "    ⟦a blue moon⟧ risk 0.90: gaze wanders",
+        "    filtered caption: A red ball lies on the grass.",
+    ]
+    assert [line.role for line in report.lines("moon.png")] == ["verdict", "caption", "flagged", "filtered"]
+    assert report.lines("moon\n.png")[0].text == "FLAG      moon .png"
+    unchecked = Report("A re", Verdict.UNCHECKED, "the caption was cut off", (), "mark", "toy", "0.1", None, "")
+    assert str(unchecked).splitlines() == [
+        "UNCHECKED no claims judged", "  A re", "    the caption was cut off", "    filtered caption: nothing"
+    ]  # fmt: skip
+
+
+def test_a_long_report_prints_at_most_25_lines_and_says_what_is_left_out() -> None:
+    caption = "\n\n".join(f"Line {i} of a caption." for i in range(100))
+    assert str(make_report(caption)).splitlines()[-3:] == [
+        "  Line 21 of a caption.", "  … 78 more lines", "    filtered caption: nothing"
+    ]  # fmt: skip
+    lines = str(replace(flags(60), filtered_caption=caption)).splitlines()
+    assert (len(lines), lines[1].count("⟦")) == (18, 60)
+    assert "    … 53 more flagged claims" in lines
+    assert len(str(replace(flags(60, caption), filtered_caption=caption[1:])).splitlines()) == MAX_LINES
+
+
+ANY_TEXT = st.text(max_size=60) | st.text("a \n\r\x0b\x1c\x85\u2028\u202e", max_size=80)
+
+
+@given(ANY_TEXT, ANY_TEXT, ANY_TEXT, st.integers(0, 12))
+def test_printing_steers_no_terminal_whatever_the_text(caption: str, filtered: str, reason: str, count: int) -> None:
+    findings = tuple(find(caption, 0, len(caption), 0.5, True, reasons=(reason,)) for _ in range(count))
+    verdict = Verdict.FLAG if count else Verdict.UNCHECKED
+    report = Report(caption, verdict, reason, findings, reason, reason, reason, None, filtered)
+    assert 1 <= len(str(report).splitlines()) <= MAX_LINES
+    assert len(repr(report).splitlines()) == 1
+    assert len(repr(report)) < 400
+    hidden = {character for character in str(report) + repr(report) if unicodedata.category(character) in ("Cc", "Cs")}
+    assert hidden <= {"\n", "\t"}
+    assert not set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069") & set(str(report) + repr(report))
+
+
+def test_a_repr_says_what_the_report_is() -> None:
+    assert repr(moon_report()) == "Report(flag, 1 of 2 claims flagged: a blue moon 0.90)"
+    assert repr(make_report("a dog", None, find("a dog", 0, 5))) == "Report(pass, none of 1 claim flagged)"
+    assert repr(make_report()) == "Report(pass, no claims judged)"
+    assert repr(flags(5)) == "Report(flag, 5 of 5 claims flagged: dog00 0.90, dog01 0.90, dog02 0.90, 2 more)"
+    unchecked = Report("A re", Verdict.UNCHECKED, "x" * 100, (), "mark", "toy", "0.1")
+    assert repr(unchecked) == f"Report(unchecked: {'x' * 59}…)"
+
+
+# ----------------------------------------------------------------------------------------------------- saved and drawn
+
+
+def lab_report(guard: Any) -> tuple[Image.Image, Report]:
+    """A report of the lab's guard, flagged, with claims of every kind that it judges."""
+    sample = lab.samples("test", 2, seed=7)[1]
+    return sample.image, guard.check(sample.image, "There is a red skull at the top left and a green castle.")
+
+
+def test_a_report_comes_back_as_it_was_saved(guard: Any, tmp_path: Path) -> None:
+    _, report = lab_report(guard)
+    report.save(tmp_path / "report.json")
+    found = Report.load(tmp_path / "report.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.safetensors"]
+    assert report.flagged
+    assert found.findings == report.findings
+    assert found.to_dict() == report.to_dict()
+    assert np.array_equal(found.trace.gaze, report.trace.gaze)
+    plain = replace(report, trace=None)
+    plain.save(tmp_path / "plain.json")
+    assert Report.load(tmp_path / "plain.json").trace is None
+    assert Report.load(tmp_path / "plain.json").findings == report.findings
+
+
+@pytest.mark.parametrize("nasty", [*NASTY, "half \ud800", "nul \x00 \u202e", ""])
+def test_any_text_comes_back_as_it_was_saved(nasty: str, tmp_path: Path) -> None:
+    finding = find(nasty, 0, 3, np.float32(0.9), np.bool_(True), reasons=(nasty,), box=tuple(np.arange(4, dtype=np.float32)))
+    report = Report(nasty, Verdict.FLAG, nasty, (finding,), nasty, nasty, nasty, make_trace(nasty), nasty[1:])
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json").to_dict() == report.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"format": 2}, "format: "),
+        ({"verdict": "maybe"}, "verdict: "),
+        ({"extra": 1}, "extra: "),
+        ({"caption": "A blue ball lies on the grass under a blue moon."}, "the claim 'A red ball' stands where"),
+        ({"findings": [{}]}, "findings.0.claim: "),
+        ({"reason": None}, "reason: "),
+    ],
+)
+def test_a_file_that_is_no_report_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    moon_report().save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ArtifactError, match=re.escape(reason)):
+        Report.load(path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "2", '"high"'])
+def test_a_saved_number_that_is_none_is_refused(number: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    moon_report().save(path)
+    for name in ("0.9", "48.0") if number != "2" else ("0.9",):
+        path.write_text(path.read_text().replace(name, number))
+        with pytest.raises(ArtifactError, match="not a file of a saved report"):
+            Report.load(path)
+        moon_report().save(path)
+
+
+def test_a_report_without_its_own_trace_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    moon_report().save(path)
+    make_trace("a cat").save(tmp_path / "report.safetensors")
+    with pytest.raises(ArtifactError, match="another text"):
+        Report.load(path)
+    (tmp_path / "report.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"there is no .*report.safetensors. Put the two files side by side"):
+        Report.load(path)
+    with pytest.raises(InputError, match=r"is the name of a trace. Give the path of the report, such as .*report.json"):
+        moon_report().save(tmp_path / "report.safetensors")
+    path.write_bytes(b" " * (MAX_FILE_BYTES + 1))
+    with pytest.raises(ArtifactError, match="is larger than"):
+        Report.load(path)
+
+
+def test_a_plot_shows_the_attended_region_of_a_phrase(guard: Any, tmp_path: Path) -> None:
+    image, report = lab_report(guard)
+    finding = report.findings[0]
+    for phrase in (finding, finding.claim.text, str(finding.claim)):
+        figure = report.plot(image, phrase)
+        (axes,) = figure.axes
+        assert axes.get_title() == f"{finding.claim}: risk {finding.risk:.2f}{', flagged' * finding.flagged}"
+        assert axes.patches[0].get_bbox().extents.tolist() == pytest.approx(finding.box)
+        assert axes.get_xlim() == (0, image.width)
+    assert report.plot(image, "skull").axes[0].get_title() == "skull"
+    figure.savefig(tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as drawn:
+        assert drawn.width == 600
+
+
+def test_a_plot_of_what_is_not_there_is_refused() -> None:
+    report = moon_report()
+    with pytest.raises(InputError, match=r"not say 'a cat'. Pass words of the caption; its claims begin with: 'A red ball'"):
+        report.plot(picture(), "a cat")
+    with pytest.raises(InputError, match=r"has no trace, so there is no gaze to draw. Check the caption again"):
+        make_report().plot(picture(), "a red ball")
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
+def test_a_plot_takes_any_text_and_a_phrase_without_attention() -> None:
+    for nasty in (*NASTY, r"$\frac{$", "$x$ \x1b[31m"):
+        trace = make_trace(nasty, np.zeros((len(nasty.split()), 1, 144)))
+        figure = make_report(nasty, trace).plot(picture(), nasty)
+        assert not figure.axes[0].patches
+        figure.savefig(io.BytesIO())
 
 
 # ---------------------------------------------------------------------------------------------------------- the box

@@ -21,7 +21,7 @@ from PIL import Image
 
 from gazeguard.claims.parse import Claim
 from gazeguard.errors import InputError
-from gazeguard.report import Finding, Report, _placed, _plain
+from gazeguard.report import Finding, Report, located_tokens, mean_gaze, safe_text
 from gazeguard.trace import GazeTrace
 from gazeguard.vision.grid import Box
 
@@ -68,7 +68,7 @@ def page(entries: Iterable[Entry], title: str = "GazeGuard replay", edge: int = 
     data = _data(entries, edge)
     if not data["captions"]:
         raise InputError("A replay page needs something to replay. Pass at least one Entry.")
-    values = {"title": html.escape(_plain(title)), "policy": policy, "data": _json(data)}
+    values = {"title": html.escape(safe_text(title)), "policy": policy, "data": _json(data)}
     # One pass: a caption that contains "{{title}}" stays as it is.
     return re.sub(r"\{\{(title|policy|data)\}\}", lambda match: values[match[1]], template)
 
@@ -163,20 +163,20 @@ def _gaze(
 ) -> dict[str, Any]:
     """Where the gaze was at each word, as base64 of bytes.
 
-    grid, heat:   the number of the grid, cells as boxes in segment_mass of the picture; and words x cells levels, of which 255 is
-                  the caption's strongest look at any cell, so that words can be compared by eye
+    grid, heat:   the number of the grid, image tokens as boxes in shares of the image; and words x image tokens levels, of
+                  which 255 is the caption's strongest attention on any of them, so that words can be compared by eye
     parts, share: names of parts of the picture; and words x parts levels, of which 255 is all of the word's gaze on the
                   picture, as far as its cells have a place
     """
     gaze = np.zeros((len(spans), len(trace.grid)))
     for row, (start, end) in enumerate(spans):
         if tokens := trace.tokens(start, end):
-            gaze[row] = _mean_gaze(trace, tokens)
+            gaze[row] = mean_gaze(trace, tokens)
     if not parts:
         width, height = trace.grid.sizes[0]
         corners = [(x * width / 3, y * height / 3) for y in range(3) for x in range(3)]
         parts = [(name, (x, y, x + width / 3, y + height / 3)) for name, (x, y) in zip(FIELDS, corners, strict=True)]
-    placed = _placed(trace)
+    placed = located_tokens(trace)
     heat, total = gaze[:, placed], gaze[:, placed].sum(axis=1, keepdims=True)
     share = gaze @ np.stack([trace.grid.overlap(box) for _, box in parts], axis=1) / np.maximum(total, 1e-12)
     cells = json.dumps([[round(edge, 5) for edge in box] for box in trace.grid.boxes[placed].tolist()])
@@ -191,12 +191,6 @@ def _gaze(
 def _levels(segment_mass: NDArray[np.float64]) -> str:
     """Shares in [0, 1] as base64 of one byte each; what rounding has put outside is put back."""
     return base64.b64encode(np.rint(255 * np.clip(segment_mass, 0, 1)).astype(np.uint8).tobytes()).decode()
-
-
-def _mean_gaze(trace: GazeTrace, tokens: Sequence[int]) -> NDArray[np.float64]:
-    """(N,) float64: the gaze on each cell, mean over heads and the given tokens; NaN counts as none."""
-    gaze = trace.gaze[list(tokens)].astype(np.float64).mean(axis=(0, 1))
-    return np.where(np.isfinite(gaze), gaze, 0)
 
 
 def _number(value: Any) -> float | None:
