@@ -20,7 +20,8 @@ from torch import Tensor
 from evals.common import Figure, Out, Quick, median, write
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
-from gazeguard.vision.encoding import encode, model_inputs
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.inputs import model_inputs
 
 SEED = 300
 

@@ -19,7 +19,8 @@ from evals.overhead import measured
 from gazeguard.heads.discovery import find_heads
 from gazeguard.heads.strips import draw_strips
 from gazeguard.lab.training.tiny_model import build_model, build_processor
-from gazeguard.vision.encoding import encode, model_inputs
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.inputs import model_inputs
 
 LAYERS, WIDTH, STRIPS, REPEATS = 36, 1024, 8, 3
 

@@ -41,8 +41,9 @@ from gazeguard.filtering.run import filter_files
 from gazeguard.filtering.writer import PLACES, Results
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.world import describe
-from gazeguard.vision.encoding import encode, model_inputs
+from gazeguard.vision.encoding import encode
 from gazeguard.vision.images import load_image
+from gazeguard.vision.inputs import model_inputs
 
 SEED = 900
 KILLS = 5

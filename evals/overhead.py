@@ -39,7 +39,8 @@ from gazeguard.attention.attribution import token_statistics
 from gazeguard.attention.backbone import find_backbone
 from gazeguard.attention.buffers import KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
-from gazeguard.vision.encoding import encode, image_token_id
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.image_tokens import image_token_id
 
 HEADS = 12  # gaze heads that are heard, as the source paper finds in models of 7 billion parameters
 SEED = 500

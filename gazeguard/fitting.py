@@ -39,8 +39,9 @@ from gazeguard.detection.detector import Detector
 from gazeguard.errors import InputError
 from gazeguard.guard import DEFAULT_PROMPT, GazeGuard
 from gazeguard.report import Report
-from gazeguard.vision.encoding import encode, model_inputs
+from gazeguard.vision.encoding import encode
 from gazeguard.vision.images import load_image
+from gazeguard.vision.inputs import model_inputs
 
 MAX_LINE_BYTES = 2**20
 VALIDATION_PART = 3  # one image in so many sets probabilities and thresholds, the others the weights

@@ -56,21 +56,13 @@ from gazeguard.heads.artifact import GazeHeads
 from gazeguard.policy import Policy, load_policy
 from gazeguard.report import Finding, Report, Verdict, gaze_boxes
 from gazeguard.trace import SEGMENTS, GazeTrace
-from gazeguard.vision.encoding import (
-    EncodedBatch,
-    check_prompt,
-    check_text,
-    context_of,
-    decode,
-    encode,
-    has_pixels,
-    image_grids,
-    image_token_id,
-    model_inputs,
-    one_picture_a_row,
-)
+from gazeguard.vision.batch_grids import image_grids, one_image_per_row
+from gazeguard.vision.encoding import EncodedBatch, check_prompt, encode
 from gazeguard.vision.grid import ImageGrid
+from gazeguard.vision.image_tokens import image_token_id
 from gazeguard.vision.images import load_image
+from gazeguard.vision.inputs import context_length, has_pixels, model_inputs
+from gazeguard.vision.text import check_text, decode
 
 HEADS_FILE = "heads.json"
 DEFAULT_PROMPT = "Describe the picture."
@@ -298,7 +290,7 @@ class GazeGuard:
                 "custom_generate=guard gets no prompt from an encoder-decoder. Call guard.generate with the same arguments."
             )
         times = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if times > 1 and self.grid is None and not one_picture_a_row(model_kwargs, len(input_ids)):
+        if times > 1 and self.grid is None and not one_image_per_row(model_kwargs, len(input_ids)):
             raise UnsupportedError(
                 "custom_generate=guard gets the pictures of a prompt in another order when several captions or beams are "
                 "written for it, and some prompt has not just one. Call guard.generate with the same arguments."
@@ -550,7 +542,7 @@ class GazeGuard:
 
     def _too_long(self, tokens: int) -> str:
         """Why so many tokens cannot be judged; empty when the model's context holds them."""
-        limit = context_of(self.model)
+        limit = context_length(self.model)
         return f"prompt and caption have {tokens} tokens, more than the model's context of {limit}" if tokens > limit else ""
 
     def verify(self, inputs: Mapping[str, Any]) -> list[Check]:

@@ -23,7 +23,7 @@ from gazeguard.artifacts import read_json
 from gazeguard.claims.parse import Claim
 from gazeguard.errors import ArtifactError, InputError
 from gazeguard.trace import GazeTrace
-from gazeguard.vision.grid import Box
+from gazeguard.vision.geometry import Box
 from gazeguard.vision.images import load_image
 
 if TYPE_CHECKING:

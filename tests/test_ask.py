@@ -21,7 +21,8 @@ from gazeguard.errors import MismatchError, UnsupportedError
 from gazeguard.guard import GazeGuard
 from gazeguard.policy import parse_policy
 from gazeguard.report import Verdict
-from gazeguard.vision.encoding import encode, model_inputs
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.inputs import model_inputs
 
 SAMPLES = lab.samples("test", 8, seed=7)
 WORDS = AnswerTokens((5, 6), (7,))

@@ -17,7 +17,8 @@ from gazeguard.claims.parse import things
 from gazeguard.guard import HEADS_FILE
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.trace import SEGMENTS
-from gazeguard.vision.encoding import encode, image_token_id
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.image_tokens import image_token_id
 
 FOUND = GazeHeads.load(lab.checkpoint_path() / HEADS_FILE)
 GAZE, MIDDLE = FOUND.heads, [head for head in FOUND.all_heads if 0 < head[0] < 5]

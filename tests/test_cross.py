@@ -39,7 +39,9 @@ from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads, Score, fingerprint
-from gazeguard.vision.encoding import encode, followed_by, image_grids, model_inputs
+from gazeguard.vision.batch_grids import image_grids
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.inputs import append_tokens, model_inputs
 
 NAMES = ("Mllama", "Florence-2", "T5Gemma2", "BLIP-2 (T5)", "Idefics", "Idefics (perceiver)")
 OWN_KEYS = {"Mllama": ("cross_attention_mask", 17), "Idefics": ("image_attention_mask", 17)}
@@ -381,7 +383,7 @@ def test_a_caption_follows_its_prompt(name):
     kind = MAKERS[name]()
     inputs = kind.batch([0, 1])
     written = torch.randint(2, IMAGE, (2, 4), generator=torch.Generator().manual_seed(2))
-    made = followed_by(kind.model, inputs, [written[0].numpy(), written[1, :2].numpy()])
+    made = append_tokens(kind.model, inputs, [written[0].numpy(), written[1, :2].numpy()])
     expected = kind.extended(inputs, written)
     assert set(made) == set(expected)
     for key, value in expected.items():

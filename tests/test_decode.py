@@ -22,7 +22,8 @@ from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.truth import mentions
 from gazeguard.policy import load_policy, parse_policy
-from gazeguard.vision.encoding import encode, model_inputs
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.inputs import model_inputs
 
 REWIND = {"version": 1, "name": "own", "rewind": {"budget": 8}}
 

@@ -61,9 +61,12 @@ from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.lab.training.tiny_model import IMAGE, build_processor
 from gazeguard.lab.world import CELL, CELLS, PAGE
-from gazeguard.vision.encoding import image_grids
+from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.grid import ImageGrid
-from gazeguard.vision.layouts.rules import Prompt, find_grid, image_cells
+from gazeguard.vision.image_tokens import image_token_runs
+from gazeguard.vision.layouts.prompt import Prompt
+from gazeguard.vision.layouts.rules import RULES, find_grid
+from gazeguard.vision.layouts.squares import NO_SQUARE
 
 SIZES = st.tuples(st.integers(24, 900), st.integers(24, 900))
 SIDES = st.integers(1, 12)
@@ -106,16 +109,49 @@ def test_a_token_without_a_place_lies_in_no_box_and_other_pictures_do_not_count(
 
 
 def test_a_grid_that_does_not_fit_together_is_refused():
-    with pytest.raises(InputError, match=r"one box per cell: boxes have shape \(3, 4\) for 2 cells. Pass boxes of shape"):
+    with pytest.raises(
+        InputError, match=r"one box per image token: boxes have shape \(3, 4\) for 2 image tokens. Pass boxes of shape"
+    ):
         ImageGrid(np.zeros((3, 4), np.float32), np.zeros(2, np.int64), ((8, 8),))
-    with pytest.raises(InputError, match=r"cells of pictures 0 to 1, but the sizes of 1. Pass the \(width, height\)"):
+    with pytest.raises(InputError, match=r"tokens of images 0 to 1, but the sizes of 1. Pass the \(width, height\)"):
         ImageGrid(np.zeros((2, 4), np.float32), np.array([0, 1]), ((8, 8),))
+
+
+@given(SIDES, SIDES, SIZES)
+def test_a_regular_grid_has_a_shape(rows, columns, size):
+    """Rows and columns are those that the grid was made of, also of a crop; the repr is one line."""
+    for view in ((0.0, 0.0, 1.0, 1.0), (0.25, 0.0, 0.75, 1.0)):
+        grid = ImageGrid.regular(rows, columns, size, view)
+        assert grid.shape == (rows, columns)
+        assert repr(grid) == f"ImageGrid({rows} x {columns} image tokens, image {size[0]} x {size[1]})"
+
+
+def test_what_is_no_regular_grid_has_no_shape():
+    """Two views of one image, two images, a token without a location, a row that is short, no token at all."""
+    grid = ImageGrid.regular(2, 3, (30, 20))
+    views = ImageGrid(np.tile(grid.boxes, (2, 1)), np.zeros(12, np.int64), ((30, 20),))
+    images = ImageGrid(views.boxes, np.repeat((0, 1), 6), ((30, 20), (9, 9)))
+    newline = ImageGrid(np.concatenate((grid.boxes, np.full((1, 4), np.nan, np.float32))), np.zeros(7, np.int64), ((30, 20),))
+    short = ImageGrid(grid.boxes[:5], np.zeros(5, np.int64), ((30, 20),))
+    nothing = ImageGrid(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), ((30, 20),))
+    assert [made.shape for made in (views, images, newline, short, nothing)] == [None] * 5
+    assert repr(views) == "ImageGrid(12 image tokens, image 30 x 20)"
+    assert repr(images) == "ImageGrid(12 image tokens, 2 images)"
+
+
+def test_every_family_is_named_by_one_rule_at_most_that_stands_before_squares():
+    """The table of layout rules: no family twice, but for those with a square and something else by processor."""
+    names = [name for rule in RULES[:-1] for name in rule.families]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice == {"idefics"}, "its resampler is an option"
+    assert not set(NO_SQUARE) & set(RULES[-1].families)
+    assert all(rule.others or not rule.never for rule in RULES)
 
 
 @given(st.lists(st.booleans(), max_size=40))
 def test_runs_are_unbroken_complete_and_as_long_as_can_be(mask):
     """The runs, laid out again, are the mask; between two runs lies at least one other token."""
-    runs = image_cells(np.where(mask, 7, 1), 7)
+    runs = image_token_runs(np.where(mask, 7, 1), 7)
     again = np.zeros(len(mask), bool)
     for start, length in runs:
         again[start : start + length] = True
@@ -130,7 +166,7 @@ def prompt_of(made, sizes, used, token: int, merge: int = 1) -> Prompt:
     ids = made["input_ids"][0].numpy()
     vision = SimpleNamespace(spatial_merge_size=merge)
     model = SimpleNamespace(config=SimpleNamespace(vision_config=vision, model_type="any"))
-    return Prompt(ids, image_cells(ids, token), dict(made), tuple(sizes), model, used)
+    return Prompt(ids, image_token_runs(ids, token), dict(made), tuple(sizes), model, used)
 
 
 def lit(size: tuple[int, int], box: tuple[float, ...]) -> Image.Image:
@@ -347,7 +383,7 @@ def test_a_square_number_of_tokens_need_not_be_a_square():
     prompt = prompt_of(made, [(40, 30)], None, 7)
     assert len(find_grid(prompt)) == 256
     config = SimpleNamespace(model_type="internvl", vision_config=SimpleNamespace())
-    with pytest.raises(UnsupportedError, match=r"No rule says where .* or grid=ImageGrid"):
+    with pytest.raises(UnsupportedError, match=r"No layout rule says where .* or grid=ImageGrid"):
         find_grid(replace(prompt, model=SimpleNamespace(config=config)))
 
 
@@ -358,7 +394,7 @@ def test_tiles_are_not_taken_for_pictures():
     prompt = prompt_of({"input_ids": torch.tensor([[1, *tiles]])}, [(48, 48)] * 3, SimpleNamespace(image_processor=used), 7)
     config = SimpleNamespace(model_type="aya_vision", vision_config=SimpleNamespace())
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
-        find_grid(replace(prompt, model=SimpleNamespace(config=config), own_sizes=False))
+        find_grid(replace(prompt, model=SimpleNamespace(config=config), original_sizes=False))
 
 
 def test_a_page_without_tiles():
@@ -411,15 +447,17 @@ def test_an_unknown_layout_says_what_was_found_and_the_way_out():
     with pytest.raises(UnsupportedError) as caught:
         find_grid(prompt)
     assert str(caught.value) == (
-        "No rule says where the 5 image tokens of SimpleNamespace lie in the picture (runs of 3, 2 tokens for 1 "
-        "pictures). Pass picture_sizes= to generate if the pictures' own sizes are missing, or grid=ImageGrid(...) with one "
-        "box per token."
+        "No layout rule says where the 5 image tokens of SimpleNamespace lie in the image (runs of 3, 2 tokens for 1 images). "
+        "Pass picture_sizes= to generate if the images' original sizes are missing, or grid=ImageGrid(...) with one box per "
+        "image token."
     )
 
 
 def test_a_layout_that_does_not_add_up_is_refused():
     made = {"input_ids": torch.tensor([[7] * 5]), "image_grid_thw": [[1, 4, 4]]}
-    with pytest.raises(UnsupportedError, match=r"has 5 image tokens, but thw expects 4: SimpleNamespace .* or grid="):
+    with pytest.raises(
+        UnsupportedError, match=r"has 5 image tokens, but the layout rule patch_grids expects 4: SimpleNamespace .* or grid="
+    ):
         find_grid(prompt_of(made, [(8, 8)], None, 7, merge=2))
 
 
@@ -547,7 +585,7 @@ def test_tiles_from_the_corner_with_tokens_between_them(size, tiles):
         for cell in (np.flatnonzero(full) + view.start)[::7]:
             assert int(np.argmax(brightness(lit(size, grid.pixels(cell)))[view])) == cell - view.start
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
-        find_grid(replace(prompt, own_sizes=False))
+        find_grid(replace(prompt, original_sizes=False))
 
 
 @pytest.mark.parametrize("size", [(100, 70), (300, 200), (45, 180)])
@@ -580,7 +618,7 @@ def test_a_run_for_each_row(size):
     for cell in np.flatnonzero(areas > 0.5 * areas.max()):  # the last row and column may hold but a sliver
         assert int(np.argmax(brightness(lit(size, grid.pixels(cell))))) == cell
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
-        find_grid(replace(prompt, own_sizes=False))
+        find_grid(replace(prompt, original_sizes=False))
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, *parts: str) -> dict[str, torch.Tensor]:
@@ -661,7 +699,7 @@ def test_tiles_without_their_tags_are_refused():
     text = Lfm2VlProcessor._build_image_tokens(SimpleNamespace(**NAMES), 2, 2, 36, 32, True, False)
     made = ids_of(tokenizer, text) | {"spatial_shapes": torch.tensor([(12, 12)] * 4 + [(8, 16)])}
     prompt = prompt_of(made, [(60, 60)], SimpleNamespace(tokenizer=tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
-    with pytest.raises(UnsupportedError, match=r"No rule says where the 176 image tokens .* or grid=ImageGrid"):
+    with pytest.raises(UnsupportedError, match=r"No layout rule says where the 176 image tokens .* or grid=ImageGrid"):
         find_grid(replace(prompt, model=model_of("lfm2_vl")))
 
 
@@ -705,7 +743,7 @@ def test_tiles_as_the_processor_plans_them(size):
         assert areas(grid, view).sum() == pytest.approx(1, abs=1e-3)
         check_some(grid, size, lambda image: np.concatenate(run(image)[:2]), view)
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
-        find_grid(replace(prompt, own_sizes=False))
+        find_grid(replace(prompt, original_sizes=False))
 
 
 @pytest.mark.parametrize("size", [(100, 70), (300, 200), (90, 300), (320, 310)])
@@ -816,7 +854,7 @@ def test_patches_from_the_corner(size, share):
 
     check_some(grid, size, brightness, slice(0, len(grid)))
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
-        find_grid(replace(prompt, own_sizes=False))
+        find_grid(replace(prompt, original_sizes=False))
 
 
 @pytest.mark.parametrize(("kind", "merge", "limit"), [("inkling2", 1, None), ("kimi_k25", 2, 200), ("glm5_next", 2, 200)])
@@ -839,7 +877,7 @@ def test_padding_that_is_told_as_patches(kind, merge, limit, size):
         return patches(torch.tensor(np.asarray(canvas, np.float32)).permute(2, 0, 1)[None], edge)
 
     check_some(grid, size, brightness, slice(0, len(grid)))
-    padded = find_grid(replace(prompt, sizes=((columns * edge, rows * edge),), own_sizes=False))
+    padded = find_grid(replace(prompt, sizes=((columns * edge, rows * edge),), original_sizes=False))
     np.testing.assert_allclose(padded.boxes, ImageGrid.regular(rows, columns, (1, 1)).boxes, atol=1e-6)
 
 
@@ -879,7 +917,7 @@ def test_a_map_of_tiles_and_the_page(size, crop):
         assert areas(grid, view).sum() == pytest.approx(1, abs=1e-3)
         check_some(grid, size, run, view)
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
-        find_grid(replace(prompt, own_sizes=False))
+        find_grid(replace(prompt, original_sizes=False))
 
 
 def test_queries_of_several_views_belong_to_their_picture():
@@ -1022,8 +1060,8 @@ def test_frames_whose_places_nothing_tells():
         told_grids(kind, inputs)
     assert str(caught.value) == (
         f"Row 0 of the batch holds a video, and no rule says where in its frames the {cells} image tokens of "
-        "LlavaNextVideoForConditionalGeneration lie: only video_grid_thw tells. Pass grid=ImageGrid(...) with one box per "
-        "token, or leave the video out."
+        "LlavaNextVideoForConditionalGeneration lie: only video_grid_thw does. Pass grid=ImageGrid(...) with one box per "
+        "image token, or leave the video out."
     )
     known = ImageGrid.regular(1, cells, (9, 9))
     assert told_grids(kind, inputs, known=known) == [known]

@@ -304,7 +304,7 @@ def test_a_grid_that_the_caller_knows_takes_the_place_of_the_rules(guard):
     assert_same_trace(one.trace, two.trace, 0)
     assert [f.box for f in one.findings] == [f.box for f in two.findings]
     short = GazeGuard(guard.model, guard.processor, grid=ImageGrid.regular(3, 3, (1, 1)))
-    with pytest.raises(InputError, match="has 9 cells, but the prompt has 144 image tokens"):
+    with pytest.raises(InputError, match="has 9 boxes, but the prompt has 144 image tokens"):
         short.caption(sample.image)
 
 

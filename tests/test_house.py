@@ -24,7 +24,6 @@ PRIVATE: set[str] = {
     "gazeguard.attention",
     "gazeguard.guard",
     "gazeguard.decoding",
-    "gazeguard.vision",
     "gazeguard.replay",
     "evals",
 }
@@ -40,7 +39,6 @@ OLD_WORDS: set[str] = {
     "gazeguard.integrations",
     "gazeguard.lab",
     "gazeguard.replay",
-    "gazeguard.vision",
     "gazeguard.claims",
     "gazeguard.report",
     "gazeguard.trace",

@@ -7,6 +7,7 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.lab.training.tiny_model import build_processor
 from gazeguard.lab.world import CELLS, samples
-from gazeguard.vision.encoding import decode, encode, image_grids, image_token_id, model_inputs, tokenize
+from gazeguard.vision.batch_grids import image_grids
+from gazeguard.vision.encoding import check_processor, encode
+from gazeguard.vision.image_tokens import image_token_id
 from gazeguard.vision.images import MAX_IMAGE_BYTES, load_image
+from gazeguard.vision.inputs import model_inputs
+from gazeguard.vision.text import decode, tokenize
 
 RED, GREY = (255, 0, 0), (128, 128, 128)
 UPSIDE = 274  # the EXIF tag that says how the camera was held
@@ -290,8 +295,47 @@ def test_a_row_without_a_picture_is_named(pictures):
 
 
 def test_a_tokenizer_is_no_processor(pictures):
-    with pytest.raises(InputError, match=r"is not a vision-language processor. Pass AutoProcessor.from_pretrained"):
+    """And what lacks a part of a processor is told which."""
+    kind = type(processor().tokenizer).__name__
+    with pytest.raises(InputError) as caught:
         encode(untrained(), processor().tokenizer, pictures[:1], PROMPTS[:1])
+    assert str(caught.value) == (
+        f"{kind} is a tokenizer; expected the model's whole processor, with its image_processor. "
+        "Pass AutoProcessor.from_pretrained(...) of the model."
+    )
+    check_processor(processor())
+    for part, missing in (
+        (processor().image_processor, "no tokenizer and no image_processor and no chat_template"),
+        (SimpleNamespace(tokenizer=1, image_processor=2), "no chat_template"),
+    ):
+        with pytest.raises(InputError, match=rf"is not a vision-language processor: it has {missing}\. Pass AutoProcessor"):
+            check_processor(part)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            [(64, 48), (64, 48)],
+            r"picture_sizes is \[\(64, 48\), \(64, 48\)\], one bracket short or no sizes at all; expected for each",
+        ),
+        ((64, 48), r"picture_sizes is \(64, 48\), one bracket short"),
+        (7, "picture_sizes is 7, one bracket short"),
+        (["ab", "cd"], "one bracket short"),
+        ([[(64, 48)]], "picture_sizes has 1 entries; expected for each of the 2 rows a list of .width, height. in pixels"),
+        ([], "picture_sizes has 0 entries"),
+        ([[(64, 48)], [(64, 48, 3)]], r"contains \[64.0, 48.0, 3.0\], which is no \(width, height\)"),
+        ([[(64, 48)], [(64, 0)]], r"contains \[64.0, 0.0\], which is no \(width, height\)"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_the_batch_are_refused(pictures, sizes, message):
+    model, used = untrained(), processor()
+    batch = encode(model, used, pictures[:2], PROMPTS[:2])
+    with pytest.raises(
+        InputError, match=rf"{message}.*Pass picture_sizes=\[\[image.size for image in row\] for row in batch\]"
+    ):
+        image_grids(model, used, batch.inputs, batch.prompt_ids, batch.prompt_mask, sizes)
 
 
 def test_a_text_only_model_is_refused():

@@ -28,7 +28,8 @@ from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.errors import NoAttentionError, UnsupportedError
 from gazeguard.heads.artifact import fingerprint
 from gazeguard.trace import SEGMENTS
-from gazeguard.vision.encoding import image_token_id, model_inputs
+from gazeguard.vision.image_tokens import image_token_id
+from gazeguard.vision.inputs import model_inputs
 
 NEW = 8
 every_family = pytest.mark.parametrize("name", list(MAKERS))

@@ -29,7 +29,8 @@ from gazeguard.lab.training.tiny_train import (
     train,
 )
 from gazeguard.lab.world import CELL, CELLS, NOUNS, lessons, samples, tales
-from gazeguard.vision.encoding import encode, image_grids
+from gazeguard.vision.batch_grids import image_grids
+from gazeguard.vision.encoding import encode
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from gazeguard.attention.buffers import CapturedActivations, KeyLayout
 from gazeguard.attention.kernels import Call, _dense, _flash
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.heads.artifact import fingerprint
-from gazeguard.vision.encoding import model_inputs
+from gazeguard.vision.inputs import model_inputs
 
 NEW = 8
 NAMES = ("Idefics3", "Qwen3-VL", "LLaVA")

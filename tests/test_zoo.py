@@ -6,7 +6,7 @@ from zoo import BY_PROCESSOR, EXCEPTIONS, LAWS, LAYOUTS, MAKERS, OTHERS, works
 
 from gazeguard.attention.backbone import find_backbone
 from gazeguard.errors import UnsupportedError
-from gazeguard.vision.encoding import image_token_id
+from gazeguard.vision.image_tokens import image_token_id
 
 pytestmark = pytest.mark.usefixtures("quietly")
 

@@ -36,7 +36,9 @@ from gazeguard.attention.buffers import CapturedActivations, KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.visual_keys import VisualKeys, visual_keys
 from gazeguard.errors import GazeGuardError, NoAttentionError, UnsupportedError
-from gazeguard.vision.encoding import image_grids, image_token_id, model_inputs
+from gazeguard.vision.batch_grids import image_grids
+from gazeguard.vision.image_tokens import image_token_id
+from gazeguard.vision.inputs import model_inputs
 
 NEW = 6
 GROUPS = (families, grids, tiles, others)

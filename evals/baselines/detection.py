@@ -28,7 +28,8 @@ from sklearn.preprocessing import StandardScaler
 from gazeguard.guard import GazeGuard
 from gazeguard.lab import Sample
 from gazeguard.trace import SEGMENTS, GazeTrace
-from gazeguard.vision.encoding import encode, model_inputs
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.inputs import model_inputs
 
 F64 = NDArray[np.float64]
 STRONGEST = 20

@@ -30,7 +30,7 @@ from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.training.tiny_fit import captions_of
 from gazeguard.policy import Policy
-from gazeguard.vision.encoding import image_token_id
+from gazeguard.vision.image_tokens import image_token_id
 
 Inputs = Mapping[str, Any]
 PLAUSIBLE = 0.1  # VCD's and PAI's beta

@@ -20,8 +20,10 @@ from gazeguard.attention.buffers import CapturedActivations, KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.visual_keys import VisualKeys, visual_keys
 from gazeguard.errors import GazeGuardError
-from gazeguard.vision.encoding import NO_WORD, PER_TOKEN, followed_by, image_grids, image_token_id, model_inputs
+from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.grid import ImageGrid
+from gazeguard.vision.image_tokens import NO_TOKEN_ID, image_token_id
+from gazeguard.vision.inputs import PER_TOKEN, append_tokens, model_inputs
 
 WRITTEN = 4  # words that are written to look at
 EXACT, ROUNDED = 1e-4, 3e-2  # how far attention may differ in float32 and in half precision
@@ -68,7 +70,7 @@ def run_self_test(
 
     def found() -> tuple[bool, str]:
         every, token = find_backbone(model).heads(), image_token_id(model)
-        marks = f"image token {token}" if token != NO_WORD else "no image token among the words"
+        marks = f"image token {token}" if token != NO_TOKEN_ID else "no image token among the words"
         return True, f"{len(every)} heads in {len({layer for layer, _ in every})} layers, {marks}"
 
     def cells() -> tuple[bool, str]:
@@ -99,7 +101,7 @@ def run_self_test(
 
     def eager() -> tuple[bool, str]:
         written = ran["made"].sequences[:, _keys(model, inputs).last + 1 :].cpu().numpy()
-        whole = followed_by(model, inputs, list(written))
+        whole = append_tokens(model, inputs, list(written))
         _, truth = _heard(model, heads, inputs, lambda: model(**model_inputs(model, whole), use_cache=False), attention="eager")
         steps = written.shape[1]
         apart = max(_apart(getattr(ran["rows"], n)[:, :steps], getattr(truth, n)[:, :steps]) for n in ("gaze", "segment_mass"))

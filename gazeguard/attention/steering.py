@@ -17,7 +17,8 @@ from torch import Tensor
 
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.errors import InputError
-from gazeguard.vision.grid import Box, ImageGrid
+from gazeguard.vision.geometry import Box
+from gazeguard.vision.grid import ImageGrid
 
 Mode = Literal["both", "boost", "suppress"]
 Target = Box | Mapping[int, Box | None] | None

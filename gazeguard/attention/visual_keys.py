@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gazeguard.errors import InputError
-from gazeguard.vision.encoding import decoder_prompt, image_token_id, image_token_ids
+from gazeguard.vision.image_tokens import image_token_id, image_token_ids
+from gazeguard.vision.inputs import decoder_prompt
 
 
 class VisualKeys(NamedTuple):

@@ -25,7 +25,9 @@ from transformers.cache_utils import Cache
 from gazeguard.attention.visual_keys import visual_key_source
 from gazeguard.claims.parse import Phrase
 from gazeguard.errors import UnsupportedError
-from gazeguard.vision.encoding import NO_WORD, PER_TOKEN, encode, image_token_id, model_inputs
+from gazeguard.vision.encoding import encode
+from gazeguard.vision.image_tokens import NO_TOKEN_ID, image_token_id
+from gazeguard.vision.inputs import PER_TOKEN, model_inputs
 
 # What forward calls its cache: "cache" from transformers 5.24 on.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -219,7 +221,7 @@ def _picture_ends(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> list[int
     """For each row of prompts (batch, P) the column behind its last image cell."""
     token = image_token_id(model)
     ends = [int(torch.nonzero(own)[-1]) + 1 if own.any() else 0 for own in (ids == token) & mask.bool()]
-    if token == NO_WORD or not all(ends):
+    if token == NO_TOKEN_ID or not all(ends):
         raise UnsupportedError(
             f"{type(model).__name__} cannot be asked: its prompt does not tell where the picture ends. Choose a policy without "
             "verify."

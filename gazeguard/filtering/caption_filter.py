@@ -64,8 +64,9 @@ from gazeguard.filtering.readers import Row, Slice, Source, identity, reason
 from gazeguard.guard import DEFAULT_PROMPT, GazeGuard, Prepared
 from gazeguard.policy import Policy
 from gazeguard.report import Report
-from gazeguard.vision.encoding import encode, has_pixels
+from gazeguard.vision.encoding import encode
 from gazeguard.vision.images import load_image
+from gazeguard.vision.inputs import has_pixels
 
 COLUMNS = (
     "gaze_verdict", "gaze_reason", "gaze_risk", "gaze_phrases", "gaze_caption", "gaze_policy", "gaze_version"

@@ -37,8 +37,10 @@ from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.errors import ArtifactError, InputError, MismatchError
 from gazeguard.heads.artifact import GazeHeads, Score, Step, Way, fingerprint
 from gazeguard.heads.strips import Strip, draw_strips
-from gazeguard.vision.encoding import EncodedBatch, encode, image_grids, model_inputs
+from gazeguard.vision.batch_grids import image_grids
+from gazeguard.vision.encoding import EncodedBatch, encode
 from gazeguard.vision.grid import ImageGrid
+from gazeguard.vision.inputs import model_inputs
 
 MAX_SHARE = 0.25  # at most this share of all heads are gaze heads
 SINK = 10.0  # a cell is a sink when it gets so many times the mean cell's attention, whatever is said

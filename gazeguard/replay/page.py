@@ -23,7 +23,7 @@ from gazeguard.claims.parse import Claim
 from gazeguard.errors import InputError
 from gazeguard.report import Finding, Report, located_tokens, mean_gaze, safe_text
 from gazeguard.trace import GazeTrace
-from gazeguard.vision.grid import Box
+from gazeguard.vision.geometry import Box
 
 LONGEST_EDGE = 1024  # pixels; larger pictures are shrunk in the page, which stays small enough to mail
 DRAWN = 4096  # colours; a picture of more is taken for a photograph, for which JPEG is smaller

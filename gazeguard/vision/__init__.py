@@ -1,1 +1,1 @@
-"""TODO vision."""
+"""Images, their tokens in a prompt, and the batches that models read."""

@@ -1,4 +1,8 @@
-"""TODO vision.grid."""
+"""Image grid: the part of an image that each image token covers.
+
+An `ImageGrid` is a plain value: one box per image token. Tiles, thumbnails and separators need no modes: the tokens of a
+tile have boxes inside the tile, those of a thumbnail cover the image once more, and a separator has none.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gazeguard.errors import InputError
+from gazeguard.vision.geometry import WHOLE, Box, lattice
 
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageGrid:
-    """The image cells of one prompt, in the order of their tokens.
+    """The image tokens of one prompt, in the order of the sequence.
 
-    boxes:  (cells, 4) float32, x0 y0 x1 y1 as shares of the picture in [0, 1]; NaN for a token without a place
-    image:  (cells,) int64, which of the prompt's pictures the cell belongs to
-    sizes:  (width, height) of each picture in pixels
+    Attributes:
+        boxes: (N, 4) float32, x0 y0 x1 y1 as shares of the image in [0, 1]; NaN for a token without a location.
+        image: (N,) int64, which of the prompt's images a token belongs to.
+        sizes: (width, height) of each image in pixels.
     """
 
     boxes: NDArray[np.float32]
@@ -28,25 +32,59 @@ class ImageGrid:
     def __post_init__(self) -> None:
         if self.image.ndim != 1 or self.boxes.shape != (len(self.image), 4):
             raise InputError(
-                f"An ImageGrid needs one box per cell: boxes have shape {self.boxes.shape} for {self.image.size} cells. "
-                "Pass boxes of shape (cells, 4)."
+                f"An ImageGrid needs one box per image token: boxes have shape {self.boxes.shape} for {self.image.size} image "
+                "tokens. Pass boxes of shape (image tokens, 4)."
             )
         if len(self.image) and not 0 <= self.image.min() <= self.image.max() < len(self.sizes):
             raise InputError(
-                f"An ImageGrid has cells of pictures {self.image.min()} to {self.image.max()}, but the sizes of "
-                f"{len(self.sizes)}. Pass the (width, height) of every picture."
+                f"An ImageGrid has tokens of images {self.image.min()} to {self.image.max()}, but the sizes of "
+                f"{len(self.sizes)}. Pass the (width, height) of every image."
             )
 
     def __len__(self) -> int:
         return len(self.image)
 
+    def __repr__(self) -> str:
+        tokens = f"{len(self)} image tokens" if self.shape is None else "{} x {} image tokens".format(*self.shape)
+        images = "image {} x {}".format(*self.sizes[0]) if len(self.sizes) == 1 else f"{len(self.sizes)} images"
+        return f"ImageGrid({tokens}, {images})"
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(rows, columns) where the tokens are those of one image in rows of equal length, row by row; None elsewhere.
+
+        Rows and columns need not cover the whole image (a centre crop), nor be of one width (the last ones may be cut by the
+        edge of the image). Tiles, several views, separators and tokens without a location are no regular grid.
+        """
+        if len(self.sizes) != 1 or not len(self) or np.isnan(self.boxes).any():
+            return None
+        columns = int(np.argmax(np.append(self.boxes[1:, 0] <= self.boxes[:-1, 0], True))) + 1
+        rows, rest = divmod(len(self), columns)
+        if rest:
+            return None
+        boxes = self.boxes.reshape(rows, columns, 4)
+        pairs = (
+            (boxes[:, :, 0::2], boxes[:1, :, 0::2]),  # every row has the columns of the first
+            (boxes[:, :, 1::2], boxes[:, :1, 1::2]),  # every column has the rows of the first
+            (boxes[:, :-1, 2], boxes[:, 1:, 0]),  # neighbours touch
+            (boxes[:-1, :, 3], boxes[1:, :, 1]),
+        )
+        return (rows, columns) if all(np.allclose(*pair, atol=1e-6) for pair in pairs) else None
+
     @classmethod
-    def regular(cls, rows: int, columns: int, size: tuple[int, int], view: Box = (0.0, 0.0, 1.0, 1.0)) -> ImageGrid:
-        """``rows`` x ``columns`` equal cells, row by row, over ``view``, a box in shares of a picture of ``size`` pixels."""
-        return cls(_lattice(rows, columns, view), np.zeros(rows * columns, dtype=np.int64), (size,))
+    def regular(cls, rows: int, columns: int, size: tuple[int, int], view: Box = WHOLE) -> ImageGrid:
+        """A grid of equal image tokens, row by row.
+
+        Args:
+            rows: Rows of image tokens.
+            columns: Columns of image tokens.
+            size: Width and height of the image in pixels.
+            view: The part of the image that they cover, in shares of its width and height.
+        """
+        return cls(lattice(rows, columns, view), np.zeros(rows * columns, dtype=np.int64), (size,))
 
     def overlap(self, box: Box, image: int = 0) -> NDArray[np.float32]:
-        """(cells,) float32: the share of each cell's area that lies in ``box`` (pixels of that picture)."""
+        """(N,) float32: the share of each token's area that lies in ``box``, given in pixels of image number ``image``."""
         width, height = self.sizes[image]
         x0, y0, x1, y1 = (self.boxes[:, i] * (width, height)[i % 2] for i in range(4))
         across = np.clip(np.minimum(x1, box[2]) - np.maximum(x0, box[0]), 0, None)
@@ -54,22 +92,8 @@ class ImageGrid:
         share = across * down / np.maximum((x1 - x0) * (y1 - y0), 1e-9)
         return np.where(self.image == image, np.nan_to_num(share), 0).astype(np.float32)
 
-    def pixels(self, cell: int) -> Box:
-        """The box of a cell in pixels of its picture."""
-        width, height = self.sizes[self.image[cell]]
-        x0, y0, x1, y1 = self.boxes[cell].tolist()
+    def pixels(self, token: int) -> Box:
+        """The box of image token number ``token`` in pixels of its image."""
+        width, height = self.sizes[self.image[token]]
+        x0, y0, x1, y1 = self.boxes[token].tolist()
         return (x0 * width, y0 * height, x1 * width, y1 * height)
-
-
-WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-
-
-def _lattice(rows: int, columns: int, view: Box = WHOLE) -> NDArray[np.float32]:
-    """(rows * columns, 4) float32 boxes, row-major, over ``view``."""
-    return _between(np.linspace(view[1], view[3], rows + 1), np.linspace(view[0], view[2], columns + 1))
-
-
-def _between(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float32]:
-    """((len(y) - 1) * (len(x) - 1), 4) float32 boxes, row-major, between lines at ``y`` and ``x``."""
-    top, left = (index.ravel() for index in np.indices((len(y) - 1, len(x) - 1)))
-    return np.stack((x[left], y[top], x[left + 1], y[top + 1]), axis=1).astype(np.float32)

@@ -1,1 +1,1 @@
-"""TODO layouts."""
+"""Layout rules: which image token covers which part of an image, one module per kind of layout."""
