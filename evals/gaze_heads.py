@@ -268,8 +268,8 @@ def looking(model: Any, processor: Any, kept: GazeHeads, n: int) -> dict[str, Va
         "gaze_head_mass_nouns": figure(mean("mass", kept.heads, of=found_nouns).mean()),
         "best_other_mass_nouns": figure(mean("mass", kept.others(), of=found_nouns).max()),
         "gaze_head_selectivity": figure(mean("selectivity", kept.heads).mean()),
-        "gaze_head_routing": figure(mean("routing", kept.heads).mean()),
-        "null_mass": figure(mean("null_mass", kept.heads).mean()),
+        "gaze_head_routing": figure(mean("hit_rate", kept.heads).mean()),
+        "null_mass": figure(mean("shuffled_mass", kept.heads).mean()),
         "most_sink_mass": figure(mean("sinks", kept.all_heads, "query").max()),
         "chance": figure(1 / kept.panels),
         "usable": figure(not kept.unusable),
@@ -289,7 +289,7 @@ def main(
     model, processor = lab.load(model_folder)
     folder = model_folder or lab.checkpoint_path()
     file = folder / HEADS_FILE
-    kept = GazeHeads.load(file) if file.is_file() else find_heads(model, processor)
+    kept = GazeHeads.from_pretrained(file) if file.is_file() else find_heads(model, processor)
     kept.check_model(model)
     strips, sets = (4, 3) if quick else (40, SETS)
     few = 4 if quick else 24

@@ -184,7 +184,7 @@ class GazeGuard:
         image_token_id(model)
         self.model, self.processor, self.grid, self.nlp = model, processor, grid, nlp
         self.policy = policy if isinstance(policy, Policy) else load_policy(policy)
-        self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.load(heads or self._own(HEADS_FILE))
+        self.heads = heads if isinstance(heads, GazeHeads) else GazeHeads.from_pretrained(heads or self._own(HEADS_FILE))
         self.heads.check_model(model)
         if self.heads.unusable:
             raise UnsupportedError(f"These heads of {self.heads.model_class} are not worth watching. {self.heads.unusable}")

@@ -20,7 +20,7 @@ from gazeguard.trace import SEGMENTS
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.image_tokens import image_token_id
 
-FOUND = GazeHeads.load(lab.checkpoint_path() / HEADS_FILE)
+FOUND = GazeHeads.from_pretrained(lab.checkpoint_path() / HEADS_FILE)
 GAZE, MIDDLE = FOUND.heads, [head for head in FOUND.all_heads if 0 < head[0] < 5]
 SAMPLES = lab.samples("validation", 4, 77)
 # Of different lengths, so that a batch is padded on the left.

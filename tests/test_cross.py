@@ -400,7 +400,7 @@ def guarded(kind: type[PreTrainedModel], config: Any, processor: ProcessorMixin,
     model = draw_weights(kind._from_config(config, attn_implementation="sdpa"))
     model.generation_config.update(suppress_tokens=[processor.tokenizer.image_token_id])
     every = find_backbone(model).heads()
-    figures = ("mass", "selectivity", "contrast", "routing", "null_mass", "sinks")
+    figures = ("mass", "selectivity", "contrast", "hit_rate", "shuffled_mass", "sink_mass")
     none = Score(**dict.fromkeys(figures, (0.0,) * len(every)), matrix=())
     heads = GazeHeads(
         model=fingerprint(model),

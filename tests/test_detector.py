@@ -32,7 +32,7 @@ ALL = tuple((layer, head) for layer in range(2) for head in range(4))
 
 
 def gaze_heads(heads=((1, 0), (1, 2)), model="0123456789abcdef") -> GazeHeads:
-    figures = ("mass", "selectivity", "contrast", "routing", "null_mass", "sinks")
+    figures = ("mass", "selectivity", "contrast", "hit_rate", "shuffled_mass", "sink_mass")
     score = Score(**dict.fromkeys(figures, (0.1,) * 8), matrix=())
     return GazeHeads(
         model=model, model_class="M", heads=heads, all_heads=ALL, narration=score, query=score, strips=4, panels=6,

@@ -337,7 +337,7 @@ def test_a_caption_cut_off_by_the_length_limit_does_not_pass(guard):
 
 def test_without_a_detector_everything_is_watched_and_nothing_judged(lab_vlm):
     """No detector, no verdict."""
-    heads = GazeHeads.load(lab.checkpoint_path() / "heads.json")
+    heads = GazeHeads.from_pretrained(lab.checkpoint_path() / "heads.json")
     report = GazeGuard(*lab_vlm, heads=heads).check(SAMPLES[0].image, "There is a red star.")
     assert report.verdict is Verdict.UNCHECKED
     assert "no detector" in report.reason
@@ -430,7 +430,7 @@ def test_an_eager_model_is_watched(lab_vlm, guard):
 
 def test_heads_and_detectors_of_another_model_are_refused(lab_vlm):
     """Law (h)."""
-    heads = GazeHeads.load(lab.checkpoint_path() / "heads.json")
+    heads = GazeHeads.from_pretrained(lab.checkpoint_path() / "heads.json")
     with pytest.raises(MismatchError, match=r"another model .* find_heads\(model, processor\)"):
         GazeGuard(*lab_vlm, heads=heads.model_copy(update={"model": "0" * 16}))
     detector = Detector.from_pretrained(lab.checkpoint_path())

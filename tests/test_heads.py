@@ -6,6 +6,8 @@ import copy
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,19 +22,10 @@ from gazeguard import lab
 from gazeguard.artifacts import MAX_FILE_BYTES
 from gazeguard.errors import ArtifactError, InputError, MismatchError, UnsupportedError
 from gazeguard.guard import GazeGuard
-from gazeguard.heads import discovery as heads_module
+from gazeguard.heads import discovery
 from gazeguard.heads.artifact import GazeHeads, Score, fingerprint
-from gazeguard.heads.discovery import (
-    MAX_SHARE,
-    _choose,
-    _score,
-    _without_sinks,
-    contrast,
-    find_heads,
-    gap,
-    panel_shares,
-    settled,
-)
+from gazeguard.heads.discovery import _choose, find_heads, panel_mass, panel_shares
+from gazeguard.heads.scoring import MAX_SHARE, contrast, gap, score, settled
 from gazeguard.heads.strips import draw_strips
 from gazeguard.lab.training.tiny_model import build_llava, build_llava_processor, build_model
 from gazeguard.vision.grid import ImageGrid
@@ -41,13 +34,13 @@ PANELS = 4
 FLAT = [[0.05] * PANELS] * PANELS
 
 
-def looking(mass: float) -> np.ndarray:
-    """A head with so much attention on the said panel and a tenth of it on every other."""
+def attending(mass: float) -> np.ndarray:
+    """A head with so much attention on the described panel and a tenth of it on every other."""
     return np.full((PANELS, PANELS), mass / 10) + np.eye(PANELS) * mass * 0.9
 
 
 def strips(*heads: np.ndarray, n: int = 10, noise: float = 0.0) -> np.ndarray:
-    """(strips, H, said, attended + 1), nothing on sinks"""
+    """(strips, H, described, attended + 1), nothing on sinks"""
     rng = np.random.default_rng(0)
     made = np.stack([np.stack(heads)] * n).astype(np.float32)
     return np.pad(made + noise * rng.random(made.shape, np.float32), ((0, 0), (0, 0), (0, 0), (0, 1)))
@@ -55,7 +48,7 @@ def strips(*heads: np.ndarray, n: int = 10, noise: float = 0.0) -> np.ndarray:
 
 def figures(**own: tuple[float, ...]) -> Score:
     """A score of four heads; what is not given is 0.1 for each."""
-    names = ("mass", "selectivity", "contrast", "routing", "null_mass", "sinks")
+    names = ("mass", "selectivity", "contrast", "hit_rate", "shuffled_mass", "sink_mass")
     return Score(**dict.fromkeys(names, (0.1,) * 4) | {"matrix": ((0.7, 0.1), (0.2, 0.6))} | own)
 
 
@@ -90,26 +83,26 @@ def test_contrast_is_blind_to_what_does_not_move_with_the_words(panels, seed, sh
 
 def test_the_scores_of_known_matrices():
     """Mass is the diagonal, selectivity its share of the row, and the null is what a shuffle leaves."""
-    score = _score(strips(looking(0.6), np.array(FLAT), n=400), np.random.default_rng(0))
-    assert score.mass == pytest.approx((0.6, 0.05), abs=1e-5)
-    assert score.selectivity == pytest.approx((1 / 1.3, 0.25), abs=1e-5)
-    assert score.contrast == pytest.approx((0.54, 0), abs=1e-5)
-    assert score.null_mass == pytest.approx((0.6 * (1 + 0.3) / 4, 0.05), abs=0.02)
-    assert score.routing == pytest.approx((1, 1 / PANELS)), "a head that likes all alike is right for the first panel"
-    assert score.sinks == (0, 0)
-    chosen = _score(strips(looking(0.6), np.array(FLAT)), np.random.default_rng(0), [0])
-    np.testing.assert_allclose(chosen.matrix, looking(0.6), atol=1e-6)
+    scores = score(strips(attending(0.6), np.array(FLAT), n=400), np.random.default_rng(0))
+    assert scores.mass == pytest.approx((0.6, 0.05), abs=1e-5)
+    assert scores.selectivity == pytest.approx((1 / 1.3, 0.25), abs=1e-5)
+    assert scores.contrast == pytest.approx((0.54, 0), abs=1e-5)
+    assert scores.shuffled_mass == pytest.approx((0.6 * (1 + 0.3) / 4, 0.05), abs=0.02)
+    assert scores.hit_rate == pytest.approx((1, 1 / PANELS)), "a head that likes all alike is right for the first panel"
+    assert scores.sink_mass == (0, 0)
+    chosen = score(strips(attending(0.6), np.array(FLAT)), np.random.default_rng(0), [0])
+    np.testing.assert_allclose(chosen.matrix, attending(0.6), atol=1e-6)
 
 
 def test_the_null_keeps_a_head_that_likes_one_panel_whatever_is_said():
     """Such a head loses nothing by the shuffle; its contrast is 0 and its selectivity chance."""
     likes_first = np.zeros((PANELS, PANELS))
     likes_first[:, 0] = 0.8
-    score = _score(strips(likes_first, n=400), np.random.default_rng(0))
-    assert score.mass == pytest.approx((0.2,))
-    assert score.null_mass[0] == pytest.approx(0.2, abs=0.03)
-    assert score.contrast == pytest.approx((0,))
-    assert score.selectivity == pytest.approx((1 / PANELS,))
+    scores = score(strips(likes_first, n=400), np.random.default_rng(0))
+    assert scores.mass == pytest.approx((0.2,))
+    assert scores.shuffled_mass[0] == pytest.approx(0.2, abs=0.03)
+    assert scores.contrast == pytest.approx((0,))
+    assert scores.selectivity == pytest.approx((1 / PANELS,))
 
 
 @pytest.mark.parametrize(
@@ -141,9 +134,9 @@ def test_the_planted_heads_are_chosen():
     """Among noisy heads those that follow the words, in the order of layers; both halves agree; fingerprint included."""
     heads = tuple((layer, head) for layer in range(2) for head in range(4))
     matrices = [np.array(FLAT)] * 8
-    matrices[1], matrices[6] = looking(0.7), looking(0.8)
-    said = strips(*matrices, noise=0.01)
-    found = _choose(untrained(), heads, {"narration": said, "query": strips(*[np.array(FLAT)] * 8)})
+    matrices[1], matrices[6] = attending(0.7), attending(0.8)
+    narrated = strips(*matrices, noise=0.01)
+    found = _choose(untrained(), heads, {"narration": narrated, "query": strips(*[np.array(FLAT)] * 8)})
     assert found.heads == ((0, 1), (1, 2))
     assert found.split_half == 1
     assert (found.strips, found.panels, found.model_class) == (10, PANELS, "Idefics3ForConditionalGeneration")
@@ -156,9 +149,9 @@ def test_no_usable_gaze_heads_is_a_result():
     flat = strips(*[np.array(FLAT)] * 4, noise=0.01)
     found = _choose(untrained(), ((0, 0), (0, 1), (1, 0), (1, 1)), {"narration": flat, "query": flat})
     assert re.fullmatch(
-        r"No usable gaze heads: the best 1 of 4 heads look most at the panel that is being described in \d+% of the cases "
-        r"\(chance 25%, needed 62%\) and hold 2\d% of their panel attention on it \(chance 25%, needed 50%\)\. Where this "
-        r"model looks cannot be read from these strips\.",
+        r"No usable gaze heads: the best 1 of 4 heads attend most to the panel that is being described in \d+% of the cases "
+        r"\(chance 25%, needed 62%\) and have 2\d% of their attention mass on it \(chance 25%, needed 50%\)\. Where this "
+        r"model attends cannot be read from these strips; try strips of another style, or of your own\.",
         found.unusable,
     )
     with pytest.raises(UnsupportedError, match="No usable gaze heads: the best 1 of 4"):
@@ -173,7 +166,7 @@ def test_heads_fixed_in_space_are_no_gaze_heads():
     assert found.heads == ((0, 0),)
     assert "in 25% of the cases" in found.unusable
     assert found.ranked_by == "query"
-    with pytest.raises(InputError, match="strips without words, so they have no narration score"):
+    with pytest.raises(InputError, match="strips without narrations, so they have no narration score"):
         found.score("narration")
 
 
@@ -186,7 +179,7 @@ def test_sinks_are_found_and_left_out():
     looked[0, 0, :, 4] = 0.5  # head 0: a sink in the first panel
     for panel in range(3):
         looked[0, 1, panel, panel * 10] = 0.5  # head 1: a gaze
-    made = _without_sinks(looked, regions)
+    made = panel_mass(looked, regions)
     torch.testing.assert_close(made[0, 0, :, 3], torch.full((3,), 0.5))
     torch.testing.assert_close(made[0, 0, :, :3], torch.tensor([[0.009, 0.01, 0.01]] * 3))
     torch.testing.assert_close(made[0, 1, :, 3], torch.zeros(3))
@@ -195,10 +188,10 @@ def test_sinks_are_found_and_left_out():
 
 def test_a_search_ends_when_the_choice_no_longer_changes():
     """Not before 24 strips, and not while the halves disagree."""
-    clear = strips(looking(0.8), *[np.array(FLAT)] * 7, n=32, noise=0.01)
+    clear = strips(attending(0.8), *[np.array(FLAT)] * 7, n=32, noise=0.01)
     assert [settled(clear[:n]) for n in (8, 16, 24, 32)] == [False, False, True, True]
     torn = clear.copy()
-    torn[::2, 1, :, :PANELS] += 2 * looking(0.8).astype(np.float32)
+    torn[::2, 1, :, :PANELS] += 2 * attending(0.8).astype(np.float32)
     torn[::2, 0, :, :PANELS] = 0
     assert not settled(torn)
 
@@ -212,7 +205,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(lab_vlm, tmp_path, monke
     pages, keep = draw_strips(6, size=(144, 144)), tmp_path / "search.safetensors"
     whole = find_heads(*lab_vlm, pages, batch_size=2, progress=False)
     shown = []
-    real = heads_module._queries
+    real = discovery._queries
 
     def failing(show):
         shown.append(len(show.strips))
@@ -220,7 +213,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(lab_vlm, tmp_path, monke
             raise Interrupted
         return real(show)
 
-    monkeypatch.setattr(heads_module, "_queries", failing)
+    monkeypatch.setitem(discovery.PROBES, "query", failing)
     with pytest.raises(Interrupted):
         find_heads(*lab_vlm, pages, batch_size=2, progress=False, keep=keep)
     assert find_heads(*lab_vlm, pages, batch_size=2, progress=False, keep=keep) == whole
@@ -234,10 +227,10 @@ def test_an_interrupted_search_goes_on_where_it_stopped(lab_vlm, tmp_path, monke
 
 def test_the_lab_narrates_in_stairs(lab_vlm):
     """The shipped file's own staircase: the strongest panel is the one that is being described, nearly always."""
-    heads = GazeHeads.load(lab.checkpoint_path() / "heads.json")
-    described = [step for step in heads.staircase if step.said is not None]
+    heads = GazeHeads.from_pretrained(lab.checkpoint_path() / "heads.json")
+    described = [step for step in heads.staircase if step.described_panel is not None]
     assert "".join(step.text for step in heads.staircase).startswith("In panel one there is a")
-    assert np.mean([np.argmax(step.looked) == step.said for step in described]) > 0.8
+    assert np.mean([np.argmax(step.panel_mass) == step.described_panel for step in described]) > 0.8
     assert heads.unusable == ""
     assert heads.split_half == 1
 
@@ -261,9 +254,9 @@ def test_strips_without_words_are_asked_about(lab_vlm):
 def test_panels_that_the_model_cannot_see_are_refused():
     """A crop that takes half of a panel away, and panels smaller than two cells."""
     (strip,) = draw_strips(1, size=(144, 144))
-    with pytest.raises(InputError, match=r"The model sees \d+% of panel 1: its processor cuts the 144 x 144 picture"):
+    with pytest.raises(InputError, match=r"The model sees \d+% of panel 1: its processor crops the 144 x 144 image"):
         panel_shares(ImageGrid.regular(12, 12, (144, 144), view=(0.2, 0.0, 0.8, 1.0)), strip)
-    with pytest.raises(InputError, match=r"Panel 1 of 6 has 1\.5 image cells; telling panels apart needs 2 each"):
+    with pytest.raises(InputError, match=r"Panel 1 of 6 has 1\.5 image tokens; discovery needs 2 for each"):
         panel_shares(ImageGrid.regular(3, 3, (144, 144)), strip)
 
 
@@ -273,7 +266,7 @@ def test_a_processor_that_crops_is_found_out():
     cropping.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 144}, crop_size={"height": 144, "width": 144})
     torch.manual_seed(0)
     model = build_llava(cropping, width=32, layers=2).eval()
-    with pytest.raises(InputError, match=r"The model sees 0% of panel 1: its processor cuts the 1152 x 192 picture\. Show it"):
+    with pytest.raises(InputError, match=r"The model sees 0% of panel 1: its processor crops the 1152 x 192 image\. Show it"):
         find_heads(model, cropping, draw_strips(2, style="strip"), progress=False)
     assert find_heads(model, cropping, draw_strips(2), progress=False).strips == 2
 
@@ -282,7 +275,7 @@ def test_panels_of_unlike_area_count_alike(lab_vlm):
     """A head that looks evenly at the picture has no contrast, however large the panels are."""
     regions = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])
     weighed = regions * (regions.sum(0).mean() / regions.sum(0))
-    made = _without_sinks(torch.full((1, 1, 2, 4), 0.25), weighed[None])
+    made = panel_mass(torch.full((1, 1, 2, 4), 0.25), weighed[None])
     torch.testing.assert_close(made[0, 0, :, 0], made[0, 0, :, 1])
 
 
@@ -311,8 +304,43 @@ def test_panels_share_out_the_cells():
 
 
 def test_json_keeps_every_figure(tmp_path):
-    HEADS.save(tmp_path / "heads.json")
-    assert GazeHeads.load(tmp_path / "heads.json") == HEADS
+    """Read again from the folder and from the file."""
+    HEADS.save_pretrained(tmp_path / "own")
+    assert GazeHeads.from_pretrained(tmp_path / "own") == HEADS
+    assert GazeHeads.from_pretrained(tmp_path / "own" / "heads.json") == HEADS
+    with pytest.raises(ArtifactError, match=r"There is no heads\.json in the folder"):
+        GazeHeads.from_pretrained(tmp_path)
+
+
+def test_heads_go_to_the_hub_and_come_back(tmp_path, monkeypatch):
+    """What is uploaded is what `save_pretrained` writes; a hub id is downloaded with the options that are given."""
+    uploaded, asked = {}, []
+
+    class Api:
+        def create_repo(self, repo_id, exist_ok):
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            uploaded.update({path.name: path.read_text() for path in Path(folder_path).iterdir()})
+            return f"https://hub/{repo_id}/{options['commit_message']}"
+
+    assert HEADS.push_to_hub("heads", Api(), commit_message="first") == "https://hub/me/heads/first"
+    assert uploaded == {"heads.json": HEADS.to_json()}
+
+    def download(repo_id, name, **options):
+        asked.append((repo_id, name, options))
+        (tmp_path / name).write_text(uploaded[name])
+        return tmp_path / name
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert GazeHeads.from_pretrained("me/heads", revision="v1") == HEADS
+    assert asked == [("me/heads", "heads.json", {"revision": "v1"})]
+
+
+def test_repr_is_one_line():
+    assert repr(HEADS) == str(HEADS) == "GazeHeads(2 of 4 heads of M: (0, 1), (1, 0))"
+    many = HEADS.model_copy(update={"heads": HEADS.all_heads * 2, "unusable": "none follows"})
+    assert repr(many) == "GazeHeads(8 of 4 heads of M, unusable: (0, 0), (0, 1), (1, 0), (1, 1), (0, 0), (0, 1), ...)"
 
 
 def test_mass_is_looked_up_by_head():
@@ -329,6 +357,18 @@ def test_rankings_and_controls():
     assert HEADS.with_heads([(1, 1)]).heads == ((1, 1),)
     many = HEADS.model_copy(update={"heads": ((0, 0), (0, 1))})
     assert len(many.matched(np.random.default_rng(0))) == 2, "a layer that is short is made up for by the next"
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.data())
+def test_distinct_matched_sets_are_counted(widths, data):
+    """As many as a hundred draws show, which see all of so few; every set has the size of the gaze heads if it can."""
+    all_heads = tuple((layer, head) for layer, width in enumerate(widths) for head in range(width))
+    chosen = data.draw(st.lists(st.sampled_from(all_heads), unique=True, min_size=1, max_size=len(all_heads)))
+    heads = HEADS.model_copy(update={"all_heads": all_heads, "heads": tuple(chosen)})
+    rng = np.random.default_rng(0)
+    drawn = {heads.matched(rng) for _ in range(400)}
+    assert len(drawn) == heads.distinct_matched_sets()
+    assert all(len(each) <= len(chosen) for each in drawn)
 
 
 def test_gaze_heads_cannot_be_changed():
@@ -370,15 +410,15 @@ def path(tmp_path_factory):
 @given(ANYTHING)
 def test_any_json_is_refused(path, anything):
     path.write_text(json.dumps(anything))
-    with pytest.raises(ArtifactError, match=r"is not a file of gaze heads: .*gazeguard heads MODEL --out heads\.json"):
-        GazeHeads.load(path)
+    with pytest.raises(ArtifactError, match=r"is not a file of gaze heads: .*gazeguard heads MODEL writes one"):
+        GazeHeads.from_pretrained(path)
 
 
 @given(st.sampled_from(sorted(HEADS.model_dump())), ANYTHING)
 def test_any_json_in_one_place_is_refused_or_makes_gaze_heads(path, key, value):
     path.write_text(json.dumps(HEADS.model_dump() | {key: value}))
     try:
-        loaded = GazeHeads.load(path)
+        loaded = GazeHeads.from_pretrained(path)
     except ArtifactError as error:
         assert "heads.json is not a file of gaze heads: " in str(error)  # noqa: PT017
         assert key in str(error)  # noqa: PT017
@@ -390,13 +430,13 @@ def test_any_json_in_one_place_is_refused_or_makes_gaze_heads(path, key, value):
 def test_what_is_no_json_is_refused(path, text):
     path.write_bytes(text)
     with pytest.raises(ArtifactError, match=r"heads\.json cannot be read as a file of gaze heads \("):
-        GazeHeads.load(path)
+        GazeHeads.from_pretrained(path)
 
 
 def test_a_missing_or_huge_file_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"cannot be read as a file of gaze heads .*No such file"):
-        GazeHeads.load(tmp_path / "gone.json")
+        GazeHeads.from_pretrained(tmp_path / "gone.json")
     with (tmp_path / "huge.json").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(ArtifactError, match=f"is larger than {MAX_FILE_BYTES} bytes, more than any file of gaze heads"):
-        GazeHeads.load(tmp_path / "huge.json")
+        GazeHeads.from_pretrained(tmp_path / "huge.json")

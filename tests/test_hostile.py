@@ -44,8 +44,9 @@ from gazeguard.errors import GazeGuardError, InputError
 from gazeguard.filtering.caption_filter import CaptionFilter
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
-from gazeguard.heads.discovery import _Kept, find_heads
+from gazeguard.heads.discovery import find_heads
 from gazeguard.heads.plots import draw_heads
+from gazeguard.heads.search_state import SearchState
 from gazeguard.heads.strips import draw_strips, load_strips
 from gazeguard.policy import load_policy, policy_folder
 from gazeguard.replay.page import report_page
@@ -574,7 +575,7 @@ def trace(watching) -> GazeTrace:
 
 def load_heads(watching: GazeGuard, path: Path) -> None:
     """Read, drawn, ranked, and put into a guard."""
-    found = GazeHeads.load(path)
+    found = GazeHeads.from_pretrained(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the font lacks a word's letters
         draw_heads(found).canvas.draw()
@@ -633,8 +634,8 @@ def as_json(value: Any) -> bytes:
 @example(as_json(HEADS))
 @example(as_json(HEADS | {"heads": [[99, 0]]}))
 @example(as_json(HEADS | {"all_heads": [[10**9, 10**9]] * 36}))
-@example(as_json(HEADS | {"staircase": [{"text": "$\\frac{", "said": 0, "looked": [1, 0]}]}))
-@example(as_json(HEADS | {"staircase": [{"text": "a", "said": None, "looked": [1] * n} for n in (1, 2)]}))
+@example(as_json(HEADS | {"staircase": [{"text": "$\\frac{", "described_panel": 0, "panel_mass": [1, 0]}]}))
+@example(as_json(HEADS | {"staircase": [{"text": "a", "described_panel": None, "panel_mass": [1] * n} for n in (1, 2)]}))
 @example(as_json(HEADS | {"unusable": "x"}))
 @example(as_json(HEADS | {"query": HEADS["query"] | {"mass": [0.5]}}))
 @example(as_json(HEADS | {"narration": HEADS["narration"] | {"matrix": [[1, 2], [3]]}}))
@@ -768,7 +769,7 @@ def test_a_hostile_page_of_comics_is_refused_or_whole(place, data):
 def test_a_hostile_interrupted_search_is_refused_or_whole(place, data):
     shape, ways = (4, 2, 3), {"narration", "query"}
     path = place / "search.safetensors"
-    search = _Kept(path, "model/strips")
+    search = SearchState(path, "model/strips")
     seen = {way: np.full((2, *shape), 0.1, np.float32) for way in ways}
     search.save(seen)
     if data.draw(st.booleans()):
@@ -799,7 +800,7 @@ def test_nothing_in_a_file_is_executed(watching, trace, place, monkeypatch, kind
         ("detector.json", lambda path: load_detector(watching, trace, path)),
         ("mine.yaml", lambda path: load_rules(watching, trace, path)),
         ("trace.safetensors", lambda path: load_trace(watching, path)),
-        ("search.safetensors", lambda path: _Kept(path, "").load({"query"}, (1, 2, 3))),
+        ("search.safetensors", lambda path: SearchState(path, "").load({"query"}, (1, 2, 3))),
     ):
         (place / name).write_bytes(HARMFUL[kind])
         assert not attempt(use, place / name)

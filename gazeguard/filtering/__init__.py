@@ -1,1 +1,1 @@
-"""Batch filtering of caption datasets: readers, the filter, the result folder, and Ray actors."""
+"""TODO filtering."""

@@ -23,7 +23,7 @@ from gazeguard.claims.parse import Claim, claims
 from gazeguard.decoding.verification import ask
 from gazeguard.detection import features
 from gazeguard.detection.detector import Detector
-from gazeguard.guard import HEADS_FILE, GazeGuard
+from gazeguard.guard import GazeGuard
 from gazeguard.heads.discovery import find_heads
 from gazeguard.lab.truth import Mention, judged
 from gazeguard.report import Report
@@ -114,7 +114,7 @@ def fit(
     """Find the gaze heads and fit the detector of a lab checkpoint."""
     model, processor = lab.load(checkpoint)
     heads = find_heads(model, processor)
-    heads.save(checkpoint / HEADS_FILE)
+    heads.save_pretrained(checkpoint)
     guard = GazeGuard(model, processor, heads=heads)
     learnt, held_out = (captions_of(guard, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2)))
     answered = answers_of(guard, lab.samples("validation", captions // 2 * 2, seed), held_out)
