@@ -22,6 +22,18 @@ def checkpoint_path() -> Path:
 
 
 def load(path: str | Path | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The lab's VLM, in evaluation mode on the CPU, and its processor."""
+    """The lab's VLM, in evaluation mode on the CPU, and its processor.
+
+    Args:
+        path: A checkpoint folder; by default the tiny lab's. "scenes" is the scenes lab's VLM, built once into the user's
+            cache folder from the language model SmolLM2-135M-Instruct and the trained parts of the package.
+
+    Raises:
+        InputError: The scenes lab's language model is not at hand; the message says how to get it.
+    """
+    if path == "scenes":
+        from gazeguard.lab.scenes.model import cached_checkpoint
+
+        path = cached_checkpoint()
     path = checkpoint_path() if path is None else path
     return AutoModelForImageTextToText.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)

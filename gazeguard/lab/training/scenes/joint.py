@@ -1,0 +1,283 @@
+"""Stage 3 of the scenes VLM: language-model loss on packed lessons; LoRA, connector and encoder learn together.
+
+``python -m gazeguard.lab.training.scenes.joint --out DIR`` goes on from the states of stages 1 and 2 in DIR, or from its own
+last checkpoint, and stops after ``--steps`` steps. The learning rate is constant after a short warm-up, so that a later session
+can go on; ``--decay N`` ends a run with N steps of falling rate and saves them as another state (``final.pt``), which is what
+`export` writes into the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from gazeguard.lab.scenes import adapter, captions
+from gazeguard.lab.scenes.language import load_language_model
+from gazeguard.lab.scenes.model import assemble, build_processor, export_parts
+from gazeguard.lab.scenes.world import generator, make_image
+from gazeguard.lab.training.scenes import encoder as encoder_stage
+from gazeguard.lab.training.scenes import state
+from gazeguard.lab.training.scenes.evaluation import evaluate
+from gazeguard.lab.training.scenes.packing import IGNORED, PACKED, PackedLesson, Packer, attention_mask
+
+PAGE_SHARE = 0.3
+POOL = 4  # batches that are drawn together and sorted by length
+RATES = {"adapter": 4e-4, "connector": 4e-4, "encoder": 1e-4, "classifier": 1e-3}
+DENSE_WEIGHT = 0.2  # of the patches' loss, which keeps the encoder sharp
+WARM_UP = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is given on the command line."""
+
+    folder: Path
+    steps: int
+    size: int
+    seed: int
+    device: str
+    save_every: int
+    evaluate_every: int
+    decay: int
+    language_model: str | None
+
+
+class Lessons:
+    """Packed batches by step number: sorted by length within a pool of POOL batches, the pool's batches shuffled."""
+
+    def __init__(self, packer: Packer, seed: int, size: int) -> None:
+        self.packer, self.seed, self.size = packer, seed, size
+        self.pool = lru_cache(maxsize=2)(self._pool)
+
+    def _pool(self, number: int) -> list[list[tuple[PackedLesson, tuple[np.ndarray, ...]]]]:
+        drawn = []
+        for position in range(POOL * self.size):
+            rng = generator("train", self.seed, f"joint/{number}/{position}")
+            image = make_image(rng, "page" if rng.random() < PAGE_SHARE else "scene")
+            lesson = self.packer.pack(captions.lesson(rng, image))
+            pixels = np.asarray(image.draw()).transpose(2, 0, 1)
+            drawn.append((lesson, (pixels, *encoder_stage.patch_labels(image))))
+        drawn.sort(key=lambda item: len(item[0].ids))
+        batches = [drawn[start : start + self.size] for start in range(0, len(drawn), self.size)]
+        random.Random(f"{self.seed}/{number}").shuffle(batches)
+        return batches
+
+    def __call__(self, step: int) -> dict[str, Tensor]:
+        """The batch of a step: the packer's tensors, ``pixels``, ``objects`` and ``colours``."""
+        batch = self.pool(step // POOL)[step % POOL]
+        arrays = zip(*(arrays for _, arrays in batch), strict=True)
+        images = {
+            name: torch.from_numpy(np.stack(values))
+            for name, values in zip(("pixels", "objects", "colours"), arrays, strict=True)
+        }
+        return {**self.packer.collate([lesson for lesson, _ in batch]), **images}
+
+
+def answer_losses(model: LlavaForConditionalGeneration, batch: dict[str, Tensor], features: Tensor) -> Tensor:
+    """Cross-entropy of every answer token; logits are computed at these positions alone.
+
+    Args:
+        model: The VLM.
+        batch: As `Lessons` makes it.
+        features: The encoder's patch features (batch, patches, VISION_WIDTH).
+
+    Returns:
+        (answer tokens,) float32, in nats.
+    """
+    image = model.model.multi_modal_projector(features)
+    embeddings = model.get_input_embeddings()(batch["ids"]).float()
+    image_tokens = batch["ids"] == model.config.image_token_id
+    embeddings = embeddings.masked_scatter(image_tokens[..., None], image.float())
+    hidden = model.model.language_model(
+        inputs_embeds=embeddings,
+        attention_mask=attention_mask(batch["segments"]),
+        position_ids=batch["positions"],
+        use_cache=False,
+    ).last_hidden_state
+    wanted = batch["targets"] != IGNORED
+    logits = model.lm_head(hidden[wanted].to(model.lm_head.weight.dtype))
+    return F.cross_entropy(logits.float(), batch["targets"][wanted], reduction="none")
+
+
+def prepare(settings: Settings) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, encoder_stage.PatchClassifier]:
+    """The model for training: frozen bfloat16 language model, adapter, connector and encoder of the earlier stages."""
+    language, tokenizer = load_language_model(settings.language_model)
+    model = assemble(language, tokenizer).train()
+    del language
+    text = model.model.language_model.to(torch.bfloat16)
+    adapter.attach(text)
+    text.set_attn_implementation(PACKED)
+    for name, parameter in text.named_parameters():
+        if name.endswith((".down", ".up")):
+            parameter.data = parameter.data.float()
+    model.lm_head.weight = text.embed_tokens.weight
+    classifier = encoder_stage.PatchClassifier()
+    for name, part in (("encoder", classifier), ("connector", model.model.multi_modal_projector)):
+        saved = state.load(settings.folder, name)
+        if saved is None:
+            raise SystemExit(f"{settings.folder} has no {name}.pt; run gazeguard.lab.training.scenes.{name} first.")
+        part.load_state_dict(saved["model" if name == "encoder" else name])
+    classifier.encoder = model.model.vision_tower = _same(classifier.encoder, model.model.vision_tower)
+    return model.to(settings.device), build_processor(tokenizer), classifier.to(settings.device)
+
+
+def _same(trained: nn.Module, tower: nn.Module) -> nn.Module:
+    """The model's own tower with the trained weights."""
+    tower.load_state_dict(trained.state_dict())
+    return tower
+
+
+def optimizer_for(model: LlavaForConditionalGeneration, classifier: encoder_stage.PatchClassifier) -> torch.optim.AdamW:
+    """AdamW with a rate of its own for each part."""
+    heads = [*classifier.objects.parameters(), *classifier.colours.parameters(), *classifier.positions.parameters()]
+    groups = {
+        "adapter": [parameter for parameter in model.model.language_model.parameters() if parameter.requires_grad],
+        "connector": list(model.model.multi_modal_projector.parameters()),
+        "encoder": list(model.model.vision_tower.parameters()),
+        "classifier": heads,
+    }
+    return torch.optim.AdamW(
+        [{"params": group, "lr": RATES[name], "peak": RATES[name]} for name, group in groups.items()],
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+    )
+
+
+def snapshot(model: LlavaForConditionalGeneration, classifier: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Everything that a run needs to go on, except the language model itself."""
+    return {
+        "adapter": adapter.factors(model.model.language_model),
+        "connector": model.model.multi_modal_projector.state_dict(),
+        "classifier": classifier.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def restore(
+    saved: dict[str, Any], model: LlavaForConditionalGeneration, classifier: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put a snapshot back."""
+    adapter.set_factors(model.model.language_model, saved["adapter"])
+    model.model.multi_modal_projector.load_state_dict(saved["connector"])
+    classifier.load_state_dict(saved["classifier"])
+    optimizer.load_state_dict(saved["optimizer"])
+
+
+def train(settings: Settings) -> None:
+    """Run to ``settings.steps`` from the last checkpoint."""
+    torch.manual_seed(settings.seed)
+    model, processor, classifier = prepare(settings)
+    optimizer = optimizer_for(model, classifier)
+    first = 0
+    if saved := state.load(settings.folder, "joint"):
+        first = saved["step"]
+        restore(saved, model, classifier, optimizer)
+    last = first + settings.decay if settings.decay else settings.steps
+    name = "final" if settings.decay else "joint"
+    log, threads = state.Log(settings.folder, name, first, last), state.Threads()
+    batches: Iterator[dict[str, Tensor]] = state.feed(Lessons(Packer(processor), settings.seed, settings.size), first, last)
+    averages: dict[str, float] = {}
+    for step, batch in enumerate(batches, first):
+        scale = (last - step) / settings.decay if settings.decay else min(1.0, (step + 1) / WARM_UP)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * scale
+        figures = train_step(model, classifier, optimizer, {key: value.to(settings.device) for key, value in batch.items()})
+        averages = {key: 0.95 * averages.get(key, value) + 0.05 * value for key, value in figures.items()}
+        if (step + 1) % 10 == 0:
+            log(step + 1, **averages, threads=threads.adapt())
+        if (step + 1) % settings.save_every == 0 or step + 1 == last:
+            state.save(settings.folder, name, step + 1, snapshot(model, classifier, optimizer))
+        if (step + 1) % settings.evaluate_every == 0 or step + 1 == last:
+            model.model.language_model.set_attn_implementation("sdpa")
+            log(step + 1, **evaluate(model, processor, 24, "validation"))
+            model.model.language_model.set_attn_implementation(PACKED)
+    save_file(export_parts(model), settings.folder / f"{name}.safetensors")
+
+
+def train_step(
+    model: LlavaForConditionalGeneration,
+    classifier: encoder_stage.PatchClassifier,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+) -> dict[str, float]:
+    """One step of the optimizer; returns the losses per token (nats) and per patch."""
+    with torch.autocast(batch["ids"].device.type, torch.bfloat16):
+        features = model.model.vision_tower(encoder_stage.normalised(batch["pixels"])).last_hidden_state
+        losses = answer_losses(model, batch, features)
+        dense = encoder_stage.loss_of(classifier.classify(features), batch)
+    weights = batch["weights"][batch["targets"] != IGNORED]
+    loss = (losses * weights).sum() / weights.sum()
+    (loss + DENSE_WEIGHT * dense).backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    decisive = losses[weights > 1]
+    return {
+        "loss": loss.item(),
+        "yes_no": decisive.mean().item() if len(decisive) else 0.0,
+        "dense": dense.item(),
+        "norm": norm.item(),
+    }
+
+
+def export(folder: Path, target: Path, language_model: str | None) -> None:
+    """Write the trained parts of ``final.pt`` (or ``joint.pt``) in float16 for the package."""
+    name = "final" if (folder / "final.pt").is_file() else "joint"
+    settings = Settings(folder, 0, 1, 0, "cpu", 1, 1, 0, language_model)
+    model, _, classifier = prepare(settings)
+    saved = state.load(folder, name)
+    if saved is None:
+        raise SystemExit(f"{folder} has neither final.pt nor joint.pt.")
+    restore(saved, model, classifier, optimizer_for(model, classifier))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(export_parts(model), target, {"step": str(saved["step"]), "state": name})
+    print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB, {name} state of step {saved['step']}")
+
+
+def main() -> None:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(description="Train the scenes VLM as a whole, or go on with it.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training state")
+    parser.add_argument("--steps", type=int, default=3000, help="stop after this step, counted from the very first one")
+    parser.add_argument("--decay", type=int, default=0, help="instead: so many steps of falling rate from the last checkpoint")
+    parser.add_argument("--export", type=Path, help="instead: write the trained parts to this file")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--evaluate-every", type=int, default=200)
+    parser.add_argument("--language-model", help="folder, GGUF file or hub id; by default the installed wheel")
+    options = parser.parse_args()
+    if options.export:
+        export(options.out, options.export, options.language_model)
+        return
+    train(
+        Settings(
+            options.out,
+            options.steps,
+            options.batch,
+            options.seed,
+            options.device,
+            options.save_every,
+            options.evaluate_every,
+            options.decay,
+            options.language_model,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
