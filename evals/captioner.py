@@ -18,7 +18,7 @@ from gazeguard import lab
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.training.tiny_fit import write_captions
 from gazeguard.lab.truth import mentions
-from gazeguard.lab.world import Sample, ask
+from gazeguard.lab.world import Sample, yes_no_question
 from gazeguard.vision.encoding import encode
 
 SEED = 100  # of the pictures; nothing was fitted on any test picture
@@ -27,17 +27,17 @@ ORDERS = ((0, 2), (2, 4), (4, 6), (6, 9), (9, 99))  # of mentions, for the rate 
 
 def chair(samples: Sequence[Sample], captions: Sequence[str]) -> dict[str, Figure]:
     """The figures of one way of writing captions."""
-    named = [mentions(sample.picture, caption) for sample, caption in zip(samples, captions, strict=True)]
+    named = [mentions(sample.drawing, caption) for sample, caption in zip(samples, captions, strict=True)]
     false = [[not mention.present for mention in found] for found in named]
     kinds = [[(mention.phrase.head.text.lower(), not mention.present) for mention in found] for found in named]
-    counted = chair_figures(kinds, [{thing.noun for thing in sample.picture.things} for sample in samples])
-    coloured = [[m.colour for m in found if m.placed and m.colour is not None] for found in named]
-    strips = [i for i, sample in enumerate(samples) if sample.picture.panels]
+    counted = chair_figures(kinds, [{thing.noun for thing in sample.drawing.objects} for sample in samples])
+    coloured = [[m.colour for m in found if m.located and m.colour is not None] for found in named]
+    strips = [i for i, sample in enumerate(samples) if sample.drawing.panels]
     figures = {
         **{key: counted[key] for key in ("chair_i", "chair_s", "recall")},
         "colour_error": rate([len(c) - sum(c) for c in coloured], [len(c) for c in coloured]),
         "wrong_panel": rate(
-            [sum(m.present and not m.placed for m in named[i]) for i in strips], [len(named[i]) for i in strips]
+            [sum(m.present and not m.located for m in named[i]) for i in strips], [len(named[i]) for i in strips]
         ),
         "mentions_per_caption": rate([len(f) for f in false], [1] * len(false)),
     }
@@ -53,7 +53,7 @@ def yes_no(guard: GazeGuard, samples: Sequence[Sample]) -> dict[str, Figure]:
     labels, answers = [], []
     for start in range(0, len(samples), 25):
         group = samples[start : start + 25]
-        turns = [ask(sample.picture, random.Random(sample.id)) for sample in group]
+        turns = [yes_no_question(sample.drawing, random.Random(sample.id)) for sample in group]
         batch = encode(guard.model, guard.processor, [s.image for s in group], [t.prompt for t in turns])
         made = guard.model.generate(**batch.inputs, max_new_tokens=1, do_sample=False)[:, -1]
         said = guard.processor.tokenizer.batch_decode(made[:, None])

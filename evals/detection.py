@@ -34,8 +34,8 @@ from gazeguard.detection.calibration import calibration_error, conformal, least_
 from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
-from gazeguard.lab.training.tiny_fit import TEXT_ONLY, Table, tabulate, write_captions
-from gazeguard.lab.truth import judged
+from gazeguard.lab.training.tiny_fit import TEXT_ONLY, LabelledClaims, label_claims, write_captions
+from gazeguard.lab.truth import decided_claims
 from gazeguard.lab.world import COLOURS, describe
 from gazeguard.report import Report
 from gazeguard.trace import GazeTrace
@@ -57,19 +57,19 @@ class Told:
 
     samples: Sequence[lab.Sample]
     reports: Sequence[Report]
-    table: Table
+    table: LabelledClaims
     traces: Sequence[GazeTrace]
 
-    def rows(self, table: Table) -> list[peers.Row]:
+    def rows(self, table: LabelledClaims) -> list[peers.Row]:
         """What the baselines read of each claim of a part of the table."""
         columns = features.pick(table.x, self.reports[0].trace.heads, ("object_index", "repeated"))
         found = []
         for claim, image, (mention, repeated) in zip(table.claims, table.image, columns, strict=True):
             trace = self.traces[image]
-            found.append(peers.Row(trace, trace.tokens(claim.said.start, claim.said.end).start, mention, repeated))
+            found.append(peers.Row(trace, trace.tokens(claim.span.start, claim.span.end).start, mention, repeated))
         return found
 
-    def with_heads(self, heads: Sequence[tuple[int, int]]) -> Table:
+    def with_heads(self, heads: Sequence[tuple[int, int]]) -> LabelledClaims:
         """The table as other heads would have it."""
         at = [self.traces[0].heads.index(head) for head in heads]
         of_trace = [
@@ -78,7 +78,7 @@ class Told:
             )
             for t in self.traces
         ]
-        return tabulate(self.samples, [replace(r, trace=t) for r, t in zip(self.reports, of_trace, strict=True)])
+        return label_claims(self.samples, [replace(r, trace=t) for r, t in zip(self.reports, of_trace, strict=True)])
 
 
 def replayed(
@@ -106,12 +106,12 @@ def tell(guard: GazeGuard, samples: Sequence[lab.Sample], do_sample: bool) -> To
     """Captions of samples, with everything that is measured on them."""
     reports = write_captions(guard, samples, do_sample)
     heard = replayed(listener(guard), samples, [report.caption for report in reports])
-    return Told(samples, reports, tabulate(samples, reports), [report.trace for report in heard])
+    return Told(samples, reports, label_claims(samples, reports), [report.trace for report in heard])
 
 
-def scores(guard: GazeGuard, text_only: Detector, learnt: Told, told: Told) -> tuple[Table, dict[str, F64]]:
+def scores(guard: GazeGuard, text_only: Detector, learnt: Told, told: Told) -> tuple[LabelledClaims, dict[str, F64]]:
     """The object claims of captions, and every score of them, higher for more likely invented."""
-    known, objects = learnt.table.of(learnt.table.kind == "object"), told.table.of(told.table.kind == "object")
+    known, objects = learnt.table.select(learnt.table.kind == "object"), told.table.select(told.table.kind == "object")
     heads = guard.heads.heads
     clock = ("position", "object_index", "repeated")
     prior = Detector.fit(known.x, known.false, known.kind, guard.heads, clock)
@@ -140,12 +140,12 @@ def without(heads: Sequence[tuple[int, int]]) -> list[str]:
     return [name for name in features.names(heads) if name not in UNDER]
 
 
-def position(table: Table, heads: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+def position(table: LabelledClaims, heads: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
     """(claims,) bins of `BIN` tokens."""
     return (np.expm1(features.pick(table.x, heads, ("position",))[:, 0]).round().astype(np.int64)) // BIN
 
 
-def measured(guard: GazeGuard, objects: Table, made: dict[str, F64]) -> dict[str, Figure]:
+def measured(guard: GazeGuard, objects: LabelledClaims, made: dict[str, F64]) -> dict[str, Figure]:
     """AUROC of every score: overall, within bins of position, and of first mentions there; and the lift over text alone."""
     heads = guard.heads.heads
     first = features.pick(objects.x, heads, ("repeated",))[:, 0] == 0
@@ -170,15 +170,15 @@ def of_kinds(guard: GazeGuard, text_only: Detector, told: Told) -> dict[str, Fig
     """The other claims: colours, and places in strips (the panel) and in scenes; beside text alone and the best peer."""
     table = told.table
     words = np.array([claim.text.lower() in COLOURS for claim in table.claims])
-    in_strip = np.array([mention.thing is not None and mention.thing.panel is not None for mention in table.mentions])
+    in_strip = np.array([mention.object is not None and mention.object.panel is not None for mention in table.mentions])
     found = {}
     for name, of in (
         ("colour", (table.kind == "attribute") & words),
         ("wrong_panel", (table.kind == "location") & in_strip),
         ("wrong_place", (table.kind == "location") & ~in_strip),
     ):
-        part = table.of(of)
-        said = [claim.said.text if claim.kind == "attribute" else claim.phrase.head.text for claim in part.claims]
+        part = table.select(of)
+        said = [claim.span.text if claim.kind == "attribute" else claim.phrase.head.text for claim in part.claims]
         made = {
             "": guard.detector.risk(part.x, part.kind),
             "text_only_": text_only.risk(part.x, part.kind),
@@ -190,7 +190,7 @@ def of_kinds(guard: GazeGuard, text_only: Detector, told: Told) -> dict[str, Fig
     return found
 
 
-def trusted(guard: GazeGuard, objects: Table, risk: F64) -> dict[str, Figure]:
+def trusted(guard: GazeGuard, objects: LabelledClaims, risk: F64) -> dict[str, Figure]:
     """Can the probability be believed? Calibration, the shipped threshold, and the conformal bound over resplits."""
     false, image = objects.false, objects.image
     count = int(image.max()) + 1
@@ -231,7 +231,7 @@ def random_detectors(guard: GazeGuard, learnt: Told, told: Told) -> list[float]:
     for _ in range(10):
         heads = guard.heads.with_heads(guard.heads.matched(rng))
         known, table = (each.with_heads(heads.heads) for each in (learnt, told))
-        table = table.of(table.kind == "object")
+        table = table.select(table.kind == "object")
         detector = Detector.fit(known.x, known.false, known.kind, heads, without(heads.heads))
         risk = detector.risk(table.x, table.kind)
         areas.append(ranking(table.false, risk, table.image, position(table, heads.heads))(np.ones(len(told.samples))))
@@ -241,12 +241,12 @@ def random_detectors(guard: GazeGuard, learnt: Told, told: Told) -> list[float]:
 def transfer(guard: GazeGuard, learnt: Told, sampled: Told) -> dict[str, Figure]:
     """Detectors that learnt from one kind of caption, on another."""
     known, half = learnt.table, len(learnt.samples) // 2  # the first half of the captions is greedy
-    from_strip = np.array([learnt.samples[image].picture.panels > 0 for image in known.image])
-    table = sampled.table.of(sampled.table.kind == "object")
-    scene = table.of(np.array([sampled.samples[image].picture.panels == 0 for image in table.image]))
+    from_strip = np.array([learnt.samples[image].drawing.panels > 0 for image in known.image])
+    table = sampled.table.select(sampled.table.kind == "object")
+    scene = table.select(np.array([sampled.samples[image].drawing.panels == 0 for image in table.image]))
     found = {}
     for name, part, tested in (("strips_to_scenes", from_strip, scene), ("greedy_to_sampled", known.image < half, table)):
-        some = known.of(part)
+        some = known.select(part)
         risk = Detector.fit(some.x, some.false, some.kind, guard.heads).risk(tested.x, tested.kind)
         found[f"auroc_{name}"] = auroc(tested.false, risk, tested.image)
     return found
@@ -264,7 +264,7 @@ def wrong_image(guard: GazeGuard, samples: Sequence[lab.Sample], held_out: Seque
         return np.array([max(f.risk for f in report.findings if f.claim.kind == "object") for report in reports])
 
     def honest(of: Sequence[lab.Sample]) -> list[str]:
-        return [describe(sample.picture, random.Random(sample.id), honest=True) for sample in of]
+        return [describe(sample.drawing, random.Random(sample.id), honest=True) for sample in of]
 
     own = [sample.image for sample in samples]
     limit = np.quantile(riskiest(held_out, honest(held_out), [sample.image for sample in held_out]), 0.95)
@@ -273,7 +273,7 @@ def wrong_image(guard: GazeGuard, samples: Sequence[lab.Sample], held_out: Seque
     wrong = [
         i
         for i, j in enumerate(others)
-        if any(m.kind == "object" and false for m, _, false in judged(samples[j].picture, told[i]))
+        if any(m.kind == "object" and false for m, _, false in decided_claims(samples[j].drawing, told[i]))
     ]
     caught = riskiest([samples[i] for i in wrong], [told[i] for i in wrong], [own[others[i]] for i in wrong]) >= limit
     alarms = riskiest(samples, told, own) >= limit
@@ -286,17 +286,17 @@ def wrong_image(guard: GazeGuard, samples: Sequence[lab.Sample], held_out: Seque
 def blank_image(guard: GazeGuard, told: Told) -> dict[str, Figure]:
     """The same captions replayed with white pictures: what is left knows the text alone."""
     white = [Image.new("RGB", sample.image.size, (255, 255, 255)) for sample in told.samples]
-    blind = tabulate(told.samples, replayed(guard, told.samples, [report.caption for report in told.reports], white))
-    objects = blind.of(blind.kind == "object")
+    blind = label_claims(told.samples, replayed(guard, told.samples, [report.caption for report in told.reports], white))
+    objects = blind.select(blind.kind == "object")
     risk = guard.detector.risk(objects.x, objects.kind)
     return {"auroc_blank_image_within_bins": auroc(objects.false, risk, objects.image, position(objects, guard.heads.heads))}
 
 
-def selective(told: Told, objects: Table, made: dict[str, F64], name: str) -> tuple[F64, F64]:
+def selective(told: Told, objects: LabelledClaims, made: dict[str, F64], name: str) -> tuple[F64, F64]:
     """CHAIR_i and recall of what is left when the riskiest objects are dropped, for every number of drops."""
     of_noun = {}  # a kind of thing is told as long as one true mention of it is kept
     order = np.argsort(-made[name], kind="stable")
-    there = sum(len({thing.noun for thing in sample.picture.things}) for sample in told.samples)
+    there = sum(len({thing.noun for thing in sample.drawing.objects}) for sample in told.samples)
     nouns = [(image, claim.phrase.head.text.lower()) for image, claim in zip(objects.image, objects.claims, strict=True)]
     for noun, false in zip(nouns, objects.false, strict=True):
         of_noun[noun] = of_noun.get(noun, 0) + (not false)
@@ -312,7 +312,7 @@ def selective(told: Told, objects: Table, made: dict[str, F64], name: str) -> tu
     return np.array(chair), np.array(recall)
 
 
-def drawn(path: Path, told: Told, objects: Table, made: dict[str, F64]) -> None:
+def drawn(path: Path, told: Told, objects: LabelledClaims, made: dict[str, F64]) -> None:
     """Reliability, and what dropping the riskiest objects buys."""
     plot = Plot(figsize=(9, 4), layout="constrained")
     left, right = plot.subplots(1, 2)
@@ -338,7 +338,7 @@ def main(out: Out, quick: Quick = False) -> None:
     train, samples = lab.samples("train", 2 * fit_n, FIT_SEED), lab.samples("test", n, SEED)
     greedy, random_ones = (tell(guard, part, way) for part, way in ((train[:fit_n], False), (train[fit_n:], True)))
     learnt = Told(
-        train, [*greedy.reports, *random_ones.reports], tabulate(train, [*greedy.reports, *random_ones.reports]),
+        train, [*greedy.reports, *random_ones.reports], label_claims(train, [*greedy.reports, *random_ones.reports]),
         [*greedy.traces, *random_ones.traces],
     )  # fmt: skip
     figures: dict[str, Figure] = {}
@@ -348,8 +348,8 @@ def main(out: Out, quick: Quick = False) -> None:
         risk = made["detector"]
         found = measured(guard, objects, made) | of_kinds(guard, text_only, told) | trusted(guard, objects, risk)
         shifted = lab.samples("shifted", n, SEED)
-        moved = tabulate(shifted, write_captions(guard, shifted, do_sample))
-        moved = moved.of(moved.kind == "object")
+        moved = label_claims(shifted, write_captions(guard, shifted, do_sample))
+        moved = moved.select(moved.kind == "object")
         found["auroc_shifted"] = auroc(moved.false, guard.detector.risk(moved.x, moved.kind), moved.image)
         found["auroc_shift_drop"] = figure(found["auroc_detector"]["value"] - found["auroc_shifted"]["value"])
         if do_sample:

@@ -59,7 +59,7 @@ def draw(folder: Path, count: int) -> Path:
     rows = []
     for i, sample in enumerate(lab.samples("test", count, SEED)):
         sample.image.save(folder / f"{i}.png")
-        told = describe(sample.picture, random.Random(f"{SEED} {i}"))
+        told = describe(sample.drawing, random.Random(f"{SEED} {i}"))
         rows.append(json.dumps({"id": i, "image": f"{i}.png", "caption": told, "prompt": sample.prompt}) + "\n")
     path.write_text("".join(rows))
     return path

@@ -37,7 +37,7 @@ from gazeguard.heads.discovery import find_heads
 from gazeguard.heads.plots import draw_heads
 from gazeguard.heads.strips import COLOURS, MAX_PANELS, Strip, draw_strips
 from gazeguard.lab.truth import mentions
-from gazeguard.lab.world import NOUNS, Picture, describe
+from gazeguard.lab.world import NOUNS, Drawing, describe
 from gazeguard.vision.encoding import encode
 
 SEED = 100
@@ -59,7 +59,7 @@ def first_nouns(strip: Strip) -> Strip:
 
 def strips_of(split: str, n: int, seed: int) -> list[lab.Sample]:
     """The first ``n`` strips of six panels of a split."""
-    return [sample for sample in lab.samples(split, 12 * n, seed, "strip") if sample.picture.panels == MAX_PANELS][:n]
+    return [sample for sample in lab.samples(split, 12 * n, seed, "strip") if sample.drawing.panels == MAX_PANELS][:n]
 
 
 def said_in(text: str) -> list[tuple[int, Found]]:
@@ -71,7 +71,7 @@ def said_in(text: str) -> list[tuple[int, Found]]:
     return made
 
 
-def panels_told(picture: Picture, found: Sequence[Found]) -> NDArray[np.float64]:
+def panels_told(picture: Drawing, found: Sequence[Found]) -> NDArray[np.float64]:
     """(panels,) how many of the things each panel holds; those that no panel holds as said count where the noun is."""
     votes = np.zeros(picture.panels)
     for noun, colour in found:
@@ -116,11 +116,11 @@ class Steered:
         sentence; and whether the answer is a sentence at all.
         """
         rows = [(sample, panel) for sample in samples for panel in range(MAX_PANELS)]
-        targets = [sample.picture.panel_box(panel) if steer else None for sample, panel in rows]
+        targets = [sample.drawing.panel_box(panel) if steer else None for sample, panel in rows]
         reports = self.write([sample for sample, _ in rows], "Describe a panel.", targets, heads, 24, **look)
         hits = []
         for (sample, panel), report in zip(rows, reports, strict=True):
-            votes = panels_told(sample.picture, [found for _, found in said_in(report.caption)])
+            votes = panels_told(sample.drawing, [found for _, found in said_in(report.caption)])
             formed = SENTENCE.fullmatch(report.caption) is not None
             fits = votes.max() > 0 and votes[panel] == votes.max() and (votes == votes.max()).sum() == 1
             hits.append((fits and formed, formed))
@@ -128,7 +128,7 @@ class Steered:
 
     def boxes(self, samples: Sequence[lab.Sample], heads: Sequence[Head], steer: bool = True) -> NDArray[np.float64]:
         """(samples,): whether "Name one object." is answered with the thing whose box is looked at."""
-        wanted = [random.Random(sample.id).choice(sample.picture.things) for sample in samples]
+        wanted = [random.Random(sample.id).choice(sample.drawing.objects) for sample in samples]
         targets = [thing.box if steer else None for thing in wanted]
         reports = self.write(samples, "Name one object.", targets, heads, 12)
         named = [[noun for _, (noun, _) in said_in(report.caption)][:1] for report in reports]
@@ -141,7 +141,7 @@ class Steered:
         """
         orders = [random.Random(sample.id).sample(range(MAX_PANELS), MAX_PANELS) for sample in samples]
         targets = [
-            {window * EVERY: sample.picture.panel_box(panel) for window, panel in enumerate(order)}
+            {window * EVERY: sample.drawing.panel_box(panel) for window, panel in enumerate(order)}
             for sample, order in zip(samples, orders, strict=True)
         ]
         asked = "Describe the panels in any order."
@@ -152,7 +152,7 @@ class Steered:
             for start, found in said_in(report.caption):
                 token = int(np.searchsorted(report.trace.offsets[:, 1], start, side="right"))
                 windows[token // EVERY].append(found)
-            votes = [panels_told(sample.picture, found) for found in windows]
+            votes = [panels_told(sample.drawing, found) for found in windows]
             told = [(panel, int(vote.argmax())) for panel, vote in zip(order, votes, strict=True) if vote.max() > 0]
             scheduled, described = zip(*told, strict=True) if told else ((), ())
             varied = len(set(described)) > 1 and len(told) > 2
@@ -177,11 +177,11 @@ class Stairs:
 
 def stairs(sample: lab.Sample, report: Any) -> Stairs:
     """Of a report on a narration of a strip, watched by all heads."""
-    trace, picture = report.trace, sample.picture
+    trace, picture = report.trace, sample.drawing
     segment_mass = np.stack([trace.grid.overlap(picture.panel_box(p)) for p in range(picture.panels)], axis=1)
     every, named, invented = (np.full(len(trace), -1) for _ in range(3))
     since = np.zeros(len(trace), int)
-    false = {mention.phrase.start for mention in mentions(picture, trace.text) if not mention.placed}
+    false = {mention.phrase.start for mention in mentions(picture, trace.text) if not mention.located}
     for panel, match in enumerate(list(re.finditer(r"In panel \w+ there is (.*?)\.", trace.text))[: picture.panels]):
         whole = trace.tokens(*match.span(0))
         since[list(whole)] = np.arange(len(whole))
@@ -206,7 +206,7 @@ def told_and_true(
         batch = encode(model, processor, [sample.image for sample in rows], asked)
         guard.generate(**batch.inputs, max_new_tokens=160, do_sample=False, picture_sizes=[[s.image.size] for s in rows])
         told += [stairs(sample, report) for sample, report in zip(rows, guard.reports, strict=True)]
-        truths = [describe(sample.picture, random.Random(sample.id), honest=True) for sample in rows]
+        truths = [describe(sample.drawing, random.Random(sample.id), honest=True) for sample in rows]
         reports = guard.check_all([sample.image for sample in rows], truths, asked)
         true += [stairs(sample, report) for sample, report in zip(rows, reports, strict=True)]
     return told, true
@@ -295,7 +295,7 @@ def main(
     few = 4 if quick else 24
     test, validation = strips_of("test", strips, SEED), strips_of("validation", few, SEED)
     # With one thing in a scene every answer is right, so that chance would be high: four at least.
-    scenes = [s for s in lab.samples("test", 8 * strips, SEED, "scene") if len(s.picture.things) >= 4][: 3 * strips]
+    scenes = [s for s in lab.samples("test", 8 * strips, SEED, "scene") if len(s.drawing.objects) >= 4][: 3 * strips]
     steered, rng = Steered(model, processor, kept), np.random.default_rng(SEED)
     controls = [kept.matched(rng) for _ in range(sets)]
     figures = looking(model, processor, kept, 4 if quick else 96)

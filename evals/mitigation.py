@@ -47,7 +47,7 @@ from gazeguard.claims.removal import without
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.training.tiny_fit import TEXT_ONLY
 from gazeguard.lab.truth import mentions
-from gazeguard.lab.world import ask
+from gazeguard.lab.world import yes_no_question
 from gazeguard.policy import Policy, load_policy
 from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
@@ -265,7 +265,7 @@ def asked_of(job: Job) -> list[tuple[lab.Sample, str]]:
 def questions(sample: lab.Sample) -> list[Any]:
     """Different POPE-form questions on a picture."""
     rng = random.Random(sample.id)
-    return [ask(sample.picture, rng) for _ in range(QUESTIONS)]
+    return [yes_no_question(sample.drawing, rng) for _ in range(QUESTIONS)]
 
 
 @torch.no_grad()
@@ -310,11 +310,11 @@ def counts(samples: Sequence[lab.Sample], captions: Sequence[str]) -> Counts:
     """What CHAIR counts, per picture."""
     rows = []
     for sample, caption in zip(samples, captions, strict=True):
-        named = mentions(sample.picture, caption)
+        named = mentions(sample.drawing, caption)
         false = sum(not mention.present for mention in named)
-        misplaced = sum(mention.present and not mention.placed for mention in named)
+        misplaced = sum(mention.present and not mention.located for mention in named)
         kinds = {mention.phrase.head.text.lower() for mention in named}
-        there = {thing.noun for thing in sample.picture.things}
+        there = {thing.noun for thing in sample.drawing.objects}
         of_false = (false, misplaced, false + misplaced, len(named), false > 0)
         rows.append((*of_false, len(kinds & there), len(there), len(kinds), len(caption.split()), 1))
     names = ("false", "misplaced", "wrong", "mentions", "lies", "right", "there", "kinds", "words", "captions")

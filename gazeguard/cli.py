@@ -163,7 +163,7 @@ def demo(
         from gazeguard import lab
         from gazeguard.guard import GazeGuard
         from gazeguard.lab.training.tiny_fit import write_captions
-        from gazeguard.lab.truth import judged, mentions
+        from gazeguard.lab.truth import decided_claims, mentions
         from gazeguard.replay.page import Entry, page
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,14 +172,14 @@ def demo(
         reports = write_captions(guard, samples, do_sample=False, batch_size=5)
         entries, named, false, caught, false_alarms = [], 0, 0, 0, 0
         for sample, report in zip(samples, reports, strict=True):
-            found = {mention.phrase: mention for mention in mentions(sample.picture, report.caption)}
+            found = {mention.phrase: mention for mention in mentions(sample.drawing, report.caption)}
             flagged = {finding.claim.phrase for finding in report.findings if finding.flagged}
-            wrong = {claim.phrase for claim, _, is_false in judged(sample.picture, report.caption) if is_false}
+            wrong = {claim.phrase for claim, _, is_false in decided_claims(sample.drawing, report.caption) if is_false}
             named, false = named + len(found), false + len(wrong)
             caught, false_alarms = caught + len(wrong & flagged), false_alarms + len(flagged - wrong)
-            truth = [f"{phrase.text}: {found[phrase].explained}" for phrase in found if phrase in flagged | wrong]
-            title = f"strip of {sample.picture.panels}" if sample.picture.panels else "scene"
-            panels = tuple((f"panel {n + 1}", sample.picture.panel_box(n)) for n in range(sample.picture.panels))
+            truth = [f"{phrase.text}: {found[phrase].explanation}" for phrase in found if phrase in flagged | wrong]
+            title = f"strip of {sample.drawing.panels}" if sample.drawing.panels else "scene"
+            panels = tuple((f"panel {n + 1}", sample.drawing.panel_box(n)) for n in range(sample.drawing.panels))
             entries.append(Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth), panels))
             _show(entries[-1].title, report, truth or ["all of it is in the picture"])
         path = folder / "replay.html"

@@ -222,9 +222,9 @@ def wrong_captions() -> tuple[list, list[str], list[str]]:
     """Pictures, captions with an invented thing in every second one, prompts."""
     captions = []
     for number, sample in enumerate(SAMPLES):
-        nouns = {thing.noun for thing in sample.picture.things}
+        nouns = {thing.noun for thing in sample.drawing.objects}
         absent = [noun for noun in ("skull", "castle", "anchor", "moon") if noun not in nouns]
-        thing = sample.picture.things[0]
+        thing = sample.drawing.objects[0]
         said = f"There is a {thing.colour} {thing.noun}."
         captions.append(said if number % 2 else f"{said[:-1]}, a green {absent[0]} and a blue {absent[1]}.")
     return [s.image for s in SAMPLES], captions, [s.prompt for s in SAMPLES]

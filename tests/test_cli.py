@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from gazeguard import lab
 from gazeguard.cli import app
-from gazeguard.lab.truth import judged, mentions
+from gazeguard.lab.truth import decided_claims, mentions
 from gazeguard.policy import load_policy, policy_names
 
 run = CliRunner().invoke
@@ -48,8 +48,8 @@ def test_demo_counts_are_the_truth(tmp_path):
     page = (tmp_path / "replay.html").read_text(encoding="utf-8")
     captions = [entry["report"]["caption"] for entry in data_of(page)["captions"]]
     pairs = list(zip(lab.samples("test", 4), captions, strict=True))
-    total = sum(len(mentions(sample.picture, text)) for sample, text in pairs)
-    wrong = sum(len({c.phrase for c, _, false in judged(sample.picture, text) if false}) for sample, text in pairs)
+    total = sum(len(mentions(sample.drawing, text)) for sample, text in pairs)
+    wrong = sum(len({c.phrase for c, _, false in decided_claims(sample.drawing, text) if false}) for sample, text in pairs)
     assert f"{total} things named, {wrong} of them not there" in " ".join(result.stdout.split())
 
 
@@ -66,7 +66,7 @@ def test_caption_writes_json_lines_and_a_page(picture, tmp_path):
 
 def test_check_flags_what_is_not_there(picture):
     """A caption with a made-up thing ends with exit code 1, and the phrase is marked."""
-    absent = next(n for n in ("skull", "castle", "anchor") if n not in {t.noun for t in picture[1].picture.things})
+    absent = next(n for n in ("skull", "castle", "anchor") if n not in {t.noun for t in picture[1].drawing.objects})
     result = run(app, ["check", str(picture[0]), "--caption", f"There is a green {absent} in the middle."])
     assert result.exit_code == 1, result.output
     assert f"⟦a green {absent}⟧" in result.stdout
@@ -101,7 +101,7 @@ def test_an_empty_caption_is_unchecked_and_exit_code_2(picture):
 def test_replay_makes_one_page_of_many_rows(picture, tmp_path):
     """The rows in order, with their gaze; one without its picture is there, unchecked; those that pass may be left out."""
     path, sample = picture
-    thing = sample.picture.things[0]
+    thing = sample.drawing.objects[0]
     told = [f"There is a {thing.colour} {thing.noun}.", "There is a pink castle and a green skull."]
     rows = [{"image": path.name, "caption": caption} for caption in told] + [{"image": "gone.png", "caption": told[0]}]
     source, page = path.parent / "rows.jsonl", tmp_path / "page.html"

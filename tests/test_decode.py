@@ -32,7 +32,7 @@ REWIND = {"version": 1, "name": "own", "rewind": {"budget": 8}}
 def batch(lab_vlm):
     """Twelve pictures with prompts of two lengths, so that rows are left-padded."""
     samples = lab.samples("validation", 12, seed=7)
-    prompts = ["Describe panel one." if i % 3 == 0 and s.picture.panels else s.prompt for i, s in enumerate(samples)]
+    prompts = ["Describe panel one." if i % 3 == 0 and s.drawing.panels else s.prompt for i, s in enumerate(samples)]
     return samples, prompts, encode(*lab_vlm, [s.image for s in samples], prompts).inputs
 
 
@@ -131,7 +131,7 @@ def test_without_a_budget_it_is_generate(lab_vlm, batch):
 
 
 def invented(samples: Any, reports: Any) -> int:
-    return sum(not m.present for s, r in zip(samples, reports, strict=True) for m in mentions(s.picture, r.caption))
+    return sum(not m.present for s, r in zip(samples, reports, strict=True) for m in mentions(s.drawing, r.caption))
 
 
 def test_rerank_invents_less_by_what_lies_under_the_gaze(lab_vlm, batch):
@@ -221,7 +221,7 @@ def test_sampling_takes_back_too(lab_vlm, batch):
     torch.manual_seed(0)
     guard = GazeGuard(*lab_vlm, policy="rewind")
     plain(guard, batch[2], do_sample=True)
-    false = [m for s, r in zip(batch[0], guard.reports, strict=True) for m in mentions(s.picture, r.caption) if not m.present]
+    false = [m for s, r in zip(batch[0], guard.reports, strict=True) for m in mentions(s.drawing, r.caption) if not m.present]
     assert len(false) <= 1
 
 

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from evals.common import auroc, over_images, ranking, rate
 from evals.gaze_heads import climbed, panels_told, said_in, stairs
 from evals.tables import DEMO, DOCUMENTS, demo, renewed
-from gazeguard.lab.world import Picture, Sample, Thing
+from gazeguard.lab.world import Drawing, DrawnObject, Sample
 from gazeguard.report import Report, Verdict
 from gazeguard.vision.grid import ImageGrid
 
@@ -87,11 +87,13 @@ def test_the_first_draw_is_every_image_once():
     assert over_images(4, lambda drawn: float(drawn.tolist() == [1, 1, 1, 1]))["value"] == 1
 
 
-def two_panels() -> Picture:
+def two_panels() -> Drawing:
     """A red star and a blue moon in the first panel, a green star in the second."""
     first, second = ((0, 0, 24, 24), (60, 0, 84, 24))
     things = (("star", "red", first, 0), ("moon", "blue", first, 0), ("star", "green", second, 1))
-    return Picture(tuple(Thing(n, c, box=box, panel=panel, place=None) for n, c, box, panel in things), 2, (255, 255, 255))
+    return Drawing(
+        tuple(DrawnObject(n, c, box=box, panel=panel, location=None) for n, c, box, panel in things), 2, (255, 255, 255)
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from gazeguard.detection.detector import Detector
 from gazeguard.errors import InputError
 from gazeguard.fitting import Label, LabelledCaption, fit_detector, labelled_claims, read_captions, yes_probability
 from gazeguard.guard import GazeGuard
-from gazeguard.lab.training.tiny_fit import tabulate, write_captions
-from gazeguard.lab.truth import judged
+from gazeguard.lab.training.tiny_fit import label_claims, write_captions
+from gazeguard.lab.truth import decided_claims
 
 
 def brief(row: LabelledCaption) -> list[tuple[str, str, bool]]:
@@ -97,7 +97,7 @@ def written(lab_vlm, tmp_path_factory):
             sample.image.save(folder / f"{number}.png")
             labels = [
                 {"start": c.start, "end": c.end, "kind": c.kind, "false": false}
-                for c, _, false in judged(sample.picture, report.caption)
+                for c, _, false in decided_claims(sample.drawing, report.caption)
             ]
             row = {"image": f"{number}.png", "caption": report.caption, "prompt": sample.prompt, "labels": labels}
             out.write(json.dumps(row) + "\n")
@@ -119,8 +119,8 @@ def test_train_makes_a_detector_from_labels(written, guard):
     assert detector.kinds["object"].answer is not None
     assert GazeGuard(guard.model, guard.processor, "verify", heads=guard.heads, detector=detector)
     fresh = lab.samples("test", 40, seed=3)
-    table = tabulate(fresh, write_captions(guard, fresh, do_sample=True))
-    objects = table.of(table.kind == "object")
+    table = label_claims(fresh, write_captions(guard, fresh, do_sample=True))
+    objects = table.select(table.kind == "object")
     assert roc_auc_score(objects.false, detector.risk(objects.x, objects.kind)) > 0.95
 
 

@@ -60,7 +60,7 @@ from gazeguard.attention.buffers import KeyLayout
 from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.lab.training.tiny_model import IMAGE, build_processor
-from gazeguard.lab.world import CELL, CELLS, PAGE
+from gazeguard.lab.world import PAGE, PATCH, PATCHES
 from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.grid import ImageGrid
 from gazeguard.vision.image_tokens import image_token_runs
@@ -202,7 +202,7 @@ def test_lab_layout(size):
 
     grid = find_grid(prompt_of(run(Image.new("RGB", size)), [size], used, token))
     assert grid.sizes == (size,)
-    check_cells(grid, size, lambda image: patches(run(image)["pixel_values"][0], CELL), [slice(0, CELLS**2)])
+    check_cells(grid, size, lambda image: patches(run(image)["pixel_values"][0], PATCH), [slice(0, PATCHES**2)])
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def tiling() -> Idefics3Processor:
     images = Idefics3ImageProcessorPil(
         size={"longest_edge": 3 * PAGE}, max_image_size={"longest_edge": PAGE}, do_image_splitting=True
     )
-    return Idefics3Processor(images, used.tokenizer, image_seq_len=CELLS**2)
+    return Idefics3Processor(images, used.tokenizer, image_seq_len=PATCHES**2)
 
 
 @pytest.mark.parametrize(("size", "tiles"), [((432, 288), 6), ((300, 500), 6), ((400, 100), 3), ((120, 120), 9)])
@@ -226,13 +226,13 @@ def test_tiles_and_thumbnail(tiling, size, tiles):
         return tiling(images=[[image]], text=["<image>what"], return_tensors="pt")
 
     grid = find_grid(prompt_of(run(Image.new("RGB", size)), [size], tiling, token))
-    each = CELLS**2
+    each = PATCHES**2
     assert len(grid) == (tiles + 1) * each
     views = [slice(0, tiles * each), slice(tiles * each, (tiles + 1) * each)]
     for view in views:
         box_areas = np.prod(grid.boxes[view, 2:] - grid.boxes[view, :2], axis=1)
         assert box_areas.sum() == pytest.approx(1, abs=1e-4)
-    check_cells(grid, size, lambda image: patches(run(image)["pixel_values"][0], CELL), views)
+    check_cells(grid, size, lambda image: patches(run(image)["pixel_values"][0], PATCH), views)
 
 
 def test_tiles_of_two_pictures(tiling):
@@ -242,7 +242,7 @@ def test_tiles_of_two_pictures(tiling):
     pictures = [Image.new("RGB", size), lit(size, box)]
     made = tiling(images=[pictures], text=["<image>this<image>that"], return_tensors="pt")
     grid = find_grid(prompt_of(made, [size, size], tiling, token))
-    brightest = int(np.argmax(patches(made["pixel_values"][0], CELL)))
+    brightest = int(np.argmax(patches(made["pixel_values"][0], PATCH)))
     assert grid.image[brightest] == 1
     assert grid.pixels(brightest) == pytest.approx(box, abs=0.01)
 

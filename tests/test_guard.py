@@ -90,9 +90,9 @@ def test_a_padded_batch_equals_its_single_rows(guard):
 
 def test_a_claim_about_what_is_not_there_is_no_second_flag(guard):
     """Of an invented thing only the thing is flagged; of a real one its false colour is, and the words say which."""
-    sample = next(s for s in lab.samples("test", 20, seed=7) if s.picture.panels and s.picture.in_panel(0)[0].colour != "green")
-    thing = sample.picture.in_panel(0)[0]
-    absent = next(noun for noun in ("skull", "castle", "anchor") if noun not in {t.noun for t in sample.picture.things})
+    sample = next(s for s in lab.samples("test", 20, seed=7) if s.drawing.panels and s.drawing.in_panel(0)[0].colour != "green")
+    thing = sample.drawing.in_panel(0)[0]
+    absent = next(noun for noun in ("skull", "castle", "anchor") if noun not in {t.noun for t in sample.drawing.objects})
     invented = guard.check(sample.image, f"In panel one there is a green {absent}.", sample.prompt)
     assert [f.claim.kind for f in invented.findings if f.flagged] == ["object"]
     recoloured = guard.check(sample.image, f"In panel one there is a green {thing.noun}.", sample.prompt)
@@ -457,12 +457,12 @@ def test_a_model_is_watched_once_at_a_time(guard):
 
 def test_what_is_left_of_a_caption_is_as_the_policy_says(guard):
     """mark lets the caption through, drop cuts what is flagged and nothing else, abstain gives nothing, with the reason."""
-    sample = next(s for s in lab.samples("test", 20, seed=7) if not s.picture.panels and len(s.picture.things) == 2)
-    one, two = sample.picture.things
+    sample = next(s for s in lab.samples("test", 20, seed=7) if not s.drawing.panels and len(s.drawing.objects) == 2)
+    one, two = sample.drawing.objects
     absent = next(noun for noun in ("skull", "castle", "anchor") if noun not in {one.noun, two.noun})
-    wrong = f"There is a {one.colour} {one.noun} {one.place}, a green {absent} in the middle and a {two.colour} {two.noun}."
-    dropped = f"There is a {one.colour} {one.noun} {one.place} and a {two.colour} {two.noun}."
-    right = f"There is a {one.colour} {one.noun} {one.place}."
+    wrong = f"There is a {one.colour} {one.noun} {one.location}, a green {absent} in the middle and a {two.colour} {two.noun}."
+    dropped = f"There is a {one.colour} {one.noun} {one.location} and a {two.colour} {two.noun}."
+    right = f"There is a {one.colour} {one.noun} {one.location}."
     expected = {"keep": (wrong, right), "drop": (dropped, right), "abstain": ("", right)}
     for left, texts in expected.items():
         policy = parse_policy({"version": 1, "name": "own", "threshold": 0.5, "on_flag": left})

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.lab.training.tiny_model import build_processor
-from gazeguard.lab.world import CELLS, samples
+from gazeguard.lab.world import PATCHES, samples
 from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.encoding import check_processor, encode
 from gazeguard.vision.image_tokens import image_token_id
@@ -270,7 +270,7 @@ def test_a_processor_without_a_chat_template_gets_image_then_prompt(pictures):
     made = encode(untrained(), used, pictures[:2], PROMPTS[:2], CAPTIONS[:2])
     for row in range(2):
         ids = made.prompt_ids[row][made.prompt_mask[row].bool()].tolist()
-        assert ids.count(image_token_id(untrained())) == CELLS**2
+        assert ids.count(image_token_id(untrained())) == PATCHES**2
         assert used.tokenizer.decode(ids, skip_special_tokens=True).endswith(PROMPTS[row])
     assert [len(told) for told in made.caption_ids] == [len(tokenize(used.tokenizer, c)[0]) for c in CAPTIONS[:2]]
 
@@ -281,7 +281,7 @@ def test_every_row_gets_its_grid(pictures):
     made = encode(model, used, pictures[:2], PROMPTS[:2])
     for sizes, expected in ((None, (144, 144)), ([[(300, 200)], [(20, 30)]], (300, 200))):
         grids = image_grids(model, used, made.inputs, made.prompt_ids, made.prompt_mask, sizes)
-        assert [len(grid) for grid in grids] == [CELLS**2] * 2
+        assert [len(grid) for grid in grids] == [PATCHES**2] * 2
         assert grids[0].sizes == (expected,)
 
 

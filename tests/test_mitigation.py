@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from evals import mitigation as m
 from gazeguard import lab
-from gazeguard.lab.world import Picture, Sample, Thing
+from gazeguard.lab.world import Drawing, DrawnObject, Sample
 
 UNIT = st.floats(0, 1)
 WHITE = (255, 255, 255)
@@ -16,7 +16,7 @@ WHITE = (255, 255, 255)
 def sample() -> Sample:
     """A red star at the top and a blue moon on the left."""
     things = (("star", "red", "at the top"), ("moon", "blue", "on the left"))
-    return Sample("test/0", Picture(tuple(Thing(n, c, (0, 0, 24, 24), None, p) for n, c, p in things), 0, WHITE), ())
+    return Sample("test/0", Drawing(tuple(DrawnObject(n, c, (0, 0, 24, 24), None, p) for n, c, p in things), 0, WHITE), ())
 
 
 def of(false: float, mentions: float, right: float, there: float = 10, pictures: int = 4) -> m.Counts:

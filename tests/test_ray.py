@@ -68,7 +68,7 @@ def table(samples):
     for i, sample in enumerate(samples):
         buffer = io.BytesIO()
         sample.image.save(buffer, "PNG")
-        thing = sample.picture.things[0]
+        thing = sample.drawing.objects[0]
         columns["image"].append(buffer.getvalue() if i % 5 else b"")
         there = f"There is a {thing.colour} {thing.noun}."
         columns["caption"].append("There is a pink castle and a green skull." if i % 5 == 3 else there)

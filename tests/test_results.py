@@ -44,7 +44,7 @@ def rows(tmp_path_factory):
     with (folder / "rows.jsonl").open("w") as file:
         for i, sample in enumerate(lab.samples("test", ROWS, seed=7)):
             sample.image.save(folder / f"{i}.png")
-            thing = sample.picture.things[0]
+            thing = sample.drawing.objects[0]
             there = f"There is a {thing.colour} {thing.noun}."
             told = "There is a pink castle and a green skull." if i % 5 == 3 else there
             image = f"{i}.png" if i % 5 else f"gone-{i}.png"
@@ -159,7 +159,7 @@ def test_shards_get_results_beside_them_and_stay_as_they_are(keep, tmp_path):
         with tarfile.open(tmp_path / name, "w") as tar:
             for i, sample in enumerate(lab.samples("test", count, seed=7)):
                 sample.image.save(tmp_path / "a.png")
-                (tmp_path / "a.txt").write_text(f"There is a {sample.picture.things[0].noun}.")
+                (tmp_path / "a.txt").write_text(f"There is a {sample.drawing.objects[0].noun}.")
                 for suffix in ("png", "txt"):
                     tar.add(tmp_path / f"a.{suffix}", f"{i}.{suffix}")
     data = (tmp_path / "1.tar").read_bytes()

@@ -15,8 +15,8 @@ from gazeguard.vision.encoding import encode
 from gazeguard.vision.grid import ImageGrid
 
 GRID = ImageGrid.regular(12, 12, (144, 144))
-STRIPS = [sample for sample in lab.samples("validation", 60, 5, "strip") if sample.picture.panels == 6][:3]
-LEFT, RIGHT = STRIPS[0].picture.panel_box(0), STRIPS[0].picture.panel_box(5)
+STRIPS = [sample for sample in lab.samples("validation", 60, 5, "strip") if sample.drawing.panels == 6][:3]
+LEFT, RIGHT = STRIPS[0].drawing.panel_box(0), STRIPS[0].drawing.panel_box(5)
 PAGE = (0.0, 0.0, 144.0, 144.0)
 
 
@@ -115,11 +115,11 @@ def test_the_look_goes_where_it_is_told(guard, mode, prompt):
 def test_the_answer_follows_the_look(guard):
     """In the lab, "Describe a panel." is answered with the panel that is looked at."""
     for panel in range(6):
-        written(guard, look=([sample.picture.panel_box(panel) for sample in STRIPS],), max_new_tokens=24)
+        written(guard, look=([sample.drawing.panel_box(panel) for sample in STRIPS],), max_new_tokens=24)
         for sample, report in zip(STRIPS, guard.reports, strict=True):
             first = report.findings[0].claim.phrase
             noun = report.caption[first.head.start : first.head.end]
-            assert noun in {thing.noun for thing in sample.picture.in_panel(panel)}, (sample.id, panel, report.caption)
+            assert noun in {thing.noun for thing in sample.drawing.in_panel(panel)}, (sample.id, panel, report.caption)
 
 
 def test_every_row_has_its_own_target(guard):
@@ -183,10 +183,10 @@ def test_what_a_caption_left_out_is_found_by_looking_again(guard):
     """
     found = 0
     for sample in lab.samples("validation", 16, seed=9, kind="scene"):
-        things = sample.picture.things
+        things = sample.drawing.objects
         if len(things) < 4:
             continue
-        told = " and ".join(f"a {thing} {thing.place}" for thing in things[: len(things) // 2])
+        told = " and ".join(f"a {thing} {thing.location}" for thing in things[: len(things) // 2])
         report = guard.check(sample.image, f"There is {told}.", sample.prompt)
         before = guard.reports
         for more in guard.find_missed_objects(sample.image, report, regions=3):

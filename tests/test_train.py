@@ -23,12 +23,12 @@ from gazeguard.lab.training.tiny_train import (
     FrozenLearner,
     Learner,
     batches,
-    cell_labels,
+    patch_labels,
     rate,
     save_checkpoint,
     train,
 )
-from gazeguard.lab.world import CELL, CELLS, NOUNS, lessons, samples, tales
+from gazeguard.lab.world import NOUNS, PATCH, PATCHES, conversations, descriptions, samples
 from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.encoding import encode
 
@@ -49,7 +49,7 @@ def conversation(sample) -> list[dict]:
 
 def test_the_collator_says_what_processor_and_chat_template_say(collate):
     """Ids and pixels of whole conversations; targets are the answers and their ends, each one place early."""
-    made = list(islice(lessons(0, 0), 12))
+    made = list(islice(conversations(0, 0), 12))
     batch = collate(made)
     for row, sample in enumerate(made):
         wanted = processor().apply_chat_template(conversation(sample), tokenize=True, return_dict=True, return_tensors="pt")
@@ -66,7 +66,7 @@ def test_the_collator_says_what_processor_and_chat_template_say(collate):
 
 def test_answers_to_questions_have_a_loss_of_their_own(collate):
     """The answers' targets are marked, ends included; those of descriptions are not."""
-    made = list(islice(lessons(0, 0), 12))
+    made = list(islice(conversations(0, 0), 12))
     batch = collate(made)
     end = processor().tokenizer.eos_token
     for row, sample in enumerate(made):
@@ -98,17 +98,17 @@ def test_lessons_never_repeat(collate):
     assert len(set(seen)) == len(seen) == 80
 
 
-def test_cells_are_marked_with_what_lies_in_them():
-    """The cell under each thing's centre has its noun and colour; there is nothing where no thing reaches."""
+def test_patches_are_marked_with_what_lies_in_them():
+    """The patch under the centre of each object has its noun and colour; there is nothing where no object reaches."""
     for sample in samples("train", 100):
-        nouns, colours = (labels.reshape(CELLS, CELLS) for labels in cell_labels(sample.picture))
-        touched = torch.zeros(CELLS, CELLS, dtype=torch.bool)
-        for thing in sample.picture.things:
-            x0, y0, x1, y1 = thing.box
-            cell = (y0 + y1) // 2 // CELL, (x0 + x1) // 2 // CELL
-            assert NOUNS[nouns[cell] - 1] == thing.noun
-            assert list(COLOURS)[colours[cell] - 1] == thing.colour
-            touched[y0 // CELL : -(-y1 // CELL), x0 // CELL : -(-x1 // CELL)] = True
+        nouns, colours = (labels.reshape(PATCHES, PATCHES) for labels in patch_labels(sample.drawing))
+        touched = torch.zeros(PATCHES, PATCHES, dtype=torch.bool)
+        for each in sample.drawing.objects:
+            x0, y0, x1, y1 = each.box
+            patch = (y0 + y1) // 2 // PATCH, (x0 + x1) // 2 // PATCH
+            assert NOUNS[nouns[patch] - 1] == each.noun
+            assert list(COLOURS)[colours[patch] - 1] == each.colour
+            touched[y0 // PATCH : -(-y1 // PATCH), x0 // PATCH : -(-x1 // PATCH)] = True
         assert ((nouns > 0) == (colours > 0)).all()
         assert (nouns[~touched] == 0).all()
 
@@ -177,29 +177,29 @@ def test_a_finished_run_can_be_continued(tmp_path):
 def test_the_encoder_alone_learns_in_the_warm_up(collate):
     """Then no gradient reaches the language model's layers; afterwards it reaches everything."""
     taught = learner()
-    batch = collate(list(islice(lessons(0, 0), 2)))
-    *_, cells = taught(batch, encoder_only=True)
-    cells.backward()
+    batch = collate(list(islice(conversations(0, 0), 2)))
+    *_, patches = taught(batch, encoder_only=True)
+    patches.backward()
     layers = [p for name, p in taught.named_parameters() if "text_model.layers" in name]
     assert layers
     assert all(p.grad is None for p in layers)
-    words, answers, cells = taught(batch, encoder_only=False)
-    (words + answers + cells).backward()
+    words, answers, patches = taught(batch, encoder_only=False)
+    (words + answers + patches).backward()
     assert all(p.grad is not None for p in taught.parameters())
 
 
 def test_the_second_kind_freezes_its_encoder():
     """The encoder learns alone; then nothing reaches it, and the projector and the language model learn."""
     taught = frozen()
-    batch = Collator(llava())(list(islice(tales(0, 0), 2)))
-    *_, cells = taught(batch, encoder_only=True)
-    cells.backward()
+    batch = Collator(llava())(list(islice(descriptions(0, 0), 2)))
+    *_, patches = taught(batch, encoder_only=True)
+    patches.backward()
     learns = {name for name, p in taught.named_parameters() if p.grad is not None and p.grad.any()}
     assert all("vision_tower" in name or "probe" in name for name in learns)
     assert any("encoder.layers.0" in name for name in learns)
     taught.zero_grad()
-    words, answers, cells = taught(batch, encoder_only=False)
-    (words + answers + cells).backward()
+    words, answers, patches = taught(batch, encoder_only=False)
+    (words + answers + patches).backward()
     learns = {name for name, p in taught.named_parameters() if p.grad is not None}
     assert any("projector" in name for name in learns)
     assert any("language_model.layers.0" in name for name in learns)
@@ -209,7 +209,7 @@ def test_the_second_kind_freezes_its_encoder():
 def test_the_second_kind_reads_what_its_own_forward_reads():
     """The learner's shortcut past `LlavaModel.forward` gives the model's own loss."""
     taught = frozen().eval()
-    batch = Collator(llava())(list(islice(tales(0, 0), 2)))
+    batch = Collator(llava())(list(islice(descriptions(0, 0), 2)))
     with torch.no_grad():
         words, *_ = taught(batch, encoder_only=False)
         logits = taught.model(input_ids=batch.input_ids, pixel_values=batch.pixel_values[:, 0]).logits
@@ -218,8 +218,8 @@ def test_the_second_kind_reads_what_its_own_forward_reads():
 
 
 def test_the_second_kind_is_told_what_its_processor_says():
-    """Collator, processor and chat template agree, and the cells lie in twelve rows of twelve."""
-    made = list(islice(tales(0, 0), 4))
+    """Collator, processor and chat template agree, and the patches lie in twelve rows of twelve."""
+    made = list(islice(descriptions(0, 0), 4))
     batch = Collator(llava())(made)
     for row, sample in enumerate(made):
         wanted = llava().apply_chat_template(conversation(sample), tokenize=True, return_dict=True, return_tensors="pt")
@@ -234,7 +234,7 @@ def test_the_second_kind_is_told_what_its_processor_says():
 
 
 def test_a_kind_that_is_none_is_refused(tmp_path):
-    with pytest.raises(typer.BadParameter, match="'bert' is none of idefics3, llava"):
+    with pytest.raises(typer.BadParameter, match="Unknown kind 'bert'; expected one of: idefics3, llava"):
         train(tmp_path / "none", kind="bert")
     assert not (tmp_path / "none").exists()
 

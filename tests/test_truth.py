@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from gazeguard.lab.truth import judged, mentions
-from gazeguard.lab.world import Picture, Thing
+from gazeguard.lab.truth import decided_claims, mentions
+from gazeguard.lab.world import Drawing, DrawnObject
 
 WHITE = (255, 255, 255)
-STRIP = Picture(
+STRIP = Drawing(
     (
-        Thing("star", "red", (12, 12, 36, 36), panel=0, place=None),
-        Thing("moon", "blue", (60, 12, 84, 36), panel=1, place=None),
-        Thing("star", "green", (60, 40, 84, 64), panel=1, place=None, small=True),
+        DrawnObject("star", "red", (12, 12, 36, 36), panel=0, location=None),
+        DrawnObject("moon", "blue", (60, 12, 84, 36), panel=1, location=None),
+        DrawnObject("star", "green", (60, 40, 84, 64), panel=1, location=None, small=True),
     ),
     2,
     WHITE,
 )
-SCENE = Picture(
+SCENE = Drawing(
     (
-        Thing("cup", "orange", (0, 0, 24, 24), panel=None, place="at the top left"),
-        Thing("horse", "red", (60, 60, 84, 84), panel=None, place="in the middle"),
+        DrawnObject("cup", "orange", (0, 0, 24, 24), panel=None, location="at the top left"),
+        DrawnObject("horse", "red", (60, 60, 84, 84), panel=None, location="in the middle"),
     ),
     0,
     WHITE,
@@ -31,51 +31,51 @@ SCENE = Picture(
     ("picture", "caption", "explained"),
     [
         (STRIP, "In panel one there is a red star. In panel two there is a blue moon and a small green star.", ["true"] * 3),
-        (STRIP, "In panel one there is a red crown.", ["not in the picture"]),
+        (STRIP, "In panel one there is a red crown.", ["not in the image"]),
         (STRIP, "In panel one there is a blue moon.", ["not there: it is in panel two"]),
         (STRIP, "In panel two there is a red star.", ["it is green"]),
         (STRIP, "In panel one there is a green star.", ["it is red"]),
         (STRIP, "In panel one there is a star and a yellow moon.", ["true", "not there: it is in panel two"]),
         (STRIP, "There is a green star.", ["true"]),  # nothing is said of where: any star may be meant
         (STRIP, "There is a yellow star.", ["it is red"]),
-        (STRIP, "There is a red dog and a wooden chair.", []),  # no things of the lab
+        (STRIP, "There is a red dog and a wooden chair.", []),  # no objects of the lab
         (SCENE, "There is an orange cup at the top left and a red horse in the middle.", ["true"] * 2),
         (SCENE, "There is an orange cup on the right.", ["not there: it is at the top left"]),
         (SCENE, "There is a blue horse in the middle and an orange cup.", ["it is red", "true"]),
-        (SCENE, "There is an orange cup and a red anchor in the middle.", ["true", "not in the picture"]),
+        (SCENE, "There is an orange cup and a red anchor in the middle.", ["true", "not in the image"]),
         (SCENE, "An orange horse.", ["it is red"]),
         (SCENE, "There is a small orange cup.", ["it is not small"]),
         (SCENE, "", []),
     ],
 )  # fmt: skip
 def test_worked_examples(picture, caption, explained):
-    assert [mention.explained for mention in mentions(picture, caption)] == explained
+    assert [mention.explanation for mention in mentions(picture, caption)] == explained
 
 
 def test_a_mention_holds_what_was_drawn_and_where_it_was_said():
-    """Order counts from 0; the thing is the one that agrees best; a wrong colour does not make it absent."""
+    """Order counts from 0; the object is the one that agrees best; a wrong colour does not make it absent."""
     caption = "There is a green star, a red moon and a crown."
     star, moon, crown = mentions(STRIP, caption)
     assert [m.order for m in (star, moon, crown)] == [0, 1, 2]
-    assert (star.thing, star.present, star.placed, star.colour) == (STRIP.things[2], True, True, True)
-    assert (moon.thing, moon.present, moon.placed, moon.colour) == (STRIP.things[1], True, True, False)
-    assert (crown.thing, crown.present, crown.placed, crown.colour) == (None, False, False, None)
+    assert (star.object, star.present, star.located, star.colour) == (STRIP.objects[2], True, True, True)
+    assert (moon.object, moon.present, moon.located, moon.colour) == (STRIP.objects[1], True, True, False)
+    assert (crown.object, crown.present, crown.located, crown.colour) == (None, False, False, None)
     assert caption[moon.phrase.start : moon.phrase.end] == "a red moon"
 
 
 def test_no_colour_said_is_no_colour_wrong():
     (mention,) = mentions(STRIP, "There is a moon.")
     assert mention.colour is None
-    assert mention.explained == "true"
+    assert mention.explanation == "true"
 
 
 @pytest.mark.parametrize(
     ("picture", "caption", "false"),
     [
-        # all that can be said is said: the thing, its colour, its panel
+        # all that can be said is said: the object, its colour, its panel
         (STRIP, "In panel one there is a red star.", {"a red star": False, "red": False, "panel": False}),
         (STRIP, "In panel one there is a blue star.", {"a blue star": False, "blue": True, "panel": False}),
-        # nothing of an absent thing is judged but that it is absent
+        # nothing of an absent each is judged but that it is absent
         (STRIP, "In panel one there is a red crown.", {"a red crown": True}),
         # elsewhere: the place is wrong; whether "a blue moon" in panel one is true is anybody's guess
         (STRIP, "In panel one there is a blue moon.", {"panel": True}),
@@ -91,6 +91,7 @@ def test_no_colour_said_is_no_colour_wrong():
 def test_claims_are_judged_where_the_truth_is_clear(picture, caption, false):
     """Each claim by the words that are blamed; of "in panel one ... a star" that is the star, said last."""
     told = {
-        "panel" if picture.panels and c.kind == "location" else c.text: is_false for c, _, is_false in judged(picture, caption)
+        "panel" if picture.panels and c.kind == "location" else c.text: is_false
+        for c, _, is_false in decided_claims(picture, caption)
     }
     assert told == false

@@ -55,7 +55,7 @@ def svar(rows: Sequence[Row]) -> F64:
     layers = np.array([layer for layer, _ in rows[0].trace.heads])
     depth = layers.max() + 1
     middle = (layers >= depth * 5 // 32) & (layers <= depth * 18 // 32)
-    return -np.array([_share(row, "image_mass")[middle].sum() for row in rows])
+    return -np.array([_share(row, "image")[middle].sum() for row in rows])
 
 
 def preceding(rows: Sequence[Row]) -> F64:
@@ -65,7 +65,7 @@ def preceding(rows: Sequence[Row]) -> F64:
 
 
 def _lookback(row: Row) -> F64:
-    picture = _share(row, "image_mass") / row.trace.gaze.shape[-1]
+    picture = _share(row, "image") / row.trace.gaze.shape[-1]
     written = _share(row, "generated") / max(1, row.at)
     return picture / np.maximum(picture + written, 1e-12)
 

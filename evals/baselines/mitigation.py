@@ -28,7 +28,7 @@ from gazeguard.claims.parse import claims, things
 from gazeguard.decoding.verification import CACHE
 from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
-from gazeguard.lab.training.tiny_fit import captions_of
+from gazeguard.lab.training.tiny_fit import caption_and_label
 from gazeguard.policy import Policy
 from gazeguard.vision.image_tokens import image_token_id
 
@@ -215,7 +215,9 @@ def random_guard(guard: GazeGuard, captions: int, seed: int, policy: str | Polic
     """
     heads = guard.heads.with_heads(guard.heads.matched(np.random.default_rng(seed)))
     listener = GazeGuard(guard.model, guard.processor, heads=heads)
-    learnt, held = (captions_of(listener, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2)))
+    learnt, held = (
+        caption_and_label(listener, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2))
+    )
     detector = Detector.fit(learnt.x, learnt.false, learnt.kind, heads, without(heads.heads))
     tuned = detector.calibrated(held.x, held.false, held.kind, held.image)
     return GazeGuard(guard.model, guard.processor, policy=policy, heads=heads, detector=tuned)

@@ -1,6 +1,6 @@
-"""What runs on a bare laptop? A drawn world with exact truth, and a small VLM trained on it that ships in the package.
+"""Laboratory that runs offline on a laptop: a drawn world with exact truth, and a tiny VLM trained on it that ships.
 
-`load` gives the model and its processor; `samples` gives pictures with their truth and a prompt. The model is an ordinary
+`load` gives the model and its processor; `samples` gives drawings with their truth and a prompt. The model is an ordinary
 transformers checkpoint: ``AutoModelForImageTextToText.from_pretrained(checkpoint_path())`` loads it without this package.
 """
 

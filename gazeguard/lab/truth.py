@@ -1,4 +1,4 @@
-"""Is it true? Compares what a caption says, phrase by phrase, with what was drawn."""
+"""Ground truth of captions in the lab: the mentions and claims of a caption compared with the drawing."""
 
 from __future__ import annotations
 
@@ -8,85 +8,88 @@ from dataclasses import dataclass
 
 from gazeguard.claims.parse import Claim, Phrase, chunk, claims
 from gazeguard.heads.strips import COLOURS, ORDINALS
-from gazeguard.lab.world import NOUNS, Picture, Thing
+from gazeguard.lab.world import NOUNS, Drawing, DrawnObject
 
 _PANEL = re.compile(rf"\bpanel ({'|'.join(ORDINALS)})\b")
 
 
 @dataclass(frozen=True)
 class Mention:
-    """One thing that a caption names, and what is true of it.
+    """One object that a caption names, compared with the drawing.
 
-    phrase:  where the caption says it; order: 0 for the first thing named
-    thing:   the drawn thing that it speaks of (the one that agrees best), None when there is none of that name
-    present: the picture has such a thing anywhere; CHAIR counts the others
-    placed:  it has one where the caption says (the panel of a strip, the place in a scene, anywhere if nothing is said)
-    colour:  its colour is right; None when no colour is said or nothing is there
+    phrase:  the words that name it
+    order:   0 for the first object named
+    object:  the drawn object that is meant (the one that agrees best); None when there is none of that name
+    present: the drawing has such an object anywhere; CHAIR counts the others
+    located: it has one at the location that the caption names (the panel of a strip, the location in a scene, anywhere if
+             none is named)
+    colour:  whether the colour is right; None when none is named or no object is there
     """
 
     phrase: Phrase
     order: int
-    thing: Thing | None
+    object: DrawnObject | None
     present: bool
-    placed: bool
+    located: bool
     colour: bool | None
 
     @property
-    def explained(self) -> str:
-        """In words: what is true of the mention."""
+    def explanation(self) -> str:
+        """The truth in words."""
         if not self.present:
-            return "not in the picture"
-        if not self.placed:
-            return f"not there: it is {self.thing.place or f'in panel {ORDINALS[self.thing.panel]}'}"
+            return "not in the image"
+        if not self.located:
+            return f"not there: it is {self.object.location or f'in panel {ORDINALS[self.object.panel]}'}"
         if self.colour is False:
-            return f"it is {self.thing.colour}"
-        said_small = any(part.text.lower() == "small" for part in self.phrase.attributes)
-        return "it is not small" if said_small and not self.thing.small else "true"
+            return f"it is {self.object.colour}"
+        called_small = any(part.text.lower() == "small" for part in self.phrase.attributes)
+        return "it is not small" if called_small and not self.object.small else "true"
 
 
-def mentions(picture: Picture, caption: str) -> list[Mention]:
-    """The things that a caption names, each compared with the picture. Words that the lab does not know are no things."""
+def mentions(drawing: Drawing, caption: str) -> list[Mention]:
+    """The objects that a caption names, each compared with the drawing; nouns that the lab does not know are left out."""
     found: list[Mention] = []
     phrases = chunk(caption)
     for i, phrase in enumerate(phrases):
         noun = phrase.head.text.lower()
         if phrase.kind != "object" or noun not in NOUNS:
             continue
-        named = [thing for thing in picture.things if thing.noun == noun]
-        here = [thing for thing in named if _is_where_said(thing, picture, caption, phrases, i)]
-        said = next((part.text.lower() for part in phrase.attributes if part.text.lower() in COLOURS), None)
-        best = max(here or named, key=lambda thing: thing.colour == said, default=None)
-        colour = None if said is None or best is None else best.colour == said
-        found.append(Mention(phrase, len(found), best, bool(named), bool(here), colour))
+        candidates = [each for each in drawing.objects if each.noun == noun]
+        located = [each for each in candidates if _is_at_named_location(each, drawing, caption, phrases, i)]
+        colour = next((part.text.lower() for part in phrase.attributes if part.text.lower() in COLOURS), None)
+        best = max(located or candidates, key=lambda each: each.colour == colour, default=None)
+        right_colour = None if colour is None or best is None else best.colour == colour
+        found.append(Mention(phrase, len(found), best, bool(candidates), bool(located), right_colour))
     return found
 
 
-def judged(picture: Picture, caption: str) -> list[tuple[Claim, Mention, bool]]:
-    """The claims of a caption that are clearly true or false, each with its mention and whether it is false.
+def decided_claims(drawing: Drawing, caption: str) -> list[tuple[Claim, Mention, bool]]:
+    """The claims of a caption that the drawing decides, each with its mention and whether it is false.
 
-    Not clear, and left out: that a thing is there when it is somewhere else than said, attributes of a thing that is not
-    where it is said to be, and the place of a thing that is nowhere.
+    Left out, since they are neither clearly true nor false: that an object exists when it is at another location than named,
+    attributes of such an object, and the location of an object that does not exist.
     """
-    of_phrase = {mention.phrase: mention for mention in mentions(picture, caption)}
+    by_phrase = {mention.phrase: mention for mention in mentions(drawing, caption)}
     found = []
     for claim in claims(caption):
-        mention, word = of_phrase.get(claim.phrase), claim.text.lower()
+        mention, word = by_phrase.get(claim.phrase), claim.text.lower()
         if mention is None:
             continue
-        if claim.kind == "object" and (mention.placed or not mention.present):
+        if claim.kind == "object" and (mention.located or not mention.present):
             found.append((claim, mention, not mention.present))
         elif claim.kind == "location" and mention.present:
-            found.append((claim, mention, not mention.placed))
-        elif claim.kind == "attribute" and mention.placed and word in COLOURS:
+            found.append((claim, mention, not mention.located))
+        elif claim.kind == "attribute" and mention.located and word in COLOURS:
             found.append((claim, mention, not mention.colour))
-        elif claim.kind == "attribute" and mention.placed and word == "small":
-            found.append((claim, mention, not mention.thing.small))
+        elif claim.kind == "attribute" and mention.located and word == "small":
+            found.append((claim, mention, not mention.object.small))
     return found
 
 
-def _is_where_said(thing: Thing, picture: Picture, caption: str, phrases: Sequence[Phrase], i: int) -> bool:
-    if picture.panels:
-        said = _PANEL.findall(caption[: phrases[i].start])
-        return not said or ORDINALS[thing.panel] == said[-1]
-    place = phrases[i + 1] if i + 1 < len(phrases) and phrases[i + 1].kind == "location" else None
-    return place is None or place.text.lower() == thing.place
+def _is_at_named_location(each: DrawnObject, drawing: Drawing, caption: str, phrases: Sequence[Phrase], i: int) -> bool:
+    """Whether a drawn object is at the location that the caption names for phrase ``i``; True if it names none."""
+    if drawing.panels:
+        named = _PANEL.findall(caption[: phrases[i].start])
+        return not named or ORDINALS[each.panel] == named[-1]
+    location = phrases[i + 1] if i + 1 < len(phrases) and phrases[i + 1].kind == "location" else None
+    return location is None or location.text.lower() == each.location

@@ -1,7 +1,7 @@
-"""What are the lab's VLMs made of? Stock classes at the scale of a laptop, and their processors, from nothing.
+"""Architectures and processors of the tiny lab models: stock classes at the scale of a laptop.
 
 One 144 x 144 page is cut into 12 x 12 patches of 12 pixels, each of which becomes one image token of the language model.
-The VLM that ships is of the Idefics3 class; the second one, of the LLaVA class, is there for comparison.
+The model that ships is of the Idefics3 class; a second one, of the LLaVA class, is there for comparison.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from gazeguard.lab.world import CELL, CELLS, PAGE, lessons
+from gazeguard.lab.world import PAGE, PATCH, PATCHES, conversations
 
 BOS, EOS, PAD, IMAGE, USER, ASSISTANT = "<s>", "<end_of_utterance>", "<pad>", "<image>", "<user>", "<assistant>"
 FAKE_IMAGE, GLOBAL_IMAGE = "<fake_token_around_image>", "<global-img>"  # names that Idefics3Processor expects
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 def build_processor() -> Idefics3Processor:
-    """A byte-level BPE learnt from the lab's own sentences, Idefics3's PIL image processor, and the chat template."""
+    """A byte-level BPE trained on the lab's own sentences, Idefics3's PIL image processor, and the chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,7 +47,7 @@ def build_processor() -> Idefics3Processor:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    turns = (turn for sample in islice(lessons(0, 0), 3000) for turn in sample.turns)
+    turns = (turn for sample in islice(conversations(0, 0), 3000) for turn in sample.turns)
     tokenizer.train_from_iterator((text for turn in turns for text in (turn.prompt, turn.answer)), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -59,7 +59,7 @@ def build_processor() -> Idefics3Processor:
     )
     page = {"longest_edge": PAGE}
     images = Idefics3ImageProcessorPil(size=page, max_image_size=page, do_image_splitting=False)
-    return Idefics3Processor(images, fast, image_seq_len=CELLS * CELLS, chat_template=CHAT_TEMPLATE)
+    return Idefics3Processor(images, fast, image_seq_len=PATCHES * PATCHES, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(processor: Idefics3Processor, width: int = 192, layers: int = 6) -> Idefics3ForConditionalGeneration:
@@ -74,7 +74,7 @@ def build_model(processor: Idefics3Processor, width: int = 192, layers: int = 6)
 
 
 def build_llava_processor() -> LlavaProcessor:
-    """The same words and chat template with CLIP's PIL image processor, told to leave pixels between -1 and 1."""
+    """The same tokenizer and chat template with CLIP's PIL image processor, configured for pixels from -1 to 1."""
     page = {"height": PAGE, "width": PAGE}
     half = [0.5] * 3
     images = CLIPImageProcessorPil(size=page, crop_size=page, image_mean=half, image_std=half)
@@ -82,7 +82,7 @@ def build_llava_processor() -> LlavaProcessor:
     return LlavaProcessor(
         images,
         tokenizer,
-        patch_size=CELL,
+        patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLIP's class token, which "default" drops
         chat_template=CHAT_TEMPLATE,
@@ -90,7 +90,7 @@ def build_llava_processor() -> LlavaProcessor:
 
 
 def build_llava(processor: LlavaProcessor, width: int = 192, layers: int = 6) -> LlavaForConditionalGeneration:
-    """The untrained second model: a CLIP tower, a projector and the same language model as the first one's."""
+    """The untrained second model: a CLIP tower, a projector and a language model like the first one's."""
     config = LlavaConfig(
         text_config={"model_type": "llama", **_text(processor.tokenizer, width, layers)},
         vision_config={"model_type": "clip_vision_model", **_vision(width, layers)},
@@ -130,5 +130,5 @@ def _vision(width: int, layers: int) -> dict[str, int]:
         "num_hidden_layers": layers * 2 // 3,
         "num_attention_heads": width // 32,
         "image_size": PAGE,
-        "patch_size": CELL,
+        "patch_size": PATCH,
     }
