@@ -35,10 +35,10 @@ from evals.common import Figure, Out, Quick, figure, write
 from evals.cost import seconds
 from gazeguard import lab
 from gazeguard.filtering.caption_filter import CaptionFilter
-from gazeguard.filtering.ray import RayPool
-from gazeguard.filtering.readers import open_input
+from gazeguard.filtering.ray import RayActorPool
+from gazeguard.filtering.readers import open_source
 from gazeguard.filtering.run import filter_files
-from gazeguard.filtering.writer import PLACES, Results
+from gazeguard.filtering.writer import FILE_NAMES, Results
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.world import describe
 from gazeguard.vision.encoding import encode
@@ -98,7 +98,7 @@ def of_kills(work: Path, count: int, kills: int) -> dict[str, Figure]:
         done += process.returncode == -signal.SIGKILL
     finish(rows, work / "killed", CHUNK)
     found = bytes_of(work / "killed")
-    told = [json.loads(line)["id"] for place in PLACES.values() for line in found[f"{place}.jsonl"].splitlines()]
+    told = [json.loads(line)["id"] for place in FILE_NAMES.values() for line in found[f"{place}.jsonl"].splitlines()]
     return {
         "rows": figure(count),
         "kills": figure(done),
@@ -111,10 +111,10 @@ def of_speed(work: Path, count: int, turns: int) -> dict[str, Figure]:
     """The filter beside bare loops over the same batches, on one thread, as a pool of one process per core runs."""
     torch.set_num_threads(1)
     model, processor = lab.load()
-    keep = CaptionFilter(GazeGuard(model, processor))
-    source = open_input(draw(work / "speed", count))
+    caption_filter = CaptionFilter(GazeGuard(model, processor))
+    source = open_source(draw(work / "speed", count))
     rows = sorted(source.rows(), key=lambda row: len(row.caption))  # as `CaptionFilter.judge` batches them
-    batches = [rows[at : at + keep.batch_size] for at in range(0, count, keep.batch_size)]
+    batches = [rows[at : at + caption_filter.batch_size] for at in range(0, count, caption_filter.batch_size)]
 
     def inputs() -> list[dict[str, torch.Tensor]]:
         pictures = [[load_image(row.image) for row in batch] for batch in batches]
@@ -133,8 +133,8 @@ def of_speed(work: Path, count: int, turns: int) -> dict[str, Figure]:
 
     def filtered() -> None:
         with tempfile.TemporaryDirectory() as out:
-            run = keep.settings(source, source.path.parent, count, False)
-            filter_files(keep, source, Results(Path(out) / "out", run), count)
+            run = caption_filter.run_settings(source, source.path.parent, count, False)
+            filter_files(caption_filter, source, Results(Path(out) / "out", run), count)
 
     ready = inputs()
     ways: dict[str, Callable[[], object]] = {
@@ -167,15 +167,15 @@ def of_ray(work: Path, count: int, chunk: int) -> dict[str, Figure]:
     if importlib.util.find_spec("ray") is None:
         return {}
     path = draw(work / "ray", count)
-    source, killed = open_input(path), []
-    with RayPool(lab.checkpoint_path(), 2) as pool:
+    source, killed = open_source(path), []
+    with RayActorPool(lab.checkpoint_path(), 2) as pool:
 
         def kill_one(_: int) -> None:
             if not killed:
-                killed.append(pool.processes()[0])
+                killed.append(pool.process_ids()[0])
                 os.kill(killed[0], signal.SIGKILL)
 
-        run = pool.settings(source, path.parent, chunk, False)
+        run = pool.run_settings(source, path.parent, chunk, False)
         filter_files(pool, source, Results(work / "by-ray", run), chunk, kill_one)
     finish(path, work / "by-one", chunk)
     return {

@@ -21,7 +21,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -237,13 +236,6 @@ def check(
         _finish([entry], html, as_json, [image])
 
 
-class _Rate(ProgressColumn):
-    """Rows a second, of this run alone."""
-
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.1f} rows/s", style="progress.data.speed")
-
-
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGTERM, as clusters send it, ends a run in good order, as Ctrl-C does; both say that the run can go on."""
@@ -302,15 +294,14 @@ def filter_(
     with _errors(), _stoppable():
         from gazeguard import lab
         from gazeguard.filtering.caption_filter import CaptionFilter
-        from gazeguard.filtering.ray import RayPool
-        from gazeguard.filtering.readers import open_input
+        from gazeguard.filtering.ray import RayActorPool
+        from gazeguard.filtering.readers import open_source
         from gazeguard.filtering.run import filter_files
         from gazeguard.filtering.writer import Results
         from gazeguard.policy import load_policy
 
-        rows = open_input(source, image_column, caption_column)
+        rows = open_source(source, image_column, caption_column)
         options = {
-            "policy": load_policy(policy),
             "batch_size": batch_size,
             "workers": workers,
             "prompt": prompt,
@@ -318,22 +309,17 @@ def filter_(
             "image": image_column,
             "caption": caption_column,
         }
-        root = source if source.is_dir() else source.parent
+        root, loaded_policy = source if source.is_dir() else source.parent, load_policy(policy)
         with ExitStack() as stack:
             if ray:
                 with err.status("starting Ray's actors"):
-                    keep = stack.enter_context(RayPool(model or lab.checkpoint_path(), actors, **options))
-                    run = keep.settings(rows, root, chunk, label_only)
+                    pool = RayActorPool(model or lab.checkpoint_path(), actors, policy=loaded_policy, **options)
+                    caption_filter = stack.enter_context(pool)
+                    run = caption_filter.run_settings(rows, root, chunk, label_only)
             else:
-                keep = CaptionFilter(_guard(model, options.pop("policy")), **options)
-                run = keep.settings(rows, root, chunk, label_only)
-            results = Results(folder, run, label_only)
-            columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-            progress = stack.enter_context(Progress(TextColumn("{task.description}"), *columns, console=err))
-            total = rows.count()
-            done = total if results.finished() else min(total, results.done() * chunk)
-            task = progress.add_task("filtering", total=total, completed=done)
-            summary = filter_files(keep, rows, results, chunk, lambda more: progress.advance(task, more))
+                caption_filter = CaptionFilter(_guard(model, loaded_policy), **options)
+                run = caption_filter.run_settings(rows, root, chunk, label_only)
+            summary = filter_files(caption_filter, rows, Results(folder, run, label_only), chunk, progress=True)
         if as_json:
             typer.echo(json.dumps(summary))
             return
@@ -364,18 +350,24 @@ def replay(
     """
     with _errors():
         from gazeguard.filtering.caption_filter import CaptionFilter
-        from gazeguard.filtering.readers import open_input
-        from gazeguard.filtering.run import replay as entries
+        from gazeguard.filtering.readers import open_source
+        from gazeguard.filtering.run import replay_entries, show_progress
         from gazeguard.replay.page import page
 
         if not html.parent.is_dir():  # said before the work, not after it
             raise InputError(f"{html.parent}, where the page is to go, is no folder. Make it, or give another path.")
-        rows = open_input(source, image_column, caption_column)
+        rows = open_source(source, image_column, caption_column)
         columns = {"image": image_column, "caption": caption_column}
-        keep = CaptionFilter(_guard(model, policy), batch_size=batch_size, prompt=prompt, **columns)
-        with Progress(TextColumn("replaying"), MofNCompleteColumn(), _Rate(), console=err) as progress:
-            found = islice(entries(keep, rows, passed=not skip_passed), most)
-            text = page(progress.track(found, total=min(most, rows.count())), title=f"GazeGuard: {source.name}", edge=edge)
+        caption_filter = CaptionFilter(_guard(model, policy), batch_size=batch_size, prompt=prompt, **columns)
+        entries = islice(replay_entries(caption_filter, rows, include_passed=not skip_passed), most)
+        with show_progress("replaying", min(most, rows.count())) as advance:
+
+            def counted() -> Iterator[Any]:
+                for entry in entries:
+                    yield entry
+                    advance(1)
+
+            text = page(counted(), title=f"GazeGuard: {source.name}", edge=edge)
         html.write_text(text, encoding="utf-8")
         out.print(f"Replay page: [bold]{escape(str(html))}[/]", soft_wrap=True)
 

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.errors import InputError
-from gazeguard.filtering.caption_filter import COLUMNS, CaptionFilter
-from gazeguard.filtering.ray import RayPool, ray_filter
-from gazeguard.filtering.readers import open_input
+from gazeguard.filtering.caption_filter import CaptionFilter
+from gazeguard.filtering.columns import COLUMNS
+from gazeguard.filtering.ray import RayActorPool, ray_filter
+from gazeguard.filtering.readers import open_source
 from gazeguard.filtering.run import filter_files
 from gazeguard.filtering.writer import Results
 from gazeguard.guard import GazeGuard
@@ -96,8 +97,8 @@ def keep(lab_vlm):
 def alone(keep, rows, tmp_path_factory):
     """The results of one process."""
     folder = tmp_path_factory.mktemp("alone") / "out"
-    source = open_input(rows)
-    filter_files(keep, source, Results(folder, keep.settings(source, rows.parent, CHUNK, False)), CHUNK)
+    source = open_source(rows)
+    filter_files(keep, source, Results(folder, keep.run_settings(source, rows.parent, CHUNK, False)), CHUNK)
     return files(folder)
 
 
@@ -124,19 +125,19 @@ def descendants(name: str) -> list[int]:
 
 def test_two_actors_one_killed_give_the_files_of_one_process(cluster, rows, alone, tmp_path):
     """Byte for byte, in the order of the input; the other actor goes on, and the killed one is started anew."""
-    source, seen, killed = open_input(rows), [], []
+    source, seen, killed = open_source(rows), [], []
 
     def kill_one(more: int) -> None:
         seen.append(more)
         if not killed:
-            killed.extend(pool.processes()[:1])
+            killed.extend(pool.process_ids()[:1])
             os.kill(killed[0], signal.SIGKILL)
 
-    with RayPool(lab.checkpoint_path(), actors=2, batch_size=2) as pool:
-        assert len(set(pool.processes())) == 2
-        run = pool.settings(source, rows.parent, CHUNK, False)
+    with RayActorPool(lab.checkpoint_path(), actors=2, batch_size=2) as pool:
+        assert len(set(pool.process_ids())) == 2
+        run = pool.run_settings(source, rows.parent, CHUNK, False)
         filter_files(pool, source, Results(tmp_path / "out", run), CHUNK, kill_one)
-        after = pool.processes()
+        after = pool.process_ids()
     assert files(tmp_path / "out") == alone
     assert sum(seen) == ROWS
     assert killed[0] not in after
@@ -200,4 +201,4 @@ def test_the_command_with_ray_gives_the_same_files(cluster, rows, alone, tmp_pat
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'gazeguard\[ray\]'"):
-        RayPool(lab.checkpoint_path())
+        RayActorPool(lab.checkpoint_path())

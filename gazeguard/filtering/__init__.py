@@ -1,1 +1,1 @@
-"""TODO filtering."""
+"""Batch filtering of caption datasets: readers, the filter, the result folder, and Ray actors."""

@@ -1,251 +1,215 @@
-"""And a million times? `CaptionFilter`: columns of pictures and captions in, the same columns and a verdict per row out.
+"""Batch filter for caption datasets: columns of images and captions in, the same columns and a verdict per row out.
 
-keep = CaptionFilter("path/of/a/model", policy="mark")
-keep({"image": ["a.jpg"], "caption": ["A red star."]})["gaze_verdict"]   # a for-loop
-dataset.map(keep, batched=True, batch_size=256)                          # Hugging Face datasets
-ray_filter(ray_dataset, "path/of/a/model", actors=8, gpus=1)             # Ray Data; pictures as bytes, arrays or shared paths
+caption_filter = CaptionFilter(model="folder/or/hub-id", artifacts="folder/or/hub-id")
+caption_filter({"image": ["a.jpg"], "caption": ["A red star."]})["gaze_verdict"]   # in a loop
+dataset.map(caption_filter, batched=True, batch_size=256)                          # Hugging Face datasets
 
-One bad row never costs another. Whatever goes wrong with a row (no picture, no caption, no memory, no finite number, an error
-of the model) makes that row *unchecked*, with the reason; only a row whose picture the model has looked at can pass.
+One bad row never costs another. Whatever goes wrong with a row (no image, no caption, no memory, no finite number, an error of
+the model) makes that row *unchecked*, with the reason; only a row whose image the model has attended to can pass.
 
-Where it sits in a larger pipeline: behind whatever writes captions, since one forward pass per caption judges them all. The
-columns are the interface: what comes after it filters by ``gaze_verdict``. The lines above are tested; those below are not, as
-the libraries need GPUs or pin other versions of torch and transformers.
-
-Behind captions of vLLM in Ray Data, whose processor leaves the columns that it gets::
-
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-    config = vLLMEngineProcessorConfig(model_source="Qwen/Qwen3-VL-8B-Instruct")
-    write = build_processor(config, preprocess=..., postprocess=...)
-    told = ray_filter(write(ray.data.read_parquet("pictures/")), "folder/of/the/model", actors=8, gpus=1)
-    told.filter(expr="gaze_verdict == 'pass'").write_parquet("kept/")
-
-As a stage of NeMo Curator, in the environment of which this package is installed::
-
-    @dataclass
-    class GazeStage(ProcessingStage[ImageBatch, ImageBatch]):
-        resources: Resources = field(default_factory=lambda: Resources(gpus=1))
-
-        def setup(self, worker_metadata=None):
-            self.keep = CaptionFilter("folder/of/the/model")
-
-        def process(self, task):
-            own = task.data
-            made = self.keep({"image": [x.image_data for x in own], "caption": [x.metadata["caption"] for x in own]})
-            for i, x in enumerate(own):
-                x.metadata.update({name: made[name][i] for name in COLUMNS})
-            return task
-
-Data-Juicer pins transformers 4, with which this package does not run: filter first, in an environment of its own, and let its
-``general_field_filter`` read the column: ``filter_condition: "gaze_verdict == 'pass'"``.
+``docs/filter-recipes.md`` shows the filter in Ray Data, behind vLLM, in NeMo Curator and beside Data-Juicer.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from gazeguard import __version__
+from gazeguard.artifacts import DETECTOR_FILE, HEADS_FILE, find_file
 from gazeguard.errors import GazeGuardError, InputError
-from gazeguard.filtering.readers import Row, Slice, Source, identity, reason
+from gazeguard.filtering.batches import PendingRow, prefetch
+from gazeguard.filtering.columns import COLUMNS, report_columns
+from gazeguard.filtering.readers import Row, Source, fingerprint
 from gazeguard.guard import DEFAULT_PROMPT, GazeGuard, Prepared
+from gazeguard.loading import load
 from gazeguard.policy import Policy
 from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
-from gazeguard.vision.images import load_image
 from gazeguard.vision.inputs import has_pixels
 
-COLUMNS = (
-    "gaze_verdict", "gaze_reason", "gaze_risk", "gaze_phrases", "gaze_caption", "gaze_policy", "gaze_version"
-)  # fmt: skip
-AHEAD = 2  # batches that are made ready while the model works on another one; chunks that wait at a Ray actor
-MAX_REASON = 300  # characters that an error of the model may say
+MAX_REASON = 300  # characters of the model's own error in a reason
+
+OnRows = Callable[[int], object]  # is told how many more rows are done
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """A row on its way; ``caption`` is None where one is to be written."""
+def load_guard(
+    model: str | Path, *, artifacts: str | Path | None, device: str, dtype: str, device_map: Any = None, **options: Any
+) -> GazeGuard:
+    """Load a model and its artifacts, and put a guard around them."""
+    loaded = load(model, device=device, dtype=dtype, device_map=device_map)
+    if artifacts is not None:
+        files = {"heads": find_file(artifacts, HEADS_FILE), "detector": find_file(artifacts, DETECTOR_FILE)}
+        options = files | {name: value for name, value in options.items() if name not in files or value is not None}
+    return GazeGuard(*loaded, **options)
 
-    number: int
-    image: Any
-    caption: str | None
-    prompt: str
 
-
-class _Loaded(NamedTuple):
-    """A batch on its way: rows with their pictures, others with the reason why there is none in the picture's place, and the
-    first as the model reads them; None where that failed, or where captions are to be written.
-    """
-
-    rows: Sequence[_Row]
-    blank: Sequence[_Row]
-    prepared: Prepared | None
+def ignore_rows(_: int) -> None:
+    """Count nothing: the default of `OnRows`."""
 
 
 class CaptionFilter:
-    """Columns in, the same columns and `COLUMNS` out; with the same guard, policy and batches always the same.
+    """Judge batches of image-caption rows; with the same guard, policy and batches always with the same results.
 
-    guard:          a `GazeGuard`, or the folder or hub id of a model with its gaze heads and detector beside it
-    policy:         of the guard that is made for a model; a guard brings its own
-    batch_size:     rows that the model sees at once; neighbours in length, so that little is padded
-    workers:        threads that unpack pictures ahead of the model, at most `AHEAD` batches of them; one more encodes
-    prompt:         what every caption answers, unless the column ``prompt`` says so
-    max_new_tokens: of a caption that has to be written, where there is no column of captions; written greedily
-    image, caption: names of the columns that are read
-    device:         of a model that is loaded here; by default a GPU if there is one
-    options:        for `GazeGuard`, such as ``heads`` and ``detector``
+    Call it with a mapping of columns. An image is a path, the bytes of a file, a PIL image, an array (height, width, 3) uint8,
+    or the mapping ``{"bytes", "path"}`` that Hugging Face datasets keep. Without a column of captions, captions are written.
 
-    A picture is a path, the bytes of a file, a PIL image, an array (height, width, 3) uint8, or the mapping
-    ``{"bytes", "path"}`` that Hugging Face datasets keep. Columns of the same names are replaced.
+    Args:
+        guard: A `GazeGuard`; or leave it out and give ``model``.
+        model: Folder or hub id of a model to load.
+        artifacts: Folder or hub id of its gaze heads and detector; by default those in the model's folder.
+        device: Of the loaded model; "auto" takes the GPU if there is one.
+        dtype: Of its weights; "auto" takes the checkpoint's.
+        policy: For the loaded model; a guard has its own. By default "mark".
+        batch_size: Rows that the model sees at once, neighbours in length, so that little is padded.
+        workers: Threads that open images ahead of the model; one more encodes.
+        prompt: What every caption answers, unless the column ``prompt`` says so.
+        max_new_tokens: Of a caption that has to be written, greedily.
+        image: Name of the column of images.
+        caption: Name of the column of captions.
+        options: More for `GazeGuard.from_pretrained`, such as ``device_map``, ``heads`` and ``detector``.
+
+    Raises:
+        InputError: There is neither a guard nor a model, or both; a number is below 1.
     """
 
     def __init__(
         self,
-        guard: GazeGuard | str | Path,
-        policy: str | Path | Policy = "mark",
+        guard: GazeGuard | None = None,
+        *,
+        model: str | Path | None = None,
+        artifacts: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        policy: str | Path | Policy | None = None,
         batch_size: int = 16,
         workers: int = 2,
         prompt: str = DEFAULT_PROMPT,
         max_new_tokens: int = 256,
         image: str = "image",
         caption: str = "caption",
-        device: str | None = None,
         **options: Any,
     ) -> None:
         if batch_size < 1 or workers < 1 or max_new_tokens < 1:
-            raise InputError(
-                f"batch_size, workers and max_new_tokens are {batch_size}, {workers} and {max_new_tokens}. "
-                "Give each at least 1."
-            )
-        if not isinstance(guard, GazeGuard):
-            model = AutoModelForImageTextToText.from_pretrained(guard, trust_remote_code=False).eval()
-            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            guard = GazeGuard(model, AutoProcessor.from_pretrained(guard, trust_remote_code=False), policy=policy, **options)
+            numbers = f"{batch_size}, {workers} and {max_new_tokens}"
+            raise InputError(f"batch_size, workers and max_new_tokens are {numbers}. Give each at least 1.")
+        if guard is None:
+            if model is None:
+                raise InputError("There is neither a guard nor a model. Pass a GazeGuard, or model='folder or hub id'.")
+            guard = load_guard(model, artifacts=artifacts, device=device, dtype=dtype, policy=policy or "mark", **options)
+        elif not isinstance(guard, GazeGuard):
+            raise InputError(f"The guard is {guard!r}, expected a GazeGuard. Pass the folder or hub id of a model as model=...")
+        elif model is not None or artifacts is not None or policy is not None or options:
+            raise InputError("A guard has its own model, artifacts and policy. Pass the guard alone, or model=... without it.")
         self.guard, self.batch_size, self.workers, self.prompt = guard, batch_size, workers, prompt
         self.max_new_tokens, self.image, self.caption = max_new_tokens, image, caption
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch's columns, the captions that were written if there were none, and per row:
+        """Judge a batch.
 
-        gaze_verdict: "pass", "flag" or "unchecked"
-        gaze_reason:  why, for the last two; empty for pass
-        gaze_risk:    the highest risk of a phrase, in [0, 1]; None where no phrase was judged
-        gaze_phrases: for each claim ``text``, ``span`` [start, end) in characters of the caption, ``kind``, ``risk``,
-                      ``flagged``, and ``box``, the gazed region, [x0, y0, x1, y1] in pixels of the upright picture, or None
-        gaze_caption: what the policy lets through: the caption, or what is left of it, or ""
-        gaze_policy:  name of the policy
-        gaze_version: of GazeGuard
+        Args:
+            batch: Columns by name: images, and perhaps captions and ``prompt``; others are passed on.
 
-        Raises `InputError` only for columns that are missing or not of one length.
+        Returns:
+            The same columns, the captions that were written if there were none, and the result columns: ``gaze_verdict``,
+            ``gaze_reason``, ``gaze_risk``, ``gaze_phrases``, ``gaze_caption``, ``gaze_policy`` and ``gaze_version``, as
+            `gazeguard.filtering.columns.report_columns` describes them. Columns of the same names are replaced.
+
+        Raises:
+            InputError: There is no column of images, or columns are not of one length. Nothing else raises.
         """
         if self.image not in batch:
             raise InputError(f"The batch has no column {self.image!r}, only {', '.join(map(repr, batch))}. Pass image=NAME.")
         images = list(batch[self.image])
         captions, prompts = (list(batch[name]) if name in batch else None for name in (self.caption, "prompt"))
         if any(column is not None and len(column) != len(images) for column in (captions, prompts)):
-            raise InputError("The columns of the batch are not of one length. Pass one caption and one prompt per picture.")
-        made = self.judge(images, captions, prompts)
+            raise InputError("The columns of the batch are not of one length. Pass one caption and one prompt per image.")
+        results = self.judge(images, captions, prompts)
         added = COLUMNS if captions is not None else (self.caption, *COLUMNS)
-        return {**batch, **{name: [row[name] for row in made] for name in added}}
+        return {**batch, **{name: [row[name] for row in results] for name in added}}
 
     def judge(
         self,
         images: Sequence[Any],
         captions: Sequence[Any] | None,
         prompts: Sequence[Any] | None = None,
-        tick: Callable[[int], object] = lambda rows: None,
+        on_rows: OnRows = ignore_rows,
     ) -> list[dict[str, Any]]:
-        """What `__call__` adds, one mapping per row; ``captions`` None: they are written. ``tick`` hears of rows done."""
-        made: dict[int, dict[str, Any]] = {}
-
-        def put(number: int, report: Report) -> None:  # without its trace, which is large
-            made[number] = ({self.caption: report.caption} if captions is None else {}) | columns(report)
-
-        self._judge(images, captions, prompts, tick, put)
-        return [made[number] for number in range(len(images))]
+        """Return what a call adds to each row; ``captions`` None: they are written."""
+        results: dict[int, dict[str, Any]] = {}
+        for number, report in self.iter_reports(images, captions, prompts):
+            written = {self.caption: report.caption} if captions is None else {}
+            results[number] = written | report_columns(report)  # without the trace, which is large
+            on_rows(1)
+        return [results[number] for number in range(len(images))]
 
     def reports(
-        self,
-        images: Sequence[Any],
-        captions: Sequence[Any] | None,
-        prompts: Sequence[Any] | None = None,
-        tick: Callable[[int], object] = lambda rows: None,
+        self, images: Sequence[Any], captions: Sequence[Any] | None, prompts: Sequence[Any] | None = None
     ) -> list[Report]:
-        """The whole report on each row, with its gaze, which takes more room than what `judge` makes of it."""
-        made: dict[int, Report] = {}
-        self._judge(images, captions, prompts, tick, made.__setitem__)
-        return [made[number] for number in range(len(images))]
+        """Return the whole report on each row, with its trace, which takes more memory than what `judge` keeps of it."""
+        results = dict(self.iter_reports(images, captions, prompts))
+        return [results[number] for number in range(len(images))]
 
-    def _judge(
-        self,
-        images: Sequence[Any],
-        captions: Sequence[Any] | None,
-        prompts: Sequence[Any] | None,
-        tick: Callable[[int], object],
-        put: Callable[[int, Report], None],
-    ) -> None:
-        """Give ``put`` the number of each row and the report on it, a batch at a time."""
-        rows: list[_Row] = []
+    def iter_reports(
+        self, images: Sequence[Any], captions: Sequence[Any] | None, prompts: Sequence[Any] | None = None
+    ) -> Iterator[tuple[int, Report]]:
+        """Iterate over the number of each row and the report on it, as the batches are judged, not in the order of the rows."""
+        rows: list[PendingRow] = []
         for number, image in enumerate(images):
-            told = None if captions is None else captions[number]
-            asked = None if prompts is None else prompts[number]
-            if captions is not None and not (isinstance(told, str) and told.strip()):
-                text, why = (told, "the caption is empty") if isinstance(told, str) else ("", "there is no caption")
-                put(number, self.guard.unchecked(text, why))
+            caption = None if captions is None else captions[number]
+            prompt = None if prompts is None else prompts[number]
+            if captions is None or (isinstance(caption, str) and caption.strip()):
+                rows.append(PendingRow(number, image, caption, self.prompt if prompt is None else str(prompt)))
+            elif isinstance(caption, str):
+                yield number, self.guard.unchecked(caption, "the caption is empty")
             else:
-                rows.append(_Row(number, image, told, self.prompt if asked is None else str(asked)))
-        tick(len(images) - len(rows))
-        rows.sort(key=lambda row: len(row.caption or ""))  # stable: the order never depends on anything else
-        groups = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
-        for loaded, blank, prepared in self._loaded(groups):
-            for row in blank:
-                put(row.number, self.guard.unchecked(row.caption or "", row.image))
-            for row, report in zip(loaded, self._judged(loaded, prepared), strict=True):
-                put(row.number, report)
-            tick(len(loaded) + len(blank))
+                yield number, self.guard.unchecked("", "there is no caption")
+        rows.sort(key=lambda row: len(row.caption or ""))  # stable: the order depends on nothing else
+        groups = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        for batch in prefetch(groups, self._prepare, self.workers):
+            for row, reason in batch.refused:
+                yield row.number, self.guard.unchecked(row.caption or "", reason)
+            for row, report in zip(batch.rows, self._judge_rows(batch.rows, batch.prepared), strict=True):
+                yield row.number, report
 
-    def rows(
-        self, rows: Sequence[Row], captioned: bool, tick: Callable[[int], object] = lambda rows: None
-    ) -> list[dict[str, Any]]:
-        """`judge` for the rows of a file: what each repeats of its own, and what is said of it."""
-        good = [row for row in rows if not row.wrong]
-        captions = [row.caption for row in good] if captioned else None
-        judged = iter(self.judge([row.image for row in good], captions, [row.prompt for row in good], tick))
-        made = []
+    def filter_rows(self, rows: Sequence[Row], has_captions: bool, on_rows: OnRows = ignore_rows) -> list[dict[str, Any]]:
+        """Return the results of rows of a dataset: the fields of each, and what `judge` says of it."""
+        good = [row for row in rows if not row.error]
+        captions = [row.caption for row in good] if has_captions else None
+        judged = iter(self.judge([row.image for row in good], captions, [row.prompt for row in good], on_rows))
+        results = []
         for row in rows:
-            if row.wrong:
-                tick(1)
-                report = self.guard.unchecked(row.caption if isinstance(row.caption, str) else "", row.wrong)
-                told = ({} if captioned else {self.caption: ""}) | columns(report)
+            if row.error:
+                on_rows(1)
+                report = self.guard.unchecked(row.caption if isinstance(row.caption, str) else "", row.error)
+                result = ({} if has_captions else {self.caption: ""}) | report_columns(report)
             else:
-                told = next(judged)
-            made.append({**row.own, **told})
-        return made
+                result = next(judged)
+            results.append({**row.fields, **result})
+        return results
 
-    def settings(self, source: Source, root: str | Path, chunk: int, label_only: bool) -> dict[str, str]:
-        """Everything that results depend on, by name: a run that was broken off goes on only where all of it is the same."""
+    def filter_chunks(
+        self, chunks: Iterable[Sequence[Row]], has_captions: bool, on_rows: OnRows
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Iterate over the results of `filter_rows` for each chunk of rows."""
+        return (self.filter_rows(chunk, has_captions, on_rows) for chunk in chunks)
+
+    def run_settings(self, source: Source, root: str | Path, chunk: int, label_only: bool) -> dict[str, str]:
+        """Return all that results depend on, by name: an interrupted run goes on only where all of it is the same."""
         guard = self.guard
-        told = {
-            "input": identity(source, Path(root)),
+        settings = {
+            "input": fingerprint(source, Path(root)),
             "model": guard.heads.model,
             "gaze heads": _digest(guard.heads.model_dump_json()),
             "detector": "none" if guard.detector is None else _digest(guard.detector.model_dump_json()),
             "policy": guard.policy.model_dump_json(),
             "prompt": self.prompt,
-            "task": f"check with {self.caption}" if source.captioned else f"write at most {self.max_new_tokens} tokens",
+            "task": f"check with {self.caption}" if source.has_captions else f"write at most {self.max_new_tokens} tokens",
             "image column": self.image,
             "batch size": self.batch_size,
             "chunk": chunk,
@@ -254,129 +218,54 @@ class CaptionFilter:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        return {name: str(value) for name, value in told.items()}
+        return {name: str(value) for name, value in settings.items()}
 
-    def chunks(
-        self, batches: Iterable[Sequence[Row]], captioned: bool, tick: Callable[[int], object]
-    ) -> Iterator[list[dict[str, Any]]]:
-        """`rows` for one batch after the other."""
-        return (self.rows(batch, captioned, tick) for batch in batches)
+    def _prepare(self, rows: Sequence[PendingRow]) -> Prepared:
+        return self.guard.prepare(
+            [row.image for row in rows], [row.caption or "" for row in rows], [row.prompt for row in rows]
+        )
 
-    def _loaded(self, groups: Sequence[Sequence[_Row]]) -> Iterator[_Loaded]:
-        """The groups in their order, as they become ready."""
-        pool, encoder = ThreadPoolExecutor(self.workers), ThreadPoolExecutor(1)
-        try:
-            ahead: deque[Future[_Loaded]] = deque()
-            for group in groups:
-                pictures = [pool.submit(picture_of, row.image) for row in group]
-                ahead.append(encoder.submit(self._ready, group, pictures))
-                if len(ahead) > AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for threads in (pool, encoder):  # one that waits for a picture gets none
-                threads.shutdown(cancel_futures=True)
-
-    def _ready(self, group: Sequence[_Row], pictures: Sequence[Future[Image.Image | str]]) -> _Loaded:
-        rows = [replace(row, image=picture.result()) for row, picture in zip(group, pictures, strict=True)]
-        seen = [row for row in rows if isinstance(row.image, Image.Image)]
-        prepared = None
-        if seen and seen[0].caption is not None:
-            with suppress(Exception):  # `_judged` meets it again
-                prepared = self._prepared(seen)
-        return _Loaded(seen, [row for row in rows if not isinstance(row.image, Image.Image)], prepared)
-
-    def _judged(self, rows: Sequence[_Row], prepared: Prepared | None = None) -> list[Report]:
+    def _judge_rows(self, rows: Sequence[PendingRow], prepared: Prepared | None = None) -> list[Report]:
         """A report per row. A batch that fails is halved until only the rows that fail alone are left, *unchecked*."""
         if not rows:
             return []
         try:
             if rows[0].caption is None:
-                return self._written(rows)
-            return self.guard.check_prepared(prepared or self._prepared(rows))
+                return self._write_captions(rows)
+            return self.guard.check_prepared(prepared or self._prepare(rows))
         except Exception as error:
-            why = explain(error)
+            reason = explain_failure(error)
         # Out here the error is gone, and with its traceback the tensors of the batch that failed.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(rows) == 1:
-            return [self.guard.unchecked(rows[0].caption or "", why)]
+            return [self.guard.unchecked(rows[0].caption or "", reason)]
         half = len(rows) // 2
-        return self._judged(rows[:half]) + self._judged(rows[half:])
+        return self._judge_rows(rows[:half]) + self._judge_rows(rows[half:])
 
-    def _prepared(self, rows: Sequence[_Row]) -> Prepared:
-        return self.guard.prepare(
-            [row.image for row in rows], [row.caption or "" for row in rows], [row.prompt for row in rows]
-        )
-
-    def _written(self, rows: Sequence[_Row]) -> list[Report]:
-        guard, pictures = self.guard, [row.image for row in rows]
-        inputs = encode(guard.model, guard.processor, pictures, [row.prompt for row in rows]).inputs
+    def _write_captions(self, rows: Sequence[PendingRow]) -> list[Report]:
+        guard, images = self.guard, [row.image for row in rows]
+        inputs = encode(guard.model, guard.processor, images, [row.prompt for row in rows]).inputs
         if not has_pixels(inputs):
-            raise InputError("The picture did not reach the model: the processor made no pixels. Use the model's own one.")
+            raise InputError("The image did not reach the model: the processor made no pixels. Use the model's own processor.")
         guard.generate(
             **inputs,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             num_return_sequences=1,
-            picture_sizes=[[picture.size] for picture in pictures],
+            picture_sizes=[[image.size] for image in images],
         )
         return guard.reports
 
 
-def columns(report: Report) -> dict[str, Any]:
-    """`COLUMNS` of one report, as values that JSON and Arrow can hold."""
-    phrases = [
-        {
-            "text": finding.claim.text,
-            "span": [finding.claim.start, finding.claim.end],
-            "kind": str(finding.claim.kind),
-            "risk": round(float(finding.risk), 6),
-            "flagged": bool(finding.flagged),
-            "box": None if finding.box is None else [round(float(edge), 2) for edge in finding.box],
-        }
-        for finding in report.findings
-    ]
-    values = (
-        str(report.verdict),
-        report.reason,
-        max((phrase["risk"] for phrase in phrases), default=None),
-        phrases,
-        report.filtered_caption,
-        report.policy,
-        report.version,
-    )
-    return dict(zip(COLUMNS, values, strict=True))
-
-
-def picture_of(source: Any) -> Image.Image | str:
-    """The picture that a row's image column means, upright RGB; or the reason why there is none, without its path."""
-    name = str(source) if isinstance(source, (str, Path)) else None
-    try:
-        if isinstance(source, Mapping):  # as Hugging Face datasets keep pictures
-            source = source.get("bytes") or source.get("path")
-        if isinstance(source, Slice):
-            source = source.read()
-        if isinstance(source, np.ndarray):
-            source = Image.fromarray(source)
-        if source is None or (isinstance(source, float) and math.isnan(source)):  # how pandas says None
-            return "there is no picture"
-        return load_image(source)
-    except InputError as error:
-        return str(error).replace(name, "the picture") if name else str(error).replace("the given picture", "the picture")
-    except Exception as error:  # of arrays that are no pictures, and of storage
-        return f"the picture cannot be read: {reason(error)}"
-
-
-def explain(error: Exception) -> str:
-    """Why a row is unchecked, in one line that is the same each time: no addresses, no amounts of memory."""
+def explain_failure(error: Exception) -> str:
+    """Return why a row is unchecked, in one line that is the same each time: no addresses, no amounts of memory."""
     if isinstance(error, GazeGuardError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "out of memory, even for this row alone"
-    said = next(iter(str(error).strip().splitlines()), "")[:MAX_REASON]
-    return f"the model raised {type(error).__name__}: {said}" if said else f"the model raised {type(error).__name__}"
+    message = next(iter(str(error).strip().splitlines()), "")[:MAX_REASON]
+    return f"the model raised {type(error).__name__}" + (f": {message}" if message else "")
 
 
 def _digest(text: str) -> str:

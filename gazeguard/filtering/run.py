@@ -1,61 +1,126 @@
-"""TODO filtering.run."""
+"""Filter run: a loop over the chunks of a dataset that saves each, shows its progress, and goes on after an interruption."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from gazeguard.errors import InputError
-from gazeguard.filtering.caption_filter import AHEAD, CaptionFilter, picture_of
-from gazeguard.filtering.ray import RayPool
+from gazeguard.filtering.batches import PREFETCHED, open_image
+from gazeguard.filtering.caption_filter import CaptionFilter, OnRows, ignore_rows
+from gazeguard.filtering.ray import RayActorPool
 from gazeguard.filtering.readers import Row, Source
 from gazeguard.filtering.writer import Results
 from gazeguard.replay.page import Entry
 
 
-def replay(keep: CaptionFilter, source: Source, passed: bool = True) -> Iterator[Entry]:
-    """The rows of an input in their order, judged, as entries of a replay page; without ``passed`` only what did not pass."""
-    numbered = enumerate(source.rows(), 1)
-    while rows := list(islice(numbered, keep.batch_size * AHEAD)):
-        good = [row for _, row in rows if not row.wrong]
-        captions = [row.caption for row in good] if source.captioned else None
-        reports = iter(keep.reports([row.image for row in good], captions, [row.prompt for row in good]))
-        for number, row in rows:
-            told = row.caption if isinstance(row.caption, str) else ""
-            report = keep.guard.unchecked(told, row.wrong) if row.wrong else next(reports)
-            if passed or report.verdict != "pass":
-                picture = picture_of(row.image)
-                name = row.own.get(keep.image) or row.own.get("key") or f"row {number}"
-                yield Entry(str(name), picture if isinstance(picture, Image.Image) else None, report)
-
-
 def filter_files(
-    keep: CaptionFilter | RayPool,
+    caption_filter: CaptionFilter | RayActorPool,
     source: Source,
     results: Results,
     chunk: int,
-    tick: Callable[[int], object] = lambda rows: None,
+    on_rows: OnRows = ignore_rows,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Judge every row of ``source`` that has no result yet, and put the results together; what ``summary.json`` says.
+    """Judge every row of a dataset that has no result yet, and put the results together.
 
-    chunk: rows between two savings; whatever kills the run costs at most so many. ``tick`` hears of rows done here.
-    Raises `InputError` when the input or a folder of other results cannot be used, `OutputError` when writing fails.
+    Args:
+        caption_filter: Judges the rows.
+        source: The dataset.
+        results: The folder of the results.
+        chunk: Rows between two savings: whatever kills the run costs at most so many.
+        on_rows: Is told how many more rows are done.
+        progress: Show a bar with rate and remaining time on stderr.
+
+    Returns:
+        What ``summary.json`` says.
+
+    Raises:
+        InputError: The input, or a folder of other results, cannot be used.
+        OutputError: Nothing can be written.
     """
-    with results.opened():
+    total = source.count() if progress else 0
+    with results.open():
         if not results.finished():
-            first = results.done()
-            rows = source.rows(first * chunk)
-            batches = iter(lambda: _next(rows, chunk), [])
-            for number, made in enumerate(keep.chunks(batches, source.captioned, tick), first):
-                results.save(number, made)
+            first = results.finished_chunks()
+            with show_progress("filtering", total, min(total, first * chunk), disable=not progress) as advance:
+
+                def count(rows: int) -> None:
+                    advance(rows)
+                    on_rows(rows)
+
+                chunks = _chunks(source.rows(first * chunk), chunk)
+                for number, rows in enumerate(caption_filter.filter_chunks(chunks, source.has_captions, count), first):
+                    results.save(number, rows)
         return results.finish(source)
 
 
-def _next(rows: Iterator[Row], count: int) -> list[Row]:
-    try:
-        return list(islice(rows, count))
-    except (OSError, ValueError) as error:  # Arrow's own are of both kinds
-        raise InputError(f"The input cannot be read on: {error}. Rows before are kept; repair it and start anew.") from error
+def replay_entries(caption_filter: CaptionFilter, source: Source, include_passed: bool = True) -> Iterator[Entry]:
+    """Iterate over the rows of a dataset in their order, judged, as entries of a replay page.
+
+    Args:
+        caption_filter: Judges the rows.
+        source: The dataset.
+        include_passed: Whether captions that passed are among them.
+    """
+    numbered = enumerate(source.rows(), 1)
+    while rows := list(islice(numbered, caption_filter.batch_size * PREFETCHED)):
+        good = [row for _, row in rows if not row.error]
+        captions = [row.caption for row in good] if source.has_captions else None
+        reports = iter(caption_filter.reports([row.image for row in good], captions, [row.prompt for row in good]))
+        for number, row in rows:
+            caption = row.caption if isinstance(row.caption, str) else ""
+            report = caption_filter.guard.unchecked(caption, row.error) if row.error else next(reports)
+            if include_passed or report.verdict != "pass":
+                image = open_image(row.image)
+                name = row.fields.get(caption_filter.image) or row.fields.get("key") or f"row {number}"
+                yield Entry(str(name), image if isinstance(image, Image.Image) else None, report)
+
+
+class _Rate(ProgressColumn):
+    """Rows per second, of this run alone."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f} rows/s", style="progress.data.speed")
+
+
+@contextmanager
+def show_progress(
+    description: str, total: int, completed: int = 0, *, disable: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar with rate and remaining time on stderr.
+
+    Args:
+        description: What is done.
+        total: How many rows there are.
+        completed: How many of them an earlier run has done.
+        disable: Show nothing.
+
+    Yields:
+        A function that is told how many more rows are done.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=disable) as bar:
+        task = bar.add_task(description, total=total, completed=completed)
+        yield lambda rows: bar.advance(task, rows)
+
+
+def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    """The rows, so many at a time."""
+    while True:
+        try:
+            chunk = list(islice(rows, size))
+        except (OSError, ValueError) as error:  # Arrow's own are of both kinds
+            raise InputError(
+                f"The input cannot be read on: {error}. Rows before are kept; repair it and start anew."
+            ) from error
+        if not chunk:
+            return
+        yield chunk

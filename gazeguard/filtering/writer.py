@@ -1,4 +1,4 @@
-"""Where do verdicts go? A folder of results that no kill can spoil: each row once, in the order of the input.
+"""Result folder of a filter run, which no kill can spoil: each row once, in the order of the input.
 
 Rows go in numbered chunks. A chunk's results are a file of their own in ``OUT/parts``, written beside its place, synced and
 then renamed into it, so that it is there as a whole or not at all. A run that was killed finds the finished chunks and goes on
@@ -12,32 +12,69 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from gazeguard.errors import InputError, OutputError
-from gazeguard.filtering.readers import Source, Table, arrow, reason
+from gazeguard.filtering.columns import append_columns
+from gazeguard.filtering.readers import ParquetTable, Source, describe_error, import_pyarrow
 
 try:
     import fcntl
 except ImportError:  # Windows: there two runs into one folder are not kept apart
     fcntl = None
 
-PLACES = {"pass": "kept", "flag": "flagged", "unchecked": "excluded"}
-LABELLED = "labelled"
+FILE_NAMES = {"pass": "kept", "flag": "flagged", "unchecked": "excluded"}  # of each verdict
+LABELLED = "labelled"  # the name of the only file with label_only
 TABLE_ROWS = 1024  # of a parquet file that are in memory at once
+
+
+class _Result(NamedTuple):
+    """One row of the results: its values, and the line of JSON that they stand in."""
+
+    values: dict[str, Any]
+    line: bytes
+
+    @property
+    def verdict(self) -> str:
+        return self.values["gaze_verdict"]
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What the summary counts."""
+
+    verdicts: Counter[str] = field(default_factory=Counter)
+    phrases: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, Counter[str]] = field(default_factory=lambda: {verdict: Counter() for verdict in FILE_NAMES})
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.verdicts[row["gaze_verdict"]] += 1
+        if row["gaze_reason"]:
+            self.reasons[row["gaze_verdict"]][reason_category(row["gaze_reason"])] += 1
+        self.phrases.update(phrase["kind"] for phrase in row["gaze_phrases"] if phrase["flagged"])
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "rows": self.verdicts.total(),
+            **{name: self.verdicts[verdict] for verdict, name in FILE_NAMES.items()},
+            "reasons": {verdict: dict(sorted(reasons.items())) for verdict, reasons in self.reasons.items() if reasons},
+            "flagged_phrases": dict(sorted(self.phrases.items())),
+        }
 
 
 @dataclass(frozen=True)
 class Results:
     """The folder of one run, and its finished chunks.
 
-    run:        what made the results, name -> short text; a folder that holds the results of anything else is refused
-    label_only: every row into one file, in order, instead of one file per verdict
+    Attributes:
+        folder: Where the results go.
+        run: What makes the results, name -> short text; a folder with the results of anything else is refused.
+        label_only: Every row into one file, in order, instead of one file per verdict.
     """
 
     folder: Path
@@ -46,18 +83,21 @@ class Results:
 
     @property
     def parts(self) -> Path:
+        """The folder of finished chunks."""
         return self.folder / "parts"
 
     @property
     def summary(self) -> Path:
+        """The summary, which a finished run has."""
         return self.folder / "summary.json"
 
     @contextmanager
-    def opened(self) -> Iterator[Results]:
+    def open(self) -> Iterator[Results]:
         """Make the folder, or find in it what an earlier run of the same kind left.
 
-        Raises `InputError` for a folder with anything else in it, and while another run writes there; `OutputError` when
-        nothing can be written there.
+        Raises:
+            InputError: The folder has anything else in it, or another run is writing there.
+            OutputError: Nothing can be written there.
         """
         with ExitStack() as stack:
             with _writing(self.folder):
@@ -65,9 +105,9 @@ class Results:
             yield self
 
     def _prepare(self, stack: ExitStack) -> None:
-        found = next((path for path in (self.summary, self.parts / "run.json") if path.is_file()), None)
-        if found is not None:
-            self._compare(found)
+        earlier = next((path for path in (self.summary, self.parts / "run.json") if path.is_file()), None)
+        if earlier is not None:
+            self._compare(earlier)
         elif self.folder.is_dir() and any(path.name != "parts" for path in self.folder.iterdir()):
             raise InputError(f"{self.folder} is not empty, and what is in it is no run to go on with. Choose another folder.")
         if self.finished():
@@ -79,140 +119,112 @@ class Results:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"Another run is writing into {self.folder}. Wait for it, or stop it.") from error
-        if found is None:
-            replace(self.parts / "run.json", json.dumps(self.run, indent=1).encode())
+        if earlier is None:
+            replace_file(self.parts / "run.json", json.dumps(self.run, indent=1).encode())
 
-    def _compare(self, found: Path) -> None:
+    def _compare(self, earlier: Path) -> None:
         try:
-            told = json.loads(found.read_bytes())
-            told = told["run"] if found == self.summary else told
-            other = sorted(name for name in {*told, *self.run} if told.get(name) != self.run.get(name))
+            run = json.loads(earlier.read_bytes())
+            run = run["run"] if earlier == self.summary else run
+            different = sorted(name for name in {*run, *self.run} if run.get(name) != self.run.get(name))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{found} is not what a run writes. Choose another folder, or remove {self.folder}.") from error
-        if other:
+            raise InputError(f"{earlier} is not what a run writes. Choose another folder, or remove {self.folder}.") from error
+        if different:
             raise InputError(
-                f"{self.folder} holds a run with another {', another '.join(other)}, which cannot go on as this one. "
+                f"{self.folder} holds a run with another {', another '.join(different)}, which cannot go on as this one. "
                 "Give the same input and settings, choose another folder, or remove it."
             )
 
     def finished(self) -> bool:
-        """Whether the results are complete."""
+        """Return whether the results are complete."""
         return self.summary.is_file()
 
-    def done(self) -> int:
-        """How many chunks are finished, counted from the first."""
+    def finished_chunks(self) -> int:
+        """Return how many chunks are finished, counted from the first."""
         number = 0
         while self.part(number).is_file():
             number += 1
         return number
 
     def part(self, number: int) -> Path:
+        """Return the file of a chunk."""
         return self.parts / f"{number:08}.jsonl"
 
     def save(self, number: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write a chunk. Raises `OutputError`, and leaves nothing half written under its name."""
+        """Write a chunk as a whole. Raises `OutputError`, and leaves nothing half written under its name."""
         with _writing(self.folder):
-            replace(self.part(number), b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows))
+            replace_file(self.part(number), b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows))
 
     def finish(self, source: Source) -> dict[str, Any]:
-        """Put the chunks together, write the summary, remove the parts; what the summary says. Safe to be killed in, too."""
+        """Put the chunks together, write the summary, and remove the parts. Safe to be killed in, too.
+
+        Args:
+            source: The dataset; the results of a table are tables, with all of its columns.
+
+        Returns:
+            What ``summary.json`` says.
+        """
         if self.finished():
             shutil.rmtree(self.parts, ignore_errors=True)
             return json.loads(self.summary.read_bytes())
-        places = [LABELLED] if self.label_only else list(PLACES.values())
-        suffix = ".parquet" if isinstance(source, Table) else ".jsonl"
-        counts, phrases, reasons = Counter(), Counter(), {verdict: Counter() for verdict in PLACES}
+        suffix = ".parquet" if isinstance(source, ParquetTable) else ".jsonl"
+        paths = {name: self.folder / f"{name}{suffix}" for name in ([LABELLED] if self.label_only else FILE_NAMES.values())}
+        counts = _Counts()
         with _writing(self.folder), ExitStack() as stack:
-            paths = {place: self.folder / f"{place}{suffix}" for place in places}
-            files = {place: stack.enter_context(_beside(path)) for place, path in paths.items()}
-            lines = self._lines(counts, phrases, reasons)
-            if isinstance(source, Table):
-                _fill_tables(source, files, lines)
+            files = {name: stack.enter_context(_replacing(path)) for name, path in paths.items()}
+            results = self._results(counts)
+            if isinstance(source, ParquetTable):
+                _write_tables(source, files, results)
             else:
-                for verdict, line, _ in lines:
-                    files[self._place(verdict)].write(line)
+                for result in results:
+                    files[LABELLED if self.label_only else FILE_NAMES[result.verdict]].write(result.line)
             stack.close()
-            told = {
-                "rows": counts.total(),
-                **{place: counts[verdict] for verdict, place in PLACES.items()},
-                "reasons": {verdict: dict(sorted(found.items())) for verdict, found in reasons.items() if found},
-                "flagged_phrases": dict(sorted(phrases.items())),
-                "files": [path.name for path in paths.values()],
-                "run": self.run,
-            }
-            replace(self.summary, json.dumps(told, indent=1).encode() + b"\n")
+            summary = {**counts.summary(), "files": [path.name for path in paths.values()], "run": self.run}
+            replace_file(self.summary, json.dumps(summary, indent=1).encode() + b"\n")
         shutil.rmtree(self.parts, ignore_errors=True)
-        return told
+        return summary
 
-    def _place(self, verdict: str) -> str:
-        return LABELLED if self.label_only else PLACES[verdict]
-
-    def _lines(
-        self, counts: Counter[str], phrases: Counter[str], reasons: dict[str, Counter[str]]
-    ) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-        """Every line of every part with its verdict and its values, counted."""
-        for number in range(self.done()):
+    def _results(self, counts: _Counts) -> Iterator[_Result]:
+        """Every row of every chunk, counted."""
+        for number in range(self.finished_chunks()):
             with self.part(number).open("rb") as part:
                 for line in part:
-                    row = json.loads(line)
-                    counts[row["gaze_verdict"]] += 1
-                    if row["gaze_reason"]:
-                        reasons[row["gaze_verdict"]][kind_of(row["gaze_reason"])] += 1
-                    phrases.update(phrase["kind"] for phrase in row["gaze_phrases"] if phrase["flagged"])
-                    yield row["gaze_verdict"], line, row
+                    result = _Result(json.loads(line), line)
+                    counts.add(result.values)
+                    yield result
 
 
-def _fill_tables(source: Table, files: Mapping[str, IO[bytes]], lines: Iterator[tuple[str, bytes, dict[str, Any]]]) -> None:
-    """Write the rows of a table, each followed by its verdict, to the file of its verdict, or all to the only file."""
-    pa = arrow()
+def _write_tables(source: ParquetTable, files: Mapping[str, IO[bytes]], results: Iterator[_Result]) -> None:
+    """Write the rows of a table, each followed by its results, to the file of its verdict, or all to the only file."""
+    pa = import_pyarrow()
     writers: dict[str, Any] = {}
     with ExitStack() as stack:
-        for batch in source.batches(1024):
-            told = [(verdict, row) for verdict, _, row in islice(lines, batch.num_rows)]
-            added = {name: [row[name] for _, row in told] for name in told[0][1]}
-            table = labelled(pa.Table.from_batches([batch]), added)
+        for batch in source.batches(TABLE_ROWS):
+            rows = list(islice(results, batch.num_rows))
+            added = {name: [row.values[name] for row in rows] for name in rows[0].values}
+            table = append_columns(pa.Table.from_batches([batch]), added)
             table = table.replace_schema_metadata(None)  # datasets' own describes the columns before
-            for place, file in files.items():
-                if place not in writers:
-                    writers[place] = stack.enter_context(pa.parquet.ParquetWriter(file, table.schema))
-                mask = pa.array([place == LABELLED or PLACES[verdict] == place for verdict, _ in told])
+            for name, file in files.items():
+                if name not in writers:
+                    writers[name] = stack.enter_context(pa.parquet.ParquetWriter(file, table.schema))
+                mask = pa.array([name in (LABELLED, FILE_NAMES[row.verdict]) for row in rows])
                 if (chosen := table.filter(mask)).num_rows:
-                    writers[place].write_table(chosen)
+                    writers[name].write_table(chosen)
 
 
-def labelled(table: Any, added: Mapping[str, Sequence[Any]]) -> Any:
-    """An Arrow table with columns of verdicts behind its own, in place of those of the same names. Their types are fixed."""
-    pa = arrow()
-    phrase = pa.struct(
-        {
-            "text": pa.string(),
-            "span": pa.list_(pa.int64()),
-            "kind": pa.string(),
-            "risk": pa.float64(),
-            "flagged": pa.bool_(),
-            "box": pa.list_(pa.float64()),
-        }
-    )
-    types = {"gaze_risk": pa.float64(), "gaze_phrases": pa.list_(phrase)}
-    table = table.drop_columns([name for name in added if name in table.column_names])
-    for name, values in added.items():
-        table = table.append_column(name, pa.array(values, types.get(name, pa.string())))
-    return table
+def reason_category(reason: str) -> str:
+    """Return a reason without what is particular to its row, so that reasons can be counted."""
+    return re.sub(r"\d+", "N", re.split(r": | \(", reason, maxsplit=1)[0])
 
 
-def kind_of(said: str) -> str:
-    """A reason without what is particular to its row, so that reasons can be counted."""
-    return re.sub(r"\d+", "N", re.split(r": | \(", said, maxsplit=1)[0])
-
-
-def replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write a file that is there as a whole or not at all, also when the power fails."""
-    with _beside(path) as file:
+    with _replacing(path) as file:
         file.write(data)
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[IO[bytes]]:
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of ``path`` at the end, unless something is raised."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -238,6 +250,6 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"{folder} cannot be written: {reason(error)}. Finished chunks are kept: put this right, and give the same "
+            f"{folder} cannot be written: {describe_error(error)}. Finished chunks are kept: put this right, and give the same "
             "command again."
         ) from error

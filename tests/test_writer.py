@@ -1,4 +1,4 @@
-"""Is every row in the results once, whatever happens on the way? Kills, full disks, and folders of something else."""
+"""Result folder of a filter run: every row once, whatever happens on the way: kills, full disks, folders of something else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 import warnings
 from pathlib import Path
 
@@ -21,10 +20,11 @@ from typer.testing import CliRunner
 from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.errors import InputError, OutputError
-from gazeguard.filtering.caption_filter import COLUMNS, CaptionFilter
-from gazeguard.filtering.readers import open_input
+from gazeguard.filtering.caption_filter import CaptionFilter
+from gazeguard.filtering.columns import COLUMNS
+from gazeguard.filtering.readers import open_source
 from gazeguard.filtering.run import filter_files
-from gazeguard.filtering.writer import Results, kind_of
+from gazeguard.filtering.writer import Results, reason_category
 from gazeguard.guard import GazeGuard
 
 run = CliRunner().invoke
@@ -33,22 +33,22 @@ ROWS = 26
 
 
 @pytest.fixture(scope="module")
-def keep(lab_vlm):
+def caption_filter(lab_vlm):
     return CaptionFilter(GazeGuard(*lab_vlm), batch_size=2)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """A JSONL file of lab captions, one in five false, one in five without its picture."""
+    """A JSONL file of lab captions, one in five false, one in five without its image."""
     folder = tmp_path_factory.mktemp("rows")
     with (folder / "rows.jsonl").open("w") as file:
         for i, sample in enumerate(lab.samples("test", ROWS, seed=7)):
             sample.image.save(folder / f"{i}.png")
             thing = sample.drawing.objects[0]
             there = f"There is a {thing.colour} {thing.noun}."
-            told = "There is a pink castle and a green skull." if i % 5 == 3 else there
+            caption = "There is a pink castle and a green skull." if i % 5 == 3 else there
             image = f"{i}.png" if i % 5 else f"gone-{i}.png"
-            file.write(json.dumps({"id": i, "image": image, "caption": told, "prompt": sample.prompt}) + "\n")
+            file.write(json.dumps({"id": i, "image": image, "caption": caption, "prompt": sample.prompt}) + "\n")
     return folder / "rows.jsonl"
 
 
@@ -60,35 +60,37 @@ def empty_rows(tmp_path_factory):
     return path
 
 
-def into(keep: CaptionFilter, path: Path, folder: Path, label_only: bool = False) -> dict:
-    source = open_input(path)
+def into(caption_filter: CaptionFilter, path: Path, folder: Path, label_only: bool = False) -> dict:
+    source = open_source(path)
     root = path if path.is_dir() else path.parent
-    return filter_files(keep, source, Results(folder, keep.settings(source, root, CHUNK, label_only), label_only), CHUNK)
+    return filter_files(
+        caption_filter, source, Results(folder, caption_filter.run_settings(source, root, CHUNK, label_only), label_only), CHUNK
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def told_in(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def ids(folder: Path) -> dict[str, list[int]]:
-    return {path.stem: [row["id"] for row in told_in(path)] for path in sorted(folder.glob("*.jsonl"))}
+    return {path.stem: [row["id"] for row in read_lines(path)] for path in sorted(folder.glob("*.jsonl"))}
 
 
 @pytest.fixture(scope="module")
-def unbroken(keep, rows, tmp_path_factory):
+def unbroken(caption_filter, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken") / "out"
-    into(keep, rows, folder)
+    into(caption_filter, rows, folder)
     return folder
 
 
 # ------------------------------------------------------------------------------------------------------ what comes out
 
 
-def test_each_row_is_in_one_file_in_the_order_of_the_input(keep, rows, unbroken):
+def test_each_row_is_in_one_file_in_the_order_of_the_input(caption_filter, rows, unbroken):
     """And says what the filter says of it; the summary counts what the files hold."""
     found = ids(unbroken)
     assert sorted(number for numbers in found.values() for number in numbers) == list(range(ROWS))
@@ -99,15 +101,15 @@ def test_each_row_is_in_one_file_in_the_order_of_the_input(keep, rows, unbroken)
     assert {place: summary[place] for place in found} == {place: len(numbers) for place, numbers in found.items()}
     assert summary["rows"] == ROWS
     for verdict, place in (("pass", "kept"), ("flag", "flagged"), ("unchecked", "excluded")):
-        told = told_in(unbroken / f"{place}.jsonl")
-        assert {row["gaze_verdict"] for row in told} == {verdict}
-        assert sum(summary["reasons"].get(verdict, {}).values()) == (0 if verdict == "pass" else len(told))
-        assert all(list(row) == ["id", "image", "caption", "prompt", *COLUMNS] for row in told)
+        lines = read_lines(unbroken / f"{place}.jsonl")
+        assert {row["gaze_verdict"] for row in lines} == {verdict}
+        assert sum(summary["reasons"].get(verdict, {}).values()) == (0 if verdict == "pass" else len(lines))
+        assert all(list(row) == ["id", "image", "caption", "prompt", *COLUMNS] for row in lines)
     assert sorted(path.name for path in unbroken.iterdir()) == ["excluded.jsonl", "flagged.jsonl", "kept.jsonl", "summary.json"]
 
 
-def test_label_only_is_one_file_in_the_order_of_the_input(keep, rows, unbroken, tmp_path):
-    summary = into(keep, rows, tmp_path / "out", label_only=True)
+def test_label_only_is_one_file_in_the_order_of_the_input(caption_filter, rows, unbroken, tmp_path):
+    summary = into(caption_filter, rows, tmp_path / "out", label_only=True)
     assert ids(tmp_path / "out") == {"labelled": list(range(ROWS))}
     lines = (tmp_path / "out/labelled.jsonl").read_bytes().splitlines()
     assert sorted(lines) == sorted(b"".join(data for name, data in files(unbroken).items() if ".jsonl" in name).splitlines())
@@ -115,45 +117,45 @@ def test_label_only_is_one_file_in_the_order_of_the_input(keep, rows, unbroken, 
 
 
 def test_reasons_are_counted_without_what_is_particular():
-    assert kind_of("not supported by the picture: a red star") == "not supported by the picture"
-    assert kind_of("prompt and caption have 99 tokens, more than 64") == "prompt and caption have N tokens, more than N"
-    assert kind_of("the picture has more pixels than is safe (9 > 8)") == "the picture has more pixels than is safe"
+    assert reason_category("not supported by the image: a red star") == "not supported by the image"
+    assert reason_category("prompt and caption have 99 tokens, more than 64") == "prompt and caption have N tokens, more than N"
+    assert reason_category("the image has more pixels than is safe (9 > 8)") == "the image has more pixels than is safe"
 
 
-def test_parquet_comes_back_as_parquet(keep, rows, tmp_path):
-    """All columns and their types, embedded pictures too, with the verdicts behind them; empty files have the columns, too."""
+def test_parquet_comes_back_as_parquet(caption_filter, rows, tmp_path):
+    """All columns and their types, embedded images too, with the verdicts behind them; empty files have the columns, too."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    told = told_in(rows)
-    pictures = [p.read_bytes() if (p := rows.parent / row["image"]).is_file() else None for row in told]
+    lines = read_lines(rows)
+    images = [p.read_bytes() if (p := rows.parent / row["image"]).is_file() else None for row in lines]
     table = pa.table(
         {
-            "image": pa.array([{"bytes": data, "path": None} for data in pictures]),
+            "image": pa.array([{"bytes": data, "path": None} for data in images]),
             "when": pa.array(range(ROWS), pa.timestamp("s")),
             "gaze_risk": ["of another run"] * ROWS,
-            **{name: [row[name] for row in told] for name in ("id", "caption", "prompt")},
+            **{name: [row[name] for row in lines] for name in ("id", "caption", "prompt")},
         }
     )
     (tmp_path / "in").mkdir()
     pq.write_table(table.slice(0, 11), tmp_path / "in/0.parquet", row_group_size=3)
     pq.write_table(table.slice(11), tmp_path / "in/1.parquet")
-    into(keep, rows, tmp_path / "lines")
-    summary = into(keep, tmp_path / "in", tmp_path / "out")
+    into(caption_filter, rows, tmp_path / "lines")
+    summary = into(caption_filter, tmp_path / "in", tmp_path / "out")
     assert (summary["rows"], summary["files"]) == (ROWS, ["kept.parquet", "flagged.parquet", "excluded.parquet"])
     for place in ("kept", "flagged", "excluded"):
-        made = pq.read_table(tmp_path / f"out/{place}.parquet")
-        assert made.schema.names == ["image", "when", "id", "caption", "prompt", *COLUMNS]
-        assert made.schema.field("image").type == table.schema.field("image").type
-        lines = told_in(tmp_path / f"lines/{place}.jsonl")
-        found = made.select(["id", *(name for name in COLUMNS if name != "gaze_reason")]).to_pylist()
-        assert found == [{name: line[name] for name in found[0]} for line in lines]
-        assert made["image"].to_pylist() == [{"bytes": pictures[line["id"]], "path": None} for line in lines]
-    into(keep, tmp_path / "in", tmp_path / "labels", label_only=True)
+        written = pq.read_table(tmp_path / f"out/{place}.parquet")
+        assert written.schema.names == ["image", "when", "id", "caption", "prompt", *COLUMNS]
+        assert written.schema.field("image").type == table.schema.field("image").type
+        expected = read_lines(tmp_path / f"lines/{place}.jsonl")
+        found = written.select(["id", *(name for name in COLUMNS if name != "gaze_reason")]).to_pylist()
+        assert found == [{name: line[name] for name in found[0]} for line in expected]
+        assert written["image"].to_pylist() == [{"bytes": images[line["id"]], "path": None} for line in expected]
+    into(caption_filter, tmp_path / "in", tmp_path / "labels", label_only=True)
     assert pq.read_table(tmp_path / "labels/labelled.parquet")["id"].to_pylist() == list(range(ROWS))
 
 
-def test_shards_get_results_beside_them_and_stay_as_they_are(keep, tmp_path):
+def test_shards_get_results_beside_them_and_stay_as_they_are(caption_filter, tmp_path):
     """The same verdicts as for the files that were packed, named by shard and key; a broken shard is a row that says so."""
     for name, count in (("0.tar", 3), ("1.tar", 2)):
         with tarfile.open(tmp_path / name, "w") as tar:
@@ -165,31 +167,35 @@ def test_shards_get_results_beside_them_and_stay_as_they_are(keep, tmp_path):
     data = (tmp_path / "1.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(data[:3000])
     before = files(tmp_path)
-    summary = into(keep, tmp_path, tmp_path / "out", label_only=True)
-    told = told_in(tmp_path / "out/labelled.jsonl")
-    assert [(row["shard"], row["key"]) for row in told][:3] == [("0.tar", str(i)) for i in range(3)]
-    assert told[-1]["gaze_verdict"] == "unchecked"
-    assert told[-1]["gaze_reason"].startswith("the shard is damaged or breaks off")
-    assert summary["rows"] == len(told) > 3
+    summary = into(caption_filter, tmp_path, tmp_path / "out", label_only=True)
+    lines = read_lines(tmp_path / "out/labelled.jsonl")
+    assert [(row["shard"], row["key"]) for row in lines][:3] == [("0.tar", str(i)) for i in range(3)]
+    assert lines[-1]["gaze_verdict"] == "unchecked"
+    assert lines[-1]["gaze_reason"].startswith("the shard is damaged or breaks off")
+    assert summary["rows"] == len(lines) > 3
     assert before.items() <= files(tmp_path).items()
 
 
-def test_captions_are_written_for_a_folder_without_any(keep, tmp_path):
+def test_captions_are_written_for_a_folder_without_any(caption_filter, tmp_path):
     """Guarded generation first: the row holds what was written, and its verdict."""
     (tmp_path / "in").mkdir()
     for i, sample in enumerate(lab.samples("test", 3, seed=7)):
         sample.image.save(tmp_path / f"in/{i}.png")
-    into(keep, tmp_path / "in", tmp_path / "out", label_only=True)
-    told = told_in(tmp_path / "out/labelled.jsonl")
-    assert [row["image"] for row in told] == ["0.png", "1.png", "2.png"]
-    for i, row in enumerate(told):
-        assert row["caption"] == row["gaze_caption"] == keep.guard.caption(tmp_path / f"in/{i}.png", do_sample=False).caption
+    into(caption_filter, tmp_path / "in", tmp_path / "out", label_only=True)
+    lines = read_lines(tmp_path / "out/labelled.jsonl")
+    assert [row["image"] for row in lines] == ["0.png", "1.png", "2.png"]
+    for i, row in enumerate(lines):
+        assert (
+            row["caption"]
+            == row["gaze_caption"]
+            == caption_filter.guard.caption(tmp_path / f"in/{i}.png", do_sample=False).caption
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ killed
 
 
-def dies(at: int, keep: CaptionFilter, path: Path, folder: Path) -> bool:
+def dies(at: int, caption_filter: CaptionFilter, path: Path, folder: Path) -> bool:
     """Run in a process of its own that kills itself, by SIGKILL, at its ``at``-th step of writing; whether it came so far."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from Python 3.12 on, of forks with threads around
@@ -205,16 +211,16 @@ def dies(at: int, keep: CaptionFilter, path: Path, folder: Path) -> bool:
         def deadly(step):
             def stepped(*args, **kwargs):
                 come()
-                made = step(*args, **kwargs)
+                result = step(*args, **kwargs)
                 come()
-                return made
+                return result
 
             return stepped
 
         for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
             setattr(os, name, deadly(getattr(os, name)))
         with contextlib.suppress(BaseException):
-            into(keep, path, folder)
+            into(caption_filter, path, folder)
             os._exit(0)
         os._exit(1)
     status = os.waitpid(child, 0)[1]
@@ -222,50 +228,62 @@ def dies(at: int, keep: CaptionFilter, path: Path, folder: Path) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def test_a_kill_at_any_step_of_writing_loses_nothing(keep, empty_rows, tmp_path):
+def test_a_kill_at_any_step_of_writing_loses_nothing(caption_filter, empty_rows, tmp_path):
     """Before and after every rename, sync, and removal: the next run ends with the same bytes as one that was never killed."""
-    into(keep, empty_rows, tmp_path / "unbroken")
+    into(caption_filter, empty_rows, tmp_path / "unbroken")
     expected, at = files(tmp_path / "unbroken"), 1
-    while dies(at, keep, empty_rows, tmp_path / f"out{at}"):
-        into(keep, empty_rows, tmp_path / f"out{at}")
+    while dies(at, caption_filter, empty_rows, tmp_path / f"out{at}"):
+        into(caption_filter, empty_rows, tmp_path / f"out{at}")
         assert files(tmp_path / f"out{at}") == expected, f"killed at step {at}"
         at += 1
     assert at > 40
     assert files(tmp_path / f"out{at}") == expected
 
 
-def start(rows: Path, folder: Path, *more: str) -> subprocess.Popen:
-    """The command, which gives way to all others: on a busy machine it must not end before the test has sent its signal."""
-    command = [sys.executable, "-m", "gazeguard", "filter", str(rows), str(folder), "--chunk", str(CHUNK), "--batch-size", "2"]
+# The command, which says on stdout that its second chunk is saved, and there waits for its signal.
+WAITING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+from gazeguard.cli import app
+from gazeguard.filtering.writer import Results
+save = Results.save
+def save_and_wait(results, number, rows):
+    save(results, number, rows)
+    if number == 1:
+        print("saved", flush=True)
+        sys.stdin.read()
+Results.save = save_and_wait
+app()
+"""
+
+
+def interrupt(rows: Path, folder: Path, number: signal.Signals) -> tuple[int, str, list[str]]:
+    """The command, sent a signal while it waits behind its second chunk: exit code, stderr and the parts."""
+    command = [sys.executable, "-c", WAITING, "filter", str(rows), str(folder), "--chunk", str(CHUNK), "--batch-size", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen(
-        ["nice", "-n", "19", *command, *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def stopped(rows: Path, folder: Path, number: signal.Signals) -> tuple[int, str, list[str]]:
-    """The command, sent a signal when its second chunk is there: exit code, stderr and the parts."""
-    with start(rows, folder) as process:
-        while not (folder / "parts/00000001.jsonl").is_file():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.005)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        assert process.stdout.readline() == "saved\n", process.communicate()[1]
         process.send_signal(number)
-        _, said = process.communicate()
-    return process.returncode, said, sorted(path.name for path in (folder / "parts").iterdir())
+        process.wait(600)  # before stdin is closed, which would let it go on
+        errors = process.stderr.read()
+    return process.returncode, errors, sorted(path.name for path in (folder / "parts").iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_command_that_is_stopped_goes_on(rows, unbroken, tmp_path, number):
     """Byte for byte the results of a run that was not; what was finished is not done again; a polite signal is answered."""
-    code, said, parts = stopped(rows, tmp_path / "out", number)
-    assert parts[:2] == ["00000000.jsonl", "00000001.jsonl"]
+    code, errors, parts = interrupt(rows, tmp_path / "out", number)
+    assert parts == ["00000000.jsonl", "00000001.jsonl", "lock", "run.json"]
     assert code == (-9 if number == signal.SIGKILL else 128 + number)
-    assert number == signal.SIGKILL or f"stopped by {number.name}. Finished chunks are kept" in said
-    first = (tmp_path / "out/parts/00000000.jsonl").stat()
+    assert number == signal.SIGKILL or f"stopped by {number.name}. Finished chunks are kept" in errors
+    first = tmp_path / "out/parts/00000000.jsonl"
+    first.write_bytes(marked := first.read_bytes().replace(b'"gaze_policy"', b'"gaze_policy" '))  # it is taken as it is
     result = run(app, ["filter", str(rows), str(tmp_path / "out"), "--chunk", str(CHUNK), "--batch-size", "2"])
     assert result.exit_code == 0, result.output
-    assert first.st_size
-    assert files(tmp_path / "out") == files(unbroken)
+    results, expected = files(tmp_path / "out"), files(unbroken)
+    assert sum(data.count(b'"gaze_policy" ') for data in results.values()) == marked.count(b'"gaze_policy" ') == CHUNK
+    assert {name: data.replace(b'"gaze_policy" ', b'"gaze_policy"') for name, data in results.items()} == expected
 
 
 # --------------------------------------------------------------------------------------------------------- full disks
@@ -297,17 +315,17 @@ def small_disk(folder: Path):
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(keep, rows, unbroken, tmp_path):
+def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(caption_filter, rows, unbroken, tmp_path):
     """One line that says so; nothing half written under its name; after that the same results."""
     with small_disk(tmp_path / "disk") as make_room:
         out = tmp_path / "disk/out"
         with pytest.raises(OutputError, match=r"cannot be written: (No space left on device|File too large). Finished chunks"):
-            into(keep, rows, out)
+            into(caption_filter, rows, out)
         for part in out.glob("parts/*.jsonl"):
-            assert told_in(part)
+            assert read_lines(part)
         assert not list(out.glob("**/*.tmp"))
         make_room()
-        into(keep, rows, out)
+        into(caption_filter, rows, out)
         assert files(out) == files(unbroken)
 
 
@@ -333,35 +351,35 @@ def test_a_command_on_a_full_disk_says_so_and_goes_on_when_there_is_room(rows, u
 
 
 def test_exit_codes_are_in_the_help():
-    told = " ".join(run(app, ["--help"]).output.split())
-    assert "with 2 also on a full disk, and with 130 or 143 when Ctrl-C or SIGTERM stopped it" in told
+    text = " ".join(run(app, ["--help"]).output.split())
+    assert "with 2 also on a full disk, and with 130 or 143 when Ctrl-C or SIGTERM stopped it" in text
 
 
-def test_a_place_that_cannot_be_written_is_said(keep, rows, tmp_path):
+def test_a_place_that_cannot_be_written_is_said(caption_filter, rows, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"file/out cannot be written: Not a directory"):
-        into(keep, rows, tmp_path / "file/out")
+        into(caption_filter, rows, tmp_path / "file/out")
 
 
 # ------------------------------------------------------------------------------------------------ folders of other runs
 
 
-def test_a_finished_run_is_not_done_again(keep, rows, unbroken):
+def test_a_finished_run_is_not_done_again(caption_filter, rows, unbroken):
     before = {path: path.stat().st_mtime_ns for path in unbroken.iterdir()}
-    assert into(keep, rows, unbroken)["rows"] == ROWS
+    assert into(caption_filter, rows, unbroken)["rows"] == ROWS
     assert {path: path.stat().st_mtime_ns for path in unbroken.iterdir()} == before
 
 
-def test_another_run_is_not_gone_on_with(keep, rows, unbroken, empty_rows, tmp_path):
+def test_another_run_is_not_gone_on_with(caption_filter, rows, unbroken, empty_rows, tmp_path):
     """The message names what differs, for a finished run and for one that was broken off."""
     with pytest.raises(InputError, match=r"holds a run with another input, which cannot go on as this one"):
-        into(keep, empty_rows, unbroken)
+        into(caption_filter, empty_rows, unbroken)
     with pytest.raises(InputError, match="another label-only, which"):
-        into(keep, rows, unbroken, label_only=True)
-    other = CaptionFilter(keep.guard, batch_size=3)
+        into(caption_filter, rows, unbroken, label_only=True)
+    other = CaptionFilter(caption_filter.guard, batch_size=3)
     (tmp_path / "parts").mkdir()
-    source = open_input(rows)
-    (tmp_path / "parts/run.json").write_text(json.dumps(keep.settings(source, rows.parent, CHUNK, False)))
+    source = open_source(rows)
+    (tmp_path / "parts/run.json").write_text(json.dumps(caption_filter.run_settings(source, rows.parent, CHUNK, False)))
     with pytest.raises(InputError, match="another batch size, which"):
         into(other, rows, tmp_path)
     (tmp_path / "parts/run.json").write_text("[]")
@@ -369,19 +387,19 @@ def test_another_run_is_not_gone_on_with(keep, rows, unbroken, empty_rows, tmp_p
         into(other, rows, tmp_path)
 
 
-def test_a_folder_with_other_things_is_left_alone(keep, rows, tmp_path):
+def test_a_folder_with_other_things_is_left_alone(caption_filter, rows, tmp_path):
     (tmp_path / "kept.jsonl").write_text("mine")
     with pytest.raises(InputError, match=r"is not empty, and what is in it is no run to go on with. Choose another folder"):
-        into(keep, rows, tmp_path)
+        into(caption_filter, rows, tmp_path)
     assert files(tmp_path) == {"kept.jsonl": b"mine"}
 
 
-def test_two_runs_do_not_write_into_one_folder(keep, rows, tmp_path):
-    source = open_input(rows)
-    results = Results(tmp_path / "out", keep.settings(source, rows.parent, CHUNK, False))
-    with results.opened(), pytest.raises(InputError, match="Another run is writing into"):
-        into(keep, rows, tmp_path / "out")
-    into(keep, rows, tmp_path / "out")
+def test_two_runs_do_not_write_into_one_folder(caption_filter, rows, tmp_path):
+    source = open_source(rows)
+    results = Results(tmp_path / "out", caption_filter.run_settings(source, rows.parent, CHUNK, False))
+    with results.open(), pytest.raises(InputError, match="Another run is writing into"):
+        into(caption_filter, rows, tmp_path / "out")
+    into(caption_filter, rows, tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -393,24 +411,24 @@ def test_the_command_prints_counts_and_reasons(rows, unbroken, tmp_path):
     result = run(app, arguments)
     assert result.exit_code == 0, result.output
     assert f"{ROWS} rows: " in result.stdout
-    assert "the picture cannot be opened" in result.stdout
+    assert "the image cannot be opened" in result.stdout
     assert "filtering" not in result.stdout
     again = run(app, [*arguments, "--json"])
     assert json.loads(again.stdout) == json.loads((unbroken / "summary.json").read_text())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["nowhere.jsonl", "OUT"], "nowhere.jsonl does not exist"),
-        (["IN", "OUT", "--policy", "mrak"], "There is no policy 'mrak'"),
+        (["IN", "OUT", "--policy", "mrak"], "Unknown policy 'mrak'"),
         (["IN", "FULL"], "is not empty"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(rows, tmp_path, arguments, told):
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(rows, tmp_path, arguments, message):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     places = {"IN": str(rows), "OUT": str(tmp_path / "out"), "FULL": str(tmp_path)}
     result = run(app, ["filter", *(places.get(word, word) for word in arguments)])
     assert result.exit_code == 2
-    assert told in " ".join(result.stderr.split())
+    assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr

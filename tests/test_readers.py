@@ -1,4 +1,4 @@
-"""Do readers give every row once, in order, and say of what is damaged that it is?"""
+"""Readers of datasets: every row once, in order, and of what is damaged an error that says so."""
 
 from __future__ import annotations
 
@@ -15,16 +15,25 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gazeguard.errors import InputError
-from gazeguard.filtering.readers import MAX_LINE_BYTES, Folder, Lines, Shards, Slice, Table, identity, open_input
+from gazeguard.filtering.readers import (
+    MAX_LINE_BYTES,
+    FileSlice,
+    ImageFolder,
+    JsonLines,
+    ParquetTable,
+    WebDataset,
+    fingerprint,
+    open_source,
+)
 
 PNG = io.BytesIO()
 Image.new("RGB", (9, 9), (255, 0, 0)).save(PNG, "PNG")
 PNG = PNG.getvalue()
 
 
-def lines(path: Path, data: bytes) -> Lines:
+def lines(path: Path, data: bytes) -> JsonLines:
     path.write_bytes(data)
-    return open_input(path)
+    return open_source(path)
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None:
@@ -50,12 +59,12 @@ def test_lines_are_rows(tmp_path):
     """Paths start at the file's folder; other keys are kept; blank lines are none."""
     source = lines(tmp_path / "a.jsonl", b'{"image": "x/y.png", "caption": "A star.", "id": 7}\n\n{"image": "z.png"}')
     one, two = source.rows()
-    assert (one.image, one.caption, one.prompt, one.wrong) == (tmp_path / "x/y.png", "A star.", None, "")
-    assert one.own == {"image": "x/y.png", "caption": "A star.", "id": 7}
-    assert (two.caption, two.wrong) == (None, "")
+    assert (one.image, one.caption, one.prompt, one.error) == (tmp_path / "x/y.png", "A star.", None, "")
+    assert one.fields == {"image": "x/y.png", "caption": "A star.", "id": 7}
+    assert (two.caption, two.error) == (None, "")
     assert source.count() == 2
-    assert source.captioned
-    assert not lines(tmp_path / "b.jsonl", b'{"image": "z.png"}').captioned
+    assert source.has_captions
+    assert not lines(tmp_path / "b.jsonl", b'{"image": "z.png"}').has_captions
 
 
 @pytest.mark.parametrize(
@@ -68,9 +77,9 @@ def test_lines_are_rows(tmp_path):
         (b"9" * 5000, "the line is not JSON"),
         (b"[" * 100_000, "the line is not JSON"),
         (b"[]", "the line is not a JSON object"),
-        (b"{}", "'image' is no path of a picture"),
-        (b'{"image": 7}', "'image' is no path of a picture"),
-        (b'{"image": "a", "prompt": 7}', "'prompt' is no text"),
+        (b"{}", "'image' is not the path of an image"),
+        (b'{"image": 7}', "'image' is not the path of an image"),
+        (b'{"image": "a", "prompt": 7}', "'prompt' is not text"),
         (b'{"image": "' + b"a" * MAX_LINE_BYTES + b'"}', f"the line is longer than {MAX_LINE_BYTES} bytes"),
     ],
     ids=range(11),
@@ -79,9 +88,9 @@ def test_a_bad_line_is_a_row_that_says_so(tmp_path, line, wrong):
     """And the lines before and after it are what they are."""
     good = b'{"image": "a.png", "caption": "A star."}\n'
     rows = list(lines(tmp_path / "a.jsonl", good + line + b"\n" + good).rows())
-    assert [row.wrong for row in rows] == ["", wrong, ""]
+    assert [row.error for row in rows] == ["", wrong, ""]
     assert rows[0] == rows[2]
-    json.dumps(rows[1].own, allow_nan=False)
+    json.dumps(rows[1].fields, allow_nan=False)
 
 
 @given(
@@ -110,24 +119,24 @@ def test_a_folder_is_pictures_with_captions_beside_them(tmp_path):
     (tmp_path / "e.txt").write_text("A blue moon.", encoding="utf-8")
     (tmp_path / "notes.pdf").write_bytes(b"")
     (tmp_path / "b/d.txt").write_bytes(b"\xff")
-    source = open_input(tmp_path)
-    assert isinstance(source, Folder)
+    source = open_source(tmp_path)
+    assert isinstance(source, ImageFolder)
     rows = list(source.rows())
-    assert [row.own["image"] for row in rows] == ["a.png", "a.webp", "b/d.JPG", "c.png", None]
+    assert [row.fields["image"] for row in rows] == ["a.png", "a.webp", "b/d.JPG", "c.png", None]
     assert [row.caption for row in rows] == [None, None, None, "A red star.", None]
-    assert [row.wrong for row in rows] == [
-        "", "", "the sidecar cannot be read: it is not UTF-8", "", "there is no picture beside the caption"
+    assert [row.error for row in rows] == [
+        "", "", "the sidecar cannot be read: it is not UTF-8", "", "there is no image beside the caption"
     ]  # fmt: skip
     assert source.count() == 5
-    assert source.captioned
+    assert source.has_captions
     assert list(source.rows(3)) == rows[3:]
     (tmp_path / "c.txt").write_text("x" * 2**21, encoding="utf-8")
-    assert "longer than" in list(open_input(tmp_path).rows())[3].wrong
+    assert "longer than" in list(open_source(tmp_path).rows())[3].error
 
 
 def test_a_folder_without_sidecars_has_no_captions(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
-    assert not open_input(tmp_path).captioned
+    assert not open_source(tmp_path).has_captions
 
 
 # ----------------------------------------------------------------------------------------------------------- shards
@@ -138,13 +147,13 @@ def test_shards_are_read_where_they_lie(tmp_path):
     for name in ("00001.tar", "00000.tar"):
         shard(tmp_path / name)
     before = (tmp_path / "00000.tar").read_bytes()
-    source = open_input(tmp_path)
+    source = open_source(tmp_path)
     rows = list(source.rows())
-    assert [(row.own["shard"], row.own["key"]) for row in rows] == [
+    assert [(row.fields["shard"], row.fields["key"]) for row in rows] == [
         (f"0000{s}.tar", f"{i:03}") for s in (0, 1) for i in range(3)
     ]
     assert [row.caption for row in rows[:3]] == [f"A red star {i}." for i in range(3)]
-    assert all(isinstance(row.image, Slice) and row.image.read() == PNG for row in rows)
+    assert all(isinstance(row.image, FileSlice) and row.image.read() == PNG for row in rows)
     assert source.count() == 6
     assert list(source.rows(4)) == rows[4:]
     assert (tmp_path / "00000.tar").read_bytes() == before
@@ -160,11 +169,11 @@ def test_captions_of_img2dataset_are_found(tmp_path):
         add(tar, "x/4.json", b"{")
         add(tar, "x/5.txt", b"A moon.")
         add(tar, "x/6.png", PNG)
-    rows = {row.own["key"]: row for row in open_input(tmp_path / "a.tar").rows()}
+    rows = {row.fields["key"]: row for row in open_source(tmp_path / "a.tar").rows()}
     assert rows["x/3"].caption == "A star."
-    assert rows["x/4"].wrong.startswith("the caption cannot be read: ")
-    assert rows["x/5"].wrong == rows["x/1"].wrong == "there is no picture in the row"
-    assert (rows["x/6"].caption, rows["x/6"].wrong) == (None, "")
+    assert rows["x/4"].error.startswith("the caption cannot be read: ")
+    assert rows["x/5"].error == rows["x/1"].error == "there is no image in the row"
+    assert (rows["x/6"].caption, rows["x/6"].error) == (None, "")
 
 
 def test_links_and_devices_in_a_shard_are_not_followed(tmp_path):
@@ -178,13 +187,13 @@ def test_links_and_devices_in_a_shard_are_not_followed(tmp_path):
         add(tar, "3.txt", b"A star.")
         add(tar, "../../4.png", PNG)
         add(tar, "../../4.txt", b"A star.")
-    rows = list(open_input(tmp_path / "a.tar").rows())
-    assert [row.wrong for row in rows] == ["there is no picture in the row"] * 3 + [""]
+    rows = list(open_source(tmp_path / "a.tar").rows())
+    assert [row.error for row in rows] == ["there is no image in the row"] * 3 + [""]
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
 def whole(rows):
-    return [(row.own, row.caption, row.image) for row in rows if not row.wrong]
+    return [(row.fields, row.caption, row.image) for row in rows if not row.error]
 
 
 @given(st.integers(0, 11 * 1024))
@@ -193,13 +202,13 @@ def whole(rows):
 def test_a_shard_that_breaks_off_says_so(tmp_path_factory, length):
     """Wherever it is cut: what comes before is as it was, the cut is a row of its own, and later shards are read."""
     folder = tmp_path_factory.mktemp("shards")
-    expected = whole(Shards((shard(folder / "a.tar"),)).rows())
+    expected = whole(WebDataset((shard(folder / "a.tar"),)).rows())
     data = (folder / "a.tar").read_bytes()
     (folder / "a.tar").write_bytes(data[:length])
-    rows = list(Shards((folder / "a.tar", shard(folder / "b.tar"))).rows())
-    mine = [row for row in rows if row.own["shard"] == "a.tar"]
+    rows = list(WebDataset((folder / "a.tar", shard(folder / "b.tar"))).rows())
+    mine = [row for row in rows if row.fields["shard"] == "a.tar"]
     assert whole(mine) == expected[: len(whole(mine))]
-    assert len(whole(mine)) == 3 or mine[-1].wrong.startswith("the shard is damaged or breaks off")
+    assert len(whole(mine)) == 3 or mine[-1].error.startswith("the shard is damaged or breaks off")
     assert len(rows) - len(mine) == 3
 
 
@@ -211,9 +220,9 @@ def test_a_damaged_shard_is_read_to_its_end_or_says_why_not(tmp_path_factory, ch
     for at, value in changes:
         data[at] = value
     path.write_bytes(data)
-    rows = list(Shards((path,)).rows())
-    assert len(whole(rows)) == 3 or any(row.wrong for row in rows)
-    assert list(Shards((path,)).rows(1)) == rows[1:]
+    rows = list(WebDataset((path,)).rows())
+    assert len(whole(rows)) == 3 or any(row.error for row in rows)
+    assert list(WebDataset((path,)).rows(1)) == rows[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------- parquet
@@ -228,13 +237,13 @@ def test_parquet_gives_pictures_as_they_are_kept(tmp_path):
     images = {"path": tmp_path / "x.png", "bytes": PNG, "struct": {"bytes": PNG, "path": None}}
     for name, values in columns.items():
         pq.write_table(pa.table({"image": values, "caption": ["A star."]}), tmp_path / f"{name}.parquet")
-        (row,) = open_input(tmp_path / f"{name}.parquet").rows()
+        (row,) = open_source(tmp_path / f"{name}.parquet").rows()
         assert (row.image, row.caption) == (images[name], "A star.")
     (tmp_path / "many").mkdir()
     for i in range(3):
         table = pa.table({"image": [f"{n}.png" for n in range(100)], "caption": [f"{i} {n}" for n in range(100)]})
         pq.write_table(table, tmp_path / f"many/{i}.parquet", row_group_size=30)
-    source = open_input(tmp_path / "many")
+    source = open_source(tmp_path / "many")
     rows = list(source.rows())
     assert [row.caption for row in rows] == [f"{i} {n}" for i in range(3) for n in range(100)]
     assert source.count() == 300
@@ -249,23 +258,23 @@ def test_parquet_that_cannot_be_used_is_refused(tmp_path):
 
     pq.write_table(pa.table({"picture": ["a.png"]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"a.parquet has no column 'image', only picture. Name it with --image-column"):
-        open_input(tmp_path / "a.parquet")
-    source = open_input(tmp_path / "a.parquet", image="picture")
-    assert isinstance(source, Table)
-    assert not source.captioned
+        open_source(tmp_path / "a.parquet")
+    source = open_source(tmp_path / "a.parquet", image="picture")
+    assert isinstance(source, ParquetTable)
+    assert not source.has_captions
     pq.write_table(pa.table({"picture": [1]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b.parquet has other columns than .*a.parquet"):
-        open_input(tmp_path, image="picture")
+        open_source(tmp_path, image="picture")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(InputError, match=r"c.parquet cannot be read as parquet: "):
-        open_input(tmp_path / "c.parquet")
+        open_source(tmp_path / "c.parquet")
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match=r"pip install 'gazeguard\[data\]'"):
-        open_input(tmp_path / "a.parquet")
+        open_source(tmp_path / "a.parquet")
 
 
 # ---------------------------------------------------------------------------------------------------- what is given
@@ -275,11 +284,11 @@ def test_an_input_that_is_none_is_refused(tmp_path):
     """The message says what could be read."""
     (tmp_path / "a.csv").write_bytes(b"")
     with pytest.raises(InputError, match=r"a.csv is none of .jsonl, .parquet and .tar"):
-        open_input(tmp_path / "a.csv")
+        open_source(tmp_path / "a.csv")
     with pytest.raises(InputError, match=r"b.jsonl does not exist. Give a .jsonl"):
-        open_input(tmp_path / "b.jsonl")
-    with pytest.raises(InputError, match=r"holds no pictures, no .parquet and no .tar files"):
-        open_input(tmp_path)
+        open_source(tmp_path / "b.jsonl")
+    with pytest.raises(InputError, match=r"holds no images, no .parquet and no .tar files"):
+        open_source(tmp_path)
 
 
 def test_the_identity_changes_with_the_files_alone(tmp_path):
@@ -289,7 +298,7 @@ def test_the_identity_changes_with_the_files_alone(tmp_path):
         shard(tmp_path / name / "a.tar")
         (tmp_path / name / "a.tar").touch()
     os.utime(tmp_path / "two/a.tar", ns=(0, (tmp_path / "one/a.tar").stat().st_mtime_ns))
-    one, two = (identity(open_input(tmp_path / name), tmp_path / name) for name in ("one", "two"))
+    one, two = (fingerprint(open_source(tmp_path / name), tmp_path / name) for name in ("one", "two"))
     assert one == two
     shard(tmp_path / "two/a.tar", 4)
-    assert identity(open_input(tmp_path / "two"), tmp_path / "two") != one
+    assert fingerprint(open_source(tmp_path / "two"), tmp_path / "two") != one

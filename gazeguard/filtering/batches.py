@@ -1,0 +1,118 @@
+"""Prefetcher of the batch filter: images are opened and batches encoded by threads while the model works on an earlier one."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from gazeguard.errors import InputError
+from gazeguard.filtering.readers import FileSlice, describe_error
+from gazeguard.guard import Prepared
+from gazeguard.vision.images import load_image
+
+PREFETCHED = 2  # batches that are made ready while the model works on another one
+
+
+@dataclass(frozen=True, eq=False)
+class PendingRow:
+    """A row on its way to the model.
+
+    Attributes:
+        number: Its place in the input.
+        image: What the input has, and once it is opened the PIL image.
+        caption: The caption; None where one is to be written.
+        prompt: The prompt.
+    """
+
+    number: int
+    image: Any
+    caption: str | None
+    prompt: str
+
+
+class Batch(NamedTuple):
+    """Rows that go to the model together.
+
+    Attributes:
+        rows: Those with an image, opened.
+        refused: The others, each with the reason why it has no image.
+        prepared: The rows as the model reads them; None where that failed, or where captions are to be written.
+    """
+
+    rows: Sequence[PendingRow]
+    refused: Sequence[tuple[PendingRow, str]]
+    prepared: Prepared | None
+
+
+def prefetch(
+    groups: Sequence[Sequence[PendingRow]], prepare: Callable[[Sequence[PendingRow]], Prepared], workers: int
+) -> Iterator[Batch]:
+    """Make batches ready ahead of the model.
+
+    Args:
+        groups: The rows of each batch.
+        prepare: Encodes rows whose images are open.
+        workers: Threads that open images; one more encodes.
+
+    Yields:
+        The batches in their order, while at most `PREFETCHED` others wait.
+    """
+    openers, encoder = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
+
+    def make_ready(group: Sequence[PendingRow], images: Sequence[Future[Image.Image | str]]) -> Batch:
+        opened = [(row, image.result()) for row, image in zip(group, images, strict=True)]
+        rows = [replace(row, image=image) for row, image in opened if isinstance(image, Image.Image)]
+        prepared = None
+        if rows and rows[0].caption is not None:
+            with suppress(Exception):  # whoever judges the batch meets the error again
+                prepared = prepare(rows)
+        return Batch(rows, [(row, reason) for row, reason in opened if isinstance(reason, str)], prepared)
+
+    try:
+        waiting: deque[Future[Batch]] = deque()
+        for group in groups:
+            images = [openers.submit(open_image, row.image) for row in group]
+            waiting.append(encoder.submit(make_ready, group, images))
+            if len(waiting) > PREFETCHED:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for threads in (openers, encoder):  # one that waits for an image gets none
+            threads.shutdown(cancel_futures=True)
+
+
+def open_image(source: Any) -> Image.Image | str:
+    """Open the image of a row.
+
+    Args:
+        source: A path, the bytes of a file, a `FileSlice`, a PIL image, an array (height, width, 3) uint8, or the mapping
+            ``{"bytes", "path"}`` that Hugging Face datasets keep.
+
+    Returns:
+        The image, upright RGB; or the reason why there is none, in one line that does not depend on the path.
+    """
+    name = str(source) if isinstance(source, (str, Path)) and str(source) else "the given image"
+    try:
+        if isinstance(source, Mapping):
+            source = source.get("bytes") or source.get("path")
+        if isinstance(source, FileSlice):
+            source = source.read()
+        if isinstance(source, np.ndarray):
+            source = Image.fromarray(source)
+        if source is None or (isinstance(source, float) and math.isnan(source)):  # None in pandas
+            return "there is no image"
+        return load_image(source)
+    except InputError as error:
+        return str(error).replace(name, "the image").replace("the given picture", "the image")
+    except Exception as error:  # of arrays that are no images, and of storage
+        return f"the image cannot be read: {describe_error(error)}"
