@@ -28,10 +28,11 @@ from scipy.stats import spearmanr
 from evals.common import Figure as Value
 from evals.common import Out, Quick, figure, over_images, rate, write
 from gazeguard import lab
+from gazeguard.artifacts import HEADS_FILE
 from gazeguard.attention.backbone import Head
 from gazeguard.attention.steering import STRENGTH, Target
 from gazeguard.claims.parse import chunk, things
-from gazeguard.guard import HEADS_FILE, GazeGuard
+from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.heads.discovery import find_heads
 from gazeguard.heads.plots import draw_heads

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 EAGER_KERNEL = "eager_attention_forward"  # the name by which a modeling file keeps its eager kernel, outside the registry
@@ -115,3 +115,18 @@ def names_in_forward(module: nn.Module) -> frozenset[Any]:
     """The names and constants in the code of a module's forward; a fallback where no table describes a class."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return frozenset() if code is None else frozenset((*code.co_names, *code.co_consts))
+
+
+def argument_of_generate(name: str, custom_generate: Any) -> Any:
+    """An argument of the running ``generate`` that it does not hand to a decode loop of one's own; None without one.
+
+    transformers drops ``streamer`` and ``assistant_model`` for a callable ``custom_generate``, without a word. They are read
+    off the frame of the ``generate`` that calls this loop.
+    """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("custom_generate") is custom_generate:
+            return frame.f_locals.get(name)
+        frame = frame.f_back
+    return None

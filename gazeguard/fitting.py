@@ -199,8 +199,7 @@ def _examples(
     guard: GazeGuard, captions: Sequence[LabelledCaption], ask: bool, batch_size: int
 ) -> tuple[list[_Example], Counter[str]]:
     """The labelled claims of captions with their features, and how many captions were left out for which reason."""
-    replayer = GazeGuard(guard.model, guard.processor, heads=guard.heads, grid=guard.grid)
-    replayer.detector = None  # its verdicts are not needed
+    replayer = GazeGuard(guard.model, guard.processor, heads=guard.heads, grid=guard.tracer.grid)
     examples: list[_Example] = []
     left_out: Counter[str] = Counter()
     batches = [captions[i : i + batch_size] for i in range(0, len(captions), batch_size)]

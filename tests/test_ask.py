@@ -15,7 +15,14 @@ from transformers.cache_utils import Cache
 
 from gazeguard import lab
 from gazeguard.claims.parse import claims
-from gazeguard.decoding.verification import AnswerTokens, answers, keeps, question, tails, with_tails
+from gazeguard.decoding.verification import (
+    AnswerTokens,
+    answer_log_odds,
+    can_reuse_cache,
+    existence_question,
+    question_suffixes,
+    with_suffixes,
+)
 from gazeguard.detection.detector import Detector
 from gazeguard.errors import MismatchError, UnsupportedError
 from gazeguard.guard import GazeGuard
@@ -58,12 +65,12 @@ def test_the_cache_of_a_caption_answers_as_whole_prompts_do(quietly, name):
     assert not inputs["attention_mask"].bool().all(), "the law needs padding"
     rows, asked = [0, 2, 2, 1, 0, 2], [rng.integers(8, 100, n) for n in (3, 5, 2, 4, 4, 1)]
     cache = cache_of(zoo.write(kind.model, inputs))
-    assert keeps(kind.model, cache)
+    assert can_reuse_cache(kind.model, cache)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     with passes(kind.model) as cheap:
-        quick = answers(kind.model, inputs, rows, asked, WORDS, cache)
+        quick = answer_log_odds(kind.model, inputs, rows, asked, WORDS, cache)
     with passes(kind.model) as dear:
-        whole = answers(kind.model, inputs, rows, asked, WORDS)
+        whole = answer_log_odds(kind.model, inputs, rows, asked, WORDS)
     torch.testing.assert_close(quick, whole, atol=1e-4, rtol=0)
     assert whole.std() > 0.01, "the law needs answers that differ"
     assert cheap == [(6, 5)]
@@ -82,9 +89,9 @@ def test_where_no_cache_serves_whole_prompts_are_read(quietly, name):
     rng = np.random.default_rng(0)
     rows, asked = [2, 0, 2], [rng.integers(8, 100, n) for n in (3, 5, 2)]
     cache = cache_of(zoo.write(kind.model, kind.batch()))
-    assert not keeps(kind.model, cache)
-    together = answers(kind.model, kind.batch(), rows, asked, WORDS, cache)
-    alone = [answers(kind.model, kind.batch([row]), [0], [tail], WORDS) for row, tail in zip(rows, asked, strict=True)]
+    assert not can_reuse_cache(kind.model, cache)
+    together = answer_log_odds(kind.model, kind.batch(), rows, asked, WORDS, cache)
+    alone = [answer_log_odds(kind.model, kind.batch([row]), [0], [tail], WORDS) for row, tail in zip(rows, asked, strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
 
 
@@ -98,25 +105,30 @@ def test_the_lab_answers_from_its_cache_what_it_answers_to_the_processors_own_pr
     batch = encode(model, processor, images, prompts)
     assert not batch.prompt_mask.bool().all(), "the law needs padding"
     told = ["Is there a red star?", "Is there a skull in panel one?", "Are there two moons in the picture?"]
-    asked, words = tails(model, processor, told), AnswerTokens.from_tokenizer(processor.tokenizer)
+    asked, words = question_suffixes(model, processor, told), AnswerTokens.from_tokenizer(processor.tokenizer)
     own = encode(model, processor, images, told).prompt
-    made = with_tails(model, batch.prompt, asked)
+    made = with_suffixes(model, batch.prompt, asked)
     assert all(torch.equal(made[name], own[name]) for name in own)
     expected = words.log_odds(model(**model_inputs(model, own)).logits[:, -1])
     cache = cache_of(model.generate(**batch.inputs, max_new_tokens=9, return_dict_in_generate=True))
-    torch.testing.assert_close(answers(model, batch.prompt, [0, 1, 2], asked, words, cache), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(answers(model, batch.prompt, [0, 1, 2], asked, words), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        answer_log_odds(model, batch.prompt, [0, 1, 2], asked, words, cache), expected, atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(answer_log_odds(model, batch.prompt, [0, 1, 2], asked, words), expected, atol=1e-4, rtol=0)
 
 
 def test_copies_of_a_prompt_and_beams_share_its_picture(lab_vlm):
     """The cache of beams or of several captions per prompt holds each picture as often; any of them serves."""
     model, processor = lab_vlm
     prompt = encode(model, processor, [s.image for s in SAMPLES[:2]], ["Describe the picture."] * 2).prompt
-    asked, words = tails(model, processor, ["Is there a red star?"]), AnswerTokens.from_tokenizer(processor.tokenizer)
-    expected = answers(model, prompt, [1, 0], asked * 2, words)
+    asked, words = (
+        question_suffixes(model, processor, ["Is there a red star?"]),
+        AnswerTokens.from_tokenizer(processor.tokenizer),
+    )
+    expected = answer_log_odds(model, prompt, [1, 0], asked * 2, words)
     for how in ({"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
         cache = cache_of(model.generate(**prompt, max_new_tokens=5, return_dict_in_generate=True, **how))
-        torch.testing.assert_close(answers(model, prompt, [1, 0], asked * 2, words, cache), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(answer_log_odds(model, prompt, [1, 0], asked * 2, words, cache), expected, atol=1e-4, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ words
@@ -134,7 +146,7 @@ def test_copies_of_a_prompt_and_beams_share_its_picture(lab_vlm):
     ],
 )
 def test_a_thing_is_asked_about_in_its_own_words(caption, asked):
-    assert question(claims(caption)[0].phrase) == asked
+    assert existence_question(claims(caption)[0].phrase) == asked
 
 
 def plain_tokenizer(*words: str) -> PreTrainedTokenizerFast:
@@ -157,8 +169,8 @@ def test_a_tokenizer_without_yes_or_no_is_refused(known, missing):
 
 def test_a_prompt_that_does_not_tell_where_its_picture_ends_is_refused(quietly):
     kind = zoo.MAKERS["Idefics"]()
-    with pytest.raises(UnsupportedError, match=r"does not tell where the picture ends\. Choose a policy without verify"):
-        answers(kind.model, kind.batch(), [0], [np.array([5])], WORDS)
+    with pytest.raises(UnsupportedError, match=r"does not tell where the image ends\. Choose a policy without verify"):
+        answer_log_odds(kind.model, kind.batch(), [0], [np.array([5])], WORDS)
 
 
 # --------------------------------------------------------------------------------------------------------- evidence
@@ -247,13 +259,13 @@ def test_checked_captions_are_asked_about_in_one_pass_and_only_where_something_i
     words = AnswerTokens.from_tokenizer(guard.processor.tokenizer)
     for b, old in flagged:
         new = next(f for f in after[b].findings if f.claim == old.claim)
-        own = encode(guard.model, guard.processor, [images[b]], [question(old.claim.phrase)]).prompt
+        own = encode(guard.model, guard.processor, [images[b]], [existence_question(old.claim.phrase)]).prompt
         with torch.no_grad():
             told = words.log_odds(guard.model(**model_inputs(guard.model, own)).logits[0, -1]).item()
         assert new.answer == pytest.approx(1 / (1 + math.exp(-told)), abs=1e-4)
         logit = math.log(old.risk / (1 - old.risk)) - 2 * told + 0.5
         assert new.risk == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-4)
-        assert new.reasons[-1] == f"asked again, the model says it is {'' if told > 0 else 'not '}there"
+        assert new.reasons[-1] == f"asked whether it is there, the model answers {'yes' if told > 0 else 'no'}"
         assert after[b].to_dict()["phrases"][after[b].findings.index(new)]["answer"] == new.answer
     untouched = [b for b in range(len(images)) if b not in {b for b, _ in flagged}]
     assert [after[b].to_dict() | {"policy": "mark"} for b in untouched] == [before[b].to_dict() for b in untouched]
@@ -267,7 +279,7 @@ def test_the_verdict_follows_the_answer(guard, bias):
     """An answer that clears everything leaves no flag, and nothing to cut; one that condemns leaves what was flagged."""
     images, captions, prompts = wrong_captions()
     before = guard.check_all(images, captions, prompts)
-    after = asking(guard, hearing(guard.detector, (1.0, 0.0, bias)), left="drop").check_all(images, captions, prompts)
+    after = asking(guard, hearing(guard.detector, (1.0, 0.0, bias)), on_flag="drop").check_all(images, captions, prompts)
     for old, new in zip(before, after, strict=True):
         if bias > 0:
             assert [f.flagged for f in new.findings] == [f.flagged for f in old.findings]

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 from evals.baselines import mitigation as peers
 from gazeguard import lab
+from gazeguard.artifacts import HEADS_FILE
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.claims.parse import things
-from gazeguard.guard import HEADS_FILE
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.trace import SEGMENTS
 from gazeguard.vision.encoding import encode

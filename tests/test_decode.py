@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from gazeguard import lab
 from gazeguard.claims.parse import claims
-from gazeguard.decoding.rewind import CommittedPrefix, RewindLoop, list_delimiters, rollback_points
+from gazeguard.decoding.rewind import CommittedPrefix, Draft, RewindLoop, list_delimiters, rollback_span
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.truth import mentions
@@ -49,9 +49,9 @@ class Doubts:
     def __init__(self, plan: dict[tuple[int, int], range]) -> None:
         self.plan = dict(plan)
 
-    def __call__(self, rows: list[tuple[list[int], list[int], bool] | None]) -> list[CommittedPrefix]:
+    def __call__(self, rows: list[Draft | None]) -> list[CommittedPrefix]:
         return [
-            CommittedPrefix(0) if row is None else CommittedPrefix(0, self.plan.pop((b, len(row[0])), range(0)))
+            CommittedPrefix(0) if row is None else CommittedPrefix(0, self.plan.pop((b, len(row.tokens)), range(0)))
             for b, row in enumerate(rows)
         ]
 
@@ -100,7 +100,9 @@ def test_a_barred_word_never_comes_back_where_it_stood():
     assert likely >= 4
     for budget in (0, 1, 2, 3, likely + 5):
         doubts = [CommittedPrefix(0, range(1)) for _ in range(likely + 6)]
-        loop = RewindLoop(lambda rows, doubts=doubts: [doubts.pop() if len(rows[0][0]) == 1 else CommittedPrefix(0)], budget)
+        loop = RewindLoop(
+            lambda rows, doubts=doubts: [doubts.pop() if len(rows[0].tokens) == 1 else CommittedPrefix(0)], budget
+        )
         made = kind.model.generate(**inputs, **options, custom_generate=loop)
         assert made.sequences[0, inputs["input_ids"].shape[1]] == order[min(budget, likely)]
 
@@ -291,11 +293,11 @@ def test_processors_see_each_row_without_what_was_taken_back(lab_vlm, batch):
 
 
 REFUSED = {
-    "beams while phrases are taken back": {"num_beams": 2},
-    "speculation while phrases are taken back": {"prompt_lookup_num_tokens": 3},
-    "A phrase cannot be taken back with no cache": {"use_cache": False},
+    "beams with rollbacks": {"num_beams": 2},
+    "speculation with rollbacks": {"prompt_lookup_num_tokens": 3},
+    "A phrase cannot be rolled back with no cache": {"use_cache": False},
     "leaves no room for custom_generate": {"custom_generate": lambda *a, **k: None},
-    "attentions or hidden states of words that may be taken back": {"output_hidden_states": True},
+    "attentions or hidden states of tokens that may be rolled back": {"output_hidden_states": True},
     "A streamer shows one caption at a time": {"streamer": Collected()},
 }
 
@@ -310,13 +312,13 @@ def test_what_cannot_be_rewound_is_refused_by_name(lab_vlm, batch, message):
 @pytest.mark.usefixtures("quietly")
 def test_caches_that_forget_are_refused():
     kind = families.gemma3(window=4)
-    with pytest.raises(UnsupportedError, match=r"taken back with a DynamicCache of .*DynamicSlidingWindowLayer"):
+    with pytest.raises(UnsupportedError, match=r"rolled back with a DynamicCache of .*DynamicSlidingWindowLayer"):
         kind.model.generate(**kind.batch([0]), max_new_tokens=3, custom_generate=RewindLoop(Doubts({}), budget=1))
 
 
 def test_without_a_detector_nothing_can_be_taken_back(lab_vlm):
     own = GazeGuard(*lab_vlm).heads
-    with pytest.raises(InputError, match="Policy 'rewind' takes back what a detector doubts, and none is known for this model"):
+    with pytest.raises(InputError, match="Policy 'rewind' rolls back what a detector doubts, and there is none for this model"):
         GazeGuard(*lab_vlm, policy="rewind", heads=own)
 
 
@@ -347,14 +349,14 @@ def test_the_policy_says_how_often(lab_vlm, batch):
 )
 def test_another_way_begins_where_the_thing_was_led_to(text, thing, window):
     claim = next(claim for claim in claims(text) if claim.text == thing)
-    start, end = rollback_points(claim, text)
+    start, end = rollback_span(claim, text)
     assert text[start:end] == window
 
 
 @given(st.text("ab ,.and", max_size=40))
 def test_branches_lie_before_the_head(text):
     for claim in claims(text):
-        start, end = rollback_points(claim, text)
+        start, end = rollback_span(claim, text)
         assert 0 <= start < end <= claim.phrase.head.start + 1
 
 

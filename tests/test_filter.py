@@ -352,7 +352,7 @@ def test_a_row_at_which_the_model_raises_is_unchecked_alone(caption_filter, capt
 def test_numbers_that_are_not_finite_are_unchecked(lab_vlm, captions):
     """NaN in the model's last norm reaches the logits, not the gaze: the row is unchecked all the same."""
     caption_filter = CaptionFilter(GazeGuard(*lab_vlm), batch_size=3)
-    weight = caption_filter.guard.recorder.backbone.norm.weight
+    weight = caption_filter.guard.tracer.recorder.backbone.norm.weight
     kept = weight.detach().clone()
     try:
         with torch.no_grad():

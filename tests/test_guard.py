@@ -97,7 +97,7 @@ def test_a_claim_about_what_is_not_there_is_no_second_flag(guard):
     assert [f.claim.kind for f in invented.findings if f.flagged] == ["object"]
     recoloured = guard.check(sample.image, f"In panel one there is a green {thing.noun}.", sample.prompt)
     assert [str(f.claim) for f in recoloured.findings if f.flagged] == [f"green (a green {thing.noun})"]
-    assert recoloured.reason == f"not supported by the picture: green (a green {thing.noun})"
+    assert recoloured.reason == f"not supported by the image: green (a green {thing.noun})"
 
 
 def test_a_number_that_is_not_finite_leaves_the_caption_unchecked(lab_vlm):
@@ -105,7 +105,7 @@ def test_a_number_that_is_not_finite_leaves_the_caption_unchecked(lab_vlm):
     model, processor = copy.deepcopy(lab_vlm[0]), lab_vlm[1]
     guard = GazeGuard(model, processor)
     with torch.no_grad():
-        guard.recorder.backbone.norm.weight[0] = torch.inf
+        guard.tracer.recorder.backbone.norm.weight[0] = torch.inf
     report = guard.check(SAMPLES[0].image, "There is a red star.", SAMPLES[0].prompt)
     assert report.verdict == Verdict.UNCHECKED
     assert report.reason.startswith("the model gave no finite number for ")
@@ -365,7 +365,7 @@ def test_one_bad_row_does_not_cost_the_others(guard):
         ({"cache_implementation": "paged"}, "continuous batching.*Generate with generate, and check_all"),
         ({"use_cache": False, "guidance_scale": 2.0}, "guidance without a cache. Generate with use_cache=True"),
         ({"token_healing": True}, "token healing.*token_healing=False"),
-        ({"custom_generate": "someone/loop"}, "runs no code from elsewhere.*Pass a function"),
+        ({"custom_generate": "someone/loop"}, "runs no code from the hub.*Pass a function"),
     ],
 )
 def test_ways_of_generating_that_cannot_be_watched_are_refused_by_name(guard, how, told):
@@ -443,7 +443,10 @@ def test_a_model_without_heads_is_told_how_to_find_them(lab_vlm):
     """The first thing that a new user meets."""
     model = copy.deepcopy(lab_vlm[0])
     model.config._name_or_path = model.name_or_path = "somewhere/else"
-    with pytest.raises(InputError, match=r"find_heads\(model, processor\)"):
+    with pytest.raises(
+        InputError,
+        match=r"^No gaze heads for somewhere/else\. Run `gazeguard heads somewhere/else --out DIR`, then pass `--artifacts",
+    ):
         GazeGuard(model, lab_vlm[1])
 
 
@@ -469,7 +472,7 @@ def test_what_is_left_of_a_caption_is_as_the_policy_says(guard):
         strict = GazeGuard(guard.model, guard.processor, policy)
         reports = [strict.check(sample.image, text, sample.prompt) for text in (wrong, right)]
         assert tuple(report.filtered_caption for report in reports) == texts
-        assert reports[0].reason == f"not supported by the picture: a green {absent}"
+        assert reports[0].reason == f"not supported by the image: a green {absent}"
         assert reports[0].caption == wrong
         assert reports[0].to_dict()["filtered_caption"] == texts[0]
     assert GazeGuard(guard.model, guard.processor, "abstain").check(sample.image, "").filtered_caption == ""

@@ -22,6 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -601,9 +602,7 @@ def load_trace(watching: GazeGuard, path: Path) -> None:
 
 
 def load_rules(watching: GazeGuard, trace: GazeTrace, path: Path) -> None:
-    guard = copy.copy(watching)
-    guard.policy = load_policy(path)
-    guard.judge(trace)
+    replace(watching.judge, policy=load_policy(path))(trace)
 
 
 def attempt(use: Callable[..., Any], *arguments: Any) -> bool:

@@ -196,7 +196,7 @@ def test_what_a_caption_left_out_is_found_by_looking_again(guard):
             found += bool(named & {thing.noun for thing in things})
         assert guard.reports is before
     assert found >= 8
-    with pytest.raises(InputError, match="The report has no trace of a caption that names things"):
+    with pytest.raises(InputError, match="The report has no trace of a caption that names objects"):
         guard.find_missed_objects(STRIPS[0].image, guard.check(STRIPS[0].image, ""))
 
 

@@ -106,7 +106,7 @@ def haloprobe(learnt: Sequence[Row], false: NDArray[np.bool_], rows: Sequence[Ro
 @torch.no_grad()
 def confidence(guard: GazeGuard, samples: Sequence[Sample], image: NDArray[np.int64], words: Sequence[str]) -> F64:
     """(claims,): ``words[k]`` is said of the picture of ``samples[image[k]]``. Image tokens never see the caption."""
-    norm, unembed = guard.recorder.backbone.norm, guard.model.get_output_embeddings()
+    norm, unembed = guard.tracer.recorder.backbone.norm, guard.model.get_output_embeddings()
     pieces = [guard.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
     found = np.zeros(len(words))
     for number in np.unique(image):

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from evals.detection import without
+from gazeguard import _compat
 from gazeguard.attention.backbone import Head
 from gazeguard.attention.buffers import KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.claims.parse import claims, things
-from gazeguard.decoding.verification import CACHE
 from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.training.tiny_fit import caption_and_label
@@ -80,7 +80,7 @@ class Branch:
         else:
             self.mask = torch.cat((self.mask, self.mask.new_ones(len(ids), 1)), dim=1)
             given = {"input_ids": ids[:, -1:], "attention_mask": self.mask}
-        given[CACHE] = self.cache
+        given[_compat.cache_argument_name()] = self.cache
         at = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -given["input_ids"].shape[1] :]
         made = self.model(**given, position_ids=at, use_cache=True, logits_to_keep=1)
         return made.logits[:, -1].float()

@@ -1,1 +1,1 @@
-"""TODO decoding."""
+"""Decoding with gaze evidence: rerank, rewind and self-verification, and the calls of generate that they serve."""

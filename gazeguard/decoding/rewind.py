@@ -1,10 +1,9 @@
-"""How is the next word chosen? By what the gaze heads say for it; and a phrase that they contradict is taken back.
+"""Rewind decoding: a decode loop that rolls back doubtful phrases and continues each caption another way.
 
-`RerankProcessor` is a LogitsProcessor. `RewindLoop` is a decode loop for ``generate(custom_generate=...)``: greedy and
-sampled, any batch. A phrase is taken back without touching the cache: the keys of what was taken back are closed to every
-later word of their row by the attention mask, and positions go on from the branch, so that each row of a batch goes back by
-itself and a static cache serves as well as a growing one. What is written then is what would have been written had the
-phrase never been there (a test compares the two).
+`RewindLoop` is a decode loop for ``generate(custom_generate=...)``: greedy and sampled, any batch. A phrase is rolled back
+without touching the cache: the keys of the discarded tokens are masked for every later token of their row, and positions go on
+from the rollback point, so that each row of a batch is rolled back by itself and a static cache serves as well as a growing
+one. What is generated then is what would have been generated had the phrase never been there (a test compares the two).
 """
 
 from __future__ import annotations
@@ -29,110 +28,140 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from gazeguard import _compat
 from gazeguard.claims.parse import Claim
-from gazeguard.decoding.rerank import RerankProcessor, _spelt
+from gazeguard.decoding.rerank import RerankProcessor, tokens_spelling
 from gazeguard.errors import UnsupportedError
 
-LIKELY = 0.01  # a way out that the model itself gives less than this is none
-REWOUND = 12  # tokens that one rewind may cost, on average over a caption's budget
-CHOICES = 64  # words of each pass, the likeliest, among which another one is chosen when a row comes back to it
-KEPT = ("DynamicLayer", "StaticLayer")  # cache layers in which a key can be closed and the others stay what they are
-_JOINTS = (",", ";", "and", "or", "plus", "with", "&")  # what leads from one thing of a list to the next
-_JOINT = re.compile(r"(?:[,;]?\s*(?:\b(?:and|or|plus|with)|&)|[,;])?\s*$")
+MIN_PROBABILITY = 0.01  # a continuation that the model itself gives less than this is no alternative
+PASSES_PER_ROLLBACK = 12  # forward passes that one rollback may cost, on average over a caption's budget
+MAX_CANDIDATES = 64  # top-k tokens of each pass, among which an alternative is chosen when a row comes back to it
+_DELIMITERS = (",", ";", "and", "or", "plus", "with", "&")  # what leads from one object of a list to the next
+_DELIMITER = re.compile(r"(?:[,;]?\s*(?:\b(?:and|or|plus|with)|&)|[,;])?\s*$")
+
+
+class Draft(NamedTuple):
+    """A caption that is being written.
+
+    Attributes:
+        tokens: Its token ids, the newest last.
+        passes: For each token, the number of the forward pass that generated it.
+        ended: Whether the newest token ends the caption.
+    """
+
+    tokens: list[int]
+    passes: list[int]
+    ended: bool
 
 
 class CommittedPrefix(NamedTuple):
-    """What is known of a row after its newest word.
+    """What a reviewer knows of a draft after its newest token.
 
-    tokens: so many of its first tokens hold only phrases that have been judged
-    doubt:  the tokens at which a doubtful phrase could have gone another way; empty when there is none
+    Attributes:
+        tokens: Number of leading tokens that hold only phrases that have been judged.
+        rollback_points: Numbers of the tokens at which a doubtful phrase could have gone another way; empty without one.
     """
 
     tokens: int
-    doubt: range = range(0)
+    rollback_points: range = range(0)
 
 
-def rollback_points(claim: Claim, text: str) -> tuple[int, int]:
-    """The characters of ``text`` in which another way could have been taken than to name a thing, end exclusive: from the "and"
-    or the comma that leads to it, or else from its article, to where its head noun begins.
+Reviewer = Callable[[Sequence[Draft | None]], Sequence[CommittedPrefix]]
+
+
+def rollback_span(claim: Claim, text: str) -> tuple[int, int]:
+    """The characters of ``text`` in which it could have gone another way than to name an object, end exclusive.
+
+    They reach from the list delimiter that leads to the object, or else from its article, to the first character of its head
+    noun.
     """
-    return _JOINT.search(text[: claim.phrase.start]).start(), claim.phrase.head.start + 1
+    return _DELIMITER.search(text[: claim.phrase.start]).start(), claim.phrase.head.start + 1
 
 
 def list_delimiters(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that lead from one thing of a list to the next."""
-    return _spelt(tokenizer, _JOINTS).tolist()
+    """The tokens that lead from one object of a list to the next."""
+    return tokens_spelling(tokenizer, _DELIMITERS).tolist()
 
 
 @dataclass(eq=False)
 class _Row:
     """One row of the batch while it is written.
 
-    passes: the pass of the model that wrote each token; banned: token's number -> words that may not stand there
-    left:   how often the row may still be taken back; settled: see `CommittedPrefix`
+    Attributes:
+        budget: How often the row may still be rolled back.
+        tokens: Its token ids.
+        passes: For each token, the pass that generated it.
+        banned: Number of a token -> tokens that may not stand there.
+        committed: See `CommittedPrefix`.
+        done: Whether it is complete.
     """
 
-    left: int
+    budget: int
     tokens: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
     banned: dict[int, list[int]] = field(default_factory=dict)
-    settled: int = 0
+    committed: int = 0
     done: bool = False
 
-    def back_to(self, at: int, banned: Sequence[int], word: int) -> list[int]:
-        """Write ``word`` in place of token number ``at``, never again what is ``banned`` there, and forget what followed.
+    def roll_back(self, index: int, banned: Sequence[int], token: int) -> list[int]:
+        """Put ``token`` in place of token number ``index``, never again a ``banned`` one, and forget what followed.
 
-        returns the passes that have read what is forgotten
+        Returns:
+            The passes that have read what is forgotten.
         """
-        self.banned = {number: words for number, words in self.banned.items() if number <= at}
-        self.banned.setdefault(at, []).extend(banned)
-        read = self.passes[at + 1 :]
-        self.tokens[at:] = [word]
-        del self.passes[at + 1 :]
-        self.left -= 1
+        self.banned = {number: tokens for number, tokens in self.banned.items() if number <= index}
+        self.banned.setdefault(index, []).extend(banned)
+        read = self.passes[index + 1 :]
+        self.tokens[index:] = [token]
+        del self.passes[index + 1 :]
+        self.budget -= 1
         return read
 
 
-class _Way(NamedTuple):
-    """Another way: from the token number ``at`` on, with one of ``words`` (so likely, nats), and none of those ``banned``."""
+class _Alternative(NamedTuple):
+    """Another continuation: from token number ``index`` on, one of ``tokens`` (log-probabilities, nats), none ``banned``."""
 
-    at: int
+    index: int
     banned: list[int]
-    words: list[int]
-    likely: list[float]
+    tokens: list[int]
+    logprobs: list[float]
 
-    def word(self, sample: bool) -> int:
-        """The likeliest of the words, or one that is drawn."""
-        return self.words[int(torch.multinomial(torch.tensor(self.likely).softmax(-1), 1)) if sample else 0]
+    def choose(self, sample: bool) -> int:
+        """The most probable token, or one that is drawn."""
+        return self.tokens[int(torch.multinomial(torch.tensor(self.logprobs).softmax(-1), 1)) if sample else 0]
 
 
 @dataclass(eq=False)
 class RewindLoop:
-    """The decode loop that takes back doubtful phrases; one object serves one ``generate``.
+    """The decode loop that rolls back doubtful phrases; one object serves one ``generate``.
 
-    judge:    is told after each pass, for every row, its tokens, the passes that wrote them, and whether it has ended (or None
-              for a row that is done), and answers with what is `CommittedPrefix`; then again for the rows that went back
-    budget:   how often each row is taken back at most
-    list_delimiters:   the tokens that lead from one thing of a list to the next
-    rerank:   moves the scores of every pass, as the recorder heard it
-    streamer: gets the prompt, and then whatever can no more be taken back
+    At a doubtful phrase the row goes back to the list delimiter that led to it, and the list ends there: all delimiters are
+    banned. A phrase that no delimiter leads to is rolled back to the one of its rollback points whose second-best token was
+    most probable; the token that stood there is banned, unless no other has `MIN_PROBABILITY`. The other token is chosen, or
+    drawn, from the `MAX_CANDIDATES` of the pass that generated the discarded one, so a rollback costs no pass by itself. Once
+    the budget is spent, what is generated stays. With a budget of 0 everything is as in ``generate``. A cache that was rolled
+    back holds masked keys, so it is not returned.
 
-    At a doubtful phrase the row goes back to the joint that led to it, and the list ends there: all list_delimiters are banned. A thing
-    that no joint leads to is taken back to that token of its `rollback_points` whose second-best word was likeliest; the word that
-    stood there is banned, unless no other is `LIKELY`. The other word is chosen, or drawn, from the `CHOICES` of the pass that
-    wrote the one that goes, so going back costs no pass by itself. Once the budget is spent, what is written stays.
-    ``passes`` (batch, T) int64 says after the run which pass wrote each token, 0 behind a row's end; in ``cache`` the prompt's
-    keys are then what they were.
+    Attributes:
+        review: Called after each pass with the draft of every row (None for a row that is done); returns a
+            `CommittedPrefix` for each. Called again for the rows that were rolled back.
+        budget: How often each row is rolled back at most.
+        list_delimiters: The tokens that lead from one object of a list to the next.
+        rerank: Changes the scores of every pass.
+        streamer: Gets the prompt, and then whatever can no longer be rolled back.
+        prompt_streamed: Whether the streamer has got the prompt already.
+        passes: After the run, (batch, T) int64: the pass that generated each token, 0 behind a row's end.
+        cache: After the run, the cache, in which the prompt's keys are what they were.
 
-    With a budget of 0 all is as in `generate`. A rewound cache holds closed keys, so it is not returned. Raises
-    `UnsupportedError` for a cache whose keys cannot be closed, and for a streamer of several captions.
+    Raises `UnsupportedError` for a cache whose keys cannot be masked, and for a streamer of several captions.
     """
 
-    judge: Callable[[Sequence[tuple[list[int], list[int], bool] | None]], Sequence[CommittedPrefix]]
+    review: Reviewer
     budget: int
     list_delimiters: Sequence[int] = ()
     rerank: RerankProcessor | None = None
     streamer: BaseStreamer | None = None
+    prompt_streamed: bool = False
     passes: Tensor | None = None
     cache: Cache | None = None
 
@@ -145,134 +174,169 @@ class RewindLoop:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        batch, prompt = input_ids.shape
-        most = generation_config.max_length - prompt
-        passes = most + self.budget * REWOUND
-        _prepare_cache(model_kwargs, prompt + passes)
-        ends = StoppingCriteriaList(own for own in stopping_criteria if not isinstance(own, MaxLengthCriteria))
-        pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
-        mask = model_kwargs.get("attention_mask")
-        told = max(prompt, getattr(generation_config, "_mask_length", 0)) if mask is None else mask.shape[1]
-        first = told - 1  # the key of the query that predicts the first new token
-        rows = [_Row(self.budget) for _ in range(batch)]
-        shown = _Shown(self.streamer, input_ids)
-        # A row's ids are as many pads as passes were lost on it, its prompt, and what it has written: one more each pass.
-        ids, choices = input_ids, []
-        kept: dict[str, list[Tensor]] = {
-            name: [] for name in ("scores", "logits") if getattr(generation_config, f"output_{name}")
-        }
-        while not all(row.done for row in rows):
-            later = {"next_sequence_length": 1} if choices else {"is_first_iteration": True}
-            outputs = model(**model.prepare_inputs_for_generation(ids, **later, **model_kwargs), return_dict=True)
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
-            scores = logits if self.rerank is None else self.rerank(ids, logits)
-            scores = _processed(logits_processor, ids, scores, [0 if r.done else len(choices) - len(r.tokens) for r in rows])
-            for name, values in kept.items():
-                values.append(scores if name == "scores" else logits)
-            if generation_config.do_sample:
-                chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0].tolist()
-            else:
-                chosen = scores.argmax(-1).tolist()
-            choices.append(scores.log_softmax(-1).topk(min(CHOICES, scores.shape[-1]), dim=-1))
-            for row, word in zip(rows, chosen, strict=True):
-                if not row.done:
-                    row.tokens.append(word)
-                    row.passes.append(len(choices) - 1)
-            words = [pad if row.done else word for row, word in zip(rows, chosen, strict=True)]
-            ids = torch.cat((ids, ids.new_tensor(words)[:, None]), dim=1)
-            new = [not row.done for row in rows]
-            while any(new):
-                ended = ends(ids, None).tolist() if len(ends) else [False] * batch
-                told = [(r.tokens, r.passes, end) if own else None for r, own, end in zip(rows, new, ended, strict=True)]
-                for b, (row, found) in enumerate(zip(rows, self.judge(told), strict=True)):
-                    if not new[b]:
-                        continue
-                    row.settled = found.tokens
-                    # The passes that are left must do for all that the row may still write.
-                    may = row.left and len(choices) + most - found.doubt.start <= passes
-                    way = self._way_out(found.doubt, row, b, choices) if may else None
-                    if way is None:
-                        row.done, new[b] = ended[b] or len(row.tokens) >= most, False
-                        continue
-                    if "scores" in kept:
-                        changed = kept["scores"][row.passes[way.at]].clone()
-                        changed[b, row.banned.get(way.at, []) + way.banned] = -math.inf
-                        kept["scores"][row.passes[way.at]] = changed
-                    if read := row.back_to(way.at, way.banned, way.word(generation_config.do_sample)):
-                        if model_kwargs.get("attention_mask") is None:  # where nothing is padding, generate leaves it out
-                            model_kwargs["attention_mask"] = ids.new_ones((batch, first + 1 + len(choices)))
-                        _close(model_kwargs, b, [first + number for number in read])
-                    lost = ids.new_full((len(choices) - len(row.tokens),), pad)
-                    ids[b] = torch.cat((lost, input_ids[b], ids.new_tensor(row.tokens)))
-            shown.upto(rows[0])
-        shown.end()
-        return self._made(input_ids, rows, pad, kept, generation_config, model_kwargs)
+        """Generate, as transformers calls a ``custom_generate``."""
+        run = _Run(self, model, input_ids, generation_config, model_kwargs)
+        stream = _Stream(self.streamer, input_ids, self.prompt_streamed)
+        stops = StoppingCriteriaList(each for each in stopping_criteria if not isinstance(each, MaxLengthCriteria))
+        while not all(row.done for row in run.rows):
+            run.append(run.choose(run.scores(logits_processor)))
+            run.settle(stops)
+            stream.put(run.rows[0])
+        stream.end()
+        self.passes = run.table([row.passes for row in run.rows], 0)
+        self.cache = next(value for value in run.model_kwargs.values() if isinstance(value, Cache))
+        return run.output(self.passes)
 
-    def _way_out(self, doubt: range, row: _Row, b: int, choices: Sequence[tuple[Tensor, Tensor]]) -> _Way | None:
-        """Another way than the doubtful tokens of row ``b``; None where none is likely.
 
-        choices: of every pass the likeliest words' log-probabilities and the words, (batch, C)
-        """
-        ways = []
-        for at in doubt:
-            joint = row.tokens[at] in self.list_delimiters
-            banned = list(self.list_delimiters) if joint else [row.tokens[at]]
-            known = {*banned, *row.banned.get(at, ())}
-            likely, words = (tensor[b].tolist() for tensor in choices[row.passes[at]])
-            free = [i for i, word in enumerate(words) if word not in known and likely[i] > -math.inf]
-            if not free:
-                continue
-            way = _Way(at, banned, [words[i] for i in free], [likely[i] for i in free])
-            if joint and at == doubt.start:
-                return way
-            ways.append(way)
-        best = max(ways, key=lambda way: way.likely[0], default=None)
-        return best if best is not None and best.likely[0] > math.log(LIKELY) else None
+class _Run:
+    """One run of a `RewindLoop` over a batch.
 
-    def _made(
+    A row's ids are as many pads as it lost passes to rollbacks, its prompt, and its tokens: one column more each pass.
+    """
+
+    def __init__(
         self,
+        loop: RewindLoop,
+        model: PreTrainedModel,
         input_ids: Tensor,
-        rows: Sequence[_Row],
-        pad: int,
-        kept: dict[str, list[Tensor]],
         config: GenerationConfig,
         model_kwargs: dict[str, Any],
-    ) -> GenerateDecoderOnlyOutput | Tensor:
+    ) -> None:
+        self.loop, self.model, self.prompt, self.config, self.model_kwargs = loop, model, input_ids, config, model_kwargs
+        batch, width = input_ids.shape
+        self.max_tokens = config.max_length - width
+        self.max_passes = self.max_tokens + loop.budget * PASSES_PER_ROLLBACK
+        _prepare_cache(model_kwargs, width + self.max_passes)
+        mask = model_kwargs.get("attention_mask")
+        keys = max(width, _compat.mask_length(config)) if mask is None else mask.shape[1]
+        self.first_key = keys - 1  # of the query that predicts the first new token
+        self.pad = _compat.padding_token(config)
+        self.rows = [_Row(loop.budget) for _ in range(batch)]
+        self.ids = input_ids
+        self.candidates: list[tuple[Tensor, Tensor]] = []  # of every pass the top-k log-probabilities and tokens, (batch, C)
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in ("scores", "logits") if getattr(config, f"output_{name}")}
+
+    def scores(self, processors: LogitsProcessorList) -> Tensor:
+        """(batch, vocabulary) float32: the processed scores of the next token, by one pass of the model."""
+        later = {"next_sequence_length": 1} if self.candidates else {"is_first_iteration": True}
+        inputs = self.model.prepare_inputs_for_generation(self.ids, **later, **self.model_kwargs)
+        outputs = self.model(**inputs, return_dict=True)
+        self.model_kwargs = _compat.next_inputs(self.model, outputs, self.model_kwargs)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.ids.device)
+        scores = logits if self.loop.rerank is None else self.loop.rerank(self.ids, logits)
+        lost = [0 if row.done else len(self.candidates) - len(row.tokens) for row in self.rows]
+        scores = _processed(processors, self.ids, scores, lost)
+        for name, values in self.kept.items():
+            values.append(scores if name == "scores" else logits)
+        return scores
+
+    def choose(self, scores: Tensor) -> list[int]:
+        """The next token of every row; the other candidates are kept."""
+        if self.config.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0].tolist()
+        else:
+            tokens = scores.argmax(-1).tolist()
+        self.candidates.append(scores.log_softmax(-1).topk(min(MAX_CANDIDATES, scores.shape[-1]), dim=-1))
+        return tokens
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Write a token into every row that is not done."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            if not row.done:
+                row.tokens.append(token)
+                row.passes.append(len(self.candidates) - 1)
+        column = [self.pad if row.done else token for row, token in zip(self.rows, tokens, strict=True)]
+        self.ids = torch.cat((self.ids, self.ids.new_tensor(column)[:, None]), dim=1)
+
+    def settle(self, stops: StoppingCriteriaList) -> None:
+        """Have the new tokens reviewed, and roll rows back until none is doubtful or can be."""
+        new = [not row.done for row in self.rows]
+        while any(new):
+            ended = stops(self.ids, None).tolist() if len(stops) else [False] * len(self.rows)
+            drafts = [
+                Draft(row.tokens, row.passes, end) if is_new else None
+                for row, is_new, end in zip(self.rows, new, ended, strict=True)
+            ]
+            for b, (row, prefix) in enumerate(zip(self.rows, self.loop.review(drafts), strict=True)):
+                if not new[b]:
+                    continue
+                row.committed = prefix.tokens
+                if (alternative := self._alternative(b, prefix.rollback_points)) is None:
+                    row.done, new[b] = ended[b] or len(row.tokens) >= self.max_tokens, False
+                else:
+                    self._roll_back(b, alternative)
+
+    def _alternative(self, b: int, points: range) -> _Alternative | None:
+        """Another continuation than the tokens ``points`` of a row; None where none is probable, or none may be tried."""
+        row = self.rows[b]
+        # The passes that are left must do for all that the row may still write.
+        if not row.budget or len(self.candidates) + self.max_tokens - points.start > self.max_passes:
+            return None
+        alternatives = []
+        for index in points:
+            delimits = row.tokens[index] in self.loop.list_delimiters
+            banned = list(self.loop.list_delimiters) if delimits else [row.tokens[index]]
+            excluded = {*banned, *row.banned.get(index, ())}
+            logprobs, tokens = (tensor[b].tolist() for tensor in self.candidates[row.passes[index]])
+            free = [i for i, token in enumerate(tokens) if token not in excluded and logprobs[i] > -math.inf]
+            if not free:
+                continue
+            alternative = _Alternative(index, banned, [tokens[i] for i in free], [logprobs[i] for i in free])
+            if delimits and index == points.start:
+                return alternative
+            alternatives.append(alternative)
+        best = max(alternatives, key=lambda alternative: alternative.logprobs[0], default=None)
+        return best if best is not None and best.logprobs[0] > math.log(MIN_PROBABILITY) else None
+
+    def _roll_back(self, b: int, alternative: _Alternative) -> None:
+        """Continue row ``b`` with the alternative; the keys of what it discards are masked."""
+        row, index = self.rows[b], alternative.index
+        if "scores" in self.kept:
+            scores = self.kept["scores"][row.passes[index]].clone()
+            scores[b, row.banned.get(index, []) + alternative.banned] = -math.inf
+            self.kept["scores"][row.passes[index]] = scores
+        if read := row.roll_back(index, alternative.banned, alternative.choose(self.config.do_sample)):
+            if self.model_kwargs.get("attention_mask") is None:  # where nothing is padding, generate leaves it out
+                keys = self.first_key + 1 + len(self.candidates)
+                self.model_kwargs["attention_mask"] = self.ids.new_ones((len(self.rows), keys))
+            _mask_keys(self.model_kwargs, b, [self.first_key + number for number in read])
+        lost = self.ids.new_full((len(self.candidates) - len(row.tokens),), self.pad)
+        self.ids[b] = torch.cat((lost, self.prompt[b], self.ids.new_tensor(row.tokens)))
+
+    def table(self, values: Sequence[list[int]], filler: int) -> Tensor:
+        """(batch, T) int64: lists of different lengths, filled up behind."""
+        longest = max(map(len, values))
+        return self.prompt.new_tensor([[*row, *[filler] * (longest - len(row))] for row in values])
+
+    def output(self, passes: Tensor) -> GenerateDecoderOnlyOutput | Tensor:
         """What ``generate`` returns."""
-
-        def table(values: list[list[int]], filler: int) -> Tensor:
-            longest = max(map(len, values))
-            return input_ids.new_tensor([[*own, *[filler] * (longest - len(own))] for own in values])
-
-        self.passes = table([row.passes for row in rows], 0)
-        self.cache = next(value for value in model_kwargs.values() if isinstance(value, Cache))
-        ids = torch.cat((input_ids, table([row.tokens for row in rows], pad)), dim=1)
-        if not config.return_dict_in_generate:
+        ids = torch.cat((self.prompt, self.table([row.tokens for row in self.rows], self.pad)), dim=1)
+        if not self.config.return_dict_in_generate:
             return ids
-        all_rows = torch.arange(len(rows), device=ids.device)
-        told: dict[str, Any] = {
-            name: tuple(torch.stack(values)[step, all_rows] for step in self.passes.T) for name, values in kept.items()
+        every_row = torch.arange(len(self.rows), device=ids.device)
+        fields: dict[str, Any] = {
+            name: tuple(torch.stack(values)[step, every_row] for step in passes.T) for name, values in self.kept.items()
         }
-        if all(row.left == self.budget for row in rows):
-            told |= {name: value for name, value in model_kwargs.items() if isinstance(value, Cache)}
-        return GenerateDecoderOnlyOutput(sequences=ids, **told)
+        if all(row.budget == self.loop.budget for row in self.rows):
+            fields |= {name: value for name, value in self.model_kwargs.items() if isinstance(value, Cache)}
+        return GenerateDecoderOnlyOutput(sequences=ids, **fields)
 
 
-class _Shown:
+class _Stream:
     """What a streamer has been given of the only caption; nothing without a streamer."""
 
-    def __init__(self, streamer: BaseStreamer | None, prompt: Tensor) -> None:
+    def __init__(self, streamer: BaseStreamer | None, prompt: Tensor, prompt_streamed: bool) -> None:
         if streamer is not None and len(prompt) > 1:
             raise UnsupportedError("A streamer shows one caption at a time. Give one prompt, or leave the streamer out.")
         self.streamer, self.count = streamer, 0
-        if streamer is not None:
+        if streamer is not None and not prompt_streamed:
             streamer.put(prompt.cpu())
 
-    def upto(self, row: _Row) -> None:
+    def put(self, row: _Row) -> None:
+        """Give the streamer what can no longer be rolled back."""
         if self.streamer is None:
             return
-        new = row.tokens[self.count : len(row.tokens) if row.done else row.settled]
+        new = row.tokens[self.count : len(row.tokens) if row.done else row.committed]
         for token in new:
             self.streamer.put(torch.tensor([token]))
         self.count += len(new)
@@ -283,25 +347,25 @@ class _Shown:
 
 
 def _prepare_cache(model_kwargs: dict[str, Any], length: int) -> None:
-    """Make sure that keys can be closed in the cache, and give a static one room for ``length`` of them.
+    """Make sure that keys can be masked in the cache, and give a static one room for ``length`` of them.
 
     Raises `UnsupportedError` for other caches, and for none.
     """
     cache = next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
-    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
-    if cache is None or not kinds <= set(KEPT) or getattr(cache, "offloading", False):
+    kinds = _compat.cache_layer_kinds(cache)
+    if cache is None or not kinds <= _compat.MASKABLE_LAYERS or getattr(cache, "offloading", False):
         named = "no cache" if cache is None else f"a {type(cache).__name__} of {', '.join(sorted(kinds))}"
         raise UnsupportedError(
-            f"A phrase cannot be taken back with {named}: what was written could not be closed to the words that follow. Use a "
-            "dynamic or a static cache (use_cache=True), or a policy without rewind."
+            f"A phrase cannot be rolled back with {named}: the keys of discarded tokens could not be masked. Use a dynamic or "
+            "a static cache (use_cache=True), or a policy without rewind."
         )
-    for layer in cache.layers:
+    for layer in _compat.cache_layers(cache):
         if hasattr(layer, "max_cache_len") and not layer.is_initialized:
             layer.max_cache_len = max(layer.max_cache_len, length)
 
 
-def _close(model_kwargs: dict[str, Any], row: int, keys: Sequence[int]) -> None:
-    """Close these keys of a row to all later words, and let its next position be that of the first of them."""
+def _mask_keys(model_kwargs: dict[str, Any], row: int, keys: Sequence[int]) -> None:
+    """Mask these keys of a row for all later tokens, and let its next position be that of the first of them."""
     model_kwargs["attention_mask"][row, list(keys)] = 0
     if (positions := model_kwargs.get("position_ids")) is not None:  # (..., batch or 1, length)
         batch = len(model_kwargs["attention_mask"])
@@ -311,11 +375,11 @@ def _close(model_kwargs: dict[str, Any], row: int, keys: Sequence[int]) -> None:
 
 
 def _processed(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, lost: Sequence[int]) -> Tensor:
-    """Scores after the processors, which see each row without the ``lost`` pads in front: they may count words."""
+    """Scores after the processors, which see each row without the ``lost`` pads in front: they may count tokens."""
     if not processors or not any(lost):
         return processors(ids, scores)
-    made = torch.empty_like(scores)
+    processed = torch.empty_like(scores)
     for count in set(lost):
-        of = [b for b, own in enumerate(lost) if own == count]
-        made[of] = processors(ids[of, count:], scores[of])
-    return made
+        rows = [b for b, own in enumerate(lost) if own == count]
+        processed[rows] = processors(ids[rows, count:], scores[rows])
+    return processed

@@ -1,0 +1,339 @@
+"""Tracer: model, processor and gaze heads -> `GazeTrace`, live (around ``generate``) or by replay of a caption.
+
+Nothing is judged here; `gazeguard.judge` does that, and `gazeguard.guard` joins the two.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.cache_utils import Cache
+
+from gazeguard.attention.buffers import CapturedActivations, KeyLayout
+from gazeguard.attention.logit_lens import LogitLens
+from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.attention.steering import SteeringTarget
+from gazeguard.attention.trace_batch import TraceBatch, trace_batch
+from gazeguard.attention.visual_keys import VisualKeys, visual_keys
+from gazeguard.decoding.call import GeneratedIds, cache_of
+from gazeguard.decoding.rewind import Draft
+from gazeguard.errors import GazeGuardError, InputError
+from gazeguard.heads.artifact import GazeHeads
+from gazeguard.trace import GazeTrace
+from gazeguard.vision.batch_grids import image_grids
+from gazeguard.vision.encoding import EncodedBatch, check_prompt, encode
+from gazeguard.vision.grid import ImageGrid
+from gazeguard.vision.images import load_image
+from gazeguard.vision.inputs import context_length, has_pixels, model_inputs
+from gazeguard.vision.text import check_text, decode
+
+MAX_REASON = 300  # characters of a processor's error that a reason repeats
+
+ImageSizes = Sequence[Sequence[tuple[int, int]]]
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts as the recorder needs it.
+
+    Attributes:
+        keys: The keys that generated tokens attend to.
+        grids: The image grid of each prompt.
+        lengths: For each prompt the tokens, without padding, that the decoder reads before a caption.
+    """
+
+    keys: VisualKeys
+    grids: Sequence[ImageGrid]
+    lengths: Sequence[int]
+
+    @property
+    def start(self) -> int:
+        """The position of the first generated token."""
+        return self.keys.last + 1
+
+
+class ReplayPart(NamedTuple):
+    """Captions that go through the model together: their numbers in the whole, and what the model reads."""
+
+    rows: Sequence[int]
+    captions: Sequence[str]
+    batch: EncodedBatch
+    prompts: Prompts
+
+
+class Prepared(NamedTuple):
+    """Captions and their images as the model reads them: see `Tracer.prepare`.
+
+    Attributes:
+        unchecked: By their numbers, the captions that the model cannot read, each with the reason.
+        parts: The others.
+    """
+
+    unchecked: Mapping[int, tuple[str, str]]
+    parts: Sequence[ReplayPart]
+
+
+class Captured(NamedTuple):
+    """What the recorder captured of a batch; without a logit lens where it is not wanted, or there are no image tokens."""
+
+    activations: CapturedActivations
+    lens: LogitLens | None
+
+
+@dataclass(eq=False)
+class Tracer:
+    """Makes gaze traces of one model.
+
+    Attributes:
+        model: The model.
+        processor: Its processor.
+        heads: Its gaze heads.
+        grid: Where the image tokens of every prompt lie, for a model whose layout no rule of `gazeguard.vision` knows.
+        lens: Whether the logit lens on image tokens is read; it costs time, and the fields that need it are NaN without.
+        steering: Where the gaze heads are made to attend, if anywhere.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    heads: GazeHeads
+    grid: ImageGrid | None = None
+    lens: bool = True
+    steering: SteeringTarget | None = None
+
+    def __post_init__(self) -> None:
+        self.recorder = AttentionRecorder(self.model, self.heads.heads)
+
+    # ---------------------------------------------------------------------------------------------------- recording
+
+    def prompts(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None, sizes: ImageSizes | None = None) -> Prompts:
+        """Describe a batch of prompts.
+
+        Args:
+            inputs: The whole batch.
+            ids: (batch, P) int64, the prompts.
+            mask: (batch, P), 0 for padding; None where nothing is.
+            sizes: For each prompt the (width, height) of its images, pixels; by default what the processor made of them.
+
+        Raises:
+            InputError: The image did not reach a prompt.
+            UnsupportedError: No rule knows the layout of the image tokens.
+        """
+        keys = visual_keys(self.model, inputs, ids, mask)
+        grids = image_grids(self.model, self.processor, inputs, keys.ids, keys.mask, sizes, self.grid)
+        return Prompts(keys, grids, self._lengths(keys, mask))
+
+    def _lengths(self, keys: VisualKeys, mask: Tensor | None) -> list[int]:
+        if self.model.config.is_encoder_decoder or mask is None or mask.ndim != 2:
+            return [keys.last + 1] * len(keys.ids)
+        return mask[:, : keys.last + 1].sum(1).tolist()
+
+    @contextmanager
+    def record(self, prompts: Prompts, reordered: bool = False) -> Iterator[AttentionRecorder]:
+        """Inside, what the model does after these prompts is recorded, and steered if this tracer steers.
+
+        Args:
+            prompts: The prompts.
+            reordered: Whether rows of the batch are reordered between tokens, as in beam search.
+        """
+        with self.recorder as recorder:
+            recorder.begin(KeyLayout.from_ids(*prompts.keys), reordered=reordered)
+            if self.steering is not None:
+                self.steering.steer(recorder, prompts.grids)
+            yield recorder
+
+    @contextmanager
+    def steer(self, target: SteeringTarget) -> Iterator[None]:
+        """Inside, whatever is recorded is steered."""
+        before, self.steering = self.steering, target
+        try:
+            yield
+        finally:
+            self.steering = before
+
+    def capture(self, beams: Tensor | None = None) -> Captured:
+        """What the recorder has captured; to be called while it records.
+
+        Args:
+            beams: (captions, T) int64, the row of the batch that each token was generated in, if rows were reordered.
+        """
+        return Captured(self.recorder.collect(beams), self.logit_lens(beams))
+
+    def logit_lens(self, beams: Tensor | None = None) -> LogitLens | None:
+        """The logit lens on image tokens, if it is wanted and there are any."""
+        return self.recorder.logit_lens(beams) if self.lens else None
+
+    def trace_batch(self, captured: Captured, captions: Sequence[NDArray[np.int64]]) -> TraceBatch:
+        """The numbers of captions with these ids, (T,) each, which were generated one token per decoding step."""
+        longest = max(len(ids) for ids in captions)
+        tokens = np.zeros((len(captions), longest), np.int64)
+        for row, ids in zip(tokens, captions, strict=True):
+            row[: len(ids)] = ids
+        activations = CapturedActivations(*(tensor[:, :longest] for tensor in vars(captured.activations).values()))
+        generated = torch.from_numpy(tokens).to(activations.hidden.device)
+        return trace_batch(self.recorder.backbone, self.recorder.heads, activations, generated, captured.lens)
+
+    def trace(self, batch: TraceBatch, row: int, steps: Sequence[int] | slice, *caption: Any, finished: bool) -> GazeTrace:
+        """One trace out of a batch; ``caption`` is its ids, text, offsets and grid."""
+        about = {"heads": self.recorder.heads, "model": self.heads.model, "finished": finished}
+        return batch.trace(row, steps, *caption, **about)
+
+    def traces(
+        self,
+        batch: TraceBatch,
+        captions: Sequence[GeneratedIds],
+        prompts: Prompts,
+        passes: Sequence[Sequence[int]] | None = None,
+    ) -> list[GazeTrace]:
+        """The traces of generated captions.
+
+        Args:
+            batch: Their numbers.
+            captions: Their ids.
+            prompts: What they were generated after, each for equally many captions.
+            passes: For each caption the decoding step of each token; by default one after the other.
+        """
+        traces = []
+        for row, caption in enumerate(captions):
+            text, offsets = decode(self.processor.tokenizer, caption.ids)
+            steps = slice(len(caption.ids)) if passes is None else passes[row]
+            grid = prompts.grids[row * len(prompts.grids) // len(captions)]
+            traces.append(self.trace(batch, row, steps, caption.ids, text, offsets, grid, finished=caption.finished))
+        return traces
+
+    def too_long(self, tokens: int) -> str:
+        """Why so many tokens cannot be traced; empty when the model's context holds them."""
+        limit = context_length(self.model)
+        return f"prompt and caption have {tokens} tokens, more than the model's context of {limit}" if tokens > limit else ""
+
+    # ------------------------------------------------------------------------------------------------------- replay
+
+    def prepare(self, images: Sequence[Any], captions: Sequence[str], prompts: Sequence[str]) -> Prepared:
+        """Encode captions for `replay`; needs no GPU, so that another thread can do it while the model is busy.
+
+        Args:
+            images: One per caption: paths, bytes or PIL images.
+            captions: The captions.
+            prompts: What each caption answers.
+        """
+        unchecked: dict[int, tuple[str, str]] = {}
+        loaded: dict[int, Image.Image] = {}
+        for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            try:
+                check_text(caption, "caption")
+                if not caption.strip():
+                    raise InputError("the caption is empty")
+                check_prompt(self.processor, prompts[i])
+                loaded[i] = load_image(image)
+            except InputError as error:
+                unchecked[i] = caption if isinstance(caption, str) else "", str(error)
+        rest = self._encode(list(loaded), loaded, captions, prompts)
+        return Prepared(unchecked | rest.unchecked, rest.parts)
+
+    def _encode(
+        self, rows: Sequence[int], images: Mapping[int, Image.Image], captions: Sequence[str], prompts: Sequence[str]
+    ) -> Prepared:
+        """Some rows as the model reads them; those that it cannot read, or that its context does not hold, are unchecked."""
+        if not rows:
+            return Prepared({}, [])
+        texts = [captions[i] for i in rows]
+        try:
+            batch = encode(self.model, self.processor, [images[i] for i in rows], [prompts[i] for i in rows], texts)
+        except GazeGuardError:
+            raise
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # one image's shape, say, refused for all
+            if len(rows) == 1:
+                return Prepared({rows[0]: (texts[0], f"the processor refuses it: {_first_line(error)}")}, [])
+            halves = (rows[: len(rows) // 2], rows[len(rows) // 2 :])
+            first, second = (self._encode(half, images, captions, prompts) for half in halves)
+            return Prepared({**first.unchecked, **second.unchecked}, [*first.parts, *second.parts])
+        keys = visual_keys(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
+        lengths = self._lengths(keys, batch.prompt_mask)
+        long = {
+            i: (captions[i], reason)
+            for i, before, ids in zip(rows, lengths, batch.caption_ids, strict=True)
+            if (reason := self.too_long(before + len(ids)))
+        }
+        if long:
+            rest = self._encode([i for i in rows if i not in long], images, captions, prompts)
+            return Prepared({**long, **rest.unchecked}, rest.parts)
+        sizes = [[images[i].size] for i in rows]
+        grids = image_grids(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.grid)
+        return Prepared({}, [ReplayPart(rows, texts, batch, Prompts(keys, grids, lengths))])
+
+    @torch.no_grad()
+    def replay(self, part: ReplayPart, use_cache: bool = False) -> tuple[list[GazeTrace], Cache | None]:
+        """The traces of a part's captions, from one teacher-forced pass, and the pass's cache if it is wanted."""
+        batch, grids = part.batch, part.prompts.grids
+        with self.record(part.prompts):
+            # The recorder's capture is what counts; the model's own logits of every position would be the largest tensor.
+            few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+            inputs = model_inputs(self.model, batch.inputs)
+            if not has_pixels(inputs):
+                raise InputError(
+                    "The image did not reach the model: the processor made no pixels that its forward takes. Use the processor "
+                    "of this model."
+                )
+            output = self.model(**inputs, use_cache=use_cache, **few)
+            captured = self.capture()
+        numbers = self.trace_batch(captured, batch.caption_ids)
+        rows = zip(batch.caption_ids, part.captions, batch.offsets, grids, strict=True)
+        traces = [self.trace(numbers, i, slice(len(row[0])), *row, finished=True) for i, row in enumerate(rows)]
+        return traces, cache_of(output)
+
+
+class DraftTraces:
+    """Traces of the captions of a batch while they are being written, one forward pass after the other."""
+
+    def __init__(self, tracer: Tracer, prompts: Prompts) -> None:
+        self.tracer, self.prompts = tracer, prompts
+        self._tokens: list[list[int]] = []  # that each pass generated, one per row
+        self._batch: TraceBatch | None = None  # of as many passes as have been asked for, without the logit lens
+
+    def update(self, drafts: Sequence[Draft | None]) -> None:
+        """Take note of the newest token of every draft, which replaces another one after a rollback."""
+        for row, draft in enumerate(drafts):
+            if draft is None:
+                continue
+            newest = draft.passes[-1]
+            if newest == len(self._tokens):
+                self._tokens.append([0] * len(drafts))
+            self._tokens[newest][row] = draft.tokens[-1]
+            if self._batch is not None:  # another token than the one that was there
+                self._batch = self._batch.truncate(newest)
+
+    def _numbers(self) -> TraceBatch:
+        """The numbers of all passes, (batch, passes), without the logit lens, which is costly."""
+        tracer, done = self.tracer, 0 if self._batch is None else len(self._batch)
+        if done < len(self._tokens):
+            tokens = torch.tensor(self._tokens[done:], device=tracer.model.device).T
+            recorder = tracer.recorder
+            new = trace_batch(recorder.backbone, recorder.heads, recorder.collect(start=done), tokens, None)
+            self._batch = new if self._batch is None else self._batch.concatenate(new)
+        return self._batch
+
+    def trace_batch(self) -> TraceBatch:
+        """The numbers of all passes, (batch, passes)."""
+        return self._numbers().with_logit_lens(self.tracer.logit_lens(), torch.tensor(self._tokens).T)
+
+    def trace(self, row: int, draft: Draft, ids: NDArray[np.int64]) -> GazeTrace:
+        """The trace of one draft, whose ids without an end token are ``ids`` (T,)."""
+        text, offsets = decode(self.tracer.processor.tokenizer, ids)
+        grid = self.prompts.grids[row * len(self.prompts.grids) // len(self._tokens[0])]
+        numbers, lens = self._numbers().select(row, draft.passes[: len(ids)]), self.tracer.logit_lens()
+        if lens is not None:
+            numbers = numbers.with_logit_lens(lens.select(slice(row, row + 1)), torch.from_numpy(ids)[None])
+        return self.tracer.trace(numbers, 0, slice(None), ids, text, offsets, grid, finished=True)
+
+
+def _first_line(error: Exception) -> str:
+    """What a processor says, in one line that is not too long."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:MAX_REASON]
