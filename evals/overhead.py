@@ -37,7 +37,7 @@ from evals.common import Figure, Out, Quick, median, write
 from gazeguard import lab
 from gazeguard.attention.attribution import token_statistics
 from gazeguard.attention.backbone import find_backbone
-from gazeguard.attention.buffers import KeyLayout
+from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.image_tokens import image_token_id

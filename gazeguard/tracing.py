@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.cache_utils import Cache
 
-from gazeguard.attention.buffers import CapturedActivations, KeyLayout
+from gazeguard.attention.buffers import CapturedActivations
+from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.logit_lens import LogitLens
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.steering import SteeringTarget

@@ -31,9 +31,11 @@ from zoo import MAKERS, keys, story, write
 from gazeguard import lab
 from gazeguard.attention.attribution import direct_logit_attribution, token_statistics
 from gazeguard.attention.backbone import find_backbone
-from gazeguard.attention.buffers import CapturedActivations, KeyLayout
-from gazeguard.attention.kernels import Call, _flash
+from gazeguard.attention.buffers import CapturedActivations
+from gazeguard.attention.kernels import Call, flash_mask
+from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.attention.recording import Recording
 from gazeguard.attention.self_test import run_self_test
 from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.errors import InputError, UnsupportedError
@@ -121,8 +123,8 @@ def test_guesses_that_are_rejected_leave_no_rows(name):
 def test_the_device_is_not_waited_for(name, monkeypatch):
     """After the first pass no tensor inside the recorder is turned into a number or moved."""
     kind, waits = MAKERS[name](), Waits()
-    for own in ("_hear_start", "hear", "_hear_output", "_hear_hidden"):
-        monkeypatch.setattr(AttentionRecorder, own, counted(getattr(AttentionRecorder, own), waits))
+    for own in ("on_pass_start", "on_attention", "on_head_output", "on_final_hidden"):
+        monkeypatch.setattr(Recording, own, counted(getattr(Recording, own), waits))
     heard(kind, kind.batch())
     assert waits.found == []
 
@@ -241,7 +243,7 @@ def test_a_batch_that_does_not_tell_its_pictures_is_refused():
         keys(kind, bare)
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
         recorder.begin(KeyLayout.from_ids(*keys(kind, inputs)))
-        with pytest.raises(UnsupportedError, match=r"Layer 1 looks among 68 keys, but .* tells 34"):
+        with pytest.raises(UnsupportedError, match=r"Layer 1 attends to 68 keys, but .* has 34"):
             write(kind.model, kind.batch([1]))
 
 
@@ -307,10 +309,10 @@ def test_flash_attention_over_an_encoder_is_open_but_for_padding():
     module.is_causal = False
     query, key = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 8)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    opening = _flash(Call(module, query, key, mask, {}), 2)
+    opening = flash_mask(Call(module, query, key, mask, {}), 2)
     assert torch.equal(opening == 0, mask.bool()[:, None, None].expand(2, 1, 2, 5))
-    assert (_flash(Call(module, query, key, None, {}), 2) == 0).all()
-    assert (_flash(Call(module, query, key, None, {"is_causal": True}), 2) < 0).sum() == 1
+    assert (flash_mask(Call(module, query, key, None, {}), 2) == 0).all()
+    assert (flash_mask(Call(module, query, key, None, {"is_causal": True}), 2) < 0).sum() == 1
 
 
 def test_where_every_sum_is_normed_the_readout_follows_each_norm():

@@ -9,7 +9,7 @@ from families import IMAGE, family, gemma3, git, llava_mistral
 from typer.testing import CliRunner
 
 from gazeguard import lab
-from gazeguard.attention import recorder
+from gazeguard.attention.kernels import MASK_RULES
 from gazeguard.attention.self_test import run_self_test
 from gazeguard.cli import app
 from gazeguard.vision.encoding import encode
@@ -17,10 +17,10 @@ from gazeguard.vision.grid import ImageGrid
 
 NAMES = (
     "the text decoder's heads are found",
-    "the picture's cells are found",
-    "watching changes no logit",
+    "every image token has its region",
+    "recording changes no logit",
     "the recorder reads what eager attention does",
-    "padding moves nothing",
+    "padding changes nothing",
 )
 
 
@@ -40,7 +40,7 @@ def test_a_model_that_is_read_right_passes(make):
     checks = examined(kind)
     assert [check.name for check in checks] == list(NAMES)
     assert all(check.ok for check in checks), "\n".join(map(str, checks))
-    assert "logits apart by 0" in checks[2].detail
+    assert "logits differ by 0" in checks[2].detail
     assert before == {type(m).__name__: m.config._attn_implementation for m in kind.model.modules() if hasattr(m, "config")}
 
 
@@ -55,14 +55,11 @@ def test_a_batch_with_padding_is_examined_as_it_is():
 def test_scores_that_the_tap_does_not_know_are_found(monkeypatch):
     """A family that does something unknown to its scores: the recorder's numbers are not the model's, and the check says so."""
     kind = family("LLaVA")
-    true_rule = recorder._rule_of
-    monkeypatch.setattr(
-        recorder, "_rule_of", lambda kernel: (lambda call, rows: None) if kernel == "sdpa" else true_rule(kernel)
-    )
+    monkeypatch.setitem(MASK_RULES, "sdpa", lambda call, rows: None)
     inputs = kind.batch()
     checks = {check.name: check for check in run_self_test(kind.model, None, inputs)}
     assert not checks[NAMES[3]].ok
-    assert re.search(r"attention apart by 0\.\d", checks[NAMES[3]].detail)
+    assert re.search(r"attention differs by 0\.\d", checks[NAMES[3]].detail)
     assert checks[NAMES[2]].ok
 
 
@@ -80,14 +77,14 @@ def test_a_model_that_padding_moves_is_found():
     object.__setattr__(kind, "model", twin)
     checks = {check.name: check for check in examined(kind)}
     assert not checks[NAMES[4]].ok
-    assert "padding in front, attention apart by 0." in checks[NAMES[4]].detail
+    assert "padding in front, attention differs by 0." in checks[NAMES[4]].detail
 
 
 def test_a_model_that_cannot_be_watched_says_why():
     """The first check fails with the reason, and nothing else is tried."""
     checks = run_self_test(git(), None, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
     assert [check.ok for check in checks] == [False]
-    assert "has no text attention that GazeGuard can watch" in checks[0].detail
+    assert "has no text attention that GazeGuard can record" in checks[0].detail
 
 
 def test_a_guard_verifies_itself(guard):
@@ -96,7 +93,7 @@ def test_a_guard_verifies_itself(guard):
     inputs = encode(guard.model, guard.processor, [sample.image], [sample.prompt]).inputs
     checks = guard.self_test(inputs)
     assert all(check.ok for check in checks)
-    assert "144 tokens, 144 with a place, over 100% of the width and 100% of the height" in checks[1].detail
+    assert "144 image tokens, 144 with a region, over 100% of the width and 100% of the height" in checks[1].detail
 
 
 def test_the_command_examines_the_labs_model():

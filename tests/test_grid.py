@@ -56,7 +56,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.step3p7.image_processing_step3p7 import Step3p7ImageProcessor
 from zoo import MAKERS, works
 
-from gazeguard.attention.buffers import KeyLayout
+from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.lab.training.tiny_model import IMAGE, build_processor

@@ -51,7 +51,7 @@ def test_a_box_has_cells(x, y, width, height):
 
 
 def test_a_box_beside_the_picture_is_refused():
-    with pytest.raises(InputError, match=r"The box \(200, 0, 300, 50\) touches no image cell of its picture"):
+    with pytest.raises(InputError, match=r"The box \(200, 0, 300, 50\) touches no image token of its image"):
         image_tokens_in(GRID, (200, 0, 300, 50))
 
 
@@ -60,16 +60,19 @@ def test_a_box_beside_the_picture_is_refused():
     [
         (
             {"targets": (0, 0, 10, 10), "mode": "stare"},
-            "no way .stare. to look at something",
+            "Unknown steering mode .stare.; expected one of: both, boost, suppress",
         ),
-        ({"targets": (0, 0, 10, 10), "strength": 1e4}, "A strength of 10000.0 is not between 0 and 50"),
-        ({"targets": (0, 0, 10, 10), "strength": 0}, "A strength of 0 is not between 0 and 50"),
-        ({"targets": (0, 0, 10, 10), "strength": float("nan")}, "A strength of nan is not"),
-        ({"targets": (10, 0, 10, 10)}, "A target is a box"),
-        ({"targets": (0, 0, 10)}, "A target is a box"),
-        ({"targets": [(0, 0, 10, 10), (0, 0, float("nan"), 10)]}, "A target is a box"),
-        ({"targets": {-1: None}}, "keys are numbers of new tokens, 0 or more, not -1"),
-        ({"targets": {"0": None}}, "keys are numbers of new tokens, 0 or more, not '0'"),
+        (
+            {"targets": (0, 0, 10, 10), "strength": 1e4},
+            "Steering strength 10000.0 is out of range; expected a number above 0 and up to 50",
+        ),
+        ({"targets": (0, 0, 10, 10), "strength": 0}, "Steering strength 0 is out of range"),
+        ({"targets": (0, 0, 10, 10), "strength": float("nan")}, "Steering strength nan is out of range"),
+        ({"targets": (10, 0, 10, 10)}, "Unexpected steering target .*; expected a box"),
+        ({"targets": (0, 0, 10)}, "Unexpected steering target .*; expected a box"),
+        ({"targets": [(0, 0, 10, 10), (0, 0, float("nan"), 10)]}, "Unexpected steering target .*; expected a box"),
+        ({"targets": {-1: None}}, "Unexpected key -1 in a schedule; expected numbers of new tokens, 0 or more"),
+        ({"targets": {"0": None}}, "Unexpected key '0' in a schedule; expected numbers of new tokens, 0 or more"),
     ],
     ids=str,
 )
@@ -79,9 +82,9 @@ def test_what_is_no_target_is_refused(given, told):
 
 
 def test_as_many_targets_as_prompts(guard):
-    with pytest.raises(InputError, match="2 targets were given for 3 prompts"):
+    with pytest.raises(InputError, match="Got 2 steering targets for 3 prompts"):
         written(guard, look=([LEFT, RIGHT],))
-    with pytest.raises(InputError, match="There is no picture 1 in the prompt"), guard.steer(LEFT, image=1):
+    with pytest.raises(InputError, match="There is no image 1 in the prompt"), guard.steer(LEFT, image=1):
         guard.caption(STRIPS[0].image)
 
 

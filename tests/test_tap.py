@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache
 
 from gazeguard.attention.attribution import direct_logit_attribution, token_statistics, top_k_statistics
 from gazeguard.attention.backbone import Head, find_backbone
-from gazeguard.attention.buffers import CapturedActivations, KeyLayout, RowBuffer
+from gazeguard.attention.buffers import CapturedActivations, RowBuffer
+from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.logit_lens import attended_logprobs
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.errors import NoAttentionError, UnsupportedError
@@ -314,7 +315,7 @@ def test_leaving_restores_the_model(name, how):
     except KeyError:
         assert how.startswith("raised")
     assert shape_of(kind.model) == before
-    assert not any("_gazeguard_tap" in vars(module) for module in kind.model.modules())
+    assert not any("_gazeguard_recorder" in vars(module) for module in kind.model.modules())
     after = generate(kind.model, inputs, max_new_tokens=4)
     assert torch.equal(after.sequences, said.sequences)
     assert all(torch.equal(a, b) for a, b in zip(after.logits, said.logits, strict=True))
@@ -344,13 +345,13 @@ def test_hearing_nothing_raises(name):
     kind = family(name)
     inputs = kind.batch()
     with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
-        with pytest.raises(NoAttentionError, match=r"did not run.*Run the model inside the watch"):
+        with pytest.raises(NoAttentionError, match=r"did not run.*Run the model while the recorder is open"):
             recorder.collect()
         recorder.begin(announce(inputs))
-        with pytest.raises(NoAttentionError, match="layer 1 heard no attention"):
+        with pytest.raises(NoAttentionError, match="captured no attention in layer 1"):
             recorder.collect()
         generate(kind.model, kind.batch([0]), max_new_tokens=2)
-        with pytest.raises(NoAttentionError, match="with the batch that the watch was opened for"):
+        with pytest.raises(NoAttentionError, match="with the batch that the recording was begun with"):
             recorder.collect()
     with pytest.raises(NoAttentionError):
         recorder.collect()
@@ -412,8 +413,13 @@ def test_a_long_text_is_kept_in_few_pieces():
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
         recorder.begin(announce(kind.batch()))
         generate(kind.model, kind.batch(), max_new_tokens=new, min_new_tokens=new)
-        for layer in recorder._layers.values():
-            tracks = {"queries": layer.queries, "openings": layer.openings, "output": layer.output, "hidden": recorder._hidden}
+        for layer in recorder._recording.layers.values():
+            tracks = {
+                "queries": layer.queries,
+                "masks": layer.masks,
+                "output": layer.output,
+                "hidden": recorder._recording.hidden,
+            }
             for name, track in tracks.items():
                 pieces = {rows.untyped_storage().data_ptr() for _, rows in track.parts}
                 assert 0 < len(pieces) <= 2, f"{len(pieces)} pieces of {name}"
@@ -465,7 +471,7 @@ def test_a_second_pass_without_a_cache_raises(name):
     with AttentionRecorder(kind.model, [(0, 0)]) as recorder:
         recorder.begin(announce(inputs))
         forward(kind.model, inputs)
-        with pytest.raises(UnsupportedError, match=r"ran twice in one watch\. Call begin\(\) before each run"):
+        with pytest.raises(UnsupportedError, match=r"ran twice in one recording\. Call begin\(\) before each run"):
             forward(kind.model, inputs)
 
 
@@ -712,7 +718,7 @@ def test_two_taps_on_one_model(second):
     with AttentionRecorder(kind.model, [(0, 0), (0, 1)]) as recorder:
         recorder.begin(announce(told.inputs))
         with (
-            pytest.raises(UnsupportedError, match=r"watched already\. Leave the other watch first"),
+            pytest.raises(UnsupportedError, match=r"recorded already, .* Leave that one first"),
             AttentionRecorder(kind.model, second),
         ):
             pass
@@ -728,7 +734,7 @@ def test_two_taps_on_one_model(second):
         ([(3, 0)], r"no head \(3, 0\): .* layers 0 to 2 with 4 heads each"),
         ([(0, 1), (1, 4)], r"no head \(1, 4\)"),
         ([(0, -1)], r"no head \(0, -1\)"),
-        ([], r"has no head to listen to \(the list is empty\)"),
+        ([], r"has no head to record \(the list is empty\)"),
     ],
 )
 def test_unknown_heads_are_refused(heads, said):

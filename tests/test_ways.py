@@ -33,9 +33,12 @@ from transformers.modeling_utils import AttentionInterface
 
 from gazeguard.attention.attribution import token_statistics, top_k_statistics
 from gazeguard.attention.backbone import find_backbone
-from gazeguard.attention.buffers import CapturedActivations, KeyLayout
-from gazeguard.attention.kernels import Call, _dense, _flash
+from gazeguard.attention.buffers import CapturedActivations
+from gazeguard.attention.kernels import Call, dense_mask, flash_mask
+from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.attention.recording import Recording
+from gazeguard.attention.scores import attention_weights
 from gazeguard.heads.artifact import fingerprint
 from gazeguard.vision.inputs import model_inputs
 
@@ -319,14 +322,9 @@ def test_what_alters_scores_is_honoured(option):
         "sliding_window": 3,
     }
     options = {option: given[option]}
-    model = family("LLaVA").model
-    with AttentionRecorder(model, [(0, 1), (0, 2)]) as recorder:
-        recorder.begin(KeyLayout.from_ids(torch.full((2, 1), IMAGE), None, IMAGE))
-        layer = recorder._layers[0]
-        layer.group, layer.scaling = 2, 0.25
-        call = Call(Alone(), query, key, None, options)
-        opening = (_dense if option == "position_bias" else _flash)(call, 3)
-        weights = recorder._weigh(layer, call, query[:, :, -3:][:, [1, 2]], opening, [])
+    call = Call(Alone(), query, key, None, {"scaling": 0.25, **options})
+    mask = (dense_mask if option == "position_bias" else flash_mask)(call, 3)
+    weights = attention_weights(call, query[:, :, -3:][:, [1, 2]], torch.tensor([1, 2]), mask)
     kernel = sdpa_attention_forward if option == "position_bias" else flash_by_hand
     module = Alone()
     module.num_key_value_groups = 2
@@ -567,9 +565,9 @@ class Waits(TorchDispatchMode):
 def counted(own: Any, waits: Waits) -> Any:
     """A method of the recorder whose waiting is counted, but for that of the first pass."""
 
-    def method(recorder: AttentionRecorder, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if recorder._total < 0 else waits:
-            return own(recorder, *args, **kwargs)
+    def method(recording: Recording, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.nullcontext() if recording.passes.seen < 0 else waits:
+            return own(recording, *args, **kwargs)
 
     return method
 
@@ -579,8 +577,8 @@ def counted(own: Any, waits: Waits) -> Any:
 def test_the_tap_never_waits_for_the_device(name, options, monkeypatch):
     """No tensor is turned into a number or moved inside the recorder while words are written; only the first pass may."""
     kind, waits = family(name), Waits()
-    for own in ("_hear_start", "hear", "_hear_output", "_hear_hidden"):
-        monkeypatch.setattr(AttentionRecorder, own, counted(getattr(AttentionRecorder, own), waits))
+    for own in ("on_pass_start", "on_attention", "on_head_output", "on_final_hidden"):
+        monkeypatch.setattr(Recording, own, counted(getattr(Recording, own), waits))
     live(kind, kind.batch(), **options)
     assert waits.found == []
     with waits:

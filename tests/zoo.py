@@ -32,7 +32,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from gazeguard.attention.attribution import top_k_statistics
 from gazeguard.attention.backbone import find_backbone
-from gazeguard.attention.buffers import CapturedActivations, KeyLayout
+from gazeguard.attention.buffers import CapturedActivations
+from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.visual_keys import VisualKeys, visual_keys
 from gazeguard.errors import GazeGuardError, NoAttentionError, UnsupportedError

@@ -22,7 +22,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 from evals.detection import without
 from gazeguard import _compat
 from gazeguard.attention.backbone import Head
-from gazeguard.attention.buffers import KeyLayout
+from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.claims.parse import claims, things

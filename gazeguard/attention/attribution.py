@@ -1,4 +1,4 @@
-"""TODO attention.attribution."""
+"""Direct logit attribution of the gaze heads, and statistics of generated tokens."""
 
 from __future__ import annotations
 
@@ -10,83 +10,121 @@ import torch
 from torch import Tensor
 
 from gazeguard.attention.backbone import Backbone, Head
-from gazeguard.attention.buffers import CapturedActivations, _side_by_side
+from gazeguard.attention.buffers import CapturedActivations, concatenate_padded
 
-NUM_CONTRAST_TOKENS = 20  # candidates that a attribution is measured against
+NUM_CONTRAST_TOKENS = 20  # the most probable other tokens, over whose mean a token's attribution is measured
 
 
 def direct_logit_attribution(
     backbone: Backbone, heads: Sequence[Head], output: Tensor, hidden: Tensor, directions: Tensor
 ) -> Tensor:
-    """What each head's look adds to a logit: direct logit attribution with the final norm's scale held fixed.
+    """What each head adds to a logit: direct logit attribution with the final norm's scale held fixed.
 
-    output:     (..., H, width per head), heads' outputs before the output projection
-    hidden:     (..., width), state before the final norm
-    directions: (..., width), an unembedding row, or a difference of such rows
-    returns     (..., H) float32 logits: ``W_U g/|x| W_O o``, whose sum over all heads, all MLPs and the embedding is the logit
-                (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; DESIGN: attribution)
-                where a decoder norms every sum, its norms' scales are all held fixed
+    ``W_U g/|x| W_O o`` (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"): the sum over all heads, all
+    MLPs and the embedding is the logit. Where a decoder norms every sum, its norms' scales are all held fixed.
+
+    Args:
+        backbone: The model's parts.
+        heads: The H heads.
+        output: (..., H, width per head), their outputs before the output projection.
+        hidden: (..., width), the state before the final norm.
+        directions: (..., width), an unembedding row, or a difference of such rows.
+
+    Returns:
+        (..., H) float32, logits.
     """
-    gain, centres = backbone.final_norm_weight
+    weight, centered = backbone.final_norm_weight
     state = hidden.float()
-    if centres:
+    if centered:
         state = state - state.mean(-1, keepdim=True)
-    directions = directions.float() * gain / state.pow(2).mean(-1, keepdim=True).sqrt()
-    if centres:
+    directions = directions.float() * weight / state.pow(2).mean(-1, keepdim=True).sqrt()
+    if centered:
         directions = directions - directions.mean(-1, keepdim=True)
     parts = []
     for layer in sorted({layer for layer, _ in heads}):
-        chosen = [head for la, head in heads if la == layer]
-        delivered = directions @ backbone.output_weight(layer, chosen)
-        parts.append(delivered.unflatten(-1, (len(chosen), -1)))  # (..., chosen heads, width per head)
-    return (_side_by_side(parts, dim=-2) * output).sum(-1)
+        chosen = [head for number, head in heads if number == layer]
+        slopes = directions @ backbone.output_weight(layer, chosen)
+        parts.append(slopes.unflatten(-1, (len(chosen), -1)))  # (..., chosen heads, width per head)
+    return (concatenate_padded(parts, dim=-2) * output).sum(-1)
+
+
+def top_k_statistics(logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The most probable tokens of next-token distributions, and the entropy.
+
+    Args:
+        logprobs: (..., vocabulary), nats; overwritten.
+
+    Returns:
+        Ids (..., k) int64 and log-probabilities (..., k), nats, of the `NUM_CONTRAST_TOKENS` + 1 most probable tokens, and the
+        entropy (...), nats.
+    """
+    top, ids = logprobs.topk(min(NUM_CONTRAST_TOKENS + 1, logprobs.shape[-1]), dim=-1)
+    return ids, top, -logprobs.clamp_(min=-1e9).exp().mul_(logprobs).sum(-1)  # in place: the largest tensors of a recording
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What the model thought of each written token: all (batch, T) except attribution (batch, T, H); nats and logits."""
+    """What the model gave for generated tokens.
+
+    Attributes:
+        logprobs: (batch, T), nats.
+        entropy: (batch, T), nats.
+        attribution: (batch, T, H), logits.
+    """
 
     logprobs: Tensor
     entropy: Tensor
     attribution: Tensor
 
 
-def top_k_statistics(logs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of log-probabilities (..., vocabulary), which are written over: the `NUM_CONTRAST_TOKENS` + 1 likeliest words (..., NUM_CONTRAST_TOKENS + 1) int64,
-    their log-probabilities, and the entropy (...), nats.
+def token_statistics(
+    backbone: Backbone, heads: Sequence[Head], captured: CapturedActivations, token_ids: Tensor
+) -> TokenStatistics:
+    """Log-probability, entropy and attribution of generated tokens, from the steps that predicted them.
+
+    The attribution's direction is the token's unembedding row minus the mean over its contrast tokens, the
+    `NUM_CONTRAST_TOKENS` most probable others.
+
+    Args:
+        backbone: The model's parts.
+        heads: The H recorded heads.
+        captured: The activations of the steps.
+        token_ids: (batch, T) int64.
     """
-    most, words = logs.topk(min(NUM_CONTRAST_TOKENS + 1, logs.shape[-1]), dim=-1)
-    return words, most, -logs.clamp_(min=-1e9).exp().mul_(logs).sum(-1)  # in place: the largest tensors of the watch
+    is_token = captured.top_ids == token_ids[..., None]
+    logprobs, top_ids, entropy = captured.top_logprobs.where(is_token, 0).sum(-1), captured.top_ids, captured.entropy
+    missing = ~is_token.any(-1)  # the model gave no logits, or the token is not among the top k
+    if missing.any():
+        parts = _in_chunks(_computed, backbone, captured.hidden[missing], token_ids[missing])
+        computed = [torch.cat(values) for values in zip(*parts, strict=True)]
+        logprobs, top_ids, entropy = (
+            known.index_put((missing,), values) for known, values in zip((logprobs, top_ids, entropy), computed, strict=True)
+        )
+    parts = _in_chunks(_contrast_directions, backbone, token_ids.flatten(), top_ids.flatten(0, 1))
+    directions = torch.cat(parts).unflatten(0, token_ids.shape)
+    attribution = direct_logit_attribution(backbone, heads, captured.output, captured.hidden, directions)
+    return TokenStatistics(logprobs, entropy, attribution)
 
 
-def token_statistics(backbone: Backbone, heads: Sequence[Head], rows: CapturedActivations, written: Tensor) -> TokenStatistics:
-    """Log-probability, entropy and attribution of the written tokens (batch, T), from the rows that predicted them.
-
-    The attribution's direction is the token's unembedding row minus the mean over its rivals, the `NUM_CONTRAST_TOKENS` likeliest others.
+def _in_chunks(function: Callable[..., Any], backbone: Backbone, *tensors: Tensor) -> list[Any]:
+    """The results of ``function(backbone, ...)`` for a few rows of the tensors at a time: a large vocabulary's logits for a
+    long caption would take more memory than the recording itself.
     """
-    table = backbone.unembedding_rows()
+    chunks = zip(*(tensor.split(backbone.logits_chunk) for tensor in tensors), strict=True)
+    return [function(backbone, *chunk) for chunk in chunks]
 
-    def computed(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logs = backbone.logits(hidden).log_softmax(-1)
-        logprob = logs.gather(-1, token[:, None])[:, 0]
-        likely, _, entropy = top_k_statistics(logs)
-        return logprob, likely, entropy
 
-    def direction(token: Tensor, likely: Tensor) -> Tensor:
-        rival = (likely != token[:, None]).float()
-        rivals = (table(likely).float() * rival[..., None]).sum(1) / rival.sum(1, keepdim=True)
-        return table(token).float() - rivals
+def _computed(backbone: Backbone, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (r,) of tokens (r,) after states (r, width), the top k tokens (r, k), and the entropy (r,)."""
+    logprobs = backbone.logits(hidden).log_softmax(-1)
+    chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
+    top_ids, _, entropy = top_k_statistics(logprobs)
+    return chosen, top_ids, entropy
 
-    def few(function: Callable[..., Any], *given: Tensor) -> list[Any]:
-        # A few words at a time: a large vocabulary's logits for a long caption would take more memory than the watch itself.
-        return [function(*part) for part in zip(*(tensor.split(backbone.logits_chunk) for tensor in given), strict=True)]
 
-    same = rows.top_ids == written[..., None]
-    found = (rows.top_logprobs.where(same, 0).sum(-1), rows.top_ids, rows.entropy)
-    unheard = ~same.any(-1)
-    if unheard.any():
-        made = zip(*few(computed, rows.hidden[unheard], written[unheard]), strict=True)
-        found = tuple(heard.index_put((unheard,), torch.cat(new)) for heard, new in zip(found, made, strict=True))
-    logprobs, likely, entropy = found
-    directions = torch.cat(few(direction, written.flatten(), likely.flatten(0, 1))).unflatten(0, written.shape)
-    return TokenStatistics(logprobs, entropy, direct_logit_attribution(backbone, heads, rows.output, rows.hidden, directions))
+def _contrast_directions(backbone: Backbone, token_ids: Tensor, top_ids: Tensor) -> Tensor:
+    """Unembedding rows (r, width) of tokens (r,) less the mean of those of their contrast tokens among ``top_ids`` (r, k)."""
+    rows = backbone.unembedding_rows()
+    contrast = (top_ids != token_ids[:, None]).float()
+    means = (rows(top_ids).float() * contrast[..., None]).sum(1) / contrast.sum(1, keepdim=True)
+    return rows(token_ids).float() - means

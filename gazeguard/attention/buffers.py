@@ -1,70 +1,36 @@
-"""TODO attention.buffers."""
+"""Buffers of captured activations, in the order of decoding steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK, WIDTH = 64, 256  # rows that are kept in one piece of memory; what the width of kept masks is a multiple of
+from gazeguard.attention.kernels import additive_mask
 
-
-@dataclass(frozen=True)
-class KeyLayout:
-    """Where things are among the P keys of a batch of prompts: its tokens, or what stands in their place in `Keys`.
-
-    columns: (batch, N) int64, the place of each image cell; rows with fewer repeat place 0
-    valid:   (batch, N) bool, which of the columns are real
-    segments: (batch, P, 4) float32, one-hot over `gazeguard.trace.SEGMENTS`; all zero for padding
-    real:    (batch, P) bool, False for padding
-    last:    the position of the query that predicts the first written token
-    """
-
-    columns: Tensor
-    valid: Tensor
-    segments: Tensor
-    real: Tensor
-    last: int
-
-    @classmethod
-    def from_ids(
-        cls, input_ids: Tensor, attention_mask: Tensor | None, tokens: int | tuple[int, ...], last: int | None = None
-    ) -> KeyLayout:
-        """Read off a batch of prompt ids (batch, P), or off what `visual_keys` says: ``KeyLayout.from_ids(*visual_keys(...))``."""
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        image = torch.isin(input_ids, torch.as_tensor(tokens, device=input_ids.device)) & real
-        cells = int(image.sum(1).max())
-        # A stable sort brings each row's image positions to the front, in order.
-        order = torch.argsort(~image, dim=1, stable=True)[:, :cells]
-        valid = image.gather(1, order)
-        first = torch.zeros_like(real).scatter_(1, real.int().argmax(1, keepdim=True), True) & real & ~image
-        prompt = real & ~image & ~first
-        kinds = torch.stack((image, prompt, torch.zeros_like(real), first), dim=-1).float()
-        last = input_ids.shape[1] - 1 if last is None else last
-        return cls(order.masked_fill(~valid, 0), valid, kinds, real, last)
-
-    def repeated(self, times: int) -> KeyLayout:
-        """Each prompt ``times`` over, as ``generate`` does for beams and for several captions per prompt."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.repeat_interleave(times, dim=0) for name, tensor in tensors.items()})
+BLOCK = 64  # rows that are kept in one piece of memory
+MASK_WIDTH = 256  # the width of kept masks is a multiple of this, so that many rows share a block
 
 
 @dataclass(frozen=True)
 class CapturedActivations:
-    """What was heard: for each row b and each t, the query that predicted token P + t. Tensors on the model's device.
+    """Captured activations of a batch: for each row and each t, the query that predicted token P + t.
 
-    gaze:   (batch, T, H, N) float32, attention on each image cell
-    segment_mass: (batch, T, H, 4) float32, attention on `gazeguard.trace.SEGMENTS`
-    output: (batch, T, H, width per head) float32, each head's output before the output projection; zeros after a narrow
-            head's own width where layers differ; divided by what `Backbone.norms` divide by
-    hidden: (batch, T, model width), the last layer's state before the final norm, in the model's dtype
-    top_ids: (batch, T, `NUM_CONTRAST_TOKENS` + 1) int64, the likeliest next words by the logits that the model gave while it ran; -1 where
-            it gave none, as for most words of a replay
-    top_logprobs: (batch, T, `NUM_CONTRAST_TOKENS` + 1) float32, nats, their log-probabilities; 0 where there were no logits
-    entropy: (batch, T) float32, nats, of all words; 0 where there were no logits
+    Tensors are on the model's device.
+
+    Attributes:
+        gaze: (batch, T, H, N) float32, attention on each image token.
+        segment_mass: (batch, T, H, 4) float32, attention on `gazeguard.trace.SEGMENTS`.
+        output: (batch, T, H, width per head) float32, each head's output before the output projection; zeros after a narrow
+            head's own width where layers differ; divided by the scales of `Backbone.norms`.
+        hidden: (batch, T, model width), the last layer's state before the final norm, in the model's dtype.
+        top_ids: (batch, T, k) int64, the most probable next tokens by the logits that the model gave while it ran; -1 where it
+            gave none, as at most steps of a replay. k is `NUM_CONTRAST_TOKENS` + 1, or the vocabulary if that is smaller.
+        top_logprobs: (batch, T, k) float32, nats, their log-probabilities; 0 where there were no logits.
+        entropy: (batch, T) float32, nats, of the whole distribution; 0 where there were no logits.
     """
 
     gaze: Tensor
@@ -76,8 +42,8 @@ class CapturedActivations:
     entropy: Tensor
 
 
-def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """The parts along ``dim``, each filled up with zeros to the widest: in Gemma4 some layers have wider heads."""
+def concatenate_padded(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The parts along ``dim``, each padded with zeros to the widest: in Gemma4 some layers have wider heads."""
     widths = [part.shape[-1] for part in parts]
     widest = max(widths)
     if min(widths) < widest:
@@ -86,29 +52,30 @@ def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 class RowBuffer:
-    """CapturedActivations in the order of their positions; dimension 1 of every tensor. What is heard again replaces what was heard.
+    """Rows along dimension 1, in the order of their steps; a row that is put again replaces what was there.
 
-    They are copied into blocks of `BLOCK` rows. A small tensor kept of every pass would lie on the heap between the large ones
+    Rows are copied into blocks of `BLOCK`. A small tensor kept of every pass would lie on the heap between the large ones
     that a growing cache leaves behind, which then cannot be joined and used again.
     """
 
     def __init__(self) -> None:
-        self.parts: list[tuple[int, Tensor]] = []
-        self.block: Tensor | None = None  # the last one, whose first rows are used
+        self.parts: list[tuple[int, Tensor]] = []  # (first step, rows)
+        self.block: Tensor | None = None  # the newest block, whose first rows are used
         self.used = 0
 
     def __len__(self) -> int:
         return self.parts[-1][0] + self.parts[-1][1].shape[1] if self.parts else 0
 
     def cut(self, start: int) -> None:
-        """Forget the rows from ``start`` on."""
+        """Remove the rows from step ``start`` on."""
         while self.parts and self.parts[-1][0] >= start:
             self.parts.pop()
         if len(self) > start:
-            at, rows = self.parts[-1]
-            self.parts[-1] = at, rows[:, : start - at]
+            first, rows = self.parts[-1]
+            self.parts[-1] = first, rows[:, : start - first]
 
     def put(self, start: int, rows: Tensor) -> None:
+        """Copy rows (batch, r, ...) in from step ``start`` on, in place of the rows from there on."""
         self.cut(start)
         count, shape = rows.shape[1], self.block.shape if self.block is not None else ()
         if shape[:1] + shape[2:] != rows.shape[:1] + rows.shape[2:] or shape[1] < self.used + count:
@@ -119,32 +86,128 @@ class RowBuffer:
         self.parts.append((start, kept.copy_(rows.detach())))
         self.used += count
 
-    def row(self, at: int) -> Tensor:
-        start, rows = next(part for part in reversed(self.parts) if part[0] <= at)
-        return rows[:, at - start]
+    def scale_last(self, scale: Tensor) -> None:
+        """Multiply the rows that were put last."""
+        start, rows = self.parts[-1]
+        self.parts[-1] = start, rows * scale
+
+    def row(self, step: int) -> Tensor:
+        """One row, (batch, ...)."""
+        start, rows = next(part for part in reversed(self.parts) if part[0] <= step)
+        return rows[:, step - start]
 
     def joined(self, start: int = 0) -> Tensor:
-        """The rows from ``start`` on."""
-        return _side_by_side([rows[:, max(0, start - at) :] for at, rows in self.parts if at + rows.shape[1] > start], dim=1)
+        """The rows from step ``start`` on, (batch, T, ...)."""
+        return concatenate_padded(
+            [rows[:, max(0, start - first) :] for first, rows in self.parts if first + rows.shape[1] > start], dim=1
+        )
 
-    def over(self, blank: Tensor, start: int = 0) -> Tensor:
-        """``blank`` (batch, T, ...), with the rows from ``start`` on where there are any."""
-        for at, rows in self.parts:
-            if at + rows.shape[1] > start:
-                blank[:, max(0, at - start) : at + rows.shape[1] - start] = rows[:, max(0, start - at) :]
-        return blank
+    def write_over(self, default: Tensor, start: int = 0) -> Tensor:
+        """``default`` (batch, T, ...), overwritten with the rows from step ``start`` on where there are any."""
+        for first, rows in self.parts:
+            if first + rows.shape[1] > start:
+                default[:, max(0, first - start) : first + rows.shape[1] - start] = rows[:, max(0, start - first) :]
+        return default
 
 
 class LayerBuffers:
-    """What a recorder heard of one layer: the rows read, the rows pending, and the keys to read them with."""
+    """The captured activations of one layer, and the deferred queries with the keys to compute their attention from.
 
-    def __init__(self, heads: Tensor, width: int) -> None:
-        self.heads, self.width = heads, width  # those that are watched, and numbers per head of the layer's output
+    Args:
+        heads: (K,) int64, the recorded heads of the layer.
+        columns: Their indices among all recorded heads.
+        width: Numbers per head of the layer's attention output.
+    """
+
+    def __init__(self, heads: Tensor, columns: Sequence[int], width: int) -> None:
+        self.heads, self.columns, self.width = heads, list(columns), width
         self.gaze, self.segment_mass, self.output = RowBuffer(), RowBuffer(), RowBuffer()
-        self.pending: list[tuple[int, int]] = []  # position and number of keys of rows whose attention is not computed yet
-        self.queries = RowBuffer()  # of the chosen heads in the pending rows, (batch, r, K, d)
-        self.openings = (
-            RowBuffer()
-        )  # of the pending rows, (batch or 1, r, heads or 1, S or more) float32; empty if all are open
-        self.key: Tensor | None = None
-        self.scaling, self.group = 0.0, 1
+        self.deferred: list[tuple[int, int]] = []  # (step, number of keys) of queries whose attention is not computed yet
+        self.queries = RowBuffer()  # the deferred ones of the recorded heads, (batch, r, K, d)
+        self.masks = RowBuffer()  # theirs, (batch or 1, r, heads or 1, S or more) float32; empty if nothing is masked
+        self.key: Tensor | None = None  # (batch, kv heads, S, d), the newest
+        self.scaling, self.group = 0.0, 1  # of the scores; query heads per key head
+
+    @property
+    def first_deferred(self) -> int | None:
+        """The step of the first deferred query, None when there is none."""
+        return self.deferred[0][0] if self.deferred else None
+
+    def is_last_deferred(self, step: int) -> bool:
+        """Whether a step's query is the newest of the deferred ones."""
+        return bool(self.deferred) and self.deferred[-1][0] == step
+
+    def drop_deferred(self, start: int) -> None:
+        """Remove the deferred queries from step ``start`` on: they run again."""
+        while self.deferred and self.deferred[-1][0] >= start:
+            self.deferred.pop()
+        self.masks.cut(start)
+
+    def accepts(self, mask: Tensor | None) -> bool:
+        """Whether a query with this mask can join the deferred ones: masks of another shape cannot be concatenated."""
+        shape = [] if mask is None else [mask.shape[:2]]
+        return not self.deferred or [rows.shape[:3:2] for _, rows in self.masks.parts[-1:]] == shape
+
+    def defer(self, step: int, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+        """Keep a query (batch, K, 1, d), whose attention is over these keys, or over what they grow to."""
+        keys = key.shape[2]
+        if mask is not None:
+            self.masks.put(step, F.pad(mask, (0, -keys % MASK_WIDTH)).transpose(1, 2))
+        self.queries.put(step, query.transpose(1, 2))
+        self.deferred.append((step, keys))
+        self.key = key
+
+    def deferred_attention(self, start: int) -> Tensor:
+        """Attention (batch, K, r, S) of the deferred queries from step ``start`` on."""
+        query = self.queries.joined(start).transpose(1, 2).float()  # (batch, K, r, d)
+        key = self.key.index_select(1, self.heads // self.group).float()
+        scores = query @ key.transpose(2, 3) * self.scaling
+        keys = scores.shape[3]
+        lengths = [length for step, length in self.deferred if step >= start]
+        if min(lengths) < keys:
+            device = key.device
+            scores += additive_mask(torch.arange(keys, device=device) < torch.tensor(lengths, device=device)[:, None])
+        if self.masks.parts:
+            scores += self.masks.joined(start).transpose(1, 2)[..., :keys]
+        return scores.softmax(-1)
+
+    def clear_deferred(self) -> None:
+        """Forget the deferred queries, whose attention has been computed."""
+        start = self.deferred[0][0]
+        self.deferred, self.key = [], None
+        self.queries.cut(start)
+        self.masks.cut(start)
+
+
+class TopTokenBuffers:
+    """The model's own statistics at each step, as `attribution.top_k_statistics` gives them, where it gave logits."""
+
+    def __init__(self) -> None:
+        self.ids, self.logprobs, self.entropy = RowBuffer(), RowBuffer(), RowBuffer()
+
+    def cut(self, start: int) -> None:
+        """Remove the rows from step ``start`` on."""
+        for rows in (self.ids, self.logprobs, self.entropy):
+            rows.cut(start)
+
+    def put(self, start: int, statistics: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep ids (batch, r, k), log-probabilities (batch, r, k) and entropy (batch, r) from step ``start`` on."""
+        for rows, values in zip((self.ids, self.logprobs, self.entropy), statistics, strict=True):
+            rows.put(start, values)
+
+    def joined(self, like: Tensor, count: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, log-probabilities and entropy from step ``start`` on, -1 and 0 where the model gave no logits.
+
+        Args:
+            like: (batch, T, ...), whose batch, steps and device they have.
+            count: k, the number of tokens at each step.
+            start: The first step.
+        """
+        entropy = like.new_zeros(like.shape[:2], dtype=torch.float32)
+        logprobs = entropy[..., None].repeat(1, 1, count)
+        ids = torch.full_like(logprobs, -1, dtype=torch.int64)
+        return (
+            self.ids.write_over(ids, start),
+            self.logprobs.write_over(logprobs, start),
+            self.entropy.write_over(entropy, start),
+        )

@@ -1,4 +1,4 @@
-"""TODO attention.logit_lens."""
+"""Logit lens on image tokens: their last states decoded to next-token probabilities (nostalgebraist 2020)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 from gazeguard.attention.backbone import Backbone
+from gazeguard.attention.layout import KeyLayout
 
-LEAST = -30.0  # nats; what is less likely is as good as impossible
+MIN_LOGPROB = -30.0  # nats; what is less probable is as good as impossible
 
 
 @dataclass(frozen=True, eq=False)
 class LogitLens:
-    """What lies in the image cells: their last states read as words, as in the logit lens (nostalgebraist 2020).
+    """The image tokens of a batch, decoded by the model's own final norm and unembedding.
 
-    normed: (batch, N, width), after the final norm, see `AttentionRecorder.logit_lens`; known: (batch, N) bool, False for cells not heard
-    total:  (batch, N) float32, the log of the sum of all words' exponentials, once and for all
-    word:   (batch, N) int64, the likeliest word of each cell; likely: (batch, N) float32, its log-probability
+    Attributes:
+        backbone: The model's parts.
+        normed: (batch, N, width), the states after the final norm.
+        known: (batch, N) bool, False for image tokens that were not captured.
+        log_normalizer: (batch, N) float32, nats, the log of the sum over the vocabulary.
+        top_id: (batch, N) int64, the most probable token of each.
+        top_logprob: (batch, N) float32, nats, its log-probability.
     """
 
     backbone: Backbone
@@ -29,38 +34,74 @@ class LogitLens:
     top_logprob: Tensor
 
     @staticmethod
-    def read(backbone: Backbone, states: Tensor) -> LogitLens:
-        """states: (batch, N, width), before the final norm; NaN for cells that were not heard."""
+    def from_states(backbone: Backbone, states: Tensor) -> LogitLens:
+        """Decode states (batch, N, width) before the final norm; NaN for image tokens that were not captured."""
         known, states = ~states.isnan().any(-1), states.nan_to_num()
         parts = []
-        for some in states.flatten(0, 1).split(backbone.logits_chunk):
-            most, word = (logits := backbone.unembed(normed := backbone.norm(some))).max(-1)
+        for part in states.flatten(0, 1).split(backbone.logits_chunk):
+            normed = backbone.norm(part)
+            logits = backbone.unembed(normed)
+            most, token = logits.max(-1)
             rest = logits.sub_(most[:, None]).exp_().sum(-1).log()  # in place, as logsumexp is not
-            parts.append((normed, most + rest, word, -rest))
-        normed, total, word, likely = (torch.cat(own).unflatten(0, known.shape) for own in zip(*parts, strict=True))
-        return LogitLens(backbone, normed, known, total, word, likely)
+            parts.append((normed, most + rest, token, -rest))
+        normed, total, token, logprob = (torch.cat(values).unflatten(0, known.shape) for values in zip(*parts, strict=True))
+        return LogitLens(backbone, normed, known, total, token, logprob)
 
     def select(self, rows: Tensor | slice) -> LogitLens:
-        """Those of some rows of the batch."""
+        """The lens of some rows of the batch."""
         return LogitLens(self.backbone, *(value[rows] for value in list(vars(self).values())[1:]))
 
-    def log_probs(self, words: Tensor) -> Tensor:
-        """Log-probability (batch, W, N) of ``words`` (batch, W) at each cell; minus infinity where it was not heard."""
-        logs = self.backbone.unembed_tokens(words, self.normed) - self.log_normalizer[:, None]
+    def log_probs(self, token_ids: Tensor) -> Tensor:
+        """Log-probabilities (batch, W, N), nats, of tokens (batch, W) at each image token; -inf where it was not captured."""
+        logs = self.backbone.unembed_tokens(token_ids, self.normed) - self.log_normalizer[:, None]
         return logs.masked_fill(~self.known[:, None], -torch.inf)
 
 
-def attended_logprobs(cells: LogitLens, gaze: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Does what lies where the heads look look like the word?
+def attended_logprobs(lens: LogitLens, gaze: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """How probable tokens are at the image tokens that the gaze heads attend to, and at the best of all.
 
-    gaze: (batch, W or 1, H, N), of the rows that predict the words; words: (batch, W) int64
-    returns  content: the log-probability of the word at a cell, probabilities averaged with the heads' mean gaze;
-             named: the greatest at any cell (Jiang et al. 2025, arXiv 2410.02762, "internal confidence", of the last layer);
-             both (batch, W) float32, nats, at least `LEAST`; NaN for a row whose cells were not heard
+    Args:
+        lens: The logit lens of the batch.
+        gaze: (batch, W or 1, H, N), attention of the steps that predict the tokens.
+        token_ids: (batch, W) int64.
+
+    Returns:
+        The attended log-probability, probabilities averaged with the heads' mean attention; and the internal confidence, the
+        maximum over image tokens (Jiang et al. 2025, arXiv 2410.02762, of the last layer). Both are (batch, W) float32, nats,
+        at least `MIN_LOGPROB`; NaN for a row whose image tokens were not captured.
     """
-    look = gaze.mean(2) * cells.known[:, None]
-    look = look / look.sum(-1, keepdim=True).clamp(min=1e-9)
-    each = cells.log_probs(words)
-    heard = cells.known.any(-1, keepdim=True)
-    found = ((look * each.exp()).sum(-1).log(), each.amax(-1))
-    return tuple(value.clamp(min=LEAST).where(heard, torch.nan) for value in found)
+    attention = gaze.mean(2) * lens.known[:, None]
+    attention = attention / attention.sum(-1, keepdim=True).clamp(min=1e-9)
+    logprobs = lens.log_probs(token_ids)
+    captured = lens.known.any(-1, keepdim=True)
+    figures = ((attention * logprobs.exp()).sum(-1).log(), logprobs.amax(-1))
+    return tuple(value.clamp(min=MIN_LOGPROB).where(captured, torch.nan) for value in figures)
+
+
+class ImageStates:
+    """The last layer's states of the image tokens of a batch, as a recorder captures them pass by pass."""
+
+    def __init__(self) -> None:
+        self.states: Tensor | None = None  # (batch, N, width) before the final norm; NaN where not captured
+        self._lens: LogitLens | None = None  # of these states
+
+    def put(self, layout: KeyLayout, states: Tensor, past: int) -> None:
+        """Keep the image tokens among a pass's ``states`` (batch, q, width), the first of which is at position ``past``."""
+        columns, length = layout.columns - past, states.shape[1]
+        here = layout.valid & (columns >= 0) & (columns < length)
+        index = columns.clamp(0, length - 1)[..., None].expand(-1, -1, states.shape[2])
+        before = torch.full_like(index, torch.nan, dtype=states.dtype) if self.states is None else self.states
+        self.states, self._lens = torch.where(here[..., None], states.gather(1, index), before), None
+
+    def lens(self, backbone: Backbone, beams: Tensor | None = None) -> LogitLens | None:
+        """The logit lens on them; None when nothing was captured.
+
+        Args:
+            backbone: The model's parts.
+            beams: (captions, T) int64, the row of the batch of each caption's tokens; by default the rows themselves.
+        """
+        if self.states is None:
+            return None
+        if self._lens is None:
+            self._lens = LogitLens.from_states(backbone, self.states)
+        return self._lens if beams is None else self._lens.select(beams[:, 0].to(self.states.device))

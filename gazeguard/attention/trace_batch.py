@@ -1,4 +1,4 @@
-"""What was heard of each word, in numbers? From the recorder's tensors to arrays, and from these to one `GazeTrace` per caption."""
+"""Trace figures of a batch: from a recorder's tensors to arrays, and from these to one `GazeTrace` per caption."""
 
 from __future__ import annotations
 
@@ -21,8 +21,16 @@ from gazeguard.vision.grid import ImageGrid
 
 @dataclass(frozen=True, eq=False)
 class TraceBatch:
-    """The numbers of a `GazeTrace` for the words of a batch, all float32 on the CPU: gaze (batch, T, H, N), segment_mass (batch, T,
-    H, 4), attribution (batch, T, H), the others (batch, T).
+    """The figures of a `GazeTrace` for the tokens of a batch, all float32 on the CPU.
+
+    Attributes:
+        logprobs: (batch, T), nats.
+        entropy: (batch, T), nats.
+        gaze: (batch, T, H, N), attention on each image token.
+        segment_mass: (batch, T, H, 4), attention by segment.
+        attribution: (batch, T, H), logits.
+        attended_logprob: (batch, T), nats; NaN when unknown.
+        internal_confidence: (batch, T), nats; NaN when unknown.
     """
 
     logprobs: F32
@@ -34,59 +42,79 @@ class TraceBatch:
     internal_confidence: F32
 
     def __len__(self) -> int:
-        """Words of each row."""
+        """Tokens of each row."""
         return self.logprobs.shape[1]
 
-    def truncate(self, words: int) -> TraceBatch:
-        """So many words of each row, from the first on."""
-        return self if words >= len(self) else TraceBatch(*(value[:, :words] for value in vars(self).values()))
+    def truncate(self, tokens: int) -> TraceBatch:
+        """So many tokens of each row, from the first on."""
+        return self if tokens >= len(self) else TraceBatch(*(value[:, :tokens] for value in vars(self).values()))
 
     def concatenate(self, later: TraceBatch) -> TraceBatch:
-        """These words, followed by ``later`` ones of the same batch."""
+        """These tokens, followed by ``later`` ones of the same batch."""
         return TraceBatch(
             *(np.concatenate(pair, axis=1) for pair in zip(vars(self).values(), vars(later).values(), strict=True))
         )
 
-    def select(self, row: int, passes: Sequence[int]) -> TraceBatch:
-        """The words of one row at some passes, a batch of one."""
-        return TraceBatch(*(value[row : row + 1, passes] for value in vars(self).values()))
+    def select(self, row: int, steps: Sequence[int]) -> TraceBatch:
+        """The tokens of one row at some steps, a batch of one."""
+        return TraceBatch(*(value[row : row + 1, steps] for value in vars(self).values()))
 
-    def with_logit_lens(self, cells: LogitLens | None, written: Tensor) -> TraceBatch:
-        """The same with what lies under the gaze, read off the image ``cells``; None adds nothing.
+    def with_logit_lens(self, lens: LogitLens | None, token_ids: Tensor) -> TraceBatch:
+        """The same with attended log-probability and internal confidence.
 
-        written: (batch, T) int64, the words
+        Args:
+            lens: The logit lens on the image tokens; None adds nothing.
+            token_ids: (batch, T) int64, the generated tokens.
         """
-        if cells is None:
+        if lens is None:
             return self
-        gaze, written = (tensor.to(cells.known.device) for tensor in (torch.from_numpy(self.gaze), written))
-        under, named = (value.cpu().numpy() for value in attended_logprobs(cells, gaze, written))
-        return replace(self, attended_logprob=under, internal_confidence=named)
+        gaze, token_ids = (tensor.to(lens.known.device) for tensor in (torch.from_numpy(self.gaze), token_ids))
+        attended, confidence = (value.cpu().numpy() for value in attended_logprobs(lens, gaze, token_ids))
+        return replace(self, attended_logprob=attended, internal_confidence=confidence)
 
     def trace(
         self,
         row: int,
-        passes: Sequence[int] | slice,
+        steps: Sequence[int] | slice,
         token_ids: NDArray[np.int64],
         text: str,
         offsets: NDArray[np.int64],
         grid: ImageGrid,
-        **about: Any,
+        **other: Any,
     ) -> GazeTrace:
-        """The trace of one caption, whose words are those of ``row`` at ``passes``; ``about`` are its other fields."""
-        own = {name: value[row, passes] for name, value in vars(self).items()}
-        own["gaze"] = own["gaze"][..., : len(grid)]
+        """The trace of one caption.
+
+        Args:
+            row: Which row of the batch.
+            steps: The decoding steps that generated its tokens.
+            token_ids: (T,) int64, the tokens.
+            text: The caption.
+            offsets: (T, 2) int64, the characters of each token.
+            grid: The image grid of its prompt.
+            **other: The other fields of `GazeTrace`.
+        """
+        figures = {name: value[row, steps] for name, value in vars(self).items()}
+        figures["gaze"] = figures["gaze"][..., : len(grid)]
         ids = np.asarray(token_ids, np.int64)
-        return GazeTrace(text=text, token_ids=ids, offsets=offsets, grid=grid, **own, **about)
+        return GazeTrace(text=text, token_ids=ids, offsets=offsets, grid=grid, **figures, **other)
 
 
 def trace_batch(
-    backbone: Backbone, heads: Sequence[Head], rows: CapturedActivations, written: Tensor, cells: LogitLens | None
+    backbone: Backbone, heads: Sequence[Head], captured: CapturedActivations, token_ids: Tensor, lens: LogitLens | None
 ) -> TraceBatch:
-    """What the ``rows`` that predicted the words ``written`` (batch, T) int64 tell of them.
+    """The figures of generated tokens, from the activations at the steps that predicted them.
 
-    cells: of the images, see `AttentionRecorder.logit_lens`; without them what lies under the gaze is NaN
+    Args:
+        backbone: The model's parts.
+        heads: The H recorded heads.
+        captured: The activations of T steps.
+        token_ids: (batch, T) int64, the generated tokens.
+        lens: The logit lens on the image tokens; None leaves attended log-probability and internal confidence NaN.
     """
-    words = token_statistics(backbone, heads, rows, written)
-    unknown = torch.full_like(words.logprobs, torch.nan)
-    tensors = (words.logprobs, words.entropy, rows.gaze, rows.segment_mass, words.attribution, unknown, unknown)
-    return TraceBatch(*(tensor.float().cpu().numpy() for tensor in tensors)).with_logit_lens(cells, written)
+    statistics = token_statistics(backbone, heads, captured, token_ids)
+    unknown = torch.full_like(statistics.logprobs, torch.nan)
+    tensors = (
+        *(statistics.logprobs, statistics.entropy, captured.gaze, captured.segment_mass, statistics.attribution),
+        *(unknown, unknown),
+    )
+    return TraceBatch(*(tensor.float().cpu().numpy() for tensor in tensors)).with_logit_lens(lens, token_ids)

@@ -1,4 +1,4 @@
-"""TODO attention.visual_keys."""
+"""Visual keys: where the keys of the image are, in the prompt or in cross-attention."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from gazeguard.vision.inputs import decoder_prompt
 
 
 class VisualKeys(NamedTuple):
-    """What the words written after a batch of prompts look among, as `Prompts.of` takes it.
+    """The keys that the tokens generated after a batch of prompts attend to, as `KeyLayout.from_ids` takes them.
 
-    ids:   (batch, S) int64, one per key; the image token where a key is an image cell
-    mask:  (batch, S), 0 for keys that no word may look at; None when there are none
-    image: the ids that stand for image cells
-    last:  the position, among all that the decoder reads, of the query that predicts the first written token
+    Attributes:
+        ids: (batch, S) int64, one per key; the image token's id where a key is an image token.
+        mask: (batch, S), 0 for keys that are masked for every token; None when there are none.
+        image: The ids that stand for image tokens.
+        last: The position, among all that the decoder reads, of the query that predicts the first generated token.
     """
 
     ids: Tensor
@@ -32,41 +33,44 @@ class VisualKeys(NamedTuple):
 
 @dataclass(frozen=True)
 class VisualKeySource:
-    """A way in which words see pictures that are not part of what their decoder reads.
+    """Keys of images that are not part of what the decoder reads.
 
-    families:    the model types that look in this way
-    modules:     how the paths of those attention modules of the decoder end that look
-    keys:        (model, processor's output, prompt ids (batch, P), mask or None) -> ids and mask of the keys (batch, S)
-    gate:        the layer's parameter whose tanh scales the module's output
-    after_words: the decoder's own tokens, its start among them, are keys, too, in front of the others: generated text
+    Where image tokens alone are the keys, all of every query's attention is on the image.
 
-    Where the pictures alone are the keys, all of every row's attention is on the picture.
+    Attributes:
+        families: The model types with such keys.
+        modules: How the paths of the decoder's attention modules over them end.
+        keys: (model, processor's output, prompt ids (batch, P), mask or None) -> ids and mask of the keys (batch, S).
+        gate: The layer's parameter whose tanh scales the module's output.
+        after_generated: The decoder's own tokens, its start among them, are keys, too, in front of the others: generated text.
+        encoder: The keys are the states of an encoder that reads the prompt.
     """
 
     families: tuple[str, ...]
     modules: str
     keys: Callable[[PreTrainedModel, Mapping[str, Any], Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
     gate: str = ""
-    after_words: bool = False
+    after_generated: bool = False
+    encoder: bool = False
 
 
 def _encoded_prompt(_: Any, __: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The encoder's states are the keys: one per token of the prompt, which holds the picture."""
+    """The encoder's states are the keys: one per token of the prompt, which holds the image."""
     return ids, mask
 
 
-def _pictures(name: str, cells: Callable[[Any], int]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The pictures alone are the keys, in as many cells as the configuration says for each column of the mask ``name``."""
+def _image_tokens(name: str, count: Callable[[Any], int]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The image tokens alone are the keys, as many as the configuration says for each column of the mask ``name``."""
 
     def keys(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-        may = inputs.get(name)  # (batch, P or more, pictures) or (batch, P or more, pictures, tiles)
-        if may is None:
+        mask = inputs.get(name)  # (batch, P or more, images) or (batch, P or more, images, tiles)
+        if mask is None:
             raise InputError(
-                f"{type(model).__name__} got no {name}, which says where each row's pictures are. Put an image into every "
+                f"{type(model).__name__} got no {name}, which says where each row's images are. Put an image into every "
                 "message, and pass the processor's output whole."
             )
-        # Tiles and pictures that only pad the batch are closed to every word.
-        seen = may[:, : ids.shape[1]].flatten(2).bool().any(1).repeat_interleave(cells(model.config), dim=1)
+        # Tiles and images that only pad the batch are masked for every token.
+        seen = mask[:, : ids.shape[1]].flatten(2).bool().any(1).repeat_interleave(count(model.config), dim=1)
         return torch.full_like(seen, image_token_id(model), dtype=ids.dtype), seen
 
     return keys
@@ -81,39 +85,47 @@ def _idefics(config: Any) -> int:
 
 
 VISUAL_KEY_SOURCES = (
-    VisualKeySource(("florence2",), "encoder_attn", _encoded_prompt),
-    VisualKeySource(("blip-2", "instructblip", "instructblipvideo"), "EncDecAttention", _encoded_prompt),  # around T5
-    VisualKeySource(("t5gemma2",), "self_attn", _encoded_prompt, after_words=True),
+    VisualKeySource(("florence2",), "encoder_attn", _encoded_prompt, encoder=True),
+    # The following are built around T5; around a decoder alone their images are part of the prompt.
+    VisualKeySource(("blip-2", "instructblip", "instructblipvideo"), "EncDecAttention", _encoded_prompt, encoder=True),
+    VisualKeySource(("t5gemma2",), "self_attn", _encoded_prompt, after_generated=True, encoder=True),
     VisualKeySource(
         ("mllama",),
         "cross_attn",
-        _pictures("cross_attention_mask", lambda config: _patches_and_class(config.vision_config)),
+        _image_tokens("cross_attention_mask", lambda config: _patches_and_class(config.vision_config)),
         gate="cross_attn_attn_gate",
     ),
-    VisualKeySource(("idefics",), "cross_attn", _pictures("image_attention_mask", _idefics), gate="alpha_cross_attn"),
+    VisualKeySource(("idefics",), "cross_attn", _image_tokens("image_attention_mask", _idefics), gate="alpha_cross_attn"),
 )
 
 
 def visual_key_source(model: PreTrainedModel) -> VisualKeySource | None:
-    """How the model's words see the picture; None when it is part of the prompt that they continue."""
-    kind, encodes = model.config.model_type, model.config.is_encoder_decoder
+    """Where the keys of a model's image are; None when the image is part of the prompt that its decoder continues."""
+    family, has_encoder = model.config.model_type, model.config.is_encoder_decoder
     return next(
-        (look for look in VISUAL_KEY_SOURCES if kind in look.families and (encodes or look.keys is not _encoded_prompt)), None
+        (source for source in VISUAL_KEY_SOURCES if family in source.families and (has_encoder or not source.encoder)), None
     )
 
 
 def visual_keys(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> VisualKeys:
-    """What words look among that are written after prompts of these ``ids`` (batch, P); ``inputs`` is the whole batch.
+    """The keys that generated tokens attend to after prompts.
 
-    Raises `UnsupportedError` for a model without an image token, `InputError` for a batch that does not tell the picture.
+    Args:
+        model: A vision-language model.
+        inputs: The whole batch, as the processor made it.
+        ids: (batch, P) int64, the prompts.
+        mask: (batch, P), 0 for padding; None for none.
+
+    Raises:
+        UnsupportedError: The model has no image token.
+        InputError: The batch does not say where its images are.
     """
-    look = visual_key_source(model)
-    keys, seen = (ids, mask) if look is None else look.keys(model, inputs, ids, mask)
+    source = visual_key_source(model)
+    keys, seen = (ids, mask) if source is None else source.keys(model, inputs, ids, mask)
     read = decoder_prompt(model, inputs) if model.config.is_encoder_decoder else ids
     return VisualKeys(keys, seen, image_token_ids(model), read.shape[1] - 1)
 
 
-def _families(encoder_decoder: bool) -> str:
-    """The model types of `VISUAL_KEY_SOURCES` that can be used instead."""
-    kinds = [kind for look in VISUAL_KEY_SOURCES if (look.keys is _encoded_prompt) == encoder_decoder for kind in look.families]
-    return " or ".join(kinds)
+def supported_families(encoder: bool) -> str:
+    """The model types of `VISUAL_KEY_SOURCES`, with an encoder or without one, for an error message."""
+    return " or ".join(family for source in VISUAL_KEY_SOURCES if source.encoder == encoder for family in source.families)

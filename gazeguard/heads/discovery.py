@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from gazeguard.attention.backbone import Head, find_backbone
-from gazeguard.attention.buffers import KeyLayout
+from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.errors import InputError
