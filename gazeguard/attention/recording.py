@@ -126,14 +126,13 @@ class Recording:
         mask = self.mask_rule(call, rows)
         if mask is None:
             return None
-        if (
-            steps > 1 and self.passes.current.past <= self.passes.first
-        ):  # generated tokens that came in one pass with their prompt
+        with_prompt = self.passes.current.past <= self.passes.first  # a replay: generated tokens come with their prompt
+        if steps > 1 and with_prompt:
             keys = call.key.shape[2] - (0 if self.backbone.key_source is None else self.passes.layout.keys)
             if attends_ahead(mask[:, :, -steps:, :keys]):
                 raise UnsupportedError(
-                    f"Layer {call.module.layer_idx} lets generated tokens attend to later ones, as if they were a prompt; while "
-                    "the model generates it cannot. Mark them as generated: in PaliGemma with token_type_ids of 1."
+                    f"Layer {call.module.layer_idx} lets generated tokens attend to later ones, as if they were a prompt, "
+                    "which it cannot while the model generates. Mark them as generated: in PaliGemma with token_type_ids of 1."
                 )
         return mask[:, layer.heads] if mask.shape[1] > 1 else mask
 
