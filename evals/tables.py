@@ -70,12 +70,12 @@ def families() -> str:
 
 
 def demo() -> str:
-    """What ``gazeguard demo --pictures 4`` prints."""
+    """What ``gazeguard demo --images 4`` prints."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "gazeguard", "demo", "--pictures", "4"]
+        command = [sys.executable, "-m", "gazeguard", "demo", "--images", "4"]
         made = subprocess.run(command, cwd=folder, env=os.environ | {"COLUMNS": "110"}, check=True, capture_output=True)
     lines = [line.rstrip() for line in made.stdout.decode().strip().splitlines()]
-    return "\n".join(["```", "$ gazeguard demo --pictures 4", *lines, "```", ""])
+    return "\n".join(["```", "$ gazeguard demo --images 4", *lines, "```", ""])
 
 
 def main() -> None:

@@ -37,7 +37,8 @@ from gazeguard.decoding.verification import ask as ask_about
 from gazeguard.detection import features
 from gazeguard.detection.detector import Detector
 from gazeguard.errors import InputError
-from gazeguard.guard import DEFAULT_PROMPT, GazeGuard
+from gazeguard.guard import GazeGuard
+from gazeguard.prompts import DEFAULT_PROMPT
 from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.images import load_image

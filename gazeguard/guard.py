@@ -53,6 +53,7 @@ from gazeguard.heads.artifact import GazeHeads
 from gazeguard.judge import Judge, PrefixJudge
 from gazeguard.loading import load
 from gazeguard.policy import Policy, policy_names
+from gazeguard.prompts import DEFAULT_PROMPT
 from gazeguard.report import Report, Verdict
 from gazeguard.trace import GazeTrace
 from gazeguard.tracing import DraftTraces, Prepared, Prompts, Tracer
@@ -61,8 +62,6 @@ from gazeguard.vision.encoding import encode
 from gazeguard.vision.grid import ImageGrid
 from gazeguard.vision.image_tokens import image_token_id
 from gazeguard.vision.images import load_image
-
-DEFAULT_PROMPT = "Describe the picture."
 
 
 class GazeGuard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from gazeguard.errors import InputError
 
+logger = logging.getLogger(__name__)
 LAB = "lab"  # the name of the lab's model, in the place of a folder or hub id; a folder of that name is ./lab
 LAB_CHECKPOINT = Path(__file__).parent / "lab" / "checkpoint"
 
@@ -41,6 +43,7 @@ def load(
         options["device_map"] = device_map
     else:
         raise InputError(f"Both device {str(device)!r} and device_map {device_map!r} are given. Leave one of them out.")
+    logger.info("loading %s (dtype %s) on %s", model, dtype, target or f"device_map {device_map}")
     try:
         loaded = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)

@@ -40,6 +40,7 @@ from typer.testing import CliRunner
 
 from gazeguard import lab
 from gazeguard.cli import app
+from gazeguard.cli.options import LAB_NOTE
 from gazeguard.detection.detector import Detector
 from gazeguard.errors import GazeGuardError, InputError
 from gazeguard.filtering.caption_filter import CaptionFilter
@@ -111,7 +112,7 @@ def told(report: Report) -> list[tuple[str, bool, Any]]:
 def line_of(result: Any) -> str:
     """The error of a command that failed: exit code 2, and nothing but this line on stderr."""
     assert result.exit_code == 2, result.output
-    lines = result.stderr.strip().split("\n")
+    lines = [line for line in result.stderr.strip().split("\n") if line != f"note: {LAB_NOTE}"]
     assert [line[:7] for line in lines] == ["error: "]
     return lines[0]
 
@@ -864,19 +865,18 @@ def test_a_folder_that_is_no_model_is_one_line(models, tmp_path, monkeypatch, na
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["demo", "--policy", "mrak"], "There is no policy 'mrak'. Known policies: abstain, caption-filter"),
+        (["demo", "--policy", "mrak"], "Unknown policy 'mrak'; expected one of: abstain, caption-filter"),
         (["check", "PICTURE", "--caption", "A star.", "--policy", "gone.yaml"], "gone.yaml cannot be read as YAML"),
-        (["policy", "show", "gone"], "There is no policy 'gone'"),
+        (["policy", "show", "gone"], "Unknown policy 'gone'"),
         (["policy", "validate", "gone.yaml"], "gone.yaml cannot be read as YAML"),
         (["check", "PICTURE", "--caption", "A star.", "--html", "no/such/page.html"], "no/such/page.html cannot be read or"),
         (["caption", "PICTURE", "--html", "."], ". cannot be read or written: Is a directory. Give another path."),
-        (["caption", "PICTURE", "gone.png"], "gone.png cannot be opened: No such file or directory"),
-        (["demo", "--pictures", "1", "--out", "file"], "file cannot be read or written: File exists"),
+        (["demo", "--images", "1", "--out", "file"], "file cannot be read or written: File exists"),
         (["filter", "gone.jsonl", "out"], "gone.jsonl does not exist"),
         (["filter", "file", "out"], "file is none of .jsonl, .parquet and .tar"),
         (["train", "gone.jsonl"], "gone.jsonl"),
         (["heads", "show", "gone.json"], "gone.json cannot be read as a file of gaze heads"),
-        (["heads", "show"], "Say which file to show: gazeguard heads show heads.json"),
+        (["heads", "show"], "The file to show is missing: gazeguard heads show heads.json"),
         (["heads", "MODEL", "--material", "gone"], "gone is no folder"),
         (["doctor", "--image", "gone.png"], "gone.png cannot be opened"),
     ],

@@ -162,8 +162,8 @@ def test_a_fresh_environment_runs_the_demo(wheel, sdist, tmp_path):
         do(python, "-m", "pip", "install", "--quiet", *options, file)
         do(python, "-m", "pip", "check")
         assert do(tmp_path / "venv" / "bin" / "gazeguard", "--version") == f"gazeguard {gazeguard.__version__}\n"
-        shown = do(tmp_path / "venv" / "bin" / "gazeguard", "demo", "--pictures", "2")
-        assert "2 pictures, " in shown
+        shown = do(tmp_path / "venv" / "bin" / "gazeguard", "demo", "--images", "2")
+        assert "2 images, " in shown
         assert str(tmp_path / "venv") in do(python, "-c", "import gazeguard; print(gazeguard.__file__)")
 
 

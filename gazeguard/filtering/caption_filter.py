@@ -26,9 +26,10 @@ from gazeguard.errors import GazeGuardError, InputError
 from gazeguard.filtering.batches import PendingRow, prefetch
 from gazeguard.filtering.columns import COLUMNS, report_columns
 from gazeguard.filtering.readers import Row, Source, fingerprint
-from gazeguard.guard import DEFAULT_PROMPT, GazeGuard, Prepared
+from gazeguard.guard import GazeGuard, Prepared
 from gazeguard.loading import load
 from gazeguard.policy import Policy
+from gazeguard.prompts import DEFAULT_PROMPT
 from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.inputs import has_pixels

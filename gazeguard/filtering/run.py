@@ -8,8 +8,7 @@ from itertools import islice
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from gazeguard.errors import InputError
@@ -18,6 +17,7 @@ from gazeguard.filtering.caption_filter import CaptionFilter, OnRows, ignore_row
 from gazeguard.filtering.ray import RayActorPool
 from gazeguard.filtering.readers import Row, Source
 from gazeguard.filtering.writer import Results
+from gazeguard.progress import bar
 from gazeguard.replay.page import Entry
 
 
@@ -107,9 +107,12 @@ def show_progress(
         A function that is told how many more rows are done.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=disable) as bar:
-        task = bar.add_task(description, total=total, completed=completed)
-        yield lambda rows: bar.advance(task, rows)
+    if disable:
+        yield lambda rows: None
+        return
+    with bar(*columns) as progress:
+        task = progress.add_task(description, total=total, completed=completed)
+        yield lambda rows: progress.advance(task, rows)
 
 
 def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

@@ -1,0 +1,9 @@
+"""Command line of GazeGuard: ``gazeguard COMMAND``, one file per group of commands.
+
+Data goes to stdout; progress, notes, errors and the next step go to stderr. `gazeguard.cli.app.EXIT_CODES` has the exit codes.
+"""
+
+from gazeguard.cli import captions, datasets, models, policies
+from gazeguard.cli.app import app
+
+__all__ = ["app", "captions", "datasets", "models", "policies"]

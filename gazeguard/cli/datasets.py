@@ -1,0 +1,165 @@
+"""Commands for sets of captions: filter and replay."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from gazeguard.cli.app import Outcome, app, command
+from gazeguard.cli.console import STOPPED, err, indented, one_line, out
+from gazeguard.cli.options import BatchOption, CaptionColumn, GuardOptions, ImageColumn, PromptOption
+from gazeguard.errors import InputError
+from gazeguard.progress import status
+from gazeguard.prompts import DEFAULT_PROMPT
+
+if TYPE_CHECKING:
+    from gazeguard.filtering.caption_filter import CaptionFilter
+    from gazeguard.filtering.ray import RayActorPool
+    from gazeguard.replay.page import Entry
+
+DATASETS = "Filter data sets"
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, as clusters send it, ends a run in good order, as Ctrl-C does; both say that the run can continue."""
+    caught = [signal.SIGINT]
+
+    def stop(number: int, _: Any) -> None:
+        caught[0] = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        err.print(f"stopped by {caught[0].name}. Finished chunks are kept: the same command continues from there.")
+        raise typer.Exit(STOPPED + caught[0]) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@command(app, "filter", panel=DATASETS)
+def filter_captions(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN",
+            help="A .jsonl (image: path relative to the file's folder, caption), .parquet or webdataset .tar; a folder of the "
+            "last two, or of images with captions beside them in .txt.",
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or that of an interrupted run.")],
+    guarded: GuardOptions,
+    prompt: PromptOption = DEFAULT_PROMPT,
+    label_only: Annotated[
+        bool, typer.Option("--label-only", help="All rows into one file, in order, with their labels.")
+    ] = False,
+    batch_size: BatchOption = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode images ahead of the model.")] = 2,
+    chunk: Annotated[int, typer.Option(min=1, help="Rows per checkpoint: what an interruption can cost.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a caption that has to be written.")] = 256,
+    image_column: ImageColumn = "image",
+    caption_column: CaptionColumn = "caption",
+    ray: Annotated[
+        bool, typer.Option("--ray", help="In Ray actors: of the cluster at RAY_ADDRESS, or on this machine.")
+    ] = False,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Ray actors, each with the model.", show_default="one per GPU, or 2")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> Outcome:
+    """Sort many captions into kept, flagged and excluded (what could not be checked), each with its reason.
+
+    Where the input has no captions they are written first. The same command continues an interrupted run; every row is in the
+    results once, in the order of the input. summary.json counts the reasons.
+    """
+    from gazeguard.filtering.readers import open_source
+    from gazeguard.filtering.run import filter_files
+    from gazeguard.filtering.writer import Results
+
+    options = {"batch_size": batch_size, "workers": workers, "prompt": prompt, "max_new_tokens": max_new_tokens}
+    options |= {"image": image_column, "caption": caption_column}
+    with _stoppable(), ExitStack() as stack:
+        rows = open_source(source, image_column, caption_column)
+        judge = stack.enter_context(_ray_pool(guarded, actors, options)) if ray else _local_filter(guarded, options)
+        settings = judge.run_settings(rows, source if source.is_dir() else source.parent, chunk, label_only)
+        summary = filter_files(judge, rows, Results(folder, settings, label_only), chunk, progress=True)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        _show_summary(summary, folder)
+    return Outcome(f"see them: gazeguard replay {shlex.quote(str(source))} PAGE.html --skip-passed{guarded.arguments()}")
+
+
+def _local_filter(guarded: GuardOptions, options: dict[str, Any]) -> CaptionFilter:
+    from gazeguard.filtering.caption_filter import CaptionFilter
+
+    return CaptionFilter(guarded.guard(), **options)
+
+
+def _ray_pool(guarded: GuardOptions, actors: int | None, options: dict[str, Any]) -> RayActorPool:
+    from gazeguard.filtering.ray import RayActorPool
+    from gazeguard.policy import load_policy
+
+    options = {**options, "policy": load_policy(guarded.policy), **guarded.options()}
+    source = guarded.source
+    with status("starting Ray's actors"):
+        return RayActorPool(source, actors, **options)
+
+
+def _show_summary(summary: dict[str, Any], folder: Path) -> None:
+    for part, verdict in (("kept", "pass"), ("flagged", "flag"), ("excluded", "unchecked")):
+        out.print(f"[bold]{summary[part]}[/] {part}")
+        for reason, number in summary["reasons"].get(verdict, {}).items():
+            indented(f"{number}: {one_line(reason)}", 2, "dim")
+    out.print(f"{summary['rows']} rows: [bold]{escape(str(folder))}[/]", soft_wrap=True)
+
+
+@command(app, panel=DATASETS)
+def replay(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="What filter reads: a .jsonl, .parquet or .tar, or a folder.")],
+    html: Annotated[Path, typer.Argument(metavar="PAGE", help="The .html file to write.")],
+    guarded: GuardOptions,
+    prompt: PromptOption = DEFAULT_PROMPT,
+    most: Annotated[int, typer.Option(min=1, help="Captions on the page at most.")] = 500,
+    skip_passed: Annotated[bool, typer.Option("--skip-passed", help="Show only what was flagged or not checked.")] = False,
+    edge: Annotated[int, typer.Option(min=16, help="Longest edge of an image on the page, in pixels.")] = 512,
+    batch_size: BatchOption = 16,
+    image_column: ImageColumn = "image",
+    caption_column: CaptionColumn = "caption",
+) -> Outcome:
+    """Write one page that replays many captions token by token, with a list to search and to filter by verdict.
+
+    Captions that the input lacks are written first, as filter does.
+    """
+    from gazeguard.filtering.readers import open_source
+    from gazeguard.filtering.run import replay_entries, show_progress
+    from gazeguard.replay.page import page
+
+    if not html.parent.is_dir():  # before the work, not after it
+        raise InputError(f"The folder of the page, {html.parent}, does not exist. Create it, or give another path.")
+    rows = open_source(source, image_column, caption_column)
+    columns = {"image": image_column, "caption": caption_column}
+    judge = _local_filter(guarded, {"batch_size": batch_size, "prompt": prompt, **columns})
+    with show_progress("replaying", min(most, rows.count())) as advance:
+        entries = islice(replay_entries(judge, rows, include_passed=not skip_passed), most)
+        text = page(_counted(entries, advance), title=f"GazeGuard: {source.name}", edge=edge)
+    html.write_text(text, encoding="utf-8")
+    out.print(f"Replay page: [bold]{escape(str(html))}[/]", soft_wrap=True)
+    return Outcome(f"open {html} in a browser.")
+
+
+def _counted(entries: Iterable[Entry], advance: Callable[[int], None]) -> Iterator[Entry]:
+    for entry in entries:
+        yield entry
+        advance(1)

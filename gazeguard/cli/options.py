@@ -1,0 +1,139 @@
+"""Options that commands share: how the model is loaded, which artifacts and which policy a guard has."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gazeguard.cli.console import note
+from gazeguard.policy import load_policy, policy_names
+from gazeguard.progress import status
+
+if TYPE_CHECKING:
+    from gazeguard.guard import GazeGuard
+
+LAB_NOTE = "no --model is given, so the lab's toy model answers, which knows only drawn pictographs."
+MODEL_PANEL = "Model"
+
+PromptOption = Annotated[str, typer.Option("--prompt", help="What the model is asked, or what the caption answers.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per image and line, nothing else.")]
+PageOption = Annotated[Path | None, typer.Option("--html", help="Also write a replay page to this file.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images that the model processes at once.")]
+ImageColumn = Annotated[str, typer.Option(help="Name of the image column in JSONL and parquet.")]
+CaptionColumn = Annotated[str, typer.Option(help="Name of the caption column in JSONL and parquet.")]
+ArtifactsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--artifacts",
+        metavar="DIR",
+        help="Folder or hub id of the gaze heads and the detector of the model.",
+        show_default="the model's own folder",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+HeadsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--heads", help="File of gaze heads.", show_default="heads.json of the artifacts", rich_help_panel=MODEL_PANEL
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is loaded."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help='Folder or hub id of a vision-language model, or "lab".',
+            show_default="the lab's toy model",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: the GPU if any.", rich_help_panel=MODEL_PANEL)
+    ] = "auto"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="bfloat16, float16, float32; auto: as the checkpoint has it.", rich_help_panel=MODEL_PANEL
+        ),
+    ] = "auto"
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            "--device-map",
+            help="Spread the model over several devices, as transformers' device_map does (auto, ...).",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+
+    @property
+    def source(self) -> str:
+        """The folder or hub id, with a note when none was given."""
+        if self.model is None:
+            note(LAB_NOTE)
+        return self.model or "lab"
+
+    def load(self) -> tuple[Any, Any]:
+        """Load the model and its processor."""
+        source = self.source
+        with status("loading the model"):
+            from transformers.utils.logging import disable_progress_bar
+
+            from gazeguard.loading import load
+
+            disable_progress_bar()
+            return load(source, device=self.device, dtype=self.dtype, device_map=self.device_map)
+
+    def arguments(self, **more: Any) -> str:
+        """The options that another command needs for the same model, as typed: " --model X --artifacts Y"."""
+        given = {"model": self.model, **more}
+        return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class GuardOptions(ModelOptions):
+    """How a model is loaded and watched."""
+
+    artifacts: ArtifactsOption = None
+    heads: HeadsOption = None
+    detector: Annotated[
+        Path | None,
+        typer.Option(
+            "--detector",
+            help="Folder or file of a detector.",
+            show_default="detector.json of the artifacts",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy", help="Name of a policy (gazeguard policy list), or a .yaml file.", autocompletion=policy_names
+        ),
+    ] = "mark"
+
+    def options(self) -> dict[str, Any]:
+        """The options that were given, for a loader in another process."""
+        names = ("artifacts", "heads", "detector", "device", "dtype", "device_map")
+        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, "auto")}
+
+    def guard(self) -> GazeGuard:
+        """Load the model and its guard."""
+        policy = load_policy(self.policy)  # before the model, which takes its time
+        model, processor = self.load()
+        from gazeguard.guard import GazeGuard
+
+        given = {"artifacts": self.artifacts, "heads": self.heads, "detector": self.detector}
+        return GazeGuard(model, processor, policy=policy, **given)
+
+    def arguments(self, **more: Any) -> str:
+        own = {"artifacts": self.artifacts, "heads": self.heads, "detector": self.detector}
+        return super().arguments(**own, **more)
