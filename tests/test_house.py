@@ -36,6 +36,7 @@ OLD_WORDS: set[str] = {
     "gazeguard.claims",
     "gazeguard.report",
     "gazeguard.trace",
+    "gazeguard.vision",
     "README.md",
     "CHANGELOG.md",
 }
