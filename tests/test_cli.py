@@ -130,9 +130,9 @@ def test_replay_makes_one_page_of_many_rows(picture, tmp_path):
     assert [caption["title"] for caption in captions] == [path.name, path.name, "gone.png"]
     assert [caption["report"]["caption"] for caption in captions] == [*told, told[0]]
     assert [caption["report"]["verdict"] for caption in captions] == ["pass", "flag", "unchecked"]
-    assert [caption["picture"] for caption in captions] == [0, 0, None]
+    assert [caption["image"] for caption in captions] == [0, 0, None]
     assert [caption["gaze"] is None for caption in captions] == [False, False, True]
-    assert len(data["pictures"]) == 1
+    assert len(data["images"]) == 1
 
     run(app, ["replay", str(source), str(page), "--skip-passed", "--most", "1"])
     (caption,) = data_of(page.read_text(encoding="utf-8"))["captions"]

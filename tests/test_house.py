@@ -21,20 +21,15 @@ TOO_LONG: set[str] = {
     "evals",
 }  # fmt: skip
 PRIVATE: set[str] = {
-    "gazeguard.replay",
     "evals",
 }
 OLD_WORDS: set[str] = {
    
     "gazeguard.detection",
-    "gazeguard.filtering",
     "gazeguard.fitting",
     "gazeguard.heads",
-    "gazeguard.integrations",
     "gazeguard.lab",
-    "gazeguard.replay",
     "gazeguard.claims",
-    "gazeguard.report",
     "gazeguard.trace",
     "gazeguard.vision",
     "README.md",

@@ -1,4 +1,4 @@
-"""Does a guarded model answer lmms-eval's requests? They are objects with ``args``; lmms-eval is asked only if it is there."""
+"""lmms-eval model: requests are objects with ``args``; lmms-eval itself takes part only where it is installed."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ def request(number: int, question: str, **options) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def answering(tmp_path_factory):
     reports = tmp_path_factory.mktemp("reports") / "reports.jsonl"
-    made = GazeGuarded(str(lab.checkpoint_path()), reports=str(reports), batch_size="2", device="cpu", max_length=None)
-    made.task_dict = DOCUMENTS
-    return made, reports
+    model = GazeGuarded(
+        "lab", artifacts=str(lab.checkpoint_path()), reports=str(reports), batch_size="2", device="cpu", max_length=None
+    )
+    model.task_dict = DOCUMENTS
+    return model, reports
 
 
 def test_answers_are_the_guards_own(answering, guard):
     """In order, in batches of equal options, cut at the task's stop words; a report is written for each."""
     model, reports = answering
-    asked = [request(i, "<image>\nDescribe the picture.", max_new_tokens=30) for i in range(3)]
-    asked += [request(3, "Describe the picture.", max_new_tokens=30, until=["."]), request(4, "Describe the picture.")]
-    answers = model.generate_until(asked)
+    requests = [request(i, "<image>\nDescribe the picture.", max_new_tokens=30) for i in range(3)]
+    requests += [request(3, "Describe the picture.", max_new_tokens=30, until=["."]), request(4, "Describe the picture.")]
+    answers = model.generate_until(requests)
     plain = [guard.caption(sample.image, max_new_tokens=n, do_sample=False).caption for sample, n in zip(
         SAMPLES, (30, 30, 30, 30, 128), strict=True)]  # fmt: skip
     assert answers[:3] == plain[:3]
@@ -47,12 +49,12 @@ def test_answers_are_the_guards_own(answering, guard):
 
 def test_what_it_cannot_do_is_said(answering):
     model, _ = answering
-    with pytest.raises(InputError, match=r"watches what is written: choose tasks that generate"):
+    with pytest.raises(InputError, match="watches what is generated: choose tasks with output_type"):
         model.loglikelihood([])
     with pytest.raises(InputError, match="answers in one round"):
         model.generate_until_multi_round([])
     blind = SimpleNamespace(args=("Hello?", {}, lambda _: [], 0, "lab", "test"))
-    with pytest.raises(InputError, match="Item 0 of lab has 0 pictures; GazeGuard answers to one"):
+    with pytest.raises(InputError, match="Item 0 of lab has 0 images; GazeGuard answers to one"):
         model.generate_until([blind])
     with pytest.raises(InputError, match="model_args mood are not known to GazeGuard"):
         GazeGuarded(str(lab.checkpoint_path()), mood="good")
@@ -60,9 +62,9 @@ def test_what_it_cannot_do_is_said(answering):
 
 def test_lmms_eval_finds_it():
     """The entry point leads here; with lmms-eval installed its registry gets the class."""
-    (found,) = [point for point in entry_points(group="lmms_eval.models") if point.name == "gazeguard"]
-    assert found.load() is manifest
+    (entry_point,) = [point for point in entry_points(group="lmms_eval.models") if point.name == "gazeguard"]
+    assert entry_point.load() is manifest
     if importlib.util.find_spec("lmms_eval") is None:
         pytest.skip("lmms-eval is not installed")
-    made = manifest()
-    assert (made.model_id, made.simple_class_path) == ("gazeguard", "gazeguard.integrations.lmms_eval.GazeGuarded")
+    result = manifest()
+    assert (result.model_id, result.simple_class_path) == ("gazeguard", "gazeguard.integrations.lmms_eval.GazeGuarded")

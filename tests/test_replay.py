@@ -1,4 +1,4 @@
-"""Does the page do in a browser what it promises? Real Chromium, real keys; nothing in it may run or ask for anything."""
+"""Replay page in a browser: real Chromium, real keys, a clock by hand; nothing in it may run or ask for anything."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH (Debian: chromium, chromium-driver)"
 )
 
+PATIENCE = 600  # seconds until a browser counts as stuck
 QUIET = ["background-networking", "component-update", "dev-shm-usage", "gpu", "quic", "sync"]
 HOSTILE = (*NASTY, "a \u202egod\u202c \u2066ball\u2069", "nul\x00 bell\x07 esc\x1b[31m", "half \ud800 \udfff", "שלום a ball")
 # Runs before the page's own script, in frames, too.
@@ -37,6 +38,11 @@ globalThis.refused = []; globalThis.wrong = []; globalThis.ran = 0;
 addEventListener("securitypolicyviolation", (event) => refused.push(event.effectiveDirective + " " + event.blockedURI));
 addEventListener("error", (event) => wrong.push(String(event.message)));
 globalThis.alert = () => { ran += 1; };
+// The page plays by this clock, which the test moves.
+const timers = new Map();
+globalThis.setInterval = (step, milliseconds) => (timers.set(timers.size + 1, { step, milliseconds }), timers.size);
+globalThis.clearInterval = (number) => timers.delete(number);
+globalThis.tick = () => timers.forEach(({ step }) => step());
 """
 
 
@@ -162,9 +168,9 @@ def test_hostile_text_is_shown_as_it_is_and_runs_nothing(show: Callable[..., Rep
         assert replay.js(plain + "return copy.textContent") == shown
         assert [replay.text(f"#{place}") for place in ("title", "truths", "reasons")] == [shown] * 3
         assert replay.text("#reason") == f" · {shown}"
-        assert replay.text("#filtered_caption") == named(nasty[1:])
+        assert replay.text("#filtered-caption") == named(nasty[1:])
         assert replay.text("#phrases button") == named(nasty[:4])
-        assert replay.text(".stairs small") == shown
+        assert replay.text(".staircase small") == shown
         assert replay.text("#about").count(shown) == 3
         assert replay.js("return document.querySelectorAll('img').length") == len(replay.listed) + 1
         assert shown in replay.listed
@@ -173,9 +179,8 @@ def test_hostile_text_is_shown_as_it_is_and_runs_nothing(show: Callable[..., Rep
 def test_the_policy_refuses_what_the_page_does_not_need(driver: webdriver.Chrome, tmp_path: Path) -> None:
     """So that the other tests' silence means something: what a hostile text would do if it got so far is seen and refused."""
     replay = opened(driver, tmp_path / "replay.html", some())
-    seen, ran = driver.execute_async_script(
+    replay.js(
         """
-        const done = arguments[0];
         fetch("http://127.0.0.1:9/a").catch(() => 0);
         const image = document.createElement("img");
         image.src = "http://127.0.0.1:9/b";
@@ -189,12 +194,16 @@ def test_the_policy_refuses_what_the_page_does_not_need(driver: webdriver.Chrome
         const style = document.createElement("style");
         style.append("* { color: red }");
         document.body.append(style);
-        setTimeout(() => done([refused, ran]), 500);
         """
     )
-    assert ran == 0
-    for what in ("connect-src http", "img-src http", "frame-src http", "style-src-elem inline", "markup"):
-        assert [one for one in seen if one.startswith(what)], (what, seen)
+    expected = ("connect-src http", "img-src http", "frame-src http", "style-src-elem inline", "markup")
+
+    def all_refused(replay: Replay) -> bool:
+        refused = replay.js("return refused")
+        return all(any(event.startswith(kind) for event in refused) for kind in expected)
+
+    WebDriverWait(replay, PATIENCE).until(all_refused)
+    assert replay.js("return ran") == 0
     assert {address.split(":")[0] for address in replay.asked_for()} == {"file", "data"}
 
 
@@ -210,7 +219,7 @@ def test_a_link_opens_its_word_with_all_that_is_known(show: Callable[..., Replay
     assert replay.text("#phrase") == "a blue moon · object"
     assert replay.text("#risk-value") == "0.90 ? flagged"
     assert replay.texts("#reasons li") == ["gaze wanders"]
-    assert replay.text("#region") == "Region: top left, x 12 to 48, y 0 to 36 of 144 \u00d7 144 pixels"
+    assert replay.text("#region") == "Attended region: top left, x 12 to 48, y 0 to 36 of 144 \u00d7 144 pixels"
     assert replay.texts("#truths li") == ["a blue moon: not in the picture"]
     assert replay.texts('#phrases tr[aria-current="true"] button') == ["a blue moon"]
     assert [line.split()[-1] for line in replay.texts("#phrases td:nth-child(3)")] == ["0.10", "flagged"]
@@ -231,7 +240,7 @@ def test_keys_step_through_words_and_captions(show: Callable[..., Replay]) -> No
     replay.keys(Keys.ARROW_DOWN)
     assert (replay.text("#title"), replay.word) == ("caption 1", ["A"])
     replay.keys(Keys.ARROW_DOWN)
-    assert (replay.text("#title"), replay.text("#seen")) == ("caption 2", "There is no picture to show.")
+    assert (replay.text("#title"), replay.text("#explanation")) == ("caption 2", "There is no image to show.")
     replay.keys(*[Keys.ARROW_DOWN] * 9)
     assert replay.text("#title") == "caption 4"
     replay.keys(*[Keys.ARROW_UP] * 9)
@@ -249,9 +258,14 @@ def test_space_plays_and_stops(show: Callable[..., Replay]) -> None:
     replay = show(some())
     replay.keys(Keys.SPACE)
     assert replay.text("#play") == "Pause"
-    WebDriverWait(replay.driver, 30).until(lambda _: replay.word == ["ball"])
+    assert replay.js("return [...timers.values()].map(({ milliseconds }) => milliseconds)") == [480]
+    replay.js("tick(); tick()")
+    assert replay.word == ["ball"]
     replay.keys(Keys.ARROW_LEFT)
-    assert (replay.text("#play"), replay.word) == ("Play", ["red"])
+    assert (replay.text("#play"), replay.word, replay.js("return timers.size")) == ("Play", ["red"], 0)
+    replay.keys(Keys.SPACE)
+    replay.js("for (let step = 0; step < 20; step++) tick()")
+    assert (replay.text("#play"), replay.word, replay.js("return timers.size")) == ("Play", ["."], 0)
 
 
 def test_the_mouse_steps_too(show: Callable[..., Replay]) -> None:
@@ -288,11 +302,11 @@ def test_the_heat_lies_where_the_gaze_was_and_can_be_put_away(show: Callable[...
     """
     first, second = replay.js(alpha)
     assert first > 0 == second
-    assert replay.text("#most") == "top left, 100 %"
+    assert replay.text("#top-region") == "top left, 100 %"
     replay.keys(Keys.ARROW_RIGHT)
     first, second = replay.js(alpha)
     assert first == 0 < second
-    assert replay.text("#most") == "bottom right, 100 %"
+    assert replay.text("#top-region") == "bottom right, 100 %"
     replay.keys("h")
     assert replay.js(alpha) == [0, 0]
     assert replay.js("return $('toggle').ariaPressed") == "false"
@@ -326,12 +340,12 @@ def test_search_and_filters_choose_what_the_keys_walk_through(show: Callable[...
 def test_a_page_without_anything_to_step_through_is_quiet(show: Callable[..., Replay]) -> None:
     empty = make_report("", make_trace("", np.zeros((0, 2, 144))))
     unseen = Report("A re", Verdict.UNCHECKED, "Cut off.", (), "balanced", "toy", "0.1", None, "A re")
-    none, lost = "No gaze was recorded for this caption.", "There is no picture to show."
+    none, lost = "No gaze was recorded for this caption.", "There is no image to show."
     for image, report, seen in ((picture(), empty, ""), (picture(), unseen, none), (None, unseen, lost)):
         replay = show([Entry("a", image, report)])
         assert replay.driver.find_element("id", "stage").is_displayed() == (image is not None)
         replay.keys(Keys.ARROW_RIGHT, Keys.SPACE, Keys.END, "f", "h", Keys.ARROW_DOWN)
-        assert (replay.word, replay.text("#seen")) == ([], seen)
+        assert (replay.word, replay.text("#explanation")) == ([], seen)
         assert not replay.driver.find_element("id", "nav").is_displayed()
         assert not replay.driver.find_element("id", "controls").is_displayed()
 
@@ -352,7 +366,7 @@ def test_a_page_of_500_is_as_light_as_one_of_40(show: Callable[..., Replay]) -> 
         assert "caption 30" in replay.listed
         replay.js("$('scroller').scrollTop = 1e9")
         end = f"caption {number - 1}"
-        WebDriverWait(replay, 30).until(lambda page, end=end: end in page.listed)
+        WebDriverWait(replay, PATIENCE).until(lambda page, end=end: end in page.listed)
         counts.append(replay.nodes)
         most[number] = max(counts)
     assert most[500] <= most[40] + 10
@@ -487,6 +501,6 @@ def test_a_photograph_is_shown(show: Callable[..., Replay]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     photo = Image.fromarray(noise).resize((300, 200), Image.Resampling.BICUBIC)
     replay = show([Entry("a", photo, make_report())])
-    WebDriverWait(replay.driver, 30).until(lambda _: replay.js("return $('picture').complete"))
-    assert replay.js("return [$('picture').naturalWidth, $('picture').naturalHeight]") == [300, 200]
-    assert replay.js("return $('picture').src.slice(0, 16)") == "data:image/jpeg;"
+    WebDriverWait(replay.driver, PATIENCE).until(lambda _: replay.js("return $('image').complete"))
+    assert replay.js("return [$('image').naturalWidth, $('image').naturalHeight]") == [300, 200]
+    assert replay.js("return $('image').src.slice(0, 16)") == "data:image/jpeg;"

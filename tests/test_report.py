@@ -1,4 +1,4 @@
-"""What do we show? The report as text, as JSON and as a page that is safe to open whatever a caption says."""
+"""Report as text, as JSON, as files and as a page, all of them safe whatever a caption says."""
 
 from __future__ import annotations
 
@@ -330,12 +330,12 @@ def test_the_box_is_a_mean_over_heads_and_tokens() -> None:
     assert gaze_box(both, range(1)) == pytest.approx((60, 30, 80, 40))
 
 
-def test_equal_gaze_needs_exactly_half_of_the_cells() -> None:
+def test_equal_attention_needs_exactly_half_of_the_image_tokens() -> None:
     trace = box_trace(np.full((1, 3, 16), 0.1))
     assert gaze_box(trace, range(1)) == pytest.approx((0, 0, 80, 20))
 
 
-def test_cells_without_a_place_and_other_pictures_do_not_count() -> None:
+def test_tokens_without_a_location_and_of_other_images_do_not_count() -> None:
     boxes = ImageGrid.regular(1, 4, (80, 40)).boxes.copy()
     boxes[0] = np.nan
     grid = ImageGrid(boxes, np.array([0, 0, 1, 0]), ((80, 40), (10, 10)))
@@ -360,7 +360,7 @@ def test_the_boxes_of_many_words_are_those_of_each_alone() -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_the_box_holds_half_of_the_gaze_and_lies_in_the_picture(seed: int) -> None:
+def test_the_box_holds_half_of_the_gaze_and_lies_in_the_image(seed: int) -> None:
     gaze = np.random.default_rng(seed).exponential(size=(2, 2, 16)) ** 3
     trace = box_trace(gaze)
     box = gaze_box(trace, range(2))
@@ -416,10 +416,10 @@ def test_the_page_asks_for_nothing() -> None:
     assert not [attrs for _, attrs in Page(text).tags if "src" in attrs or "href" in attrs]
 
 
-def test_heat_is_relative_to_the_strongest_look() -> None:
+def test_heat_is_relative_to_the_strongest_attention() -> None:
     text = "red dog"
     boxes = ImageGrid.regular(2, 2, (8, 8)).boxes.copy()
-    boxes[3] = np.nan  # no place: left out of the page
+    boxes[3] = np.nan  # no location: left out of the page
     gaze = np.array([[[0.5, 0.25, 0, 0.9]], [[0, 0, 0.1, 0]]])
     trace = make_trace(text, gaze, ImageGrid(boxes, np.zeros(4, dtype=np.int64), ((8, 8),)))
     data = Page(page([Entry("t", picture((8, 8)), make_report(text, trace))])).data
@@ -428,25 +428,25 @@ def test_heat_is_relative_to_the_strongest_look() -> None:
     assert list(base64.b64decode(gaze["heat"])) == [255, 128, 0, 0, 0, 51]
 
 
-def test_the_stairs_are_shares_of_a_words_gaze_on_the_picture() -> None:
-    """By default on nine fields, whatever lies in them; else on the parts that are named, which need not cover it all."""
+def test_the_staircase_has_shares_of_a_words_attention_on_the_image() -> None:
+    """By default on nine regions, whatever lies in them; else on the regions that are named, which need not cover it all."""
     text = "red dog"
     gaze = np.stack([cells((0, 0, 0.3), (5, 5, 0.1), rows=6, columns=6), cells(rows=6, columns=6)])[:, None]
     report = make_report(text, make_trace(text, gaze, ImageGrid.regular(6, 6, (60, 60))))
     half = (("upper half", (0.0, 0.0, 60.0, 30.0)), ("a corner", (50.0, 50.0, 60.0, 60.0)))
     whole, parts = Page(page([Entry("t", picture((60, 60)), report), Entry("t", picture((60, 60)), report, (), half)])).captions
-    assert whole["gaze"]["parts"][0] == "top left"
-    assert list(base64.b64decode(whole["gaze"]["share"])) == [191, 0, 0, 0, 0, 0, 0, 0, 64] + [0] * 9
-    assert parts["gaze"]["parts"] == ["upper half", "a corner"]
-    assert list(base64.b64decode(parts["gaze"]["share"])) == [191, 64, 0, 0]
+    assert whole["gaze"]["regions"][0] == "top left"
+    assert list(base64.b64decode(whole["gaze"]["region_share"])) == [191, 0, 0, 0, 0, 0, 0, 0, 64] + [0] * 9
+    assert parts["gaze"]["regions"] == ["upper half", "a corner"]
+    assert list(base64.b64decode(parts["gaze"]["region_share"])) == [191, 64, 0, 0]
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_nine_fields_share_out_all_the_gaze(seed: int) -> None:
+def test_nine_regions_share_out_all_the_attention(seed: int) -> None:
     gaze = np.random.default_rng(seed).exponential(size=(3, 2, 25)) ** 3
     trace = make_trace("a b c", gaze, ImageGrid.regular(5, 5, (50, 40)))
     (entry,) = Page(page([Entry("t", picture((50, 40)), make_report("a b c", trace))])).captions
-    levels = np.frombuffer(base64.b64decode(entry["gaze"]["share"]), np.uint8).reshape(3, 9)
+    levels = np.frombuffer(base64.b64decode(entry["gaze"]["region_share"]), np.uint8).reshape(3, 9)
     assert np.abs(levels.sum(axis=1, dtype=np.int64) - 255).max() <= 4  # each of nine is rounded
 
 
@@ -484,9 +484,9 @@ def test_a_trace_without_tokens_renders() -> None:
     assert entry["words"] == []
 
 
-def picture_in(data: dict, number: int = 0) -> tuple[str, Image.Image, bytes]:
-    """Kind, picture and bytes of the picture that a caption is shown with."""
-    start, coded = data["pictures"][data["captions"][number]["picture"]].split(";base64,")
+def image_in(data: dict, number: int = 0) -> tuple[str, Image.Image, bytes]:
+    """Kind, image and bytes of the image that a caption is shown with."""
+    start, coded = data["images"][data["captions"][number]["image"]].split(";base64,")
     raw = base64.b64decode(coded)
     return start.removeprefix("data:image/"), Image.open(io.BytesIO(raw)), raw
 
@@ -498,11 +498,11 @@ def photo(size: tuple[int, int] = (300, 200)) -> Image.Image:
 
 
 @pytest.mark.parametrize(("image", "kind"), [(Image.new("RGBA", (3000, 1500)), "png"), (photo((3000, 1500)), "jpeg")])
-def test_a_large_picture_is_shrunk_and_loses_its_metadata(image: Image.Image, kind: str) -> None:
+def test_a_large_image_is_shrunk_and_loses_its_metadata(image: Image.Image, kind: str) -> None:
     image.info["comment"] = "where I live"
     image.getexif()[270] = "where I live"
     data = Page(report_page(make_report(), image)).data
-    found, shown, raw = picture_in(data)
+    found, shown, raw = image_in(data)
     assert found == kind
     assert data["captions"][0]["size"] == [3000, 1500]
     assert b"where I live" not in raw
@@ -511,29 +511,29 @@ def test_a_large_picture_is_shrunk_and_loses_its_metadata(image: Image.Image, ki
 
 
 def test_a_photograph_looks_as_before() -> None:
-    _, shown, _ = picture_in(Page(report_page(make_report(), photo())).data)
+    _, shown, _ = image_in(Page(report_page(make_report(), photo())).data)
     assert np.abs(np.asarray(shown, dtype=float) - np.asarray(photo(), dtype=float)).mean() < 3
 
 
-def test_captions_share_a_picture_and_a_grid() -> None:
-    """Two captions of one picture hold it once; another picture and another grid are added."""
+def test_captions_share_an_image_and_a_grid() -> None:
+    """Two captions of one image hold it once; another image and another grid are added."""
     other, wide = picture((60, 20)), make_trace(CAPTION, grid=ImageGrid.regular(2, 6, (60, 20)))
     entries = [Entry("a", picture(), moon_report())] * 2 + [Entry("c", other, make_report(CAPTION, wide))]
     data = Page(page(entries)).data
-    assert [caption["picture"] for caption in data["captions"]] == [0, 0, 1]
+    assert [caption["image"] for caption in data["captions"]] == [0, 0, 1]
     assert [caption["gaze"]["grid"] for caption in data["captions"]] == [0, 0, 1]
     assert [len(grid) for grid in data["grids"]] == [144, 12]
-    assert len(data["pictures"]) == 2
+    assert len(data["images"]) == 2
 
 
-def test_pictures_are_shrunk_to_the_edge_that_is_asked_for() -> None:
+def test_images_are_shrunk_to_the_edge_that_is_asked_for() -> None:
     data = Page(page(iter([Entry("t", photo((900, 600)), make_report()), Entry("t", picture(), make_report())]), edge=512)).data
-    assert [picture_in(data, number)[1].size for number in (0, 1)] == [(512, 341), (144, 144)]
+    assert [image_in(data, number)[1].size for number in (0, 1)] == [(512, 341), (144, 144)]
 
 
-def test_an_entry_may_have_no_picture() -> None:
+def test_an_entry_may_have_no_image() -> None:
     (entry,) = Page(page([Entry("t", None, make_report())])).captions
-    assert entry["picture"] is None
+    assert entry["image"] is None
 
 
 def test_a_phrase_starts_at_its_first_word() -> None:

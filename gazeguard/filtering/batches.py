@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from PIL import Image
 
 from gazeguard.errors import InputError
 from gazeguard.filtering.readers import FileSlice, describe_error
-from gazeguard.guard import Prepared
+from gazeguard.tracing import Prepared
 from gazeguard.vision.images import load_image
 
 PREFETCHED = 2  # batches that are made ready while the model works on another one
@@ -27,7 +28,7 @@ class PendingRow:
     """A row on its way to the model.
 
     Attributes:
-        number: Its place in the input.
+        number: Of the row in the input, from 0.
         image: What the input has, and once it is opened the PIL image.
         caption: The caption; None where one is to be written.
         prompt: The prompt.
@@ -113,6 +114,6 @@ def open_image(source: Any) -> Image.Image | str:
             return "there is no image"
         return load_image(source)
     except InputError as error:
-        return str(error).replace(name, "the image").replace("the given picture", "the image")
+        return re.sub(r"the given \w+", "the image", str(error).replace(name, "the image"))
     except Exception as error:  # of arrays that are no images, and of storage
         return f"the image cannot be read: {describe_error(error)}"

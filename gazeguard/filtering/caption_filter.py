@@ -21,33 +21,21 @@ import torch
 import transformers
 
 from gazeguard import __version__
-from gazeguard.artifacts import DETECTOR_FILE, HEADS_FILE, find_file
 from gazeguard.errors import GazeGuardError, InputError
 from gazeguard.filtering.batches import PendingRow, prefetch
 from gazeguard.filtering.columns import COLUMNS, report_columns
 from gazeguard.filtering.readers import Row, Source, fingerprint
-from gazeguard.guard import GazeGuard, Prepared
-from gazeguard.loading import load
+from gazeguard.guard import GazeGuard
 from gazeguard.policy import Policy
 from gazeguard.prompts import DEFAULT_PROMPT
 from gazeguard.report import Report
+from gazeguard.tracing import Prepared
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.inputs import has_pixels
 
 MAX_REASON = 300  # characters of the model's own error in a reason
 
 OnRows = Callable[[int], object]  # is told how many more rows are done
-
-
-def load_guard(
-    model: str | Path, *, artifacts: str | Path | None, device: str, dtype: str, device_map: Any = None, **options: Any
-) -> GazeGuard:
-    """Load a model and its artifacts, and put a guard around them."""
-    loaded = load(model, device=device, dtype=dtype, device_map=device_map)
-    if artifacts is not None:
-        files = {"heads": find_file(artifacts, HEADS_FILE), "detector": find_file(artifacts, DETECTOR_FILE)}
-        options = files | {name: value for name, value in options.items() if name not in files or value is not None}
-    return GazeGuard(*loaded, **options)
 
 
 def ignore_rows(_: int) -> None:
@@ -102,7 +90,8 @@ class CaptionFilter:
         if guard is None:
             if model is None:
                 raise InputError("There is neither a guard nor a model. Pass a GazeGuard, or model='folder or hub id'.")
-            guard = load_guard(model, artifacts=artifacts, device=device, dtype=dtype, policy=policy or "mark", **options)
+            options |= {"artifacts": artifacts, "device": device, "dtype": dtype, "policy": policy or "mark"}
+            guard = GazeGuard.from_pretrained(model, **options)
         elif not isinstance(guard, GazeGuard):
             raise InputError(f"The guard is {guard!r}, expected a GazeGuard. Pass the folder or hub id of a model as model=...")
         elif model is not None or artifacts is not None or policy is not None or options:

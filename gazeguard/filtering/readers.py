@@ -218,7 +218,7 @@ class WebDataset:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, FileSlice], str]]:
-    """The samples of a shard: key, its files by suffix, and what is wrong with the shard at this place."""
+    """The samples of a shard: key, its files by suffix, and what is wrong with the shard there."""
     key, parts, error = None, {}, ""
     with path.open("rb") as file:
         try:
@@ -246,7 +246,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, FileSlice], str]]:
 
 
 def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, FileSlice]]:
-    """Names and places of the regular files in a tar file."""
+    """Names and bytes of the regular files in a tar file."""
     before = -1
     while (member := tar.next()) is not None:
         tar.members.clear()  # or it would remember every member

@@ -1,7 +1,7 @@
 """Result folder of a filter run, which no kill can spoil: each row once, in the order of the input.
 
-Rows go in numbered chunks. A chunk's results are a file of their own in ``OUT/parts``, written beside its place, synced and
-then renamed into it, so that it is there as a whole or not at all. A run that was killed finds the finished chunks and goes on
+Rows go in numbered chunks. A chunk's results are a file of their own in ``OUT/parts``, written under another name, synced
+and then renamed, so that it is there as a whole or not at all. A run that was killed finds the finished chunks and goes on
 behind them. At the end the parts are put together in order, and only then removed.
 """
 

@@ -1,1 +1,1 @@
-"""TODO integrations."""
+"""Integrations: GazeGuard as a model of other tools."""

@@ -1,11 +1,10 @@
-"""How does lmms-eval run a guarded model? ``python -m lmms_eval --model gazeguard --model_args pretrained=MODEL --tasks pope``.
+"""lmms-eval model: ``python -m lmms_eval --model gazeguard --model_args pretrained=MODEL,artifacts=DIR --tasks pope``.
 
-lmms-eval finds this module by its entry point when both are installed; GazeGuard itself never imports lmms-eval but here.
+lmms-eval finds this module by its entry point when both are installed; GazeGuard itself imports lmms-eval nowhere else.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from gazeguard.errors import InputError
 from gazeguard.guard import GazeGuard
+from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.images import load_image
 
@@ -28,78 +27,118 @@ else:
     except ImportError:  # the class below is of use without it, too: its requests are plain tuples
         lmms = object
 
-PASSED_ON = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")
+MAX_NEW_TOKENS = 128  # of an answer, where the task does not say
+GENERATION_OPTIONS = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")  # of a task, handed to generate
 
 
 def manifest() -> Any:
-    """What lmms-eval's registry asks its entry points for."""
+    """Return what lmms-eval's registry asks its entry points for."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("gazeguard", simple_class_path=f"{__name__}.GazeGuarded")
 
 
 class GazeGuarded(lmms):
-    """A guarded model as lmms-eval calls it: one picture and one question per request.
+    """A guarded model as lmms-eval calls it: one image and one question per request.
 
-    pretrained: folder or hub id of the model, with gaze heads (and a detector) in its folder, or given by path
-    reports:    a JSONL file that gets the report of every answer, in the order of the requests; lmms-eval sees the text
+    Args:
+        pretrained: Folder or hub id of the model.
+        policy: Name of a policy, or the path of one.
+        artifacts: Folder or hub id of gaze heads and detector; by default those in the model's folder.
+        heads: A file of gaze heads, in place of that of the artifacts.
+        detector: A file or folder of a detector, in place of that of the artifacts.
+        reports: A JSONL file that gets the report of every answer, in the order of the requests; lmms-eval sees the text.
+        batch_size: Requests that are answered at once.
+        device: Where the model goes; None takes the GPU if there is one.
+        dtype: Of the weights; "auto" takes the checkpoint's.
+        device_map: transformers' distribution over several devices, in place of ``device``.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        InputError: There is another argument; or the model cannot be loaded.
     """
 
     def __init__(
         self,
         pretrained: str,
         policy: str = "mark",
+        artifacts: str | None = None,
         heads: str | None = None,
         detector: str | None = None,
         reports: str | None = None,
         batch_size: int | str = 1,
-        device: str = "cpu",
+        device: str | None = None,
+        dtype: str = "auto",
+        device_map: str | None = None,
+        progress: bool = True,
         **unknown: Any,
     ) -> None:
         super().__init__()
         if unknown := {name: value for name, value in unknown.items() if value is not None}:
             raise InputError(f"model_args {', '.join(sorted(unknown))} are not known to GazeGuard. Leave them out.")
-        model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype="auto").eval().to(device)
-        self.guard = GazeGuard(model, AutoProcessor.from_pretrained(pretrained), policy, heads, detector)
+        options = {"policy": policy, "heads": heads, "detector": detector}
+        self.guard = GazeGuard.from_pretrained(
+            pretrained, artifacts=artifacts, device=device or "auto", dtype=dtype, device_map=device_map, **options
+        )
         self.reports, self.batch_size = None if reports is None else Path(reports), int(batch_size)
+        self.progress = progress
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The guarded answers, in order. A request's ``args`` are (question, options, doc_to_visual, id, task, split)."""
+        """Return the guarded answers, in order.
+
+        Args:
+            requests: Objects whose ``args`` are (question, options, doc_to_visual, id, task, split).
+
+        Raises:
+            InputError: An item has not just one image.
+        """
         answers: list[str] = []
-        groups = list(_alike(requests, self.batch_size))
-        for group in track(groups, "answering", console=Console(stderr=True), transient=True):
-            pictures, questions = [], []
-            for question, _, to_visual, number, task, split in (request.args for request in group):
-                seen = to_visual(self.task_dict[task][split][number])
-                if len(seen) != 1:
-                    raise InputError(f"Item {number} of {task} has {len(seen)} pictures; GazeGuard answers to one.")
-                pictures.append(load_image(seen[0]))
-                questions.append(question.replace("<image>", "").strip())
+        groups = list(_group_by_options(requests, self.batch_size))
+        console = Console(stderr=True)
+        for group in track(groups, "answering", console=console, transient=True, disable=not self.progress):
             options = group[0].args[1]
-            inputs = encode(self.guard.model, self.guard.processor, pictures, questions).inputs
-            asked = {"max_new_tokens": 128, "do_sample": False} | {n: options[n] for n in PASSED_ON if n in options}
-            with torch.no_grad():
-                self.guard.generate(**inputs, **asked, picture_sizes=[[picture.size] for picture in pictures])
-            for report in self.guard.reports:
-                ends = [report.caption.find(stop) for stop in options.get("until", ()) if stop and stop in report.caption]
-                answers.append(report.caption[: min(ends)] if ends else report.caption)
+            for report in self._answer(group, options):
+                answers.append(_cut(report.caption, options.get("until", ())))
                 if self.reports is not None:
                     with self.reports.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(report.to_dict()) + "\n")
+                        file.write(report.to_json() + "\n")
         return answers
 
+    def _answer(self, group: Sequence[Any], options: dict[str, Any]) -> list[Report]:
+        images, questions = [], []
+        for question, _, to_visual, number, task, split in (request.args for request in group):
+            visuals = to_visual(self.task_dict[task][split][number])
+            if len(visuals) != 1:
+                raise InputError(f"Item {number} of {task} has {len(visuals)} images; GazeGuard answers to one.")
+            images.append(load_image(visuals[0]))
+            questions.append(question.replace("<image>", "").strip())
+        inputs = encode(self.guard.model, self.guard.processor, images, questions).inputs
+        chosen = {name: options[name] for name in GENERATION_OPTIONS if name in options}
+        chosen = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False} | chosen
+        with torch.no_grad():
+            self.guard.generate(**inputs, **chosen, picture_sizes=[[image.size] for image in images])
+        return self.guard.reports
+
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        raise InputError("GazeGuard watches what is written: choose tasks that generate (output_type: generate_until).")
+        """Refuse: nothing is generated. Raises `InputError`."""
+        raise InputError("GazeGuard watches what is generated: choose tasks with output_type: generate_until.")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refuse: there is one round. Raises `InputError`."""
         raise InputError("GazeGuard answers in one round: choose tasks with output_type: generate_until.")
 
 
-def _alike(requests: Sequence[Any], most: int) -> Iterator[list[Any]]:
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stop words."""
+    ends = [text.find(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends)] if ends else text
+
+
+def _group_by_options(requests: Sequence[Any], size: int) -> Iterator[list[Any]]:
     """Neighbours with the same options, at most so many together."""
     group: list[Any] = []
     for request in requests:
-        if group and (len(group) == most or request.args[1] != group[0].args[1]):
+        if group and (len(group) == size or request.args[1] != group[0].args[1]):
             yield group
             group = []
         group.append(request)

@@ -1,1 +1,1 @@
-"""TODO replay."""
+"""Replay page: reports word by word in a browser."""
