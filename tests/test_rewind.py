@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from families import family
+from guardkit import invented, plain, two_lengths
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from gazeguard import lab
 from gazeguard.claims.parse import claims
 from gazeguard.decoding.rewind import CommittedPrefix, Draft, RewindLoop, list_delimiters, rollback_span
 from gazeguard.errors import InputError, UnsupportedError
@@ -30,14 +30,8 @@ REWIND = {"version": 1, "name": "own", "rewind": {"budget": 8}}
 
 @pytest.fixture(scope="module")
 def batch(lab_vlm):
-    """Twelve pictures with prompts of two lengths, so that rows are left-padded."""
-    samples = lab.samples("validation", 12, seed=7)
-    prompts = ["Describe panel one." if i % 3 == 0 and s.drawing.panels else s.prompt for i, s in enumerate(samples)]
-    return samples, prompts, encode(*lab_vlm, [s.image for s in samples], prompts).inputs
-
-
-def plain(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    return model.generate(**inputs, max_new_tokens=120, **{"do_sample": False, **options})
+    """Twelve images with prompts of two lengths, so that rows are left-padded."""
+    return two_lengths(lab_vlm)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -130,31 +124,6 @@ def test_without_a_budget_it_is_generate(lab_vlm, batch):
 
 
 # ---------------------------------------------------------------------------------------------------------- reranking
-
-
-def invented(samples: Any, reports: Any) -> int:
-    return sum(not m.present for s, r in zip(samples, reports, strict=True) for m in mentions(s.drawing, r.caption))
-
-
-def test_rerank_invents_less_by_what_lies_under_the_gaze(lab_vlm, batch):
-    """With what cells show, and without: the rest of the policy is the same."""
-    rerank, left = load_policy("rerank"), []
-    for content in (0.0, rerank.rerank.attended_logprob):
-        own = rerank.model_copy(update={"rerank": rerank.rerank.model_copy(update={"attended_logprob": content})})
-        guard = GazeGuard(*lab_vlm, policy=own)
-        plain(guard, batch[2])
-        left.append(invented(batch[0], guard.reports))
-    assert left[1] < left[0]
-
-
-def test_rerank_in_a_padded_batch_is_that_of_each_row_alone(lab_vlm, batch):
-    samples, prompts, inputs = batch
-    guard = GazeGuard(*lab_vlm, policy="rerank")
-    plain(guard, inputs)
-    together = [report.caption for report in guard.reports]
-    for i in range(6):
-        report = guard.caption(samples[i].image, prompts[i], max_new_tokens=120, do_sample=False)
-        assert report.caption == together[i]
 
 
 def test_rewind_and_rerank_go_together(lab_vlm, batch):
