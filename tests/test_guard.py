@@ -1,7 +1,11 @@
-"""The guard on the lab's own VLM: the laws of `gazeguard.trace`, and every way to be told no."""
+"""The guard on the lab's own VLM: the invariants of `gazeguard.trace`, what opens a guard, and every refusal."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from guardkit import SAMPLES, assert_same_trace, batch_of
@@ -10,16 +14,30 @@ from transformers.generation.streamers import BaseStreamer
 
 from gazeguard import lab
 from gazeguard.detection.detector import Detector
-from gazeguard.errors import InputError, MismatchError, UnsupportedError
+from gazeguard.errors import ArtifactError, GazeGuardError, InputError, MismatchError, UnsupportedError
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 
-# ------------------------------------------------------------------------------------------------------------- laws
+
+class Collected(BaseStreamer):
+    """What a streamer is given."""
+
+    def __init__(self):
+        self.ids, self.ended = [], False
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+# -------------------------------------------------------------------------------------------------------- invariants
 
 
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True}, {"do_sample": True, "num_return_sequences": 3}])
 def test_mark_writes_what_plain_generate_writes(guard, how):
-    """Law (e): the ids are identical, greedy, sampled and several per prompt; there is one report per row."""
+    """Invariant (e): the ids are identical, greedy, sampled and several per prompt; there is one report per row."""
     inputs = batch_of(guard, **how)
     torch.manual_seed(0)
     plain = guard.model.generate(**inputs)
@@ -28,7 +46,7 @@ def test_mark_writes_what_plain_generate_writes(guard, how):
     assert len(guard.reports) == len(plain)
 
 
-def test_a_loop_that_is_handed_pictures_in_another_order_refuses(guard):
+def test_a_loop_that_gets_images_in_another_order_refuses(guard):
     """For two beams generate makes g0 g0 g1 g1 of a row's grids g0 g1, where g0 g1 g0 g1 would be right."""
     inputs = batch_of(guard, SAMPLES[:1], num_beams=2)
     made = guard.model.generate(**inputs, custom_generate=guard)
@@ -57,7 +75,7 @@ def test_three_ways_in_are_one(guard):
 
 
 def test_leaving_the_watch_restores_the_model_after_an_exception_too(guard):
-    """Law (f): nothing of the watch is left on the model or its modules."""
+    """Invariant (f): nothing of the watch is left on the model or its modules."""
 
     class Breaks(LogitsProcessor):
         def __call__(self, input_ids, scores):
@@ -138,25 +156,164 @@ def test_a_dict_result_and_scores_pass_through(guard):
 def test_a_streamer_gets_every_token(guard):
     """Streaming works as without the guard: the prompt, then each token, then the end."""
 
-    class Keeps(BaseStreamer):
-        def __init__(self):
-            self.ids, self.ended = [], False
-
-        def put(self, value):
-            self.ids += value.flatten().tolist()
-
-        def end(self):
-            self.ended = True
-
     inputs = batch_of(guard, SAMPLES[:1])
-    plain, watched = Keeps(), Keeps()
+    plain, watched = Collected(), Collected()
     guard.model.generate(**inputs, streamer=plain)
     guard.generate(**inputs, streamer=watched)
     assert watched.ended
     assert watched.ids == plain.ids
+    handed = Collected()
+    ids = guard.model.generate(**inputs, streamer=handed, custom_generate=guard)
+    assert handed.ended
+    assert handed.ids == plain.ids == ids[0].tolist()
 
 
-# -------------------------------------------------------------------------------------------------------- unchecked
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"streamer": Collected(), "num_beams": 2}, "cannot stream beams. Use num_beams=1"),
+        ({"assistant_model": "the model itself"}, r"cannot speculate\. Call guard\.generate"),
+        ({"prompt_lookup_num_tokens": 3}, r"cannot speculate\. Call guard\.generate"),
+    ],
+)
+def test_what_a_handed_loop_cannot_do_is_refused(guard, how, message):
+    """transformers would leave streamer and assistant out without a word."""
+    how = {name: guard.model if name == "assistant_model" else value for name, value in how.items()}
+    with pytest.raises(UnsupportedError, match=message):
+        guard.model.generate(**batch_of(guard, SAMPLES[:1]), custom_generate=guard, **how)
+
+
+def test_reports_come_as_a_result_too(guard):
+    """generate_with_reports returns what generate returns, and its reports; guard.reports is left alone."""
+    inputs = batch_of(guard, SAMPLES[:2])
+    ids = guard.generate(**inputs)
+    before = guard.reports
+    output, reports = guard.generate_with_reports(**inputs, return_dict_in_generate=True)
+    assert guard.reports is before
+    assert torch.equal(output.sequences, ids)
+    assert [report.to_dict() for report in reports] == [report.to_dict() for report in before]
+
+
+def test_two_guards_in_two_threads_never_mix(guard):
+    """While one records, the other is refused by name; in turn each gets its own results."""
+    other = GazeGuard(guard.model, guard.processor)
+    alone = [
+        g.generate_with_reports(**batch_of(guard, [sample]))[1] for g, sample in zip((guard, other), SAMPLES, strict=False)
+    ]
+    inside, refused = threading.Event(), threading.Event()
+
+    class Waits(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            inside.set()
+            assert refused.wait(60)
+            return scores
+
+    with ThreadPoolExecutor(2) as pool:
+        inputs = batch_of(guard, SAMPLES[:1], logits_processor=LogitsProcessorList([Waits()]))
+        first = pool.submit(guard.generate_with_reports, **inputs)
+        assert inside.wait(60)
+        second = pool.submit(other.generate_with_reports, **batch_of(guard, [SAMPLES[1]]))
+        with pytest.raises(UnsupportedError, match="recorded already, by another guard or recorder or in another thread"):
+            second.result(60)
+        refused.set()
+        assert_same_trace(first.result(60)[1][0].trace, alone[0][0].trace, 0)
+        again = pool.submit(other.generate_with_reports, **batch_of(guard, [SAMPLES[1]]))
+        assert_same_trace(again.result(60)[1][0].trace, alone[1][0].trace, 0)
+
+
+# --------------------------------------------------------------------------------------------------- opening a guard
+
+
+def test_a_guard_says_in_one_line_what_it_is(guard, lab_vlm):
+    assert repr(guard) == (
+        f"GazeGuard(Idefics3ForConditionalGeneration, policy 'mark', {len(guard.heads.heads)} gaze heads, "
+        "detector of attribute, object, location)"
+    )
+    assert repr(GazeGuard(*lab_vlm, heads=guard.heads)).endswith("gaze heads, no detector)")
+
+
+def test_a_model_in_one_folder_and_artifacts_in_another(guard, tmp_path):
+    """save_pretrained and from_pretrained: the same reports; a folder of heads alone gives a guard without a detector."""
+    model, artifacts, heads = tmp_path / "model", tmp_path / "artifacts", tmp_path / "heads"
+    guard.model.save_pretrained(model)
+    guard.processor.save_pretrained(model)
+    guard.save_pretrained(artifacts)
+    assert {"heads.json", "detector.json", "README.md"} <= {path.name for path in artifacts.iterdir()}
+    with pytest.raises(InputError, match=rf"No gaze heads for {model}\. Run `gazeguard heads {model} --out DIR`"):
+        GazeGuard.from_pretrained(model, device="cpu")
+    again = GazeGuard.from_pretrained(model, artifacts=artifacts, device="cpu", policy="drop")
+    assert (again.policy.name, again.heads, again.detector) == ("drop", guard.heads, guard.detector)
+    sample = SAMPLES[1]
+    reports = [g.check(sample.image, sample.turns[0].answer, sample.prompt) for g in (guard, again)]
+    assert reports[0].to_dict()["phrases"] == reports[1].to_dict()["phrases"]
+    GazeGuard(guard.model, guard.processor, heads=guard.heads).save_pretrained(heads)
+    assert GazeGuard.from_pretrained(model, artifacts=heads, device="cpu").detector is None
+    with pytest.raises(InputError, match=rf"No gaze heads for {model} in {model}\. Run"):
+        GazeGuard.from_pretrained(model, artifacts=model, device="cpu")
+
+
+def test_artifacts_from_the_hub(guard, lab_vlm, tmp_path, monkeypatch):
+    """A repository without a detector gives none; any other trouble is an error."""
+    guard.save_pretrained(tmp_path)
+
+    def download(repo_id, name, **_):
+        assert repo_id == "someone/artifacts"
+        if name == missing:
+            raise error(f"404: no {name}")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    missing = None
+    assert GazeGuard(*lab_vlm, artifacts="someone/artifacts").detector == guard.detector
+    missing = "detector.json"
+    for error in (type("EntryNotFoundError", (OSError,), {}), OSError):
+        if error is OSError:
+            with pytest.raises(ArtifactError, match=r"no detector\.json from the hub's repository \(404"):
+                GazeGuard(*lab_vlm, artifacts="someone/artifacts")
+        else:
+            assert GazeGuard(*lab_vlm, artifacts="someone/artifacts").detector is None
+
+
+def test_a_guard_is_pushed_to_the_hub(guard):
+    class Api:
+        def create_repo(self, repo_id, exist_ok):
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            return f"{repo_id}: {sorted(path.name for path in Path(folder_path).iterdir())} {options}"
+
+    pushed = guard.push_to_hub("mine", api=Api(), create_pr=True)
+    assert pushed == "me/mine: ['README.md', 'detector.json', 'heads.json', 'reliability.png'] {'create_pr': True}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "someone/model"}, r"got 'someone/model' in place of a model\. Use GazeGuard\.from_pretrained\('someone/mo"),
+        ({"model": Path("folder")}, r"Use GazeGuard\.from_pretrained\('folder'\)"),
+        ({"model": torch.nn.Linear(1, 1)}, "got a Linear in place of a model; expected a vision-language model of transf"),
+        ({"model": None}, "got a NoneType in place of a model"),
+        ({"processor": None}, r"GazeGuard got no processor\. Pass AutoProcessor\.from_pretrained"),
+        ({"processor": "tokenizer"}, r"in place of a processor\. Pass AutoProcessor\.from_pretrained"),
+        ({"policy": 3}, r"policy is 3; expected the name of a policy \(abstain, .*\), the path of a \.yaml file, or a Policy"),
+        ({"policy": None}, "policy is None; expected the name of a policy"),
+        ({"heads": [(1, 2)]}, r"heads is \[\(1, 2\)\]; expected GazeHeads, or the path or hub id"),
+        ({"detector": 0.5}, r"detector is 0\.5; expected Detector, or the path or hub id"),
+    ],
+)
+def test_a_wrong_kind_of_argument_is_one_sentence(lab_vlm, arguments, message):
+    given = {"model": lab_vlm[0], "processor": lab_vlm[1], **arguments}
+    if given["processor"] == "tokenizer":
+        given["processor"] = lab_vlm[1].tokenizer
+    with pytest.raises(GazeGuardError, match=message) as caught:
+        GazeGuard(**given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [[(144, 144)], (144, 144), [], [[(144, 144)]] * 5, [["wide"]], 7])
+def test_image_sizes_one_bracket_short_are_one_sentence(guard, sizes):
+    with pytest.raises(InputError, match=r"picture_sizes is .*; expected for each of the 2 prompts .* \[\[\(640, 480\)\]\]"):
+        guard.generate(**batch_of(guard, SAMPLES[:2]), picture_sizes=sizes)
 
 
 # ------------------------------------------------------------------------------------------------------ clear errors
@@ -201,7 +358,7 @@ def test_a_text_only_model_is_refused(lab_vlm):
 
 
 def test_heads_and_detectors_of_another_model_are_refused(lab_vlm):
-    """Law (h)."""
+    """Invariant (h)."""
     heads = GazeHeads.from_pretrained(lab.checkpoint_path() / "heads.json")
     with pytest.raises(MismatchError, match=r"another model .* find_heads\(model, processor\)"):
         GazeGuard(*lab_vlm, heads=heads.model_copy(update={"model": "0" * 16}))
@@ -228,3 +385,33 @@ def test_a_model_is_watched_once_at_a_time(guard):
         with pytest.raises(UnsupportedError, match="Leave the other watch first"), guard.watch():
             pass
         assert "generate" in vars(guard.model)
+
+
+# --------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", ["mark", "rewind", "rerank", "strict"])
+def test_a_guard_on_the_gpu_writes_watches_and_checks(policy, dtype):
+    """Every policy runs on the GPU, its traces are finite, and replay finds what was recorded live."""
+    guard = GazeGuard.from_pretrained("lab", device="cuda", dtype=dtype, policy=policy)
+    inputs = batch_of(guard)
+    assert inputs["input_ids"].device.type == "cuda"
+    ids, reports = guard.generate_with_reports(**inputs)
+    assert ids.device.type == "cuda"
+    if policy == "mark":
+        assert torch.equal(ids, guard.model.generate(**inputs))
+    replayed = guard.check_all([s.image for s in SAMPLES], [r.caption for r in reports], [s.prompt for s in SAMPLES])
+    for live, again in zip(reports, replayed, strict=True):
+        assert_same_trace(again.trace, live.trace, 1e-3 if dtype == "float32" else 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_is_watched_wherever_accelerate_puts_it():
+    guard = GazeGuard.from_pretrained("lab", device_map="auto")
+    sample = SAMPLES[1]
+    reference = GazeGuard.from_pretrained("lab", device="cpu").check(sample.image, sample.turns[0].answer, sample.prompt)
+    assert_same_trace(guard.check(sample.image, sample.turns[0].answer, sample.prompt).trace, reference.trace, 1e-3)

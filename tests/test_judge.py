@@ -1,7 +1,11 @@
 """The judge: verdicts, reasons and filtered captions from traces alone."""
 
 import copy
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 from guardkit import SAMPLES
@@ -9,8 +13,11 @@ from guardkit import SAMPLES
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
+from gazeguard.judge import PrefixJudge
 from gazeguard.policy import parse_policy
 from gazeguard.report import Verdict
+
+REWIND = {"version": 1, "name": "own", "rewind": {"budget": 1}}
 
 
 def test_a_claim_about_what_is_not_there_is_no_second_flag(guard):
@@ -46,14 +53,14 @@ def test_a_number_that_is_not_finite_leaves_the_caption_unchecked(lab_vlm):
     ],
 )
 def test_what_cannot_be_checked_is_unchecked_and_says_why(guard, caption, reason):
-    """Law (g): never a pass."""
+    """Invariant (g): never a pass."""
     report = guard.check(SAMPLES[0].image, caption)
     assert report.verdict is Verdict.UNCHECKED
     assert reason in report.reason
 
 
 def test_a_caption_cut_off_by_the_length_limit_does_not_pass(guard):
-    """Law (g): a truncated caption is flagged or unchecked."""
+    """Invariant (g): a truncated caption is flagged or unchecked."""
     for sample in SAMPLES:
         report = guard.caption(sample.image, sample.prompt, max_new_tokens=8, do_sample=False)
         assert not report.trace.finished
@@ -87,3 +94,103 @@ def test_what_is_left_of_a_caption_is_as_the_policy_says(guard):
         assert reports[0].caption == wrong
         assert reports[0].to_dict()["filtered_caption"] == texts[0]
     assert GazeGuard(guard.model, guard.processor, "abstain").check(sample.image, "").filtered_caption == ""
+
+
+# ---------------------------------------------------------------------------------------------------- the judge alone
+
+
+@pytest.fixture(scope="module")
+def judged(lab_vlm):
+    """A judge, and the report on a caption with a hallucinated object."""
+    guard = GazeGuard(*lab_vlm)
+    absent = next(n for n in ("skull", "castle", "anchor") if n not in {o.noun for o in SAMPLES[1].drawing.objects})
+    return guard.judge, guard.check(SAMPLES[1].image, f"There is a green {absent} and a blue {absent}.", SAMPLES[1].prompt)
+
+
+def test_the_judge_needs_no_torch():
+    script = "import sys, gazeguard.judge; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_judge_has_no_state(judged):
+    """The same trace gives the same report, whatever was judged between; nothing of it can be changed."""
+    judge, report = judged
+    judge(replace(report.trace, finished=False))
+    assert judge(report.trace).to_dict() == report.to_dict()
+    with pytest.raises(FrozenInstanceError):
+        judge.policy = None
+
+
+def test_a_saved_trace_is_judged_as_the_live_one(judged, tmp_path):
+    judge, report = judged
+    report.trace.save(tmp_path / "trace.safetensors")
+    assert judge(type(report.trace).load(tmp_path / "trace.safetensors")).to_dict() == report.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"segment_mass": lambda v: np.tile(np.float32([0, 1, 0, 0]), (*v.shape[:2], 1))}, "the gaze heads never attended"),
+        ({"logprobs": lambda v: np.full_like(v, np.nan)}, "the model gave no finite number for "),
+        ({"offsets": lambda v: np.zeros_like(v)}, "no token covers '"),
+    ],
+)
+def test_a_trace_that_is_no_evidence_is_unchecked(judged, change, reason):
+    """Invariant (g): never a pass, and the reason says what is wrong with the numbers."""
+    judge, report = judged
+    trace = replace(report.trace, **{name: edit(getattr(report.trace, name)) for name, edit in change.items()})
+    unchecked = judge(trace)
+    assert unchecked.verdict is Verdict.UNCHECKED
+    assert unchecked.reason.startswith(reason)
+    assert unchecked.findings == ()
+    assert unchecked.trace is trace
+
+
+def test_an_answer_updates_only_claims_that_it_counts_for(judged):
+    """Answers as numbers: a no raises the risk of what was asked about, and is a reason; other findings stay."""
+    judge, report = judged
+    kinds = {k: r.model_copy(update={"answer": (1.0, -2.0, 0.0)}) for k, r in judge.detector.kinds.items()}
+    policy = parse_policy({"version": 1, "name": "v", "verify": {"threshold": 0.0}})
+    asking = replace(judge, detector=judge.detector.model_copy(update={"kinds": kinds}), policy=policy)
+    phrases = asking.questions(report)
+    assert len(phrases) == 2
+    updated = asking.with_answers(report, {phrases[0]: -3.0})
+    for before, after in zip(report.findings, updated.findings, strict=True):
+        if after.claim.phrase == phrases[0] and after.claim.kind != "location":
+            assert after.risk >= before.risk
+            assert after.answer == pytest.approx(1 / (1 + np.exp(3.0)))
+            assert after.reasons[-1] == "asked whether it is there, the model answers no"
+        else:
+            assert (after.risk, after.answer) == (before.risk, None)
+
+
+# ------------------------------------------------------------------------------------------------------------ prefixes
+
+
+def test_an_object_is_judged_once_when_it_is_complete(judged):
+    """Word by word: a claim comes up when the next word stands behind it, and again only after a rollback."""
+    judge, _ = judged
+    prefix, seen = PrefixJudge(judge), []
+    words = ["There", " is", " a", " red", " star", " and", " a", " blue", " gear", "."]
+    for count in range(1, len(words) + 1):
+        text = "".join(words[:count])
+        parsed, objects = prefix.extend(text, count, ended=False)
+        seen += [(count, parsed[i].text) for i in objects]
+        prefix._judged |= {(parsed[i].start, parsed[i].end) for i in objects}
+    assert seen == [(6, "a red star"), (10, "a blue gear")]
+    assert prefix.extend("".join(words), len(words), ended=True)[1] == []
+    prefix.roll_back("".join(words[:8]), 8)
+    parsed, objects = prefix.extend("".join([*words[:8], " moon."]), 9, ended=True)
+    assert [parsed[i].text for i in objects] == ["a blue moon"]
+
+
+def test_a_decided_prefix_is_committed_up_to_its_last_object(judged):
+    judge, report = judged
+    prefix, trace = PrefixJudge(judge), report.trace
+    parsed, objects = prefix.extend(trace.text, len(trace), ended=True)
+    doubtful = PrefixJudge(replace(judge, policy=parse_policy({**REWIND, "threshold": 0.0}))).decide(trace, parsed, objects)
+    assert doubtful == parsed[objects[0]]
+    sure = replace(judge, policy=parse_policy({**REWIND, "threshold": 1.0}))
+    prefix = PrefixJudge(sure)
+    assert prefix.decide(trace, parsed, objects) is None
+    assert trace.offsets[prefix.committed - 1, 1] == parsed[objects[-1]].end

@@ -1,4 +1,4 @@
-"""What is written after a phrase was taken back is what would have been written had it never been there."""
+"""Rewind decoding: what is generated after a rollback is what would have been generated had the phrase never been there."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def batch(lab_vlm):
 
 
 class Doubts:
-    """A judge that doubts what it is told to: (row, number of tokens written) -> tokens of another way, each once."""
+    """A judge that doubts what it is told to: (row, number of tokens generated) -> rollback points, each once."""
 
     def __init__(self, plan: dict[tuple[int, int], range]) -> None:
         self.plan = dict(plan)
@@ -60,7 +60,7 @@ def teacher_forced(kind: families.Family, row: int, written: Tensor) -> Tensor:
 @pytest.mark.usefixtures("quietly")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["Idefics3", "LLaVA", "Qwen2.5-VL", "Qwen3-VL", "InternVL"])
-def test_taken_back_words_leave_no_trace(name, cache):
+def test_discarded_tokens_leave_no_trace(name, cache):
     """Rows of a left-padded batch go back by themselves, one of them twice, one not at all: each word's logits are those of a
     plain pass over what is left, and the rows that did not go back are those of plain generate.
     """
@@ -83,13 +83,13 @@ def test_taken_back_words_leave_no_trace(name, cache):
 
 
 @pytest.mark.usefixtures("quietly")
-def test_a_barred_word_never_comes_back_where_it_stood():
+def test_a_banned_token_never_comes_back_where_it_stood():
     """Going back to the same place again and again takes the words there in the order of their likelihood."""
     kind = family("LLaVA")
     inputs = kind.batch([0])
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     probability, order = kind.model.generate(**inputs, **options).scores[0][0].softmax(-1).sort(descending=True)
-    # A word that the model gives less than one in a hundred is no way out.
+    # A word that the model gives less than one in a hundred is no alternative.
     likely = int((probability[1:] > 0.01).sum())
     assert likely >= 4
     for budget in (0, 1, 2, 3, likely + 5):
@@ -123,11 +123,8 @@ def test_without_a_budget_it_is_generate(lab_vlm, batch):
             np.testing.assert_allclose(ours.trace.internal_confidence, theirs.trace.internal_confidence, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------- reranking
-
-
 def test_rewind_and_rerank_go_together(lab_vlm, batch):
-    """Words are moved in the passes that are not taken back as in those that are."""
+    """Tokens are moved in the passes that are not rolled back as in those that are."""
     both = load_policy("rewind").model_copy(update={"rerank": load_policy("rerank").rerank})
     counts = []
     for policy in ("mark", "rerank", both):
@@ -148,7 +145,7 @@ def rewound(lab_vlm, batch):
     return guard, ids
 
 
-def test_it_takes_back_what_is_not_there(lab_vlm, batch, rewound):
+def test_it_rolls_back_what_is_not_there(lab_vlm, batch, rewound):
     samples, _, inputs = batch
     guard, _ = rewound
     before = GazeGuard(*lab_vlm)
@@ -157,8 +154,8 @@ def test_it_takes_back_what_is_not_there(lab_vlm, batch, rewound):
     assert invented(samples, guard.reports) <= invented(samples, before.reports) / 3
 
 
-def test_replay_equals_live_after_words_were_taken_back(batch, rewound):
-    """Law (b), for captions parts of which were written twice, in a batch in which rows went back at different times."""
+def test_replay_equals_live_after_a_rollback(batch, rewound):
+    """Invariant (b), for captions parts of which were written twice, in a batch in which rows went back at different times."""
     samples, prompts, _ = batch
     guard, _ = rewound
     live = guard.reports
@@ -188,7 +185,7 @@ def test_static_caches_and_the_other_entrances_write_the_same(lab_vlm, batch, re
     assert plain(guard, batch[2], return_dict_in_generate=True).get("cache") is None
 
 
-def test_sampling_takes_back_too(lab_vlm, batch):
+def test_sampling_rolls_back_too(lab_vlm, batch):
     torch.manual_seed(0)
     guard = GazeGuard(*lab_vlm, policy="rewind")
     plain(guard, batch[2], do_sample=True)
@@ -210,7 +207,7 @@ class Collected(BaseStreamer):
         self.ended = True
 
 
-def test_a_stream_never_shows_what_is_taken_back(lab_vlm, batch, rewound):
+def test_a_stream_never_shows_what_is_rolled_back(lab_vlm, batch, rewound):
     samples, prompts, _ = batch
     guard = GazeGuard(*lab_vlm, policy="rewind")
     rewinds = 0
@@ -220,12 +217,15 @@ def test_a_stream_never_shows_what_is_taken_back(lab_vlm, batch, rewound):
         ids = plain(guard, inputs, streamer=stream)
         assert stream.shown == ids[0].tolist()
         assert stream.ended
+        handed = Collected()
+        assert torch.equal(guard.model.generate(**inputs, max_new_tokens=120, streamer=handed, custom_generate=guard), ids)
+        assert (handed.shown, handed.ended) == (stream.shown, True)
         rewinds += guard.reports[0].caption != GazeGuard(*lab_vlm).caption(samples[i].image, prompts[i]).caption
     assert rewinds  # or the test said nothing
 
 
 def test_it_ends_at_every_limit(lab_vlm, batch):
-    """At the length limit, whatever was taken back; at a stopping criterion of the user's."""
+    """At the length limit, whatever was rolled back; at a stopping criterion of the user's."""
     guard = GazeGuard(*lab_vlm, policy="rewind")
     start = batch[2]["input_ids"].shape[1]
     for limit in (1, 2, 7, 20, 33):
@@ -241,7 +241,7 @@ def test_it_ends_at_every_limit(lab_vlm, batch):
     assert all(report.caption.count(".") == 1 and report.caption.endswith(".") for report in guard.reports)
 
 
-def test_processors_see_each_row_without_what_was_taken_back(lab_vlm, batch):
+def test_processors_see_each_row_without_what_was_rolled_back(lab_vlm, batch):
     """They may count words: what they see is always the prompt and what stands."""
     seen: list[list[int]] = []
 
@@ -285,7 +285,7 @@ def test_caches_that_forget_are_refused():
         kind.model.generate(**kind.batch([0]), max_new_tokens=3, custom_generate=RewindLoop(Doubts({}), budget=1))
 
 
-def test_without_a_detector_nothing_can_be_taken_back(lab_vlm):
+def test_without_a_detector_nothing_can_be_rolled_back(lab_vlm):
     own = GazeGuard(*lab_vlm).heads
     with pytest.raises(InputError, match="Policy 'rewind' rolls back what a detector doubts, and there is none for this model"):
         GazeGuard(*lab_vlm, policy="rewind", heads=own)
@@ -302,7 +302,7 @@ def test_the_policy_says_how_often(lab_vlm, batch):
     assert captions[0] > captions[1] >= captions[2]
 
 
-# ------------------------------------------------------------------------------------------------------------ branches
+# ------------------------------------------------------------------------------------------------------------ rollback points
 
 
 @pytest.mark.parametrize(
@@ -316,20 +316,20 @@ def test_the_policy_says_how_often(lab_vlm, batch):
         ("Gears turn.", "Gears", "G"),
     ],
 )
-def test_another_way_begins_where_the_thing_was_led_to(text, thing, window):
+def test_an_alternative_begins_where_the_object_was_led_to(text, thing, window):
     claim = next(claim for claim in claims(text) if claim.text == thing)
     start, end = rollback_span(claim, text)
     assert text[start:end] == window
 
 
 @given(st.text("ab ,.and", max_size=40))
-def test_branches_lie_before_the_head(text):
+def test_rollback_points_lie_before_the_head(text):
     for claim in claims(text):
         start, end = rollback_span(claim, text)
         assert 0 <= start < end <= claim.phrase.head.start + 1
 
 
-def test_joints_are_the_words_that_lists_are_made_of(lab_vlm):
+def test_list_delimiters_are_what_lists_are_made_of(lab_vlm):
     tokenizer = lab_vlm[1].tokenizer
     found = {tokenizer.decode([token]).strip() for token in list_delimiters(tokenizer)}
     assert {",", "and"} <= found <= {",", ";", "and", "or", "plus", "with", "&"}

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from guardkit import SAMPLES, assert_same_trace, batch_of
 
+from gazeguard.attention.steering import SteeringTarget
 from gazeguard.errors import InputError
 from gazeguard.guard import GazeGuard
 from gazeguard.report import Verdict
+from gazeguard.tracing import Tracer
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.grid import ImageGrid
 
 
 def test_replay_equals_live(guard):
-    """Law (b): checking the caption that was generated gives the trace of its generation."""
+    """Invariant (b): checking the caption that was generated gives the trace of its generation."""
     guard.generate(**batch_of(guard, max_new_tokens=200))
     live = guard.reports
     for sample, report in zip(SAMPLES, live, strict=True):
@@ -24,11 +26,11 @@ def test_replay_equals_live(guard):
 
 
 def test_a_padded_batch_equals_its_single_rows(guard):
-    """Law (d), live and replayed: prompts and captions of different lengths, together and alone."""
+    """Invariant (d), live and replayed: prompts and captions of different lengths, together and alone."""
     prompts = ["Describe the picture.", "Is there a red star in panel one?", "Name one object."]
     images = [s.image for s in SAMPLES[:3]]
     made = encode(guard.model, guard.processor, images, prompts)
-    assert not made.prompt_mask.bool().all(), "the law needs padding"
+    assert not made.prompt_mask.bool().all(), "the test needs padding"
     guard.generate(**made.inputs, max_new_tokens=40, do_sample=False)
     together = guard.reports
     for report, image, prompt in zip(together, images, prompts, strict=True):
@@ -126,3 +128,37 @@ def test_an_eager_model_is_watched(lab_vlm, guard):
     twin = GazeGuard(model, lab_vlm[1], heads=guard.heads, detector=guard.detector)
     sample = SAMPLES[1]
     assert_same_trace(*(g.check(sample.image, sample.turns[0].answer).trace for g in (guard, twin)))
+
+
+# --------------------------------------------------------------------------------------------------- the tracer alone
+
+
+def test_a_tracer_replays_without_a_judge(guard):
+    """prepare and replay give traces; what the model cannot read comes back with its reason; the logit lens can be left out."""
+    images, captions = [s.image for s in SAMPLES[:3]], [s.turns[0].answer for s in SAMPLES[:3]]
+    prompts = [s.prompt for s in SAMPLES[:3]]
+    expected = [report.trace for report in guard.check_all(images, captions, prompts)]
+    prepared = guard.tracer.prepare([*images, "nowhere.png"], [*captions, "A star."], [*prompts, "Describe the picture."])
+    assert list(prepared.unchecked) == [3]
+    assert prepared.unchecked[3][0] == "A star."
+    assert "cannot be opened" in prepared.unchecked[3][1]
+    blind = Tracer(guard.model, guard.processor, guard.heads, lens=False)
+    for part in prepared.parts:
+        traces, cache = guard.tracer.replay(part)
+        assert cache is None
+        for row, trace in zip(part.rows, traces, strict=True):
+            assert_same_trace(trace, expected[row], 0)
+        for row, trace in zip(part.rows, blind.replay(part)[0], strict=True):
+            np.testing.assert_array_equal(trace.gaze, expected[row].gaze)
+            assert np.isnan(trace.attended_logprob).all()
+            assert np.isnan(trace.internal_confidence).all()
+
+
+def test_steering_ends_with_its_context(guard):
+    """Also after an exception, and nested targets come back."""
+    tracer, outer, inner = guard.tracer, SteeringTarget((0, 0, 10, 10)), SteeringTarget((0, 0, 20, 20))
+    with tracer.steer(outer):
+        with pytest.raises(InputError, match="Expected one picture"), tracer.steer(inner):
+            guard.caption([SAMPLES[0].image, SAMPLES[1].image])
+        assert tracer.steering is outer
+    assert tracer.steering is None

@@ -54,15 +54,15 @@ def passes(model):
         hook.remove()
 
 
-# ------------------------------------------------------------------------------------------------------------- laws
+# ------------------------------------------------------------------------------------------------------------- invariants
 
 
 @pytest.mark.parametrize("name", ["Idefics3", "LLaVA", "Molmo2", "Emu3", "GOT-OCR2"])
 def test_the_cache_of_a_caption_answers_as_whole_prompts_do(quietly, name):
-    """Law: in a left-padded batch, several questions of different lengths per picture; and the cache stays as it was."""
+    """Invariant: in a left-padded batch, several questions of different lengths per picture; and the cache stays as it was."""
     kind = zoo.MAKERS[name]()
     inputs, rng = kind.batch(), np.random.default_rng(0)
-    assert not inputs["attention_mask"].bool().all(), "the law needs padding"
+    assert not inputs["attention_mask"].bool().all(), "the test needs padding"
     rows, asked = [0, 2, 2, 1, 0, 2], [rng.integers(8, 100, n) for n in (3, 5, 2, 4, 4, 1)]
     cache = cache_of(zoo.write(kind.model, inputs))
     assert can_reuse_cache(kind.model, cache)
@@ -72,7 +72,7 @@ def test_the_cache_of_a_caption_answers_as_whole_prompts_do(quietly, name):
     with passes(kind.model) as dear:
         whole = answer_log_odds(kind.model, inputs, rows, asked, WORDS)
     torch.testing.assert_close(quick, whole, atol=1e-4, rtol=0)
-    assert whole.std() > 0.01, "the law needs answers that differ"
+    assert whole.std() > 0.01, "the test needs answers that differ"
     assert cheap == [(6, 5)]
     assert [rows for rows, _ in dear] == [3, 3, 3]
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
@@ -96,14 +96,14 @@ def test_where_no_cache_serves_whole_prompts_are_read(quietly, name):
 
 
 def test_the_lab_answers_from_its_cache_what_it_answers_to_the_processors_own_prompt(lab_vlm):
-    """Law: a prompt made from a caption's prompt is that which the processor makes of picture and question."""
+    """Invariant: a prompt made from a caption's prompt is that which the processor makes of picture and question."""
     model, processor = lab_vlm
     images, prompts = (
         [s.image for s in SAMPLES[:3]],
         ["Describe the picture.", "Is there a red star in panel one?", "Name one."],
     )
     batch = encode(model, processor, images, prompts)
-    assert not batch.prompt_mask.bool().all(), "the law needs padding"
+    assert not batch.prompt_mask.bool().all(), "the test needs padding"
     told = ["Is there a red star?", "Is there a skull in panel one?", "Are there two moons in the picture?"]
     asked, words = question_suffixes(model, processor, told), AnswerTokens.from_tokenizer(processor.tokenizer)
     own = encode(model, processor, images, told).prompt
