@@ -35,8 +35,9 @@ from gazeguard.claims.parse import chunk, things
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.heads.discovery import find_heads
+from gazeguard.heads.pictographs import COLOURS
 from gazeguard.heads.plots import draw_heads
-from gazeguard.heads.strips import COLOURS, MAX_PANELS, Strip, draw_strips
+from gazeguard.heads.strips import MAX_PANELS, Strip, draw_strips
 from gazeguard.lab.truth import mentions
 from gazeguard.lab.world import NOUNS, Drawing, describe
 from gazeguard.vision.encoding import encode

@@ -24,14 +24,12 @@ PRIVATE: set[str] = {
     "evals",
 }
 OLD_WORDS: set[str] = {
-   
     "gazeguard.detection",
     "gazeguard.fitting",
     "gazeguard.heads",
     "gazeguard.lab",
     "gazeguard.claims",
     "gazeguard.trace",
-    "gazeguard.vision",
     "README.md",
     "CHANGELOG.md",
 }
@@ -51,7 +49,7 @@ OLD = re.compile(
 
 
 # What is said to a model, not to a person: other words would be another prompt, with other answers.
-SAID_TO_MODELS = re.compile(r"Describe the picture\.|in the picture\?")
+SAID_TO_MODELS = re.compile(r"Describe the picture\.|in the picture\?|Describe every panel of the picture |The picture has ")
 
 
 def old_words(text: str) -> list[str]:

@@ -94,12 +94,12 @@ def test_a_picture_is_upright_however_the_camera_was_held(how):
 def test_a_truncated_picture_is_refused(kind):
     """Half a file is damaged, or no picture at all; as bytes and as a PIL image that was opened but not read."""
     half = FILES[kind][: len(FILES[kind]) // 2]
-    with pytest.raises(InputError, match=r"is damaged: .*Save the picture again|is not a picture that Pillow can read"):
+    with pytest.raises(InputError, match=r"is damaged: .*Save the image again|is not an image that Pillow can read"):
         load_image(half)
 
 
 def test_a_lazy_pil_image_of_a_truncated_file_is_refused():
-    with pytest.raises(InputError, match=r"the given picture is damaged: .*Save the picture again, or leave it out"):
+    with pytest.raises(InputError, match=r"the given image is damaged: .*Save the image again, or leave it out"):
         load_image(Image.open(io.BytesIO(FILES["PNG"][:900])))
 
 
@@ -114,24 +114,24 @@ def test_a_damaged_picture_is_refused_or_rgb(kind, data):
         try:
             assert load_image(bytes(damaged)).mode == "RGB"
         except InputError as error:
-            assert str(error).startswith("the given picture")  # noqa: PT017
+            assert str(error).startswith("the given image")  # noqa: PT017
 
 
 @given(st.binary(max_size=200))
 @example(b"")
 def test_other_bytes_are_no_picture(data):
-    with pytest.raises(InputError, match=r"the given picture is (not a picture that Pillow can read. Give a PNG|damaged)"):
+    with pytest.raises(InputError, match=r"the given image is (not an image that Pillow can read. Give a PNG|damaged)"):
         load_image(data)
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("missing.png", r"missing\.png cannot be opened: No such file or directory\. Give the path of a picture\."),
-        (".", r"cannot be opened: Is a directory\. Give the path of a picture\."),
-        ("text.png", r"text\.png is not a picture that Pillow can read\. Give a PNG, JPEG or WebP file\."),
-        ("empty.png", r"empty\.png is not a picture that Pillow can read\."),
-        ("huge.png", rf"huge\.png is larger than {MAX_IMAGE_BYTES} bytes\. Make the picture smaller first\."),
+        ("missing.png", r"missing\.png cannot be opened: No such file or directory\. Give the path of an image\."),
+        (".", r"cannot be opened: Is a directory\. Give the path of an image\."),
+        ("text.png", r"text\.png is not an image that Pillow can read\. Give a PNG, JPEG or WebP file\."),
+        ("empty.png", r"empty\.png is not an image that Pillow can read\."),
+        ("huge.png", rf"huge\.png is larger than {MAX_IMAGE_BYTES} bytes\. Make the image smaller first\."),
         ("with\0nul", r"is damaged: embedded null byte"),
     ],
 )

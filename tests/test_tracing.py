@@ -102,8 +102,8 @@ def test_one_bad_row_does_not_cost_the_others(guard):
 def test_two_pictures_where_one_is_expected(guard):
     """check and caption take one picture; a list is refused or unchecked with the reason."""
     pair = [SAMPLES[0].image, SAMPLES[1].image]
-    assert "Expected one picture" in guard.check(pair, "A red star.").reason
-    with pytest.raises(InputError, match="Expected one picture"):
+    assert "Expected one image" in guard.check(pair, "A red star.").reason
+    with pytest.raises(InputError, match="Expected one image"):
         guard.caption(pair)
 
 
@@ -158,7 +158,7 @@ def test_steering_ends_with_its_context(guard):
     """Also after an exception, and nested targets come back."""
     tracer, outer, inner = guard.tracer, SteeringTarget((0, 0, 10, 10)), SteeringTarget((0, 0, 20, 20))
     with tracer.steer(outer):
-        with pytest.raises(InputError, match="Expected one picture"), tracer.steer(inner):
+        with pytest.raises(InputError, match="Expected one image"), tracer.steer(inner):
             guard.caption([SAMPLES[0].image, SAMPLES[1].image])
         assert tracer.steering is outer
     assert tracer.steering is None

@@ -14,7 +14,7 @@ from labkit import processor
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from gazeguard.heads.strips import COLOURS
+from gazeguard.heads.pictographs import COLOURS
 from gazeguard.lab.training import tiny_train as training
 from gazeguard.lab.training.tiny_model import build_model
 from gazeguard.lab.training.tiny_train import (

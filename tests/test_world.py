@@ -10,14 +10,15 @@ from itertools import combinations, islice
 import numpy as np
 import pytest
 
-from gazeguard.heads.strips import COLOURS, MAX_PANELS, ORDINALS
+from gazeguard.heads.pictographs import COLOURS
+from gazeguard.heads.strips import MAX_PANELS, ORDINALS
 from gazeguard.lab.truth import mentions
 from gazeguard.lab.world import (
+    LOCATION_PHRASES,
     NOUNS,
     PAGE,
     PARTNER,
     PATCH,
-    PLACES,
     SPLITS,
     USUAL_COLOUR,
     conversations,
@@ -89,7 +90,7 @@ def test_there_is_enough_to_see():
     assert len(NOUNS) >= 24
     assert {each.noun for each in objects} == set(NOUNS) == set(PARTNER)
     assert {each.colour for each in objects} == set(COLOURS) == set(USUAL_COLOUR.values())
-    assert {each.location for each in objects} == {None, *(place for row in PLACES for place in row)}
+    assert {each.location for each in objects} == {None, *(place for row in LOCATION_PHRASES for place in row)}
     assert {each.panel for each in objects} == {None, *range(MAX_PANELS)}
     assert {each.hidden for each in objects} == {"", "left", "right", "top", "bottom"}
     assert {(each.small, each.faint) for each in objects} == {(a, b) for a in (True, False) for b in (True, False)}
@@ -108,7 +109,7 @@ def test_things_lie_where_they_are_said_to_lie():
             assert top <= y0 < y1 <= bottom
             assert (each.panel is None) == (drawing.panels == 0) == (each.location is not None)
             if each.location:
-                assert PLACES[int((y0 + y1) / 2 // (PAGE / 3))][int((x0 + x1) / 2 // (PAGE / 3))] == each.location
+                assert LOCATION_PHRASES[int((y0 + y1) / 2 // (PAGE / 3))][int((x0 + x1) / 2 // (PAGE / 3))] == each.location
             else:
                 assert each in drawing.in_panel(each.panel)
                 assert 0 <= each.panel < drawing.panels
@@ -118,7 +119,7 @@ def test_things_lie_where_they_are_said_to_lie():
 
 def test_things_come_in_reading_order():
     """Panel by panel; in a scene row by row of places, left to right."""
-    rows = {place: y for y, row in enumerate(PLACES) for place in row}
+    rows = {place: y for y, row in enumerate(LOCATION_PHRASES) for place in row}
     for sample in many(100):
         keys = [
             (rows[t.location], t.box[0] + t.box[2]) if t.panel is None else (t.panel, t.box[1]) for t in sample.drawing.objects

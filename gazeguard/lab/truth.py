@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gazeguard.claims.parse import Claim, Phrase, chunk, claims
-from gazeguard.heads.strips import COLOURS, ORDINALS
+from gazeguard.heads.pictographs import COLOURS
+from gazeguard.heads.strips import ORDINALS
 from gazeguard.lab.world import NOUNS, Drawing, DrawnObject
 
 _PANEL = re.compile(rf"\bpanel ({'|'.join(ORDINALS)})\b")

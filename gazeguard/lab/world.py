@@ -24,7 +24,8 @@ from typing import Literal
 
 from PIL import Image, ImageDraw
 
-from gazeguard.heads.strips import COLOURS, MAX_PANELS, ORDINALS, PLACES, Box, a_phrase, glyph, join, panel_boxes
+from gazeguard.heads.pictographs import COLOURS, glyph
+from gazeguard.heads.strips import LOCATION_PHRASES, MAX_PANELS, ORDINALS, Box, a_phrase, join, panel_boxes
 
 PAGE = 144  # pixels, both ways
 PATCH = 12  # pixels; objects lie in slots of 2 x 2 patches, anywhere on the lattice
@@ -60,7 +61,7 @@ class DrawnObject:
     colour: str
     box: Box
     panel: int | None  # 0-based in a strip, None in a scene
-    location: str | None  # one of PLACES in a scene, None in a strip
+    location: str | None  # one of LOCATION_PHRASES in a scene, None in a strip
     small: bool = False
     faint: bool = False
     hidden: Literal["", "left", "right", "top", "bottom"] = ""  # the half that is covered
@@ -202,10 +203,10 @@ def _scene(rng: random.Random, count: int, paired: bool) -> list[DrawnObject]:
             if not slot & taken:
                 taken |= slot
                 box = _random_box(rng, column, row, appearance["small"])
-                location = PLACES[row * 3 // PATCHES][column * 3 // PATCHES]
+                location = LOCATION_PHRASES[row * 3 // PATCHES][column * 3 // PATCHES]
                 objects.append(DrawnObject(noun, box=box, panel=None, location=location, **appearance))
                 break
-    rows = {location: y for y, row in enumerate(PLACES) for location in row}
+    rows = {location: y for y, row in enumerate(LOCATION_PHRASES) for location in row}
     return sorted(objects, key=lambda each: (rows[each.location], each.box[0] + each.box[2]))
 
 
@@ -244,7 +245,7 @@ class Captioner:
         if not self.honest and lone and self.rng.random() < min(0.8, 0.06 + 0.12 * self.count):
             noun = self.rng.choice(lone)
             colour = USUAL_COLOUR[noun] if self.rng.random() < 0.7 else self.rng.choice(list(COLOURS))
-            location = self.rng.choice([p for row in PLACES for p in row]) if objects[0].location else None
+            location = self.rng.choice([p for row in LOCATION_PHRASES for p in row]) if objects[0].location else None
             items.append(" ".join(filter(None, (a_phrase(colour, noun), location))))
             self.count += 1
         return join(items)

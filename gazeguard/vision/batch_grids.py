@@ -78,7 +78,8 @@ def image_grids(
         model: The model that reads the batch.
         processor: Its processor; some layouts cannot be told without it.
         inputs: The processor's output.
-        ids: (batch, P) prompt ids, or what stands in their place in `gazeguard.attention.visual_keys.VisualKeys`.
+        ids: (batch, P) prompt ids, or the ids of `gazeguard.attention.visual_keys.VisualKeys`, where images are no part of the
+            prompt.
         mask: (batch, P), 0 for padding; None where there is none.
         sizes: For each row the (width, height) in pixels of its images; by default those of what the processor made of
             them.

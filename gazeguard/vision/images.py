@@ -1,4 +1,4 @@
-"""TODO vision.images."""
+"""Loader of images: from a file, bytes or a PIL image to upright RGB, safe against hostile files."""
 
 from __future__ import annotations
 
@@ -15,46 +15,62 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from gazeguard.errors import InputError
 
 MAX_IMAGE_BYTES = 64 * 2**20
-# What Pillow may read: pictures alone. For others it would start programs (EPS: Ghostscript).
+# What Pillow may read: images alone. For others it would start programs (EPS: Ghostscript).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-_OPENING = threading.Lock()  # warnings.catch_warnings changes what all threads see
+NAMELESS = "the given image"  # what a message calls bytes or a PIL image
+OPEN_LOCK = threading.Lock()  # warnings.catch_warnings changes what all threads see
 
 
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """An upright RGB picture from a file of one of `FORMATS`, bytes or a PIL image. Raises `InputError` for anything else.
+    """Load an image, upright and in RGB.
 
     Of an animation it is the first frame; sixteen bits become eight; transparency is dropped, and the colour beneath it shows.
+
+    Args:
+        source: The path of a file of one of `FORMATS`, its content, or a PIL image.
+
+    Raises:
+        InputError: The source is none of these, or is damaged or too large.
     """
     if not isinstance(source, (str, Path, bytes, Image.Image)):
-        raise InputError(f"Expected one picture (a path, bytes or a PIL image), not {type(source).__name__}.")
-    name = str(source) if isinstance(source, (str, Path)) else "the given picture"
+        raise InputError(f"Expected one image (a path, bytes or a PIL image), not {type(source).__name__}.")
+    name = str(source) if isinstance(source, (str, Path)) else NAMELESS
     try:
         if isinstance(source, Image.Image):
             return _upright_rgb(source, name)
         if not isinstance(source, bytes):
-            found = Path(source).stat()
-            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a pipe would be waited on for ever
-                raise InputError(f"{name} is a device or a pipe. Give the path of a picture.")
-            if found.st_size > MAX_IMAGE_BYTES:
-                raise InputError(f"{name} is larger than {MAX_IMAGE_BYTES} bytes. Make the picture smaller first.")
-        with _OPENING, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            Image.init()
-            known = [kind for kind in FORMATS if kind in Image.OPEN]
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known)  # its header alone
-        with image:
+            _check_file(Path(source), name)
+        with _opened(source) as image:
             return _upright_rgb(image, name)
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is not a picture that Pillow can read. Give a PNG, JPEG or WebP file.") from error
+        raise InputError(f"{name} is not an image that Pillow can read. Give a PNG, JPEG or WebP file.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{name} has more pixels than is safe to unpack ({error}). Make it smaller first.") from error
     except InputError:
         raise
     except Exception as error:
-        if why := getattr(error, "strerror", None):  # the system's word, where Pillow's own errors have none
-            raise InputError(f"{name} cannot be opened: {why}. Give the path of a picture.") from error
+        if reason := getattr(error, "strerror", None):  # the system's word, where Pillow's own errors have none
+            raise InputError(f"{name} cannot be opened: {reason}. Give the path of an image.") from error
         # Pillow's many readers raise almost anything for a damaged file.
-        raise InputError(f"{name} is damaged: {error}. Save the picture again, or leave it out.") from error
+        raise InputError(f"{name} is damaged: {error}. Save the image again, or leave it out.") from error
+
+
+def _check_file(path: Path, name: str) -> None:
+    """Raise `InputError` for what is too large, or no file."""
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe would be waited on for ever
+        raise InputError(f"{name} is a device or a pipe. Give the path of an image.")
+    if status.st_size > MAX_IMAGE_BYTES:
+        raise InputError(f"{name} is larger than {MAX_IMAGE_BYTES} bytes. Make the image smaller first.")
+
+
+def _opened(source: str | Path | bytes) -> Image.Image:
+    """The image whose header alone was read."""
+    with OPEN_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        Image.init()
+        formats = [name for name in FORMATS if name in Image.OPEN]
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -64,7 +80,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         size = f"{image.width} x {image.height}"
         raise InputError(f"{name} has more pixels than is safe to unpack ({size}). Make it smaller first.")
     if image.mode in ("I", "F"):
-        raise InputError(f"{name} holds numbers of 32 bits, and nobody says which is white. Save it with 8 or 16 bits.")
+        raise InputError(f"{name} holds numbers of 32 bits, and nothing says which is white. Save it with 8 or 16 bits.")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits at 255: a white page
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gazeguard.heads.strips import ORDINALS, PLACES, a_phrase, join
+from gazeguard.heads.strips import LOCATION_PHRASES, ORDINALS, a_phrase, join
 from gazeguard.lab.scenes.vocabulary import COLOUR_NAMES, NOUNS, THEME_OF, THEMES, look_alikes, plural
 from gazeguard.lab.scenes.world import DrawnImage, DrawnObject, relation
 
-LOCATIONS = tuple(name for row in PLACES for name in row)
+LOCATIONS = tuple(name for row in LOCATION_PHRASES for name in row)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 RANKS = ("first", "second", "third", "fourth", "fifth", "sixth")
 ALIVE = frozenset(

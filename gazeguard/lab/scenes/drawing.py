@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from gazeguard.errors import InputError
-from gazeguard.heads.strips import COLOURS, glyph
+from gazeguard.heads.pictographs import COLOURS, glyph
 from gazeguard.lab.scenes.vocabulary import CHARACTERS
 
 DrawingStyle = Literal["colour", "line", "pictograph"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gazeguard.heads.strips import COLOURS, GLYPHS
+from gazeguard.heads.pictographs import COLOURS, GLYPHS
 
 # theme -> noun -> character. Earlier nouns of a theme are drawn more often than later ones.
 THEMES: dict[str, dict[str, str]] = {

@@ -20,7 +20,7 @@ from typing import Literal
 from PIL import Image, ImageDraw
 
 from gazeguard.errors import InputError
-from gazeguard.heads.strips import PLACES, Box
+from gazeguard.heads.strips import LOCATION_PHRASES, Box
 from gazeguard.lab.scenes import drawing
 from gazeguard.lab.scenes.vocabulary import COLOUR_NAMES, PICTOGRAPHS, THEMES
 
@@ -53,7 +53,7 @@ class DrawnObject:
     box:      pixels x0, y0, x1, y1, right and bottom exclusive
     colour:   the colour that it was given on purpose, None for a drawing's own colours
     panel:    0-based on a comic page, None in a scene
-    location: one of PLACES in a scene, None on a comic page
+    location: one of LOCATION_PHRASES in a scene, None on a comic page
     """
 
     noun: str
@@ -207,7 +207,7 @@ def _scene_objects(
         item = _placed(rng, noun, style, traits, objects, limit, count)
         if item is not None:
             objects.append(item)
-    rows = {name: number for number, row in enumerate(PLACES) for name in row}
+    rows = {name: number for number, row in enumerate(LOCATION_PHRASES) for name in row}
     return sorted(objects, key=lambda item: (rows[item.location], item.centre[0]))
 
 
@@ -239,7 +239,7 @@ def location_of(box: Box) -> str | None:
     centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
     if any(abs(value - third * border) < BORDER for value in centre for border in (1, 2)):
         return None
-    return PLACES[int(centre[1] // third)][int(centre[0] // third)]
+    return LOCATION_PHRASES[int(centre[1] // third)][int(centre[0] // third)]
 
 
 def overlap(a: Box, b: Box) -> float:

@@ -45,7 +45,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from gazeguard.heads.strips import COLOURS
+from gazeguard.heads.pictographs import COLOURS
 from gazeguard.lab.training.tiny_model import (
     ASSISTANT,
     BOS,

@@ -15,19 +15,8 @@ from labkit import ANYTHING
 from PIL import Image
 
 from gazeguard.errors import InputError
-from gazeguard.heads.strips import (
-    COLOURS,
-    GLYPHS,
-    MAX_PANELS,
-    ORDINALS,
-    SIZES,
-    a_phrase,
-    draw_strips,
-    glyph,
-    join,
-    load_strips,
-    panel_boxes,
-)
+from gazeguard.heads.pictographs import COLOURS, GLYPHS, glyph
+from gazeguard.heads.strips import MAX_PANELS, ORDINALS, SIZES, a_phrase, draw_strips, join, load_strips, panel_boxes
 
 MENTION = re.compile(r"(an?) (\w+) (\w+)")
 
@@ -89,8 +78,8 @@ def test_panels_lie_on_the_page_in_reading_order_and_do_not_overlap(panels, widt
         ({"panels": 0}, "A strip has 2 to 6 panels, not 0"),
         ({"panels": 1}, "A strip has 2 to 6 panels, not 1"),
         ({"panels": 7}, "A strip has 2 to 6 panels, not 7"),
-        ({"style": "film"}, "There is no style 'film' of strips. Choose one of page, strip, scene"),
-        ({"size": (40, 400)}, "A strip of 40 x 400 pixels is too small to draw on; both need at least 48"),
+        ({"style": "film"}, "Unknown style of strips 'film'; expected one of: page, strip, scene"),
+        ({"size": (40, 400)}, "A strip of 40 x 400 pixels is too small to draw on. Give a width and a height of at least 48"),
     ],
     ids=str,
 )
@@ -159,11 +148,11 @@ def test_panels_of_a_folder_are_put_side_by_side(comics):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"image": "../page.png"}, "names the picture '../page.png'; give the name of a file beside it"),
+        ({"image": "../page.png"}, "names the image '../page.png'. Give the name of a file beside it"),
         ({"image": "gone.png"}, "gone.png cannot be opened"),
         ({"panels": [{"box": [0, 0, 50, 50]}]}, "does not describe a page: panels"),
-        ({"panels": [{"box": [0, 0, 50, 50]}, {"box": [50, 0, 101, 50]}]}, "panel 1 is .* no box of a 100 x 50 picture"),
-        ({"panels": [{"box": [0, 0, 50, 50]}, {"box": [9, 0, 9, 50]}]}, "panel 1 is .* no box of a 100 x 50 picture"),
+        ({"panels": [{"box": [0, 0, 50, 50]}, {"box": [50, 0, 101, 50]}]}, "panel 1 is .* no box of a 100 x 50 image"),
+        ({"panels": [{"box": [0, 0, 50, 50]}, {"box": [9, 0, 9, 50]}]}, "panel 1 is .* no box of a 100 x 50 image"),
         ({"more": 1}, "does not describe a page: more: Extra inputs"),
     ],
     ids=str,
@@ -179,7 +168,7 @@ def test_folders_that_hold_no_strips_are_refused(comics, tmp_path):
     (comics / "a" / "0.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(InputError, match=r"0\.txt is not UTF-8 text"):
         load_strips(comics)
-    with pytest.raises(InputError, match="holds 0 pictures; a strip has 2 to 64 panels"):
+    with pytest.raises(InputError, match="holds 0 images; a strip has 2 to 64 panels"):
         load_strips(tmp_path_with(tmp_path / "one", "empty"))
     with pytest.raises(InputError, match="holds no strips: neither folders"):
         load_strips(tmp_path_with(tmp_path / "none"))
