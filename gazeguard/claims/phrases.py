@@ -1,0 +1,397 @@
+"""Phrase grammar for English captions: from words and their classes to object phrases, locations and what is said of them.
+
+The classes of a caption are one string with one letter per word; possessive patterns over it find locations and noun
+phrases, so the work grows with the caption's length and no faster. What is decided, where one could decide otherwise:
+
+- The head of "a slice of pizza", "a group of people", "a couple of cars" is the noun after "of"; a vessel is an object of
+its own
+  ("a bowl of fruit" is "a bowl" and "fruit").
+- The head of a compound is the whole compound: "fire hydrant", "hot dog", "dining table", "kitchen area".
+- An owner is an object of its own: "the man's hat" is "the man" and "hat".
+- What an image cannot show ("a cozy atmosphere") and what names the image itself ("the photo") is no phrase.
+- In "on the left side of the room", "on the left side" is the location and "the room" an object.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+
+from gazeguard.claims.english import singular
+from gazeguard.claims.language import refusal
+from gazeguard.claims.structure import QUOTE, STOP
+from gazeguard.claims.tagger import classes_of
+from gazeguard.claims.vocabulary import (
+    ABSTRACT,
+    ABSTRACT_ENDINGS,
+    COLOURS,
+    CONCRETE_DESPITE_ENDING,
+    CONCRETE_ING,
+    COUNTS,
+    EVALUATIVE,
+    FINE,
+    MEANINGS,
+    MEASURES,
+    MODIFIER_ENDINGS,
+    NO_ATTRIBUTE,
+    PAIRS,
+    WEAK,
+)
+
+Tagger = Callable[[str, Sequence["Token"]], list[str]]  # masked text and tokens to one class per token
+
+# A list marker, a word, a clitic, quoted text, the end of a paragraph, any other sign.
+_TOKEN = re.compile(
+    r"(?P<stop>(?m:^)[ \t]*+(?:\d{1,3}[.)]|[-*•])(?=\s)|\n\s*\n)"
+    rf"|(?P<word>\w[\w\u0300-\u036f]*+(?:-\w[\w\u0300-\u036f]*+)*+|(?<=\w)['\u2019]\w+|&)|(?P<quote>{QUOTE}++)|[^\w\s]"
+)
+_CONCRETE_MEASURES = frozenset(
+    [
+        "school",
+        "schools",
+        "patch",
+        "patches",
+        "piece",
+        "pieces",
+        "set",
+        "sets",
+        "swarm",
+        "fleet",
+        "splash",
+        "couple",
+        "couples",
+        "crowd",
+        "expanse",
+    ]
+)
+_DEVICES = frozenset(["camera", "cameras", "frame", "frames"])  # "a frame" is an object, "the frame" is the image
+
+_OBJECTS_OF = frozenset(["lines", "signs", "sheets", "strips", "schools"])  # objects, even before "of"
+_GROUNDS = frozenset(["background", "foreground", "midground", "middle", "center", "centre", "left", "right"])
+
+# What a word's neighbours say about its class; every rule keeps the length of the string.
+_CONTEXT = (
+    (re.compile(r"Y(?=[NxwMYIS]|[ae]++[NxwM]|,?c[aY])"), "a"),  # "an orange crown", "an orange and blue kite"
+    (re.compile(r"(?<=[Ddn])Y(?![ge])|(?<=[Ddn][ae])Y(?![geaN])"), "N"),  # "an orange"
+    (re.compile(r"Y"), "a"),
+)
+
+# Locations: "in panel one"; "in the first panel"; "at the top left of the image"; "Top left:" standing alone. A location may
+# end in what names the image. The groups hold the head; words of direction are preferred to "side" and "corner".
+_OF_IMAGE = r"(?:o[Dd]?+a*+(?:Pn?+|[Ix]?+)(?![NZxwS]))?+"
+_LOCATION = "|".join((
+    r"[pt]?+[Dd]?+P(?P<panel>n)",
+    r"[pt][Dd]?+(?P<nth>n)P",
+    rf"[pt][Ddnar]*+(?P<where>L++(?:[c|]L++)?+|S)S*+(?![NIxw]){_OF_IMAGE}",
+    rf"(?<![^.,])[Dd]?+(?P<bare>L++)S*+{_OF_IMAGE}(?![^.,])",
+))  # fmt: skip
+# Objects: "a large group of", "two of the"; then modifiers, also coordinated ("small, clean and bright"); then nouns. An
+# "-ing" word is a modifier only after a determiner: "a smiling woman", but "eating pizza".
+_MODIFIER = r"[Dd]|[ae](?:,?+[c|]?+(?=[ae]))?+|n(?:[c|](?=n))?+|(?<=[Ddna,])r(?=[rae])|L(?=[LNaexw])"
+_OBJECT = (
+    rf"(?:[Ddnae]*+mo|[Ddn]++o(?=[Ddn]))*+(?:[Ddn](?:{_MODIFIER}|g)*+|(?:{_MODIFIER})*+)"
+    r"(?:N|[xwSI]|a(?=[Na]))*+"
+)
+_PARTS = re.compile(rf"(?P<location>{_LOCATION})|(?P<object>{_OBJECT})|.", re.DOTALL)
+# The head is the last run of nouns; a weak noun ("area") needs a modifier or another noun, an abstract one is none.
+_HEAD = re.compile(r"(?P<head>(?<!N)N++)(?=a*+$)|(?P<compound>(?<!N)N++[wSI]++)$|(?<=[aegLxY])(?P<weak>w)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of a caption: ``caption[start:end] == text``, offsets in characters, end exclusive."""
+
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A word or sign of a caption; ``letter`` is its class where no neighbour can change it, else ""."""
+
+    start: int
+    end: int
+    word: str
+    letter: str
+
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """What an image can support or not: ``caption[start:end] == text``, offsets in characters, end exclusive.
+
+    Attributes:
+        kind: "object", or "location": where in the image something is said to be.
+        head: The noun with its compound ("star", "dining table"); of a location its main words ("top left", "two").
+        attributes: What is said of the object inside the phrase, in order: colours, sizes, participles; none for a location.
+        sentence: 0-based index of the sentence, among those that have words.
+        count: The number that is stated of the object inside the phrase ("two dogs").
+    """
+
+    start: int
+    end: int
+    text: str
+    kind: str
+    head: Span
+    attributes: tuple[Span, ...]
+    sentence: int
+    count: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A phrase or a single word of a caption.
+
+    Attributes:
+        code: "K" an object phrase, "P" a location, else the class of the word with "b" told apart (see `FINE`).
+        first, last: Its tokens, end exclusive.
+        phrase: The phrase; None for a word.
+    """
+
+    code: str
+    first: int
+    last: int
+    phrase: Phrase | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The words of a caption, their classes, and the units they form."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    letters: str
+    sentences: tuple[int, ...]  # of each token
+    units: tuple[Unit, ...]
+    codes: str  # one character per unit
+    refused: tuple[tuple[int, int, str], ...]  # sentences that cannot be read: start, end, reason
+
+    def span(self, first: int, last: int) -> Span:
+        """The characters of tokens ``first`` to ``last``, end exclusive."""
+        start, end = self.tokens[first].start, self.tokens[last - 1].end
+        return Span(start, end, self.text[start:end])
+
+    def word(self, unit: int) -> str:
+        """A unit's first word in lower case."""
+        return self.tokens[self.units[unit].first].word
+
+
+def tokenize(text: str, masked: str) -> list[Token]:
+    """The words and signs of a masked caption."""
+    tokens = []
+    for match in _TOKEN.finditer(masked):
+        group, string = match.lastgroup, match[0]
+        word = string.lower().replace("\u2019", "'")
+        if group == "word":
+            letter = _closed(word)
+        elif group == "quote":
+            letter = "T"
+        else:  # A full stop inside "3.5" or "a.m." ends nothing.
+            ends = group == "stop" or (string in ".!?" + STOP and not masked[match.end() : match.end() + 1].isalnum())
+            letter = "." if ends else ","
+        tokens.append(Token(match.start(), match.end(), word, letter))
+    return tokens
+
+
+def _refuse(masked: str, tokens: list[Token]) -> tuple[tuple[int, int, str], ...]:
+    """The sentences that are not readable English; their tokens become signs, so that no phrase is found in them."""
+    refused, first = [], 0
+    for last in range(len(tokens) + 1):
+        if last < len(tokens) and tokens[last].letter != ".":
+            continue
+        inside = tokens[first:last]
+        if inside and (
+            reason := refusal(masked[inside[0].start : inside[-1].end], [t.word for t in inside if t.letter != "T"])
+        ):
+            refused.append((inside[0].start, inside[-1].end, reason))
+            tokens[first:last] = [replace(token, letter=",") for token in inside]
+        first = last + 1
+    return tuple(refused)
+
+
+@lru_cache(maxsize=1 << 16)
+def _closed(word: str) -> str:
+    if word in MEANINGS:
+        return MEANINGS[word]
+    if (letter := MEANINGS.get(singular(word), "")) and letter in "IS":
+        return letter
+    if "-" in word and word.endswith(MODIFIER_ENDINGS):
+        return "a"
+    if word[0] == "'":
+        return "b"
+    if word.isdecimal():
+        return "n"
+    if not any(map(str.isalpha, word)):  # "___", "½"
+        return ","
+    if "-" in word and {MEANINGS.get(part) for part in word.split("-")} == {"L"}:
+        return "L"
+    return ""
+
+
+@lru_cache(maxsize=1 << 16)
+def is_object_noun(word: str, nouns: frozenset[str] = frozenset()) -> str:
+    """The class of a noun: "N" an object, "w" an object only with a modifier, "x" none."""
+    single = singular(word)
+    if word in nouns or single in nouns:
+        return "N"
+    if word in WEAK:
+        return "w"
+    if single.endswith("ing") and single not in CONCRETE_ING:
+        return "x"
+    if word in ABSTRACT or single in ABSTRACT:
+        return "x"
+    if single.endswith(ABSTRACT_ENDINGS) and single not in CONCRETE_DESPITE_ENDING:
+        return "x"
+    return "N"
+
+
+def classes(tokens: Sequence[Token], tags: Sequence[str], nouns: frozenset[str]) -> str:
+    """One class per token, after the neighbours have been consulted."""
+    words = [token.word for token in tokens]
+    letters = [
+        is_object_noun(word, nouns) if tag == "N" and not token.letter else tag
+        for word, tag, token in zip(words, tags, tokens, strict=True)
+    ]
+    for i, pair in enumerate(pairwise(words)):
+        if fixed := PAIRS.get(pair) or PAIRS.get((pair[0], pair[1].removesuffix("s"))):
+            letters[i : i + 2] = fixed
+    for i, (word, letter) in enumerate(zip(words, letters, strict=True)):
+        before, after = letters[i - 1] if i else ".", letters[i + 1] if i + 1 < len(letters) else "."
+        measure = "" if tokens[i].letter else MEASURES.get(word) or MEASURES.get(singular(word), "")
+        if measure and (after == "o" or (letter == "N" and measure == "m")):
+            letters[i] = _measure(word, measure, after)
+        elif (
+            (letter == "P" and "n" not in (before, after))
+            or (word in _DEVICES and not (i and words[i - 1] == "the"))
+            or (letter == "I" and before == "e" and words[i - 1] == "framed")
+        ):
+            letters[i] = "N"
+        elif letter == "a" and before in "Ddea" and after in "pobBv.t" and not tokens[i].letter and _is_noun(words, letters, i):
+            letters[i] = is_object_noun(word, nouns)  # "the liquid in"
+        elif word == "half" and after in "aeg":
+            letters[i] = "r"
+        elif letter in "Nx" and not tokens[i].letter and after not in "NxwSI" and _may_act(words, letters, i):
+            letters[i] = _verb_after_noun(word, letter, words[i + 1] if after in "Dd" else "")
+        elif letter == "L" and _is_part(words, letters, i):
+            letters[i] = "x" if word in _GROUNDS else "N"
+        elif word == "well" and before in "aDY" and after not in "aeg":
+            letters[i] = "N"
+        elif letter == "N" and after == "a" and words[i + 1] in COLOURS and before in "Dab,":
+            following = letters[i + 2] if i + 2 < len(letters) else "."
+            letters[i] = "N" if following in "NxwYMaeIS" else "a"  # "mint green"
+    result = "".join(letters)
+    for pattern, letter in _CONTEXT:
+        result = pattern.sub(letter, result)
+    return result
+
+
+def _measure(word: str, measure: str, after: str) -> str:
+    """The class of a measure word: "m" before "of", else that of an object or of none."""
+    if after == "o":
+        return "N" if word in _OBJECTS_OF else "m"
+    return "N" if word in _CONCRETE_MEASURES else "w" if word in WEAK else "x"
+
+
+def _is_noun(words: Sequence[str], letters: Sequence[str], i: int) -> bool:
+    """Whether a word that can be an adjective or a noun ends a noun phrase that a determiner opened."""
+    j = i - 1
+    while j >= 0 and letters[j] in "ae":
+        j -= 1
+    return j >= 0 and letters[j] in "Dd" and "N" in classes_of(words[i])
+
+
+def _may_act(words: Sequence[str], letters: Sequence[str], i: int) -> bool:
+    return i > 0 and (letters[i - 1] in "NxwL" or words[i - 1] == "her")
+
+
+def _verb_after_noun(word: str, letter: str, determiner: str) -> str:
+    """The class of the last noun of a compound: "a zebra standing", "pillars line the hall" end in no noun."""
+    if word.endswith("ing") and letter == "x":
+        return "g"
+    return "v" if determiner not in ("", "whose") and "v" in classes_of(word) else letter
+
+
+def _is_part(words: Sequence[str], letters: Sequence[str], i: int) -> bool:
+    """Whether a word of direction is a part of an object: "a red top", but not "the top"."""
+    if i + 1 < len(letters) and letters[i + 1] in "NxwLSaemIM":
+        return False
+    j = i - 1
+    while j >= 0 and letters[j] in "aeY":
+        j -= 1
+    if j == i - 1 or j < 0:
+        return False
+    return words[j] in ("a", "an", "its", "with", "his", "her") or any(word in COLOURS for word in words[j + 1 : i])
+
+
+def read(text: str, masked: str, tagger: Tagger, nouns: frozenset[str] = frozenset()) -> Reading:
+    """The phrases of a caption in the order of the text; they never overlap.
+
+    Args:
+        text: The caption.
+        masked: The caption with what is not judged blanked, of the same length.
+        tagger: Gives each token its class.
+        nouns: Nouns, in lower case, that are objects although the rules take them for abstract.
+    """
+    tokens = tokenize(text, masked)
+    refused = _refuse(masked, tokens)
+    letters = classes(tokens, tagger(masked, tokens), nouns)
+    sentences = _sentences(letters)
+    draft = Reading(text, tuple(tokens), letters, sentences, (), "", refused)
+    units: list[Unit] = []
+    for part in _PARTS.finditer(letters):
+        first, last = part.span()
+        if first == last:
+            continue  # an empty object: the search goes on from here with a single token
+        if part["location"]:
+            group = next(name for name in ("panel", "nth", "where", "bare") if part[name])
+            whole, head = draft.span(first, last), draft.span(*part.span(group))
+            phrase = Phrase(whole.start, whole.end, whole.text, "location", head, (), sentences[first])
+            units.append(Unit("P", first, last, phrase))
+        elif (noun := _HEAD.search(part[0])) and not _vague(draft, first, noun):
+            last_noun = first + noun.end()
+            units.append(Unit("K", first, last_noun, _object(draft, first, part[0], noun)))
+            units += [Unit(_fine(draft, i), i, i + 1) for i in range(last_noun, last)]
+        else:
+            units += [Unit(_fine(draft, i), i, i + 1) for i in range(first, last)]
+    return Reading(text, draft.tokens, letters, sentences, tuple(units), "".join([unit.code for unit in units]), refused)
+
+
+def _vague(draft: Reading, first: int, noun: re.Match[str]) -> bool:
+    """Whether nothing but praise tells a weak noun apart: "a perfect spot"."""
+    return noun["weak"] is not None and draft.tokens[first + noun.start() - 1].word in EVALUATIVE
+
+
+def _object(draft: Reading, first: int, part: str, noun: re.Match[str]) -> Phrase:
+    head = (first + noun.start(), first + noun.end())
+    whole = draft.span(first, head[1])
+    last_of = part.rfind("o", 0, noun.start())
+    inside = range(first + last_of + 1, head[0])
+    letters, words = draft.letters, [token.word for token in draft.tokens]
+    undecided = {i + step for i in inside if letters[i] == "|" for step in (-1, 1)}  # "a red or blue scarf"
+    attributes = tuple(
+        draft.span(i, i + 1) for i in inside if letters[i] in "aegL" and words[i] not in NO_ATTRIBUTE and i not in undecided
+    )
+    numbers = [i for i in inside if letters[i] == "n" and (words[i] in COUNTS or words[i].isdecimal())]
+    if not numbers and last_of == 1 and words[first] in COUNTS:  # "two of the dogs"
+        numbers = [first]
+    count = draft.span(numbers[0], numbers[-1] + 1) if numbers else None
+    return Phrase(whole.start, whole.end, whole.text, "object", draft.span(*head), attributes, draft.sentences[first], count)
+
+
+def _fine(draft: Reading, i: int) -> str:
+    letter = draft.letters[i]
+    return FINE.get(draft.tokens[i].word, letter) if letter == "b" else letter
+
+
+def _sentences(letters: str) -> tuple[int, ...]:
+    numbers, sentence, ended, begun = [], 0, False, False
+    for letter in letters:
+        if letter == ".":
+            ended = begun
+        elif letter != ",":
+            sentence, ended, begun = sentence + ended, False, True
+        numbers.append(sentence)
+    return tuple(numbers)
