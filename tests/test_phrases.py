@@ -165,8 +165,9 @@ def test_what_is_absent_is_not_returned(caption: str, expected: list[str]) -> No
                                             "attribute: clean (A small, clean cup)",
                                             "location: at the top (A small, clean cup)"]),
         # a place that was said first holds until the next one of the sentence, and no longer
-        ("In panel two there is a cup and a star. A moon.", ["object: a cup", "location: In panel two (a cup)", "object: a star",
-                                                             "location: In panel two (a star)", "object: A moon"]),
+        ("In panel two there is a cup and a star. A moon.", ["object: a cup", "location: In panel two (a cup)",
+                                                             "object: a star", "location: In panel two (a star)",
+                                                             "object: A moon"]),
         ("A cup at the top and a star at the bottom.", ["object: A cup", "location: at the top (A cup)", "object: a star",
                                                         "location: at the bottom (a star)"]),
         ("On the left there is nothing.", []),

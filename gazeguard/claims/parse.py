@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gazeguard.claims import tagger
 from gazeguard.claims.phrases import Phrase, Reading, Span, Tagger, Token, read
@@ -18,7 +18,9 @@ from gazeguard.claims.statements import Action, Predicate, Relation, Statements,
 from gazeguard.claims.structure import REASONS, Mask, Part, mask
 from gazeguard.claims.vocabulary import MEANINGS, TOPICS
 
-Kind = Literal["object", "attribute", "location", "count", "relation"]
+Kind = Literal["object", "attribute", "location"]  # what detectors are fitted on
+ClaimKind = Literal[Kind, "count", "relation"]
+JUDGED: tuple[str, ...] = get_args(Kind)  # counts and relations are read, but no detector knows them yet
 Parser = Callable[[str], Any]  # a spaCy pipeline: text to Doc
 
 _WHOLE = frozenset(
@@ -40,7 +42,7 @@ class Claim:
             relation, of object and location the one that comes first; None for objects.
     """
 
-    kind: Kind
+    kind: ClaimKind
     start: int
     end: int
     text: str
@@ -231,8 +233,8 @@ def _claims(
 
 
 def claims(caption: str, nlp: Parser | None = None, *, nouns: Iterable[str] = ()) -> list[Claim]:
-    """The claims of a caption; see `parse`."""
-    return list(parse(caption, nlp, nouns=nouns).claims)
+    """The claims of a caption of the kinds that detectors are fitted on (`JUDGED`); `parse` has all."""
+    return [claim for claim in parse(caption, nlp, nouns=nouns).claims if claim.kind in JUDGED]
 
 
 def chunk(caption: str, nlp: Parser | None = None) -> list[Phrase]:
