@@ -35,7 +35,7 @@ MAX_LINES = 25  # of a printed report
 MAX_PRINTED_FLAGS = 8
 MAX_REPR_FLAGS = 3
 MAX_REPR_TEXT = 60  # characters of a claim or a reason in a repr
-HEAT, FRAME = "#d62728", "#ffffff"
+FRAME = "#ffffff"
 
 # All that can steer a terminal or turn the direction of writing, and halves of characters; tab and newline stay.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -397,38 +397,15 @@ def pixel_boxes(trace: GazeTrace, tokens: NDArray[np.int64]) -> NDArray[np.float
     return trace.grid.boxes[tokens].astype(np.float64) * np.tile(np.array(trace.grid.sizes[0], float), 2)
 
 
-def mean_gaze(trace: GazeTrace, tokens: Sequence[int]) -> NDArray[np.float64]:
-    """Return the attention on each image token, (N,), mean over heads and the given tokens; NaN counts as none."""
-    if not len(tokens):
-        return np.zeros(len(trace.grid))
-    gaze = trace.gaze[list(tokens)].astype(np.float64).mean(axis=(0, 1))
-    return np.where(np.isfinite(gaze), gaze, 0)
-
-
 def _draw(image: Image.Image, trace: GazeTrace, tokens: Sequence[int], label: str) -> Figure:
-    from matplotlib.collections import PolyCollection
-    from matplotlib.colors import to_rgba_array
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    width, height = trace.grid.sizes[0]
-    figure = Figure(figsize=(6, 6 * height / width + 0.6), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(image, extent=(0, width, height, 0))
-    located = located_tokens(trace)
-    mass = mean_gaze(trace, tokens)[located]
-    if mass.max(initial=0) > 0:
-        x0, y0, x1, y1 = pixel_boxes(trace, located).T
-        colours = to_rgba_array([HEAT] * len(mass), 0.7 * np.sqrt(mass / mass.max()))  # the root shows faint attention, too
-        corners = np.stack(((x0, y0), (x1, y0), (x1, y1), (x0, y1)), axis=0).transpose(2, 0, 1)
-        axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0))
+    figure = trace.heatmap(tokens, image, title=safe_line(label))
     if (box := gaze_box(trace, tokens)) is not None:
+        (axes,) = figure.axes
         corner, size = box[:2], (box[2] - box[0], box[3] - box[1])
         axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="black", linewidth=4))
         axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=FRAME, linewidth=2, linestyle="--"))
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    axes.set_axis_off()
-    axes.set_title(safe_line(label), fontsize=10, parse_math=False, wrap=True)
     return figure
 
 

@@ -29,7 +29,6 @@ OLD_WORDS: set[str] = {
     "gazeguard.heads",
     "gazeguard.lab",
     "gazeguard.claims",
-    "gazeguard.trace",
     "README.md",
     "CHANGELOG.md",
 }

@@ -79,7 +79,7 @@ def test_the_order_names_every_module_and_the_package_is_read():
     """The check sees what is there: every module has a place, and known imports are found."""
     read = sources()
     assert {"errors", "trace", "lab.world", "cli.app"} <= set(read)
-    assert imports(read["trace"], set(read)) == {"errors", "vision.grid"}
+    assert imports(read["trace"], set(read)) == {"errors", "vision.grid", "vision.images"}
     assert imports(read["detection.detector"], set(read)) >= {"detection.features", "heads.artifact"}
     assert imports(read["lab.training.tiny_fit"], set(read)) >= {"guard", "lab.truth", "lab.__init__"}
 

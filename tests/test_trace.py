@@ -1,4 +1,4 @@
-"""Is a trace kept to the bit, and is everything else refused in words?"""
+"""Gaze traces: saved and loaded to the bit, drawn, and refused where a file is no trace."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from labkit import ANYTHING, make_trace
+from PIL import Image
 
-from gazeguard.errors import ArtifactError
+from gazeguard.claims.parse import Span
+from gazeguard.errors import ArtifactError, InputError
 from gazeguard.trace import MAX_FILE_BYTES, GazeTrace
 from gazeguard.vision.grid import ImageGrid
 
@@ -77,13 +79,13 @@ def test_what_was_saved_is_loaded_to_the_bit(folder, words, heads, side, finishe
 
 @pytest.mark.parametrize("name", ["offsets", "logprobs", "entropy", "gaze", "segment_mass", "attribution"])
 def test_an_array_of_another_shape_is_refused(name):
-    """Every array fits the tokens, heads and cells; the message says which does not, and what was expected."""
+    """Every array fits the tokens, heads and image tokens; the message says which does not, and what was expected."""
     good = getattr(make_trace(["a ", "star"]), name)
     bad = np.concatenate((good, good), axis=-1)
     with pytest.raises(ArtifactError) as caught:
         make_trace(["a ", "star"], **{name: bad})
     assert str(caught.value) == (
-        f"A trace of 2 tokens, 2 heads and 4 cells needs {name} of shape {good.shape}, not {bad.shape}."
+        f"A trace of 2 tokens, 2 heads and 4 image tokens needs {name} of shape {good.shape}, not {bad.shape}."
     )
 
 
@@ -115,11 +117,11 @@ def test_a_damaged_trace_is_refused_or_whole(folder, real, data):
         return
     assert end == len(real)
     assert trace.gaze.shape == (len(trace), len(trace.heads), len(trace.grid))
-    assert [trace.grid.pixels(cell) for cell in range(len(trace.grid))]
+    assert [trace.grid.pixels(token) for token in range(len(trace.grid))]
 
 
 @given(ANYTHING)
-def test_hostile_words_in_a_good_file_are_refused(folder, real, meta):
+def test_hostile_metadata_in_a_good_file_are_refused(folder, real, meta):
     """The header's own part is not trusted either."""
     with pytest.raises(ArtifactError, match=r"not a gaze trace|trace format"):
         load(folder, with_meta(real, json.dumps(meta)))
@@ -131,19 +133,19 @@ def test_hostile_words_in_a_good_file_are_refused(folder, real, meta):
 @example("heads", [[10**400, 0], [0, 0]])
 @example("format", 2)
 def test_a_hostile_value_is_refused_or_makes_a_whole_trace(folder, real, key, value):
-    """One replaced value: an `ArtifactError`, or a trace whose cells all have pixels."""
+    """One replaced value: an `ArtifactError`, or a trace whose image tokens all have pixels."""
     try:
         trace = load(folder, with_meta(real, json.dumps(meta_of(real) | {key: value})))
     except ArtifactError:
         return
     assert len(trace.heads) == trace.gaze.shape[1]
-    assert all(len(trace.grid.pixels(cell)) == 4 for cell in range(len(trace.grid)))
+    assert all(len(trace.grid.pixels(token)) == 4 for token in range(len(trace.grid)))
 
 
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, "1" * 5000, '{"format": ' + "1" * 5000 + "}"], ids=["deep", "long", "long value"]
 )
-def test_endless_words_are_refused(folder, real, text):
+def test_endless_metadata_is_refused(folder, real, text):
     with pytest.raises(ArtifactError, match="not a gaze trace"):
         load(folder, with_meta(real, text))
 
@@ -199,3 +201,83 @@ def test_tokens_of_characters(words, data):
     start, length = data.draw(st.integers(-2, len(trace.text) + 2)), data.draw(st.integers(1, 9))
     covered = [i for i, (a, b) in enumerate(trace.offsets) if set(range(a, b)) & set(range(start, start + length))]
     assert list(trace.tokens(start, start + length)) == covered
+
+
+# -------------------------------------------------------------------------------------------------------- drawn, and in short
+
+
+def test_a_trace_in_one_line():
+    trace = make_trace(["In ", "panel ", "one ", "there ", "is ", "a ", "red ", "star ", "and ", "a ", "blue ", "moon"], 2, 3)
+    assert repr(trace) == "GazeTrace(12 tokens, 2 gaze heads, 9 image tokens: 'In panel one there is a red star and ...')"
+    assert repr(make_trace(["a\n"], 1, 1)) == "GazeTrace(1 token, 1 gaze head, 1 image token: 'a\\n')"
+    assert repr(make_trace([], 0, 0)) == "GazeTrace(0 tokens, 0 gaze heads, 0 image tokens: '')"
+
+
+def drawn(figure) -> tuple[list[tuple[float, ...]], list[float]]:
+    """The rectangles of a heat map as boxes, and how opaque they are."""
+    (axes,) = figure.axes
+    (patches,) = axes.collections
+    boxes = [(*path.vertices.min(0), *path.vertices.max(0)) for path in patches.get_paths()]
+    return boxes, patches.get_facecolors()[:, 3].tolist()
+
+
+def test_a_heatmap_shows_the_attention_of_its_tokens(tmp_path):
+    """Numbers of tokens, a span and words are the same tokens; image tokens are drawn where they are, as dark as attended."""
+    gaze = np.zeros((3, 1, 4), np.float32)
+    gaze[1, 0], gaze[2, 0] = (0.0, 0.1, 0.4, 0.0), 0.25
+    trace = make_trace(["a ", "red ", "star"], 1, gaze=gaze)
+    image = Image.new("RGB", (60, 40))
+    for at in (1, [1], range(1, 2), Span(2, 5, "red"), "red"):
+        figure = trace.heatmap(at, image)
+        boxes, shades = drawn(figure)
+        assert boxes == [(0, 0, 30, 20), (30, 0, 60, 20), (0, 20, 30, 40), (30, 20, 60, 40)]
+        np.testing.assert_allclose(shades, [0, 0.35, 0.7, 0], atol=1e-6)
+        assert figure.axes[0].get_title() == "red"
+        assert len(figure.axes[0].images) == 1
+    figure = trace.heatmap("a red star", title="all of it")
+    assert figure.axes[0].get_title() == "all of it"
+    assert not figure.axes[0].images
+    figure.savefig(tmp_path / "heat.png")
+    assert (tmp_path / "heat.png").stat().st_size > 1000
+
+
+def test_a_heatmap_of_one_of_several_images():
+    """Image tokens of another image, and those without a location, are not drawn."""
+    boxes = np.array([(0, 0, 1, 1), (0, 0, 0.5, 1), (0.5, 0, 1, 1), (np.nan,) * 4], np.float32)
+    trace = make_trace(["star"], grid=ImageGrid(boxes, np.array([0, 1, 1, 1]), ((60, 40), (80, 20))))
+    assert len(drawn(trace.heatmap(0))[0]) == 1
+    assert drawn(trace.heatmap(0, image_index=1))[0] == [(0, 0, 40, 20), (40, 0, 80, 20)]
+    with pytest.raises(InputError, match=r"has no image 2; expected a number below 2"):
+        trace.heatmap(0, image_index=2)
+
+
+@pytest.mark.parametrize("gaze", [0.0, np.nan])
+def test_a_heatmap_without_attention_is_empty(gaze):
+    """No attention, NaN, and no image tokens at all: a plain figure, and no warning."""
+    trace = make_trace(["star"], gaze=np.full((1, 2, 4), gaze, np.float32))
+    for empty in (trace, make_trace(["star"], 0), make_trace(["star"], side=0)):
+        figure = empty.heatmap("star")
+        assert not figure.axes[0].collections
+        figure.canvas.draw()
+
+
+@pytest.mark.parametrize("at", ["moon", "", [], -1, 2, [0, 2], Span(9, 12, "moon")])
+def test_a_heatmap_of_no_token_is_refused(at):
+    with pytest.raises(
+        InputError, match=r"The caption 'a star' has no tokens at .*; expected words or a span of it, or numbers"
+    ):
+        make_trace(["a ", "star"]).heatmap(at)
+    with pytest.raises(InputError, match="has no tokens"):
+        make_trace([]).heatmap(0)
+
+
+@given(WORDS, st.data())
+def test_mean_gaze_is_finite(words, data):
+    """Whatever the tokens, also none: a number for each image token, and the mean where there is one."""
+    trace = make_trace(words)
+    tokens = data.draw(st.lists(st.integers(0, max(0, len(words) - 1)), max_size=4)) if words else []
+    mean = trace.mean_gaze(tokens)
+    assert mean.shape == (4,)
+    assert np.isfinite(mean).all()
+    if tokens:
+        np.testing.assert_allclose(mean, trace.gaze[tokens].mean((0, 1)), rtol=1e-5)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gazeguard.claims.parse import Claim
-from gazeguard.report import Finding, Report, located_tokens, mean_gaze
+from gazeguard.report import Finding, Report, located_tokens
 from gazeguard.trace import GazeTrace
 from gazeguard.vision.geometry import Box
 
@@ -80,7 +80,7 @@ class PageData:
             ``regions``: names of regions of the image. ``region_share``: words x regions levels, of which 255 is all of the
             word's attention on the image, as far as its tokens have a location.
         """
-        gaze = np.stack([np.zeros(len(trace.grid)), *(mean_gaze(trace, trace.tokens(*span)) for span in spans)])[1:]
+        gaze = np.stack([np.zeros(len(trace.grid)), *(trace.mean_gaze(trace.tokens(*span)) for span in spans)])[1:]
         regions = regions or _thirds(*trace.grid.sizes[0])
         located = located_tokens(trace)
         heat, total = gaze[:, located], gaze[:, located].sum(axis=1, keepdims=True)
