@@ -19,7 +19,11 @@ from pathlib import Path
 import typer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "evals" / "README.md", ROOT / "gazeguard" / "lab" / "checkpoint" / "README.md")
+DOCUMENTS = (
+    ROOT / "docs" / "results.md",
+    ROOT / "evals" / "README.md",
+    ROOT / "gazeguard" / "lab" / "checkpoint" / "README.md",
+)
 DEMO = re.compile(r"(<!-- demo -->\n).*?(<!-- end demo -->)", re.S)
 TABLE = re.compile(r"(<!-- table (\w+): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 
@@ -70,23 +74,22 @@ def families() -> str:
 
 
 def demo() -> str:
-    """What ``gazeguard demo --images 4`` prints."""
+    """What ``gazeguard demo --images 2`` prints."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "gazeguard", "demo", "--images", "4"]
+        command = [sys.executable, "-m", "gazeguard", "demo", "--images", "2"]
         made = subprocess.run(command, cwd=folder, env=os.environ | {"COLUMNS": "110"}, check=True, capture_output=True)
     lines = [line.rstrip() for line in made.stdout.decode().strip().splitlines()]
-    return "\n".join(["```", "$ gazeguard demo --images 4", *lines, "```", ""])
+    return "\n".join(["```", "$ gazeguard demo --images 2", *lines, "```", ""])
 
 
 def main() -> None:
     """Renew the tables in the documents."""
     (ROOT / "evals" / "results" / "families.md").write_text(families(), encoding="utf-8")
     for path in DOCUMENTS:
-        text = path.read_text(encoding="utf-8")
-        if DEMO.search(text):
-            shown = demo()
-            text = DEMO.sub(lambda found, shown=shown: f"{found[1]}{shown}{found[2]}", text)
-        path.write_text(renewed(text), encoding="utf-8")
+        path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
+    readme, shown = ROOT / "README.md", demo()
+    text = DEMO.sub(lambda found: f"{found[1]}{shown}{found[2]}", readme.read_text(encoding="utf-8"))
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does the README's service do what it says? Its very text, behind a real server on this machine's loopback."""
+"""The service of docs/serving.md: its very text, behind a real server on this machine's loopback."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from PIL import Image
 
 from gazeguard import lab
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "serving.md"
 SAMPLE = lab.samples("test", 2, seed=7)[1]
 IMAGE, CAPTION = SAMPLE.image, SAMPLE.turns[0].answer
 
 
 def source() -> str:
-    return re.search(r"## Serve it\n.*?```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S).group(1)
+    return re.search(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S).group(1)
 
 
 @pytest.fixture(scope="module")
