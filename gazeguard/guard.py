@@ -58,7 +58,7 @@ from gazeguard.report import Report, Verdict
 from gazeguard.trace import GazeTrace
 from gazeguard.tracing import DraftTraces, Prepared, Prompts, Tracer
 from gazeguard.vision.batch_grids import one_image_per_row
-from gazeguard.vision.encoding import encode
+from gazeguard.vision.encoding import check_processor, encode
 from gazeguard.vision.grid import ImageGrid
 from gazeguard.vision.image_tokens import image_token_id
 from gazeguard.vision.images import load_image
@@ -468,9 +468,7 @@ def _check_kinds(model: Any, processor: Any) -> None:
             "Load one with GazeGuard.from_pretrained(...) or AutoModelForImageTextToText."
         )
     image_token_id(model)
-    if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
-        what = "no processor" if processor is None else f"a {type(processor).__name__} in place of a processor"
-        raise InputError(f"GazeGuard got {what}. Pass AutoProcessor.from_pretrained(...) of the model.")
+    check_processor(processor)
 
 
 def _as_policy(policy: Any) -> Policy:

@@ -293,8 +293,11 @@ def test_a_guard_is_pushed_to_the_hub(guard):
         ({"model": Path("folder")}, r"Use GazeGuard\.from_pretrained\('folder'\)"),
         ({"model": torch.nn.Linear(1, 1)}, "got a Linear in place of a model; expected a vision-language model of transf"),
         ({"model": None}, "got a NoneType in place of a model"),
-        ({"processor": None}, r"GazeGuard got no processor\. Pass AutoProcessor\.from_pretrained"),
-        ({"processor": "tokenizer"}, r"in place of a processor\. Pass AutoProcessor\.from_pretrained"),
+        ({"processor": None}, r"There is no processor\. Pass AutoProcessor\.from_pretrained"),
+        (
+            {"processor": "tokenizer"},
+            r"is a tokenizer; expected the model's whole processor",
+        ),
         ({"policy": 3}, r"policy is 3; expected the name of a policy \(abstain, .*\), the path of a \.yaml file, or a Policy"),
         ({"policy": None}, "policy is None; expected the name of a policy"),
         ({"heads": [(1, 2)]}, r"heads is \[\(1, 2\)\]; expected GazeHeads, or the path or hub id"),

@@ -26,6 +26,7 @@ from gazeguard import _compat
 from gazeguard.decoding.rewind import RewindLoop
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.policy import Policy
+from gazeguard.vision.batch_grids import check_image_sizes
 
 ImageSizes = Sequence[Sequence[tuple[int, int]]]  # for each prompt (width, height) of its images, pixels
 Run = Callable[[Sequence[LogitsProcessor], RewindLoop | None], Any]
@@ -257,23 +258,3 @@ def check_loop_supported(
         raise UnsupportedError(f"custom_generate=guard {reason}. Call guard.generate with the same arguments.")
     if streams and (config.num_beams or 1) > 1:
         raise UnsupportedError("custom_generate=guard cannot stream beams. Use num_beams=1, or leave the streamer out.")
-
-
-def check_image_sizes(sizes: Any, prompts: int) -> list[list[tuple[int, int]]] | None:
-    """The image sizes of every prompt, repeated where there are several prompts for each.
-
-    Raises:
-        InputError: They are not one list of (width, height) pairs per prompt.
-    """
-    if sizes is None:
-        return None
-    try:
-        rows = [[(int(width), int(height)) for width, height in row] for row in sizes]
-    except (TypeError, ValueError):
-        rows = []
-    if not rows or prompts % len(rows):
-        raise InputError(
-            f"picture_sizes is {sizes!r:.80}; expected for each of the {prompts} prompts the list of its images' sizes, as in "
-            "[[(640, 480)]]. Mind the brackets."
-        )
-    return [row for row in rows for _ in range(prompts // len(rows))]

@@ -18,8 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -32,6 +30,7 @@ from gazeguard.heads.artifact import GazeHeads, Probe, Step, fingerprint
 from gazeguard.heads.scoring import rounded, score, settled, split_half, top_heads, unusable_reason
 from gazeguard.heads.search_state import SearchState, digest_of
 from gazeguard.heads.strips import Strip, draw_strips
+from gazeguard.progress import track
 from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.encoding import EncodedBatch, encode
 from gazeguard.vision.grid import ImageGrid
@@ -61,7 +60,7 @@ def find_heads(
         strips: At most so many are shown, fewer when the choice no longer changes; all must have the same number of panels,
             at least two. By default 48 drawn pages of six panels.
         batch_size: Strips that are narrated in one forward pass.
-        progress: Whether a progress bar is shown on stderr.
+        progress: Whether a progress bar is shown on a terminal: see `gazeguard.progress`.
         grid: The image grid of every prompt, for a model whose layout no rule of `gazeguard.vision.layouts` knows.
         keep: A file for what was measured so far, so that an interrupted search goes on where it stopped.
 
@@ -80,7 +79,7 @@ def find_heads(
     matrices = {} if state is None else state.load(set(probes), (len(heads), panels, panels + 1))
     groups = [strips[i : i + batch_size] for i in range(len(matrices.get("query", ())), len(strips), batch_size)]
     with torch.no_grad(), AttentionRecorder(model, heads) as recorder:
-        for group in track(groups, "finding gaze heads", console=Console(stderr=True), disable=not progress):
+        for group in track(groups, "finding gaze heads") if progress else groups:
             if matrices and settled(matrices[next(iter(probes))]):
                 break
             shown = _ShownStrips(recorder, model, processor, grid, group)

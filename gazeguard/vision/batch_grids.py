@@ -6,8 +6,6 @@ Processors report sizes per image, per run of image tokens or per image token of
 
 from __future__ import annotations
 
-import math
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -45,20 +43,24 @@ def one_image_per_row(inputs: Mapping[str, Any], rows: int) -> bool:
     return all(len(inputs[name]) == rows for name in OF_THE_BATCH if inputs.get(name) is not None)
 
 
-def check_sizes(sizes: Any, rows: int) -> None:
-    """Raise `InputError` unless ``sizes`` holds for each of the ``rows`` a list of (width, height), one per image."""
-    expected = f"expected for each of the {rows} rows a list of (width, height) in pixels, one per image"
-    example = "Pass picture_sizes=[[image.size for image in row] for row in batch]."
+def check_image_sizes(sizes: Any, prompts: int) -> list[list[Size]] | None:
+    """The image sizes of every prompt, repeated where there are several prompts for each.
+
+    Raises:
+        InputError: They are not one list of (width, height) pairs per prompt.
+    """
+    if sizes is None:
+        return None
     try:
-        values = [[[float(edge) for edge in size] for size in row] for row in sizes]
-    except (TypeError, ValueError):
+        rows = [[(int(width), int(height)) for width, height in row] for row in sizes]
+    except (TypeError, ValueError, OverflowError):
+        rows = []
+    if not rows or prompts % len(rows) or any(min(size) < 1 for row in rows for size in row):
         raise InputError(
-            f"picture_sizes is {reprlib.repr(sizes)}, one bracket short or no sizes at all; {expected}. {example}"
-        ) from None
-    if len(values) != rows:
-        raise InputError(f"picture_sizes has {len(values)} entries; {expected}. {example}")
-    if wrong := [size for row in values for size in row if len(size) != 2 or not all(1 <= edge < math.inf for edge in size)]:
-        raise InputError(f"picture_sizes contains {wrong[0]}, which is no (width, height); {expected}. {example}")
+            f"picture_sizes is {sizes!r:.80}; expected for each of the {prompts} prompts the list of its images' (width, "
+            "height), as in [[(640, 480)]]. Mind the brackets."
+        )
+    return [row for row in rows for _ in range(prompts // len(rows))]
 
 
 def image_grids(
@@ -89,8 +91,7 @@ def image_grids(
         InputError: A row has no image, or ``sizes`` or ``known`` do not fit.
         UnsupportedError: No rule knows the layout.
     """
-    if sizes is not None:
-        check_sizes(sizes, len(ids))
+    sizes = check_image_sizes(sizes, len(ids))
     tokens, rows = image_token_ids(model), _Rows.of(model, ids, mask)
     for number, runs in enumerate(rows.runs):
         if not runs:
@@ -146,7 +147,7 @@ def _prompts(
         if queues is None and "image_sizes" in reported:
             part["image_sizes"] = reported["image_sizes"][_images_of_row(number, len(rows.ids), reported, sizes)]
         if sizes is not None:
-            own_sizes = tuple((int(width), int(height)) for width, height in sizes[number])
+            own_sizes = tuple(sizes[number])
         elif images:
             own_sizes = tuple(processed_size(model, reported, image) for image in images)
         else:

@@ -56,6 +56,8 @@ class EncodedBatch:
 
 def check_processor(processor: Any) -> None:
     """Raise `InputError` for what is no vision-language processor, and say what it lacks."""
+    if processor is None:
+        raise InputError("There is no processor. Pass AutoProcessor.from_pretrained(...) of the model.")
     if isinstance(processor, PreTrainedTokenizerBase):
         raise InputError(
             f"{type(processor).__name__} is a tokenizer; expected the model's whole processor, with its image_processor. "
