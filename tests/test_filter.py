@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -453,3 +455,11 @@ def test_a_filter_takes_a_guard_or_a_model(caption_filter, captions, tmp_path):
         CaptionFilter("lab")
     with pytest.raises(InputError, match="A guard has its own model, artifacts and policy"):
         CaptionFilter(caption_filter.guard, policy="drop")
+
+
+def test_the_python_of_the_recipes_runs(capsys):
+    recipes = (Path(__file__).parents[1] / "docs" / "filter-recipes.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", recipes, re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out == "['unchecked']\n"  # there is no a.jpg
+    assert all(f"`{name}`" in recipes for name in COLUMNS)

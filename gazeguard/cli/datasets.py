@@ -143,7 +143,7 @@ def replay(
     Captions that the input lacks are written first, as filter does.
     """
     from gazeguard.filtering.readers import open_source
-    from gazeguard.filtering.run import replay_entries, show_progress
+    from gazeguard.filtering.run import replay_entries, row_progress
     from gazeguard.replay.page import page
 
     if not html.parent.is_dir():  # before the work, not after it
@@ -151,7 +151,7 @@ def replay(
     rows = open_source(source, image_column, caption_column)
     columns = {"image": image_column, "caption": caption_column}
     judge = _local_filter(guarded, {"batch_size": batch_size, "prompt": prompt, **columns})
-    with show_progress("replaying", min(most, rows.count())) as advance:
+    with row_progress("replaying", min(most, rows.count())) as advance:
         entries = islice(replay_entries(judge, rows, include_passed=not skip_passed), most)
         text = page(_counted(entries, advance), title=f"GazeGuard: {source.name}", edge=edge)
     html.write_text(text, encoding="utf-8")

@@ -50,7 +50,7 @@ def filter_files(
     with results.open():
         if not results.finished():
             first = results.finished_chunks()
-            with show_progress("filtering", total, min(total, first * chunk), disable=not progress) as advance:
+            with row_progress("filtering", total, min(total, first * chunk), disable=not progress) as advance:
 
                 def count(rows: int) -> None:
                     advance(rows)
@@ -92,7 +92,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def show_progress(
+def row_progress(
     description: str, total: int, completed: int = 0, *, disable: bool = False
 ) -> Iterator[Callable[[int], None]]:
     """Show a progress bar with rate and remaining time on stderr.

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from gazeguard.errors import InputError
 from gazeguard.guard import GazeGuard
+from gazeguard.progress import track
 from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.images import load_image
@@ -94,8 +93,7 @@ class GazeGuarded(lmms):
         """
         answers: list[str] = []
         groups = list(_group_by_options(requests, self.batch_size))
-        console = Console(stderr=True)
-        for group in track(groups, "answering", console=console, transient=True, disable=not self.progress):
+        for group in track(groups, "answering") if self.progress else groups:
             options = group[0].args[1]
             for report in self._answer(group, options):
                 answers.append(_cut(report.caption, options.get("until", ())))
