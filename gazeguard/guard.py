@@ -34,7 +34,8 @@ from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.self_test import Check, run_self_test
 from gazeguard.attention.steering import STRENGTH, Mode, SteeringTarget, Target, undescribed_regions
 from gazeguard.attention.trace_batch import TraceBatch
-from gazeguard.claims.parse import Parser, Phrase
+from gazeguard.claims.parse import Parser
+from gazeguard.claims.phrases import Phrase
 from gazeguard.decoding.call import (
     GenerateCall,
     GeneratedIds,
@@ -50,7 +51,7 @@ from gazeguard.decoding.verification import SelfVerification
 from gazeguard.detection.detector import Detector
 from gazeguard.errors import ArtifactError, InputError, MismatchError, PolicyError, UnsupportedError
 from gazeguard.heads.artifact import GazeHeads
-from gazeguard.judge import Judge, PrefixJudge
+from gazeguard.judge import Assessment, Judge, PrefixJudge
 from gazeguard.loading import load
 from gazeguard.policy import Policy, policy_names
 from gazeguard.prompts import DEFAULT_PROMPT
@@ -161,9 +162,10 @@ class GazeGuard:
         return push_folder(self.save_pretrained, repo_id, **upload)
 
     def __repr__(self) -> str:
+        """One line: model, policy, number of heads, detector."""
         kinds = "no detector" if self.detector is None else f"detector of {', '.join(self.detector.kinds)}"
-        heads = f"{len(self.heads.heads)} gaze heads"
-        return f"GazeGuard({type(self.model).__name__}, policy {self.policy.name!r}, {heads}, {kinds})"
+        parts = (type(self.model).__name__, f"policy {self.policy.name!r}", f"{len(self.heads.heads)} gaze heads", kinds)
+        return f"GazeGuard({', '.join(parts)})"
 
     @property
     def heads(self) -> GazeHeads:
@@ -188,7 +190,7 @@ class GazeGuard:
         Args:
             inputs: The prompts' ids, if not given as ``input_ids``.
             **arguments: Of ``model.generate``; and ``picture_sizes``, for each prompt the (width, height) of its images, if
-                gazed boxes are wanted in their pixels. By default boxes are in pixels of what the processor made of them.
+                gazed boxes are wanted in their pixels. By default boxes are in pixels of the processed images.
         """
         output, self.reports = self.generate_with_reports(inputs, **arguments)
         return output
@@ -245,7 +247,7 @@ class GazeGuard:
         prompt: bool = True,
         image: int = 0,
     ) -> Iterator[GazeGuard]:
-        """Inside, the gaze heads are made to attend to targets, in whatever this guard generates or checks.
+        """Inside, attention of the gaze heads is steered to targets, in whatever this guard generates or checks.
 
         with guard.steer({0: left, 20: right}):  # two boxes, the other one from the 20th new token on
             guard.caption(image, "Describe a panel.")
@@ -302,8 +304,8 @@ class GazeGuard:
         reports = {i: self.unchecked(*row) for i, row in prepared.unchecked.items()}
         for part in prepared.parts:
             traces, cache = self.tracer.replay(part, use_cache=self.verification is not None)
-            judged = _verified(self, [self.judge(trace) for trace in traces], part.batch.prompt, cache)
-            reports |= zip(part.rows, judged, strict=True)
+            assessments = [self.judge.assess(trace) for trace in traces]
+            reports |= zip(part.rows, _reports(self, assessments, part.batch.prompt, cache), strict=True)
         return [reports[i] for i in sorted(reports)]
 
     def unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:
@@ -321,38 +323,37 @@ class GazeGuard:
 @torch.no_grad()
 def _watched(guard: GazeGuard, call: GenerateCall) -> tuple[Any, list[Report]]:
     """Run a call of generate: what the caller gets, and the reports."""
-    tracer, judge = guard.tracer, guard.judge
+    tracer = guard.tracer
     check_supported(call.config, guard.policy, guard.model.config.is_encoder_decoder)
     prompts = tracer.prompts(call.inputs, call.ids, call.mask, call.image_sizes)
     decoded = _decode(guard, call, prompts) if guard.policy.rewind is None else _decode_with_rewind(guard, call, prompts)
     traces = tracer.traces(decoded.batch, decoded.captions, prompts, decoded.passes)
-    reports = []
+    assessments = []
     for row, trace in enumerate(traces):
         reason = tracer.too_long(prompts.lengths[row * len(prompts.lengths) // len(traces)] + len(trace))
-        reports.append(judge.unchecked(trace.text, reason, trace) if reason else judge(trace))
-    return call.result(decoded.output), _verified(guard, reports, call.prompts(), decoded.cache)
+        assessments.append(Assessment(trace, reason) if reason else guard.judge.assess(trace))
+    return call.result(decoded.output), _reports(guard, assessments, call.prompts(), decoded.cache)
 
 
-def _verified(guard: GazeGuard, reports: list[Report], inputs: Mapping[str, Any], cache: Cache | None) -> list[Report]:
-    """The reports, updated with the model's answers about what is doubtful, if the policy verifies.
+def _reports(
+    guard: GazeGuard, assessments: Sequence[Assessment], inputs: Mapping[str, Any], cache: Cache | None
+) -> list[Report]:
+    """The reports on captions; where the policy verifies, with the model's answers about what is doubtful.
 
     Args:
         guard: Whose policy it is.
-        reports: What was found before.
-        inputs: The prompts of the captions, each for equally many.
+        assessments: Of the captions.
+        inputs: Their prompts, each for equally many captions.
         cache: Of the pass that generated or replayed the captions.
     """
-    if guard.verification is None:
-        return reports
-    asked = [(row, phrase) for row, report in enumerate(reports) for phrase in guard.judge.questions(report)]
-    if not asked:
-        return reports
-    rows = [row * len(inputs["input_ids"]) // len(reports) for row, _ in asked]
-    log_odds = guard.verification.log_odds(inputs, rows, [phrase for _, phrase in asked], cache)
     answers: dict[int, dict[Phrase, float]] = {}
-    for (row, phrase), answer in zip(asked, log_odds, strict=True):
-        answers.setdefault(row, {})[phrase] = answer
-    return [guard.judge.with_answers(report, answers[row]) if row in answers else report for row, report in enumerate(reports)]
+    if guard.verification is not None:
+        asked = [(row, phrase) for row, each in enumerate(assessments) for phrase in guard.judge.questions(each)]
+        rows = [row * len(inputs["input_ids"]) // len(assessments) for row, _ in asked]
+        log_odds = guard.verification.log_odds(inputs, rows, [phrase for _, phrase in asked], cache) if asked else []
+        for (row, phrase), answer in zip(asked, log_odds, strict=True):
+            answers.setdefault(row, {})[phrase] = answer
+    return [guard.judge.report(each, answers.get(row)) for row, each in enumerate(assessments)]
 
 
 class _Decoded(NamedTuple):
@@ -383,11 +384,11 @@ class _Reviewer:
         if len(tokens) <= prefix.length:  # it was rolled back
             prefix.roll_back(self._text(tokens[:-1]), len(tokens) - 1)
         committed = prefix.committed
-        parsed, objects = prefix.extend(self._text(ids.tolist()), len(tokens), draft.ended)
+        claims, objects = prefix.extend(self._text(ids.tolist()), len(tokens), draft.ended)
         if not objects:
             return CommittedPrefix(committed)
         trace = self.drafts.trace(row, draft, ids)
-        if (doubtful := prefix.decide(trace, parsed, objects)) is None:
+        if (doubtful := prefix.decide(trace, claims, objects)) is None:
             return CommittedPrefix(prefix.committed)
         points = trace.tokens(*rollback_span(doubtful, trace.text))
         return CommittedPrefix(committed, range(max(committed, points.start), points.stop))

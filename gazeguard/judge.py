@@ -7,7 +7,7 @@ come from `gazeguard.tracing`, and the model's own answers of a self-verificatio
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gazeguard import __version__
-from gazeguard.claims.parse import Claim, Parser, Phrase, claims, may_end_thing
+from gazeguard.claims.parse import JUDGED, Caption, Claim, Parser, may_end_thing, parse
+from gazeguard.claims.phrases import Phrase
 from gazeguard.claims.removal import without
 from gazeguard.detection import features
 from gazeguard.detection.calibration import logistic
@@ -34,6 +35,27 @@ F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
+class Assessment:
+    """What a detector finds out about a caption, before any verdict.
+
+    Attributes:
+        trace: The caption's trace.
+        reason: Why it could not be assessed; "" if it could, and only then there is the rest.
+        caption: The parsed caption.
+        claims: The claims that the detector judges.
+        values: (claims, F) their features.
+        risks: (claims,) the probability that each is false.
+    """
+
+    trace: GazeTrace
+    reason: str = ""
+    caption: Caption | None = None
+    claims: Sequence[Claim] = ()
+    values: F64 | None = None
+    risks: F64 | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Judge:
     """What a detector and a policy make of gaze traces. Immutable and without state between calls.
 
@@ -43,7 +65,7 @@ class Judge:
         detector: Gives each claim its risk; without one nothing is judged, and every verdict is *unchecked*.
         policy: Says from which risk a claim is flagged, and what becomes of flagged phrases.
         model: Fingerprint of the model whose traces are judged, for the reports.
-        nlp: A spaCy pipeline that finds the phrases of a caption, in place of the rules for English.
+        nlp: A spaCy pipeline for the parser of captions; by default the package's own tagger.
     """
 
     detector: Detector | None
@@ -51,9 +73,9 @@ class Judge:
     model: str
     nlp: Parser | None = None
 
-    def parse(self, text: str) -> Sequence[Claim]:
-        """The claims of a caption; captions are parsed here and nowhere else."""
-        return claims(text, self.nlp)
+    def parse(self, text: str) -> Caption:
+        """Parse a caption: here and nowhere else between its trace and its report."""
+        return parse(text, self.nlp)
 
     # ----------------------------------------------------------------------------------------------- whole captions
 
@@ -67,93 +89,93 @@ class Judge:
             Verdict, findings with risk, reasons and gazed box, and the filtered caption. A caption without usable evidence is
             *unchecked*, with the reason.
         """
-        if len(trace) == 0:
-            return self.unchecked(trace.text, "the caption is empty")
-        parsed = () if (reason := self._blind(trace)) else self.parse(trace.text)
-        if reason := reason or self._unjudgeable(parsed):
-            return self.unchecked(trace.text, reason, trace)
-        known = [claim for claim in parsed if claim.kind in self.detector.kinds]
-        if reason := self._uncovered(trace, known):
-            return self.unchecked(trace.text, reason, trace)
-        values, kinds = features.features(trace, known), [claim.kind for claim in known]
+        return self.report(self.assess(trace))
+
+    def assess(self, trace: GazeTrace) -> Assessment:
+        """Parse a caption and give each of its claims a risk, or the reason why that is impossible."""
+        if reason := _no_evidence(trace):
+            return Assessment(trace, reason)
+        caption = self.parse(trace.text)
+        claims = _judged_claims(caption)
+        if not claims:
+            return Assessment(trace, _nothing_claimed(caption), caption)
+        if self.detector is None:
+            return Assessment(trace, "no detector is fitted for this model", caption)
+        if not (claims := [claim for claim in claims if claim.kind in self.detector.kinds]):
+            return Assessment(trace, "the detector knows none of the kinds of claims in the caption", caption)
+        if reason := _uncovered(trace, claims):
+            return Assessment(trace, reason, caption)
+        values, kinds = features.features(trace, claims), [claim.kind for claim in claims]
         if reason := self._not_finite(trace, values, kinds):
-            return self.unchecked(trace.text, reason, trace)
-        return self._concluded(trace, known, values, self.detector.risk(values, kinds), np.full(len(known), np.nan))
+            return Assessment(trace, reason, caption)
+        return Assessment(trace, "", caption, claims, values, self.detector.risk(values, kinds))
 
-    def questions(self, report: Report) -> tuple[Phrase, ...]:
-        """The phrases of a caption that the model is to be asked about under a policy that verifies, each once."""
-        asked = (f.claim.phrase for f in report.findings if self._counts_answers(f.claim.kind, f.risk))
-        return tuple(dict.fromkeys(asked))
+    def questions(self, assessment: Assessment) -> tuple[Phrase, ...]:
+        """The phrases that the model is to be asked about under a policy that verifies, each once: those of doubtful claims."""
+        if assessment.reason:
+            return ()
+        pairs = zip(assessment.claims, assessment.risks, strict=True)
+        return tuple(dict.fromkeys(claim.phrase for claim, risk in pairs if self._counts_answers(claim.kind, risk)))
 
-    def with_answers(self, report: Report, answers: Mapping[Phrase, float]) -> Report:
-        """Judge a caption anew with what the model answered about some of its phrases.
+    def report(self, assessment: Assessment, answers: Mapping[Phrase, float] | None = None) -> Report:
+        """Conclude from the risks of a caption's claims.
 
         Args:
-            report: What was found before.
-            answers: For each phrase that the model was asked about, the log-odds of its yes against its no, nats.
-
-        Returns:
-            The report in which the risk of every claim that the answers count for is updated.
+            assessment: Of the caption.
+            answers: For each phrase that the model was asked about, the log-odds of its yes against its no, nats; they update
+                the risk of the doubtful claims about it.
         """
-        trace, judged = report.trace, [finding.claim for finding in report.findings]
-        risks = np.array([finding.risk for finding in report.findings])
-        log_odds = np.full(len(judged), np.nan)
-        for i, (claim, risk) in enumerate(zip(judged, risks, strict=True)):
-            if claim.phrase in answers and self._counts_answers(claim.kind, risk):
-                log_odds[i] = answers[claim.phrase]
-        risks = self.detector.update_with_answers(risks, log_odds, [claim.kind for claim in judged])
-        return self._concluded(trace, judged, features.features(trace, judged), risks, log_odds)
+        if assessment.reason:
+            return self.unchecked(assessment.trace.text, assessment.reason, assessment.trace)
+        claims, risks = assessment.claims, assessment.risks
+        log_odds = np.full(len(claims), np.nan)
+        if answers:
+            for i, (claim, risk) in enumerate(zip(claims, risks, strict=True)):
+                if claim.phrase in answers and self._counts_answers(claim.kind, risk):
+                    log_odds[i] = answers[claim.phrase]
+            risks = self.detector.update_with_answers(risks, log_odds, [claim.kind for claim in claims])
+        trace = assessment.trace
+        if not np.isfinite(risks).all():
+            return self.unchecked(trace.text, "the detector gave no finite risk", trace)
+        flags = self._flags(claims, risks)
+        findings = self._findings(assessment, risks, flags, log_odds)
+        verdict, reason = Verdict.PASS, ""
+        if any(flags):
+            doubtful = [str(claim) for claim, flag in zip(claims, flags, strict=True) if flag]
+            verdict, reason = Verdict.FLAG, f"not supported by the image: {', '.join(doubtful)}"
+        elif not trace.finished:
+            verdict, reason = Verdict.UNCHECKED, "the caption was cut off by the length limit"
+        filtered = self._filtered(trace.text, verdict)
+        if any(flags) and self.policy.on_flag == "drop":
+            filtered = without(assessment.caption, [(f.claim.start, f.claim.end) for f in findings if f.flagged])
+        return self._report(trace.text, verdict, reason, findings, trace, filtered)
 
     def unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:
         """The report on a caption that could not be checked, with the reason; never a pass."""
-        return self._report(caption, Verdict.UNCHECKED, reason, (), trace)
+        filtered = self._filtered(caption, Verdict.UNCHECKED)
+        return self._report(caption, Verdict.UNCHECKED, reason, (), trace, filtered)
 
     # ----------------------------------------------------------------------------------------------------- prefixes
 
-    def doubtful(self, trace: GazeTrace, parsed: Sequence[Claim], objects: Sequence[int]) -> Claim | None:
+    def doubtful(self, trace: GazeTrace, claims: Sequence[Claim], objects: Sequence[int]) -> Claim | None:
         """The first claim of a committed prefix whose risk is over the rewind threshold.
 
         Args:
             trace: Of the caption as far as it is written.
-            parsed: All its claims.
+            claims: All its claims.
             objects: Which of them are in question, by number, rising; all of kind object.
 
         Returns:
             The claim, or None if none is doubtful or the model's numbers are not finite.
         """
-        kinds = [parsed[i].kind for i in objects]
-        values = features.features(trace, parsed, objects)
+        kinds = [claims[i].kind for i in objects]
+        values = features.features(trace, claims, objects)
         if self.detector.unknown(values, kinds):
             return None  # the whole caption will be unchecked
         over = self.detector.risk(values, kinds) >= self._threshold("object", self.policy.rewind.threshold)
-        return parsed[objects[int(np.argmax(over))]] if over.any() else None
+        return claims[objects[int(np.argmax(over))]] if over.any() else None
 
-    # ------------------------------------------------------------------------------------------- reasons against it
-
-    @staticmethod
-    def _blind(trace: GazeTrace) -> str:
-        """Why the trace is no evidence at all, or ""."""
-        reached = trace.segment_mass[..., SEGMENTS.index("image")].max() < MIN_IMAGE_MASS  # False for NaN
-        return "the gaze heads never attended to the image" if reached else ""
-
-    def _unjudgeable(self, parsed: Sequence[Claim]) -> str:
-        """Why no risk can be given to these claims, or ""."""
-        if not parsed:
-            return "the caption names nothing that could be checked"
-        if self.detector is None:
-            return "no detector is fitted for this model"
-        if not any(claim.kind in self.detector.kinds for claim in parsed):
-            return "the detector knows none of the kinds of claims in the caption"
-        return ""
-
-    @staticmethod
-    def _uncovered(trace: GazeTrace, judged: Sequence[Claim]) -> str:
-        """Which phrase has no token of its own, or ""."""
-        for claim in judged:
-            for span in (claim.span, claim.phrase.head, *claim.phrase.attributes, claim.related):
-                if span is not None and not trace.tokens(span.start, span.end):
-                    return f"no token covers {span.text!r}"
-        return ""
+    # ------------------------------------------------------------------------------------------------------- helpers
 
     def _not_finite(self, trace: GazeTrace, values: F64, kinds: Sequence[str]) -> str:
         """Which of the model's numbers is not finite, or ""."""
@@ -163,11 +185,9 @@ class Judge:
             return "the model gave no finite number for the caption's own tokens"
         return ""
 
-    # ------------------------------------------------------------------------------------------------ from risks on
-
-    def _threshold(self, kind: str, own: str | float | None = None) -> float:
+    def _threshold(self, kind: str, rule: str | float | None = None) -> float:
         """The risk from which claims of a kind count as doubtful; by default the policy's own threshold."""
-        return self.detector.threshold(kind, self.policy.threshold if own is None else own)
+        return self.detector.threshold(kind, self.policy.threshold if rule is None else rule)
 
     def _counts_answers(self, kind: str, risk: float) -> bool:
         """Whether the model's answer counts for a claim of this kind and risk."""
@@ -175,36 +195,21 @@ class Judge:
             return False
         return risk >= self._threshold(kind, self.policy.verify.threshold)
 
-    def _flags(self, judged: Sequence[Claim], risks: F64) -> list[bool]:
+    def _flags(self, claims: Sequence[Claim], risks: F64) -> list[bool]:
         """Which claims are flagged. Of an absent object only the object is: nobody asks for its colour or location."""
-        limits = {kind: self._threshold(kind) for kind in {claim.kind for claim in judged}}
-        over = [bool(risk >= limits[claim.kind]) for claim, risk in zip(judged, risks, strict=True)]
-        absent = {claim.phrase for claim, flag in zip(judged, over, strict=True) if flag and claim.kind == "object"}
+        limits = {kind: self._threshold(kind) for kind in {claim.kind for claim in claims}}
+        over = [bool(risk >= limits[claim.kind]) for claim, risk in zip(claims, risks, strict=True)]
+        absent = {claim.phrase for claim, flag in zip(claims, over, strict=True) if flag and claim.kind == "object"}
         return [
-            flag and (claim.kind == "object" or claim.phrase not in absent) for claim, flag in zip(judged, over, strict=True)
+            flag and (claim.kind == "object" or claim.phrase not in absent) for claim, flag in zip(claims, over, strict=True)
         ]
 
-    def _concluded(self, trace: GazeTrace, judged: Sequence[Claim], values: F64, risks: F64, log_odds: F64) -> Report:
-        """The report on claims with these features (claims, F), risks, and log-odds of yes, NaN where nothing was asked."""
-        if not np.isfinite(risks).all():
-            return self.unchecked(trace.text, "the detector gave no finite risk", trace)
-        flags = self._flags(judged, risks)
-        findings = self._findings(trace, judged, values, risks, flags, log_odds)
-        doubtful = [str(claim) for claim, flag in zip(judged, flags, strict=True) if flag]
-        verdict, reason = Verdict.PASS, ""
-        if doubtful:
-            verdict, reason = Verdict.FLAG, f"not supported by the image: {', '.join(doubtful)}"
-        elif not trace.finished:
-            verdict, reason = Verdict.UNCHECKED, "the caption was cut off by the length limit"
-        return self._report(trace.text, verdict, reason, findings, trace)
-
-    def _findings(
-        self, trace: GazeTrace, judged: Sequence[Claim], values: F64, risks: F64, flags: Sequence[bool], log_odds: F64
-    ) -> tuple[Finding, ...]:
+    def _findings(self, assessment: Assessment, risks: F64, flags: Sequence[bool], log_odds: F64) -> tuple[Finding, ...]:
         """One finding per claim; reasons are given for flagged claims and for answers that count."""
-        kinds = [claim.kind for claim, flag in zip(judged, flags, strict=True) if flag]
-        reasons = iter(self.detector.reasons(values[list(flags)], kinds))
-        boxes = gaze_boxes(trace, [trace.tokens(claim.span.start, claim.span.end) for claim in judged])
+        trace, claims = assessment.trace, assessment.claims
+        kinds = [claim.kind for claim, flag in zip(claims, flags, strict=True) if flag]
+        reasons = iter(self.detector.reasons(assessment.values[list(flags)], kinds))
+        boxes = gaze_boxes(trace, [trace.tokens(claim.span.start, claim.span.end) for claim in claims])
         return tuple(
             Finding(
                 claim=claim,
@@ -214,22 +219,23 @@ class Judge:
                 box=box,
                 answer=None if np.isnan(answer) else float(logistic(answer)),
             )
-            for claim, risk, flag, box, answer in zip(judged, risks, flags, boxes, log_odds, strict=True)
+            for claim, risk, flag, box, answer in zip(claims, risks, flags, boxes, log_odds, strict=True)
         )
 
-    def _report(
-        self, caption: str, verdict: Verdict, reason: str, findings: tuple[Finding, ...], trace: GazeTrace | None
-    ) -> Report:
-        filtered = self._filtered(caption, verdict, (finding.claim for finding in findings if finding.flagged))
-        return Report(caption, verdict, reason, findings, self.policy.name, self.model, __version__, trace, filtered)
+    def _filtered(self, caption: str, verdict: Verdict) -> str:
+        """What the policy lets through of a caption of which nothing is cut."""
+        return "" if self.policy.on_flag == "abstain" and verdict != Verdict.PASS else caption
 
-    def _filtered(self, caption: str, verdict: Verdict, flagged: Iterable[Claim]) -> str:
-        """What the policy lets through of a caption."""
-        if self.policy.on_flag == "drop":
-            return without(caption, [(claim.start, claim.end) for claim in flagged])
-        if self.policy.on_flag == "abstain" and verdict != Verdict.PASS:
-            return ""
-        return caption
+    def _report(
+        self,
+        caption: str,
+        verdict: Verdict,
+        reason: str,
+        findings: tuple[Finding, ...],
+        trace: GazeTrace | None,
+        filtered: str,
+    ) -> Report:
+        return Report(caption, verdict, reason, findings, self.policy.name, self.model, __version__, trace, filtered)
 
 
 @dataclass(eq=False)
@@ -272,37 +278,67 @@ class PrefixJudge:
         before, self._text, self.length = self._text, text, tokens
         if not (ended or self._may_complete_object(before, text)):
             return (), []
-        parsed = self.judge.parse(text)
-        return parsed, [
+        claims = _judged_claims(self.judge.parse(text))
+        return claims, [
             i
-            for i, claim in enumerate(parsed)
+            for i, claim in enumerate(claims)
             if claim.kind == "object"
             and (ended or claim.end < len(text.rstrip()))
             and (claim.start, claim.end) not in self._judged
         ]
 
     def _may_complete_object(self, before: str, text: str) -> bool:
-        """Whether a word ended here that can be the last one of an object; told without a parse, which costs more."""
+        """Whether a word ended here that can be the last one of an object: a quick test, where a parse costs more."""
         if text[len(before) : len(before) + 1].isalnum():
             return False  # it goes on with the last word
         last = _LAST_WORD.search(before)
         return self.judge.nlp is not None or (last is not None and may_end_thing(last[0]))
 
-    def decide(self, trace: GazeTrace, parsed: Sequence[Claim], objects: Sequence[int]) -> Claim | None:
+    def decide(self, trace: GazeTrace, claims: Sequence[Claim], objects: Sequence[int]) -> Claim | None:
         """Judge the objects that `extend` returned: the first doubtful claim, or None.
 
         Args:
             trace: Of the caption so far.
-            parsed: Its claims.
+            claims: Its claims.
             objects: The numbers of those to judge.
         """
-        claim = self.judge.doubtful(trace, parsed, objects)
-        self._judged |= {(parsed[i].start, parsed[i].end) for i in objects}
-        end = max(parsed[i].end for i in objects)
+        doubtful = self.judge.doubtful(trace, claims, objects)
+        self._judged |= {(claims[i].start, claims[i].end) for i in objects}
+        end = max(claims[i].end for i in objects)
         self.committed = int(np.searchsorted(trace.offsets[:, 1], end, side="right"))
-        return claim
+        return doubtful
 
 
 def _answer_reason(log_odds: float) -> tuple[str, ...]:
     """In words: what the model answered when it was asked; nothing when it was not."""
     return () if np.isnan(log_odds) else (f"asked whether it is there, the model answers {'yes' if log_odds > 0 else 'no'}",)
+
+
+def _judged_claims(caption: Caption) -> list[Claim]:
+    """The claims of the kinds that detectors are fitted on."""
+    return [claim for claim in caption.claims if claim.kind in JUDGED]
+
+
+def _no_evidence(trace: GazeTrace) -> str:
+    """Why a trace is no evidence at all, or ""."""
+    if len(trace) == 0:
+        return "the caption is empty"
+    if trace.segment_mass[..., SEGMENTS.index("image")].max() < MIN_IMAGE_MASS:  # False for NaN
+        return "the gaze heads never attended to the image"
+    return ""
+
+
+def _nothing_claimed(caption: Caption) -> str:
+    """Why a caption without claims is not judged."""
+    if caption.reason is not None:
+        return f"nothing of the caption is judged: {caption.reason}"
+    return "the caption names nothing that could be checked"
+
+
+def _uncovered(trace: GazeTrace, claims: Sequence[Claim]) -> str:
+    """Which phrase of a claim has no token, or ""."""
+    for claim in claims:
+        for span in (claim.span, claim.phrase.head, *claim.phrase.attributes, claim.related):
+            if span is not None and not trace.tokens(span.start, span.end):
+                return f"no token covers {span.text!r}"
+    return ""

@@ -111,6 +111,7 @@ class Tracer:
     steering: SteeringTarget | None = None
 
     def __post_init__(self) -> None:
+        """Make the recorder; raises `UnsupportedError` for a model that cannot be recorded."""
         self.recorder = AttentionRecorder(self.model, self.heads.heads)
 
     # ---------------------------------------------------------------------------------------------------- recording
@@ -122,7 +123,7 @@ class Tracer:
             inputs: The whole batch.
             ids: (batch, P) int64, the prompts.
             mask: (batch, P), 0 for padding; None where nothing is.
-            sizes: For each prompt the (width, height) of its images, pixels; by default what the processor made of them.
+            sizes: For each prompt the (width, height) of its images, pixels; by default their sizes after the processor.
 
         Raises:
             InputError: The image did not reach a prompt.
@@ -295,6 +296,7 @@ class DraftTraces:
     """Traces of the captions of a batch while they are being written, one forward pass after the other."""
 
     def __init__(self, tracer: Tracer, prompts: Prompts) -> None:
+        """Of captions after these prompts, while the tracer records."""
         self.tracer, self.prompts = tracer, prompts
         self._tokens: list[list[int]] = []  # that each pass generated, one per row
         self._batch: TraceBatch | None = None  # of as many passes as have been asked for, without the logit lens

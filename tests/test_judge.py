@@ -77,7 +77,7 @@ def test_without_a_detector_everything_is_watched_and_nothing_judged(lab_vlm):
 
 
 def test_what_is_left_of_a_caption_is_as_the_policy_says(guard):
-    """mark lets the caption through, drop cuts what is flagged and nothing else, abstain gives nothing, with the reason."""
+    """Mark lets the caption through, drop cuts what is flagged and nothing else, abstain gives nothing, with the reason."""
     sample = next(s for s in lab.samples("test", 20, seed=7) if not s.drawing.panels and len(s.drawing.objects) == 2)
     one, two = sample.drawing.objects
     absent = next(noun for noun in ("skull", "castle", "anchor") if noun not in {one.noun, two.noun})
@@ -152,9 +152,10 @@ def test_an_answer_updates_only_claims_that_it_counts_for(judged):
     kinds = {k: r.model_copy(update={"answer": (1.0, -2.0, 0.0)}) for k, r in judge.detector.kinds.items()}
     policy = parse_policy({"version": 1, "name": "v", "verify": {"threshold": 0.0}})
     asking = replace(judge, detector=judge.detector.model_copy(update={"kinds": kinds}), policy=policy)
-    phrases = asking.questions(report)
+    assessment = asking.assess(report.trace)
+    phrases = asking.questions(assessment)
     assert len(phrases) == 2
-    updated = asking.with_answers(report, {phrases[0]: -3.0})
+    updated = asking.report(assessment, {phrases[0]: -3.0})
     for before, after in zip(report.findings, updated.findings, strict=True):
         if after.claim.phrase == phrases[0] and after.claim.kind != "location":
             assert after.risk >= before.risk

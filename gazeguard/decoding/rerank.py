@@ -39,6 +39,7 @@ class RerankProcessor(LogitsProcessor):
     """
 
     def __init__(self, recorder: AttentionRecorder, policy: Rerank, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Of a recorder, which has begun to record when the processor is called first."""
         self.recorder, self.policy, self.tokenizer = recorder, policy, tokenizer
         self._stops = tokens_spelling(tokenizer, (".",)).to(recorder.model.device)
         self._shown: Tensor | None = None  # (batch, N) int64: the token that each image token shows, -1 for none
@@ -103,7 +104,7 @@ class RerankProcessor(LogitsProcessor):
         return (gaze.mean(1) * new).sum(-1)
 
     def _tokens_shown(self, rows: int) -> Tensor:
-        """`_shown`, from what the last layer made of the image tokens when it read the prompt."""
+        """`_shown`, read off the last layer's states of the image tokens in the prompt's pass."""
         lens = self.recorder.logit_lens()
         if lens is None or not (self.policy.end_bonus or self.policy.attended_logprob):
             return torch.full((rows, 1), -1, device=self.recorder.model.device)

@@ -380,6 +380,6 @@ def _processed(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, los
         return processors(ids, scores)
     processed = torch.empty_like(scores)
     for count in set(lost):
-        rows = [b for b, own in enumerate(lost) if own == count]
+        rows = [b for b, lost_by_row in enumerate(lost) if lost_by_row == count]
         processed[rows] = processors(ids[rows, count:], scores[rows])
     return processed

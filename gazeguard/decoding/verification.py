@@ -25,7 +25,8 @@ from transformers.cache_utils import Cache
 
 from gazeguard import _compat
 from gazeguard.attention.visual_keys import visual_key_source
-from gazeguard.claims.parse import Phrase
+from gazeguard.claims.english import article, is_plural
+from gazeguard.claims.phrases import Phrase
 from gazeguard.errors import UnsupportedError
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.image_tokens import NO_TOKEN_ID, image_token_id
@@ -67,17 +68,14 @@ class AnswerTokens(NamedTuple):
         return tokens
 
     def log_odds(self, logits: Tensor) -> Tensor:
-        """log P(yes) - log P(no) in float32, from the logits (..., vocabulary) of an answer's first token."""
+        """The log-odds of yes against no in float32, from the logits (..., vocabulary) of an answer's first token."""
         logits = logits.float()
         return logits[..., list(self.yes)].logsumexp(-1) - logits[..., list(self.no)].logsumexp(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class SelfVerification:
-    """Asks a model whether the objects of its captions are there.
-
-    Raises `UnsupportedError` when it is made for a model that cannot be asked.
-    """
+    """Asks a model whether the objects of its captions are there."""
 
     model: PreTrainedModel
     processor: ProcessorMixin
@@ -112,14 +110,13 @@ class SelfVerification:
 
 
 def existence_question(phrase: Phrase) -> str:
-    """ "Is there a red star in the picture?" for the object of a caption, in the caption's words."""
+    """The question whether the object of a caption is there, in its words: "Is there a red star in the picture?"."""
     first, *rest = phrase.text.lower().split()
-    noun = phrase.head.text.lower()
-    plural = noun.endswith("s") and not noun.endswith("ss")
+    several = is_plural(phrase.head.text) or first in _SEVERAL
     if first in _DEFINITE and rest:
-        first = "" if plural else "an" if rest[0].startswith(tuple("aeiou")) else "a"
-    named = " ".join(filter(None, (first, *rest)))
-    return f"{'Are' if plural or first in _SEVERAL else 'Is'} there {named} in the picture?"
+        first = "" if several else article(rest[0])
+    name = " ".join(filter(None, (first, *rest)))
+    return f"{'Are' if several else 'Is'} there {name} in the picture?"
 
 
 def question_suffixes(model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[str]) -> list[NDArray[np.int64]]:
@@ -189,11 +186,10 @@ def answer_log_odds(
         asked_before[row] += 1
     log_odds = torch.empty(len(rows), device=model.device)
     for turn in range(max(turns) + 1):
-        question_of = {row: i for i, (row, own) in enumerate(zip(rows, turns, strict=True)) if own == turn}
+        question_of = {row: i for i, (row, turn_of_row) in enumerate(zip(rows, turns, strict=True)) if turn_of_row == turn}
         filler = suffixes[next(iter(question_of.values()))]  # rows without a question left answer any
-        own = [suffixes[question_of[row]] if row in question_of else filler for row in range(len(inputs["input_ids"]))]
-        given = model_inputs(model, with_suffixes(model, inputs, own))
-        logits = model(**given, use_cache=False).logits[:, -1]
+        asked = [suffixes[question_of[row]] if row in question_of else filler for row in range(len(inputs["input_ids"]))]
+        logits = model(**model_inputs(model, with_suffixes(model, inputs, asked)), use_cache=False).logits[:, -1]
         log_odds[list(question_of.values())] = answer_tokens.log_odds(logits[list(question_of)]).to(log_odds.device)
     return log_odds
 
