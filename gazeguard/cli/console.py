@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from gazeguard.claims.english import plural
 from gazeguard.errors import GazeGuardError
 from gazeguard.progress import show_progress
 
@@ -78,7 +79,7 @@ def one_line(text: str) -> str:
 
 def count(number: int, noun: str) -> str:
     """A number with its noun: "1 false positive", "2 false positives"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun if number == 1 else plural(noun)}"
 
 
 @contextmanager
