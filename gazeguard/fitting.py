@@ -28,8 +28,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
-from rich.progress import track
 
 from gazeguard.claims.parse import Claim, Kind, claims
 from gazeguard.decoding.verification import AnswerTokens
@@ -38,6 +36,7 @@ from gazeguard.detection import features
 from gazeguard.detection.detector import Detector
 from gazeguard.errors import InputError
 from gazeguard.guard import GazeGuard
+from gazeguard.progress import track
 from gazeguard.prompts import DEFAULT_PROMPT
 from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
@@ -204,7 +203,7 @@ def _examples(
     examples: list[_Example] = []
     left_out: Counter[str] = Counter()
     batches = [captions[i : i + batch_size] for i in range(0, len(captions), batch_size)]
-    for batch in track(batches, "replaying captions", console=Console(stderr=True), transient=True):
+    for batch in track(batches, "replaying captions"):
         columns = zip(*((row.image, row.caption, row.prompt) for row in batch), strict=True)
         for row, report in zip(batch, replayer.check_all(*columns), strict=True):
             if report.trace is None:
@@ -240,7 +239,7 @@ def _answers(guard: GazeGuard, examples: Sequence[_Example]) -> NDArray[np.float
     for i, example in enumerate(examples):
         if example.claim.kind != "location":
             of_caption.setdefault(id(example.source), []).append(i)
-    for indices in track(of_caption.values(), "self-verification", console=Console(stderr=True), transient=True):
+    for indices in track(of_caption.values(), "self-verification"):
         row, phrases = examples[indices[0]].source, [examples[i].claim.phrase for i in indices]
         image = load_image(row.image)
         log_odds = ask_about(guard.model, guard.processor, [image], [row.prompt], [0] * len(phrases), phrases)

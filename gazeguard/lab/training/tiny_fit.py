@@ -15,11 +15,8 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
 from gazeguard import lab
-from gazeguard.artifacts import HEADS_FILE
 from gazeguard.claims.parse import Claim, claims
 from gazeguard.decoding.verification import ask
 from gazeguard.detection import features
@@ -27,6 +24,7 @@ from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.discovery import find_heads
 from gazeguard.lab.truth import Mention, decided_claims
+from gazeguard.progress import track
 from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
 
@@ -37,7 +35,7 @@ def write_captions(guard: GazeGuard, samples: Sequence[lab.Sample], do_sample: b
     """One guarded caption per sample, greedy or sampled at temperature 1."""
     reports: list[Report] = []
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    for batch in track(batches, "writing captions", console=Console(stderr=True), transient=True):
+    for batch in track(batches, "writing captions"):
         encoded = encode(guard.model, guard.processor, [s.image for s in batch], [s.prompt for s in batch])
         guard.generate(**encoded.inputs, max_new_tokens=200, do_sample=do_sample)
         reports += guard.reports
@@ -103,7 +101,7 @@ def self_verification_answers(
     """
     answers = np.full(len(labelled.claims), np.nan)
     batches = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
-    for batch in track(batches, "self-verification", console=Console(stderr=True), transient=True):
+    for batch in track(batches, "self-verification"):
         in_batch = (labelled.image >= batch.start) & (labelled.image < batch.stop)
         chosen = np.flatnonzero((labelled.kind != "location") & in_batch)
         images, prompts = zip(*((samples[i].image, samples[i].prompt) for i in batch), strict=True)
