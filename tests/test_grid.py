@@ -1,4 +1,4 @@
-"""Does every image token get the place that the processor really cut it from?"""
+"""Does every image token get the location that the processor really cut it from?"""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ SEGMENTS = st.floats(0, 1, allow_subnormal=False)
 
 
 @given(SIDES, SIDES, SIZES)
-def test_the_page_holds_every_cell_and_cells_do_not_overlap(rows, columns, size):
-    """overlap(page) is 1 for each cell; overlap(pixels(c)) is 1 for c and 0 for every other cell."""
+def test_the_page_holds_every_token_and_tokens_do_not_overlap(rows, columns, size):
+    """overlap(page) is 1 for each token; overlap(pixels(c)) is 1 for c and 0 for every other token."""
     grid = ImageGrid.regular(rows, columns, size)
     assert len(grid) == rows * columns
     np.testing.assert_allclose(grid.overlap((0, 0, *size)), 1, atol=1e-3)
@@ -87,8 +87,8 @@ def test_the_page_holds_every_cell_and_cells_do_not_overlap(rows, columns, size)
 
 
 @given(SIDES, SIDES, SIZES, st.lists(SEGMENTS, max_size=4), st.lists(SEGMENTS, max_size=4))
-def test_a_partition_of_the_page_is_a_partition_of_each_cell(rows, columns, size, xs, ys):
-    """However the page is cut into boxes, the shares of a cell add up to 1, and none is outside [0, 1]."""
+def test_a_partition_of_the_page_is_a_partition_of_each_token(rows, columns, size, xs, ys):
+    """However the page is cut into boxes, the shares of an image token add up to 1, and none is outside [0, 1]."""
     grid = ImageGrid.regular(rows, columns, size)
     xs, ys = ([0, *sorted(n * cut for cut in cuts), n] for cuts, n in zip((xs, ys), size, strict=True))
     shares = [grid.overlap((x0, y0, x1, y1)) for x0, x1 in pairwise(xs) for y0, y1 in pairwise(ys)]
@@ -96,12 +96,12 @@ def test_a_partition_of_the_page_is_a_partition_of_each_cell(rows, columns, size
     np.testing.assert_allclose(sum(shares), 1, atol=2e-3)
 
 
-def test_cells_run_row_by_row_in_reading_order():
+def test_tokens_run_row_by_row_in_reading_order():
     grid = ImageGrid.regular(2, 3, (90, 40))
     np.testing.assert_allclose([grid.pixels(cell)[:2] for cell in (0, 2, 3)], [(0, 0), (60, 0), (0, 20)], atol=1e-4)
 
 
-def test_a_token_without_a_place_lies_in_no_box_and_other_pictures_do_not_count():
+def test_a_token_without_a_location_lies_in_no_box_and_other_images_do_not_count():
     boxes = np.array([[0, 0, 1, 1], [np.nan] * 4, [0, 0, 1, 1]], np.float32)
     grid = ImageGrid(boxes, np.array([0, 0, 1]), ((10, 10), (20, 20)))
     assert grid.overlap((0, 0, 10, 10)).tolist() == [1, 0, 0]
@@ -170,7 +170,7 @@ def prompt_of(made, sizes, used, token: int, merge: int = 1) -> Prompt:
 
 
 def lit(size: tuple[int, int], box: tuple[float, ...]) -> Image.Image:
-    """A black picture with the middle half of ``box`` in white."""
+    """A black image with the middle half of ``box`` in white."""
     x0, y0, x1, y1 = box
     dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
     image = Image.new("RGB", size)
@@ -183,8 +183,8 @@ def patches(frames: torch.Tensor, patch: int) -> np.ndarray:
     return torch.nn.functional.avg_pool2d(frames.mean(1), patch).flatten().numpy()
 
 
-def check_cells(grid: ImageGrid, size, brightness, views: list[slice]) -> None:
-    """In each view of the picture: a square drawn into a cell's box makes that very token the brightest of the view."""
+def check_tokens(grid: ImageGrid, size, brightness, views: list[slice]) -> None:
+    """In each view of the image: a square drawn into an image token's box makes that very token the brightest of the view."""
     for view in views:
         cells = range(len(grid))[view]
         for cell in {cells[0], cells[5], cells[len(cells) // 2 + 1], cells[-6], cells[-1]}:
@@ -202,12 +202,12 @@ def test_lab_layout(size):
 
     grid = find_grid(prompt_of(run(Image.new("RGB", size)), [size], used, token))
     assert grid.sizes == (size,)
-    check_cells(grid, size, lambda image: patches(run(image)["pixel_values"][0], PATCH), [slice(0, PATCHES**2)])
+    check_tokens(grid, size, lambda image: patches(run(image)["pixel_values"][0], PATCH), [slice(0, PATCHES**2)])
 
 
 @pytest.fixture(scope="module")
 def tiling() -> Idefics3Processor:
-    """The lab's processor as SmolVLM has it: a large picture is cut into tiles of a page each."""
+    """The lab's processor as SmolVLM has it: a large image is cut into tiles of a page each."""
     used = build_processor()
     tags = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     used.tokenizer.add_tokens([AddedToken(tag, special=True) for tag in tags])
@@ -219,7 +219,7 @@ def tiling() -> Idefics3Processor:
 
 @pytest.mark.parametrize(("size", "tiles"), [((432, 288), 6), ((300, 500), 6), ((400, 100), 3), ((120, 120), 9)])
 def test_tiles_and_thumbnail(tiling, size, tiles):
-    """Each tile's cells lie in the tile; the thumbnail's cells, last, cover the whole picture once more."""
+    """Each tile's tokens lie in the tile; the thumbnail's tokens, last, cover the whole image once more."""
     token = tiling.tokenizer.convert_tokens_to_ids(IMAGE)
 
     def run(image):
@@ -232,15 +232,15 @@ def test_tiles_and_thumbnail(tiling, size, tiles):
     for view in views:
         box_areas = np.prod(grid.boxes[view, 2:] - grid.boxes[view, :2], axis=1)
         assert box_areas.sum() == pytest.approx(1, abs=1e-4)
-    check_cells(grid, size, lambda image: patches(run(image)["pixel_values"][0], PATCH), views)
+    check_tokens(grid, size, lambda image: patches(run(image)["pixel_values"][0], PATCH), views)
 
 
-def test_tiles_of_two_pictures(tiling):
-    """The second picture's tiles are its own: a square in it lights a token of image 1 whose box holds the square."""
+def test_tiles_of_two_images(tiling):
+    """The second image's tiles are its own: a square in it lights a token of image 1 whose box holds the square."""
     token = tiling.tokenizer.convert_tokens_to_ids(IMAGE)
     size, box = (432, 288), (96.0, 204.0, 108.0, 216.0)
-    pictures = [Image.new("RGB", size), lit(size, box)]
-    made = tiling(images=[pictures], text=["<image>this<image>that"], return_tensors="pt")
+    originals = [Image.new("RGB", size), lit(size, box)]
+    made = tiling(images=[originals], text=["<image>this<image>that"], return_tensors="pt")
     grid = find_grid(prompt_of(made, [size, size], tiling, token))
     brightest = int(np.argmax(patches(made["pixel_values"][0], PATCH)))
     assert grid.image[brightest] == 1
@@ -262,7 +262,7 @@ def test_centre_crop(size):
     left, top = grid.pixels(0)[:2]
     right, bottom = grid.pixels(35)[2:]
     assert (right - left, bottom - top) == pytest.approx((min(size), min(size)), rel=0.02)
-    check_cells(grid, size, lambda image: patches(run(image)["pixel_values"], 14), [slice(0, 36)])
+    check_tokens(grid, size, lambda image: patches(run(image)["pixel_values"], 14), [slice(0, 36)])
 
 
 PINPOINTS = [[48, 96], [96, 48], [96, 96], [48, 144], [144, 48]]
@@ -315,13 +315,13 @@ def test_any_resolution(size, family):
         assert (width * height).sum() == pytest.approx(1, abs=0.04 if edge == 4 else 0.34), "unpadding may cut a line, too"
         for cell in view[[3, len(view) // 3, len(view) // 2 + 1, -4]]:
             x0, y0, x1, y1 = grid.pixels(cell)
-            picture = lit(size, (x0 - (x1 - x0) / 3, y0 - (y1 - y0) / 3, x1 + (x1 - x0) / 3, y1 + (y1 - y0) / 3))
-            values = packed(picture)[1][view]
+            original = lit(size, (x0 - (x1 - x0) / 3, y0 - (y1 - y0) / 3, x1 + (x1 - x0) / 3, y1 + (y1 - y0) / 3))
+            values = packed(original)[1][view]
             assert values[list(view).index(cell)] >= values.max() - 0.25 * abs(values.max() - values.min())
             assert abs(int(view[values.argmax()]) - cell) <= 1
 
 
-def test_several_pictures_of_onevision_have_no_finer_map():
+def test_several_images_of_onevision_have_no_finer_map():
     """Each is one square and one newline."""
     vision = SimpleNamespace(image_size=48, patch_size=4)
     config = SimpleNamespace(vision_config=vision, image_grid_pinpoints=PINPOINTS, model_type="llava_onevision")
@@ -332,7 +332,7 @@ def test_several_pictures_of_onevision_have_no_finer_map():
 
 
 @pytest.mark.parametrize("size", [(112, 112), (300, 200), (90, 400)])
-def test_pictures_in_their_own_size(size):
+def test_images_in_their_own_size(size):
     """Pixtral: ``image_sizes`` in pixels after the resize; a token is two by two patches."""
     used = PixtralImageProcessorPil(size={"longest_edge": 224}, patch_size={"height": 28, "width": 28})
     made = used(images=[Image.new("RGB", size)], return_tensors="pt")
@@ -347,12 +347,12 @@ def test_pictures_in_their_own_size(size):
     def brightness(image):
         return patches(used(images=[image], return_tensors="pt")["pixel_values"], 28)
 
-    check_cells(grid, size, brightness, [slice(0, len(grid))])
+    check_tokens(grid, size, brightness, [slice(0, len(grid))])
 
 
 @pytest.mark.parametrize(("size", "tiles"), [((100, 100), 1), ((300, 200), 6), ((90, 400), 5), ((56, 150), 3)])
 def test_tiles_of_a_canvas(size, tiles):
-    """InternVL and its relatives: tiles of the canvas that the image processor chose, the whole picture last."""
+    """InternVL and its relatives: tiles of the canvas that the image processor chose, the whole image last."""
     used = GotOcr2ImageProcessorPil(
         size={"height": 48, "width": 48}, crop_to_patches=tiles > 1, min_patches=1, max_patches=6, do_center_crop=False
     )
@@ -366,10 +366,10 @@ def test_tiles_of_a_canvas(size, tiles):
     grid = find_grid(prompt)
     assert len(grid) == (tiles + (tiles > 1)) * 144
     views = [slice(0, tiles * 144)] + ([slice(tiles * 144, (tiles + 1) * 144)] if tiles > 1 else [])
-    check_cells(grid, size, lambda image: patches(run(image), 4), views)
+    check_tokens(grid, size, lambda image: patches(run(image), 4), views)
 
 
-def test_a_canvas_needs_the_pictures_own_size():
+def test_a_canvas_needs_the_images_own_size():
     """Without it the number of tiles does not fit, and the message says what to pass."""
     used = GotOcr2ImageProcessorPil(size={"height": 48, "width": 48}, crop_to_patches=True, min_patches=1, max_patches=6)
     made = {"input_ids": torch.tensor([[1, *[7] * (7 * 144), 1]])}
@@ -387,8 +387,8 @@ def test_a_square_number_of_tokens_need_not_be_a_square():
         find_grid(replace(prompt, model=SimpleNamespace(config=config)))
 
 
-def test_tiles_are_not_taken_for_pictures():
-    """Without the pictures' own sizes nobody knows how many tiles each has: refused, with what to pass."""
+def test_tiles_are_not_taken_for_images():
+    """Without the images' own sizes nobody knows how many tiles each has: refused, with what to pass."""
     used = GotOcr2ImageProcessorPil(size={"height": 48, "width": 48}, crop_to_patches=True, min_patches=1, max_patches=6)
     tiles = [token for _ in range(3) for token in (*[7] * 144, 8)]
     prompt = prompt_of({"input_ids": torch.tensor([[1, *tiles]])}, [(48, 48)] * 3, SimpleNamespace(image_processor=used), 7)
@@ -403,10 +403,12 @@ def test_a_page_without_tiles():
     made = {"input_ids": torch.tensor([[1, *[7] * 64, 1]])}
     prompt = prompt_of(made, [size], SimpleNamespace(image_processor=used), 7)
     grid = find_grid(replace(prompt, model=model_of("pp_chart2table")))
-    check_cells(grid, size, lambda image: patches(used(images=[image], return_tensors="pt")["pixel_values"], 8), [slice(0, 64)])
+    check_tokens(
+        grid, size, lambda image: patches(used(images=[image], return_tensors="pt")["pixel_values"], 8), [slice(0, 64)]
+    )
 
 
-def test_answers_of_a_resampler_have_no_place():
+def test_answers_of_a_resampler_have_no_location():
     """The tokens of a Q-Former or perceiver have seen everything; no box holds any of them."""
     made = {"input_ids": torch.tensor([[1, *[7] * 32, 1]])}
     config = SimpleNamespace(model_type="blip-2")
@@ -429,11 +431,11 @@ def test_patches_merged_two_by_two(size):
     def brightness(image):
         return used(images=[image], return_tensors="pt")["pixel_values"].mean(1).reshape(-1, 4).mean(1).numpy()
 
-    check_cells(grid, size, brightness, [slice(0, count)])
+    check_tokens(grid, size, brightness, [slice(0, count)])
 
 
 def test_two_grids_in_one_prompt():
-    """Cells belong to their pictures in order, each with its own number of rows and columns."""
+    """Tokens belong to their images in order, each with its own number of rows and columns."""
     made = {"input_ids": torch.tensor([[7] * 6 + [1] + [7] * 4]), "image_grid_thw": [[1, 4, 6], [1, 4, 4]]}
     grid = find_grid(prompt_of(made, [(60, 40), (40, 40)], None, 7, merge=2))
     assert grid.image.tolist() == [0] * 6 + [1] * 4
@@ -441,7 +443,7 @@ def test_two_grids_in_one_prompt():
     assert grid.pixels(9) == pytest.approx((20, 20, 40, 40))
 
 
-def test_an_unknown_layout_says_what_was_found_and_the_way_out():
+def test_an_unknown_layout_says_what_was_found_and_what_to_do():
     made = {"input_ids": torch.tensor([[1, 7, 7, 7, 1, 7, 7]])}
     prompt = prompt_of(made, [(8, 8)], SimpleNamespace(tokenizer=processor().tokenizer), 7)
     with pytest.raises(UnsupportedError) as caught:
@@ -462,7 +464,7 @@ def test_a_layout_that_does_not_add_up_is_refused():
 
 
 @pytest.mark.parametrize("size", [(300, 200), (90, 400)])
-def test_patches_that_tell_their_places(size):
+def test_patches_that_tell_their_locations(size):
     """Gemma 4: patches come padded to one length with their (x, y); three by three of them are a token."""
     used = Gemma4ImageProcessorPil(max_soft_tokens=70)
     made = used(images=[Image.new("RGB", size), Image.new("RGB", size[::-1])], return_tensors="pt")
@@ -484,12 +486,12 @@ def test_patches_that_tell_their_places(size):
         cell = places[real, 0] // 3 + columns * (places[real, 1] // 3)
         return torch.zeros(counts[0]).index_add(0, cell, bright[real]).numpy()
 
-    check_cells(grid, size, brightness, [slice(0, counts[0])])
+    check_tokens(grid, size, brightness, [slice(0, counts[0])])
 
 
 @pytest.mark.parametrize("size", [(300, 200), (90, 400)])
 def test_codes_with_a_token_after_each_row(size):
-    """Emu3: the last token of each row ends it and has no place."""
+    """Emu3: the last token of each row ends it and has no location."""
     used = Emu3ImageProcessor(min_pixels=64 * 64, max_pixels=128 * 128, spatial_factor=8)
     made = used(images=[Image.new("RGB", size)], return_tensors="pt")
     height, width = (edge // 8 for edge in made["image_sizes"][0].tolist())
@@ -505,7 +507,7 @@ def test_codes_with_a_token_after_each_row(size):
         return patches(pixels, 8)
 
     places = replace(grid, boxes=grid.boxes[~ends], image=grid.image[~ends])
-    check_cells(places, size, brightness, [slice(0, len(places))])
+    check_tokens(places, size, brightness, [slice(0, len(places))])
 
 
 @functools.cache
@@ -522,16 +524,16 @@ def taught(tokens: Sequence[str]) -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("size", [(40, 40), (140, 90), (90, 200), (1200, 240)])
 def test_tiles_with_tokens_between_them(size):
-    """Ovis2: the whole picture first, then tiles; the second picture's tokens are its own."""
+    """Ovis2: the whole image first, then tiles; the second image's tokens are its own."""
     images = Ovis2ImageProcessorPil(size={"height": 48, "width": 48}, crop_to_patches=True, max_patches=9)
     marks = ["<IMG_START>", "<IMG_ATOM>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
     used = Ovis2Processor(images, taught(marks), image_seq_length=144)
     token = used.tokenizer.convert_tokens_to_ids("<IMG_ATOM>")
     model = SimpleNamespace(config=SimpleNamespace(model_type="ovis2", vision_config=SimpleNamespace()))
-    pictures = [Image.new("RGB", size), Image.new("RGB", (40, 40))]
-    made = used(images=pictures, text=["<image>this<image>that"], return_tensors="pt")
+    originals = [Image.new("RGB", size), Image.new("RGB", (40, 40))]
+    made = used(images=originals, text=["<image>this<image>that"], return_tensors="pt")
     grid = find_grid(replace(prompt_of(made, [size, (40, 40)], used, token), model=model))
-    tiles = int(images(images=pictures, return_tensors="pt")["grids"][0].prod())  # as the image processor cut it
+    tiles = int(images(images=originals, return_tensors="pt")["grids"][0].prod())  # as the image processor cut it
     tiles = 0 if tiles == 1 else tiles
     assert np.bincount(grid.image).tolist() == [(1 + tiles) * 144, 144]
 
@@ -547,9 +549,9 @@ def test_tiles_with_tokens_between_them(size):
 
 @pytest.mark.parametrize(("size", "tiles"), [((60, 48), (1, 2)), ((48, 24), (1, 1)), ((90, 70), (2, 2)), ((30, 140), (3, 1))])
 def test_tiles_from_the_corner_with_tokens_between_them(size, tiles):
-    """Llama 4: tiles of a canvas that the picture need not fill, then the whole picture, stretched; one tile is padded, too.
+    """Llama 4: tiles of a canvas that the image need not fill, then the whole image, stretched; one tile is padded, too.
 
-    Its image processor needs torchvision, so the picture is laid onto the canvas here as that does it.
+    Its image processor needs torchvision, so the image is laid onto the canvas here as that does it.
     """
     images = SimpleNamespace(resize_to_max_canvas=False)
     tokens = ("<|image_start|>", "<|image|>", "<|patch|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>")
@@ -581,7 +583,7 @@ def test_tiles_from_the_corner_with_tokens_between_them(size, tiles):
         whole = np.nan_to_num(np.prod(grid.boxes[view, 2:] - grid.boxes[view, :2], axis=1)).sum()
         assert whole == pytest.approx(1, abs=1e-3)
         sizes = grid.boxes[view, 2:] - grid.boxes[view, :2]
-        full = (sizes > 0.7 * np.nanmax(sizes, axis=0)).all(axis=1)  # not those that hold but a sliver of the picture
+        full = (sizes > 0.7 * np.nanmax(sizes, axis=0)).all(axis=1)  # not those that hold but a sliver of the image
         for cell in (np.flatnonzero(full) + view.start)[::7]:
             assert int(np.argmax(brightness(lit(size, grid.pixels(cell)))[view])) == cell - view.start
     with pytest.raises(UnsupportedError, match="Pass picture_sizes= to generate"):
@@ -590,7 +592,7 @@ def test_tiles_from_the_corner_with_tokens_between_them(size, tiles):
 
 @pytest.mark.parametrize("size", [(100, 70), (300, 200), (45, 180)])
 def test_a_run_for_each_row(size):
-    """Fuyu: a newline after each row of patches; the last row and column hold what is left of the picture."""
+    """Fuyu: a newline after each row of patches; the last row and column hold what is left of the image."""
     images = FuyuImageProcessorPil(size={"height": 120, "width": 180}, patch_size={"height": 15, "width": 15})
     tokenizer = taught(["|NEWLINE|", "|SPEAKER|", "<s>"])
     used = FuyuProcessor(images, tokenizer)
@@ -630,19 +632,19 @@ def model_of(kind: str, **config: object) -> SimpleNamespace:
 
 
 def areas(grid: ImageGrid, view: slice = slice(None)) -> np.ndarray:
-    """The shares of the picture that cells cover, 0 for those without a place."""
+    """The shares of the image that tokens cover, 0 for those without a location."""
     return np.nan_to_num(np.prod(grid.boxes[view, 2:] - grid.boxes[view, :2], axis=1))
 
 
 def check_some(grid: ImageGrid, size, brightness, view: slice) -> None:
-    """As `check_cells`, for seven cells all over a view, slivers at the edge of the picture aside."""
+    """As `check_tokens`, for seven tokens all over a view, slivers at the edge of the image aside."""
     cells = np.flatnonzero(areas(grid, view) > 0.5 * areas(grid, view).max()) + view.start
     for cell in cells[np.linspace(0, len(cells) - 1, 7).round().astype(int)]:
         assert int(np.nanargmax(brightness(lit(size, grid.pixels(cell)))[view])) == cell - view.start
 
 
 def cropped(image: Image.Image, rows: int, columns: int, edge: int) -> np.ndarray:
-    """The mean brightness of each 4 x 4 patch of each tile of ``edge`` pixels, after a picture filled the canvas of tiles."""
+    """The mean brightness of each 4 x 4 patch of each tile of ``edge`` pixels, after an image filled the canvas of tiles."""
     canvas = np.asarray(image.resize((columns * edge, rows * edge)), np.float32)
     tiles = [canvas[y : y + edge, x : x + edge] for y in range(0, rows * edge, edge) for x in range(0, columns * edge, edge)]
     return patches(torch.tensor(np.stack(tiles)).permute(0, 3, 1, 2), 4)
@@ -655,9 +657,9 @@ LFM2 += [f"<|img_row_{row}_col_{column}|>" for row in range(1, 4) for column in 
 @pytest.mark.parametrize(("size", "tiles"), [((200, 120), (1, 1)), ((300, 200), (2, 3)), ((90, 270), (3, 1))])
 @pytest.mark.parametrize("overview", [True, False])
 def test_tagged_tiles_of_any_shape(size, tiles, overview):
-    """Lfm2-VL: the whole picture keeps its shape, and may be left out beside tiles. Two pictures, one of them without tiles.
+    """Lfm2-VL: the whole image keeps its shape, and may be left out beside tiles. Two images, one of them without tiles.
 
-    Its image processor needs torchvision, so the picture is cut here as that does it; the tags are the processor's own.
+    Its image processor needs torchvision, so the image is cut here as that does it; the tags are the processor's own.
     """
     tokenizer = taught(LFM2)
     rows, columns = tiles
@@ -694,7 +696,7 @@ NAMES = {
 
 
 def test_tiles_without_their_tags_are_refused():
-    """Lfm2-VL may be told to write no tags: then nobody knows which tokens are the whole picture."""
+    """Lfm2-VL may be told to write no tags: then nobody knows which tokens are the whole image."""
     tokenizer = taught(LFM2)
     text = Lfm2VlProcessor._build_image_tokens(SimpleNamespace(**NAMES), 2, 2, 36, 32, True, False)
     made = ids_of(tokenizer, text) | {"spatial_shapes": torch.tensor([(12, 12)] * 4 + [(8, 16)])}
@@ -708,7 +710,7 @@ STEP = ["<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>", "<im_en
 
 @pytest.mark.parametrize("size", [(90, 70), (200, 120), (300, 250), (250, 90), (1000, 20)])
 def test_tiles_as_the_processor_plans_them(size):
-    """Step 3.7: a run for each tile, then the whole; thin pictures are made square first. Its own plan, cuts and tokens."""
+    """Step 3.7: a run for each tile, then the whole; thin images are made square first. Its own plan, cuts and tokens."""
     tokenizer = taught(STEP)
     plan = SimpleNamespace(max_image_size=400, _is_extreme_aspect=Step3p7ImageProcessor._is_extreme_aspect)
     plan._plan_patches = lambda *given: Step3p7ImageProcessor._plan_patches(plan, *given)
@@ -748,8 +750,8 @@ def test_tiles_as_the_processor_plans_them(size):
 
 @pytest.mark.parametrize("size", [(100, 70), (300, 200), (90, 300), (320, 310)])
 @pytest.mark.parametrize(("kind", "mode"), [("minicpmv4_6", "16x"), ("minicpmv4_7", "16x"), ("minicpm_ocr", "4x")])
-def test_slices_after_the_whole_picture(size, kind, mode):
-    """MiniCPM-V: a run for the whole picture, then one for each slice, rows of slices ended by a line break."""
+def test_slices_after_the_whole_image(size, kind, mode):
+    """MiniCPM-V: a run for the whole image, then one for each slice, rows of slices ended by a line break."""
     marks = {"image_start_token": "<image>", "image_end_token": "</image>"}
     marks |= {"slice_start_token": "<slice>", "slice_end_token": "</slice>", "image_token": "<|cell|>"}
     tokenizer = taught(list(marks.values()))
@@ -829,9 +831,9 @@ def test_two_views_of_pooled_patches(size, columns):
 @pytest.mark.parametrize("size", [(100, 70), (120, 80), (45, 180)])
 @pytest.mark.parametrize("share", [None, 1.7, 0.5])
 def test_patches_from_the_corner(size, share):
-    """Inkling: rows of patches of the resized picture, and one column more than it fills if its width is a multiple.
+    """Inkling: rows of patches of the resized image, and one column more than it fills if its width is a multiple.
 
-    Its image processor needs torchvision, so the picture is cut here as that does it.
+    Its image processor needs torchvision, so the image is cut here as that does it.
     """
     most = 250
     images = SimpleNamespace(
@@ -860,7 +862,7 @@ def test_patches_from_the_corner(size, share):
 @pytest.mark.parametrize(("kind", "merge", "limit"), [("inkling2", 1, None), ("kimi_k25", 2, 200), ("glm5_next", 2, 200)])
 @pytest.mark.parametrize("size", [(100, 70), (161, 90), (300, 250)])
 def test_padding_that_is_told_as_patches(kind, merge, limit, size):
-    """Pictures that keep their shape, or are shrunk, and are padded on the right and below: what is told counts padding."""
+    """Images that keep their shape, or are shrunk, and are padded on the right and below: what is told counts padding."""
     edge = 10 * merge
     scale = min(1.0, (limit or max(size)) / max(size))
     kept = tuple(int(side * scale) for side in size)
@@ -920,8 +922,8 @@ def test_a_map_of_tiles_and_the_page(size, crop):
         find_grid(replace(prompt, original_sizes=False))
 
 
-def test_queries_of_several_views_belong_to_their_picture():
-    """DeepSeek-OCR 2: queries that have seen a tile or a page; a picture with tiles has more of them than one without."""
+def test_queries_of_several_views_belong_to_their_image():
+    """DeepSeek-OCR 2: queries that have seen a tile or a page; an image with tiles has more of them than one without."""
     made = {"input_ids": torch.tensor([[1, *[7] * 33, 1, *[7] * 9, 1]])}
     grid = find_grid(replace(prompt_of(made, [(40, 30), (20, 20)], None, 7), model=model_of("deepseek_ocr2")))
     assert np.bincount(grid.image).tolist() == [33, 9]
@@ -930,9 +932,9 @@ def test_queries_of_several_views_belong_to_their_picture():
 
 @pytest.mark.parametrize("between", [[], [5, 6]], ids=["one run", "a time before each frame"])
 def test_frames_of_a_video(between):
-    """Qwen-VL: a square in frame f lights the token of its cell in that frame; the cells of each frame have the same boxes.
+    """Qwen-VL: a square in frame f lights the token of its patch in that frame; the tokens of each frame have the same boxes.
 
-    Its video processor needs torchvision; frames are cut here by that of pictures, whose order of patches is the same.
+    Its video processor needs torchvision; frames are cut here by that of images, whose order of patches is the same.
     """
     used, size = (
         Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, min_pixels=28**2 * 16, max_pixels=28**2 * 100),
@@ -1002,7 +1004,7 @@ def test_tokens_come_row_by_row_out_of_the_tower(name, where, columns, merge, fi
             return torch.cat(list(getattr(made, "pooler_output", made)))
 
         before = tokens(inputs["pixel_values"])
-        # Step 3.7 merges by convolutions that reach over the edges of cells, though not from their first patches.
+        # Step 3.7 merges by convolutions that reach over the edges of tokens, though not from their first patches.
         for patch in [4 * row * columns + 4 * column for row, column in np.ndindex(2, 2)] if first == 1 else range(columns**2):
             pixels = inputs["pixel_values"].clone()
             pixels[where(patch)] += 1
@@ -1011,66 +1013,66 @@ def test_tokens_come_row_by_row_out_of_the_tower(name, where, columns, merge, fi
             assert torch.nonzero(moved).flatten().tolist() == [first + row * (columns // merge) + column]
 
 
-# --------------------------------------------------------------------------------------- whose cells are they, in a batch
+# --------------------------------------------------------------------------------------- whose tokens are they, in a batch
 
 
-def told_grids(kind: Family, inputs: dict[str, torch.Tensor], used: object = None, **told: object) -> list[ImageGrid]:
+def grids_of_batch(kind: Family, inputs: dict[str, torch.Tensor], used: object = None, **told: object) -> list[ImageGrid]:
     keys = visual_keys(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
     return image_grids(kind.model, used, inputs, keys.ids, keys.mask, **told)
 
 
-def test_pictures_and_videos_in_the_order_of_their_tokens():
-    """Row 1 holds a picture before its video; a video is one picture, with the cells of a frame for each frame."""
+def test_images_and_videos_in_the_order_of_their_tokens():
+    """Row 1 holds an image before its video; a video is one image, with the tokens of a frame for each frame."""
     kind = MAKERS["Qwen2.5-VL (video)"]()
     inputs = kind.batch()
-    grids = told_grids(kind, inputs)
+    grids = grids_of_batch(kind, inputs)
     for row, grid in enumerate(grids):
         frames, height, width = inputs["video_grid_thw"][row].tolist()
         frame = ImageGrid.regular(height // 2, width // 2, (4 * width, 4 * height))
-        before = kind.cells(row)[0] if row == 1 else 0
+        before = kind.image_tokens(row)[0] if row == 1 else 0
         assert grid.image.tolist() == [0] * before + [row % 2] * (frames * len(frame))
         np.testing.assert_array_equal(grid.boxes[before:], np.tile(frame.boxes, (frames, 1)))
         assert grid.sizes[-1] == frame.sizes[0]
     _, height, width = inputs["image_grid_thw"][0].tolist()
-    picture = ImageGrid.regular(height // 2, width // 2, (4 * width, 4 * height))
-    np.testing.assert_array_equal(grids[1].boxes[: len(picture)], picture.boxes)
-    assert grids[1].sizes[0] == picture.sizes[0]
-    own = told_grids(kind, inputs, sizes=[[(30, 20)], [(64, 48), (30, 20)], [(9, 8)]])
+    original = ImageGrid.regular(height // 2, width // 2, (4 * width, 4 * height))
+    np.testing.assert_array_equal(grids[1].boxes[: len(original)], original.boxes)
+    assert grids[1].sizes[0] == original.sizes[0]
+    own = grids_of_batch(kind, inputs, sizes=[[(30, 20)], [(64, 48), (30, 20)], [(9, 8)]])
     assert own[1].sizes == ((64, 48), (30, 20))
 
 
-def test_frames_that_have_the_id_of_pictures():
-    """GLM-4V writes the cells of a video's frames as those of pictures; only video_grid_thw tells them."""
+def test_frames_that_have_the_id_of_images():
+    """GLM-4V writes the tokens of a video's frames as those of images; only video_grid_thw tells them."""
     kind = MAKERS["GLM-4V"]()
     made = kind.batch([0])
-    cells = kind.cells(0)[0]
+    cells = kind.image_tokens(0)[0]
     told = {name: made[name] for name in ("input_ids", "attention_mask")}
-    grid = told_grids(kind, {**told, "video_grid_thw": torch.tensor([[2, 2, cells]])})[0]
+    grid = grids_of_batch(kind, {**told, "video_grid_thw": torch.tensor([[2, 2, cells]])})[0]
     assert len(grid) == cells
     np.testing.assert_array_equal(grid.boxes, np.tile(ImageGrid.regular(1, cells // 2, (8, 8)).boxes, (2, 1)))
 
 
-def test_frames_whose_places_nothing_tells():
+def test_frames_whose_locations_nothing_tells():
     """A video of LLaVA-NeXT-Video is heard, not taken for text; where in it is for the caller to say."""
     kind = MAKERS["LLaVA-NeXT-Video"]()
     inputs = kind.batch([0])
     inputs["input_ids"][inputs["input_ids"] == kind.image_token] = VIDEO
     cells = int((inputs["input_ids"] == VIDEO).sum())
     with pytest.raises(UnsupportedError) as caught:
-        told_grids(kind, inputs)
+        grids_of_batch(kind, inputs)
     assert str(caught.value) == (
         f"Row 0 of the batch holds a video, and no rule says where in its frames the {cells} image tokens of "
         "LlavaNextVideoForConditionalGeneration lie: only video_grid_thw does. Pass grid=ImageGrid(...) with one box per "
         "image token, or leave the video out."
     )
     known = ImageGrid.regular(1, cells, (9, 9))
-    assert told_grids(kind, inputs, known=known) == [known]
+    assert grids_of_batch(kind, inputs, known=known) == [known]
     keys = visual_keys(kind.model, inputs, inputs["input_ids"], inputs["attention_mask"])
     assert int(KeyLayout.from_ids(*keys).valid.sum()) == cells
 
 
 def test_every_row_of_a_batch_gets_its_own_runs():
-    """Lfm2-VL: row 0 has two pictures, row 1 tiles; the shapes of all of them come in one list."""
+    """Lfm2-VL: row 0 has two images, row 1 tiles; the shapes of all of them come in one list."""
     kind, tokenizer = MAKERS["Lfm2-VL"](), taught(LFM2)
     kind.model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     single, tiles = (
@@ -1082,7 +1084,7 @@ def test_every_row_of_a_batch_gets_its_own_runs():
     shapes = [(4, 6), (6, 4), (4, 4), (4, 4), (6, 2)]
     inputs = {**made, "spatial_shapes": torch.tensor(shapes)}
     used, sizes = SimpleNamespace(tokenizer=tokenizer), [[(60, 40), (40, 60)], [(30, 90)]]
-    two, tiled = told_grids(kind, inputs, used, sizes=sizes)
+    two, tiled = grids_of_batch(kind, inputs, used, sizes=sizes)
     assert two.image.tolist() == [0] * 6 + [1] * 6
     assert [two.pixels(cell) for cell in (0, 6)] == [pytest.approx((0, 0, 20, 20)), pytest.approx((0, 0, 20, 20))]
     assert [tiled.pixels(cell) for cell in (0, 4, 8)] == [
@@ -1092,10 +1094,10 @@ def test_every_row_of_a_batch_gets_its_own_runs():
     ]
 
 
-def test_pictures_that_are_no_words_are_told_apart():
-    """Idefics: rows have one or two pictures, a class cell and a square each."""
+def test_images_that_are_no_text_are_told_from_each_other():
+    """Idefics: rows have one or two images, a class token and a square each."""
     kind = MAKERS["Idefics"]()
-    grids = told_grids(kind, kind.batch())
+    grids = grids_of_batch(kind, kind.batch())
     square = ImageGrid.regular(4, 4, (16, 16))
     for row, grid in enumerate(grids):
         assert grid.image.tolist() == np.repeat(np.arange(1 + row % 2), 17).tolist()

@@ -171,7 +171,7 @@ def test_heads_fixed_in_space_are_no_gaze_heads():
 
 
 def test_sinks_are_found_and_left_out():
-    """A cell that gets much whatever is said is taken out; one that gets much when its panel is said stays."""
+    """A token that gets much whatever is described is taken out; one that gets much when its panel is described stays."""
     regions = torch.zeros(1, 30, 3)
     for panel in range(3):
         regions[0, panel * 10 : panel * 10 + 10, panel] = 1
@@ -252,7 +252,7 @@ def test_strips_without_words_are_asked_about(lab_vlm):
 
 
 def test_panels_that_the_model_cannot_see_are_refused():
-    """A crop that takes half of a panel away, and panels smaller than two cells."""
+    """A crop that takes half of a panel away, and panels smaller than two tokens."""
     (strip,) = draw_strips(1, size=(144, 144))
     with pytest.raises(InputError, match=r"The model sees \d+% of panel 1: its processor crops the 144 x 144 image"):
         panel_shares(ImageGrid.regular(12, 12, (144, 144), view=(0.2, 0.0, 0.8, 1.0)), strip)
@@ -272,7 +272,7 @@ def test_a_processor_that_crops_is_found_out():
 
 
 def test_panels_of_unlike_area_count_alike(lab_vlm):
-    """A head that looks evenly at the picture has no contrast, however large the panels are."""
+    """A head that attends evenly to the image has no contrast, however large the panels are."""
     regions = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])
     weighed = regions * (regions.sum(0).mean() / regions.sum(0))
     made = panel_mass(torch.full((1, 1, 2, 4), 0.25), weighed[None])
@@ -291,8 +291,8 @@ def test_an_untrained_model_has_no_gaze_heads():
     assert found.unusable.startswith("No usable gaze heads")
 
 
-def test_panels_share_out_the_cells():
-    """Each cell belongs to panels by area: over a full page the shares of a cell sum to 1."""
+def test_panels_share_out_the_tokens():
+    """Each token belongs to panels by area: over a full page the shares of an image token sum to 1."""
     (strip,) = draw_strips(1, size=(144, 144))
     shares = panel_shares(ImageGrid.regular(12, 12, (144, 144)), strip)
     assert shares.shape == (144, 6)

@@ -1,6 +1,6 @@
 """What comes in from outside, made to do harm: does it end in a reason, at every entrance, and does nothing run or pass unseen?
 
-Pictures, captions and prompts through `GazeGuard.check`, `check_all`, `CaptionFilter` and the command; files of gaze heads,
+Images, captions and prompts through `GazeGuard.check`, `check_all`, `CaptionFilter` and the command; files of gaze heads,
 detectors, policies, traces, comics and interrupted searches, changed thousands of times. What one module does with one kind of
 wrong input stands in that module's own tests.
 """
@@ -119,7 +119,7 @@ def line_of(result: Any) -> str:
 
 run = CliRunner().invoke
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------------- images
 
 
 def png(width: int, height: int, depth: int = 1, colour: int = 0, data: bytes = b"") -> bytes:
@@ -177,7 +177,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 def unusual() -> dict[str, tuple[Image.Image, bytes]]:
-    """Pictures that are only unusual, each beside the plain one that it shows."""
+    """Images that are only unusual, each beside the plain one that it shows."""
     plain, few = IMAGE.convert("RGB"), IMAGE.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
     grey, clear = IMAGE.convert("L"), few.copy()
     clear.info.clear()
@@ -231,12 +231,12 @@ PLACES = {
 
 
 def bad_sources(folder: Path) -> list[tuple[Any, str]]:
-    """Every bad picture as a path, as bytes and, where it can be opened at all, as a PIL image that is not unpacked yet."""
+    """Every bad image as a path, as bytes and, where it can be opened at all, as a PIL image that is not unpacked yet."""
     made: list[tuple[Any, str]] = [(str(folder / name), reason) for name, reason in PLACES.items()]
     for name, (data, reason) in BAD.items():
         made += [(folder / name, reason), (data, reason)]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns whoever opens a large picture
+            warnings.simplefilter("ignore")  # Pillow warns whoever opens a large image
             try:
                 made.append((Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "GIF", "TIFF", "PPM"]), reason))
             except (OSError, Image.DecompressionBombError):
@@ -245,7 +245,7 @@ def bad_sources(folder: Path) -> list[tuple[Any, str]]:
     return [*made, (empty, "is 0 x 5 pixels: there is nothing in it"), (7, "Expected one image"), (None, "Expected one")]
 
 
-def test_a_bad_picture_is_unchecked_and_costs_no_neighbour(watching, folder):
+def test_a_bad_image_is_unchecked_and_costs_no_neighbour(watching, folder):
     """check and check_all: every one with its reason, and the rows between them say what they say alone."""
     sources = bad_sources(folder)
     assert sum(isinstance(source, Image.Image) for source, _ in sources) >= 7
@@ -262,7 +262,7 @@ def test_a_bad_picture_is_unchecked_and_costs_no_neighbour(watching, folder):
         assert reason in report.reason, source
 
 
-def test_a_bad_picture_is_unchecked_in_the_filter(keep, folder):
+def test_a_bad_image_is_unchecked_in_the_filter(keep, folder):
     """The same, through `CaptionFilter`; the reasons name no path, so that they can be counted."""
     sources = [pair for pair in bad_sources(folder) if pair[0] is not None]
     with nothing_run():
@@ -274,15 +274,15 @@ def test_a_bad_picture_is_unchecked_in_the_filter(keep, folder):
 
 
 @pytest.mark.parametrize("name", [*BAD, *PLACES])
-def test_a_bad_picture_ends_the_command_in_one_line(folder, name):
+def test_a_bad_image_ends_the_command_in_one_line(folder, name):
     """Exit code 2 and the reason, whatever the file is called."""
     with nothing_run():
         result = run(app, ["check", str(folder / name), "--caption", CAPTION])
     assert (BAD[name][1] if name in BAD else PLACES[name]) in line_of(result)
 
 
-def test_an_unusual_picture_is_what_it_shows(watching, folder):
-    """Its first frame, in eight bits of red, green and blue: the report of the plain picture, however it is handed over."""
+def test_an_unusual_image_is_what_it_shows(watching, folder):
+    """Its first frame, in eight bits of red, green and blue: the report of the plain image, however it is handed over."""
     for name, (plain, data) in unusual().items():
         expected = watching.check(plain, CAPTION)
         assert expected.findings
@@ -291,7 +291,7 @@ def test_an_unusual_picture_is_what_it_shows(watching, folder):
             assert (report.verdict, told(report)) == (expected.verdict, told(expected)), name
 
 
-def test_a_large_picture_that_is_within_bounds_is_checked(watching):
+def test_a_large_image_that_is_within_bounds_is_checked(watching):
     """Just below the limit, and as narrow as can be: a verdict, or a reason."""
     narrow = [Image.new("RGB", size) for size in ((60_000, 1), (1, 60_000), (1, 1))]
     with nothing_run():
@@ -301,7 +301,7 @@ def test_a_large_picture_that_is_within_bounds_is_checked(watching):
 
 
 def test_a_shape_that_the_processor_refuses_is_unchecked_alone(watching, monkeypatch):
-    """Qwen's processors refuse a picture that is 200 times as wide as high, in their own words."""
+    """Qwen's processors refuse an image that is 200 times as wide as high, in their own words."""
     kind = type(watching.processor)
     whole = kind.apply_chat_template
 
@@ -320,7 +320,7 @@ def test_a_shape_that_the_processor_refuses_is_unchecked_alone(watching, monkeyp
     assert reports[2].reason.startswith("the processor refuses it: absolute aspect ratio must be smaller than 200, got ")
 
 
-HELD = {  # EXIF tag 274 -> how the upright picture is turned into what the camera stored
+HELD = {  # EXIF tag 274 -> how the upright image is turned into what the camera stored
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -338,8 +338,8 @@ def held(image: Image.Image, how: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(200, 120), (120, 200)])
-def test_boxes_are_in_pixels_of_the_upright_picture(watching, keep, tmp_path, size):
-    """For all eight ways to hold a camera, at every entrance, live and replayed: the twin's boxes, inside the picture."""
+def test_boxes_are_in_pixels_of_the_upright_image(watching, keep, tmp_path, size):
+    """For all eight ways to hold a camera, at every entrance, live and replayed: the twin's boxes, inside the image."""
     upright = IMAGE.resize(size)
     expected = watching.check(upright, CAPTION)
     assert all(f.box[2] <= size[0] and f.box[3] <= size[1] for f in expected.findings)

@@ -26,7 +26,6 @@ PRIVATE: set[str] = {
 OLD_WORDS: set[str] = {
     "gazeguard.detection",
     "gazeguard.fitting",
-    "gazeguard.heads",
     "gazeguard.lab",
     "gazeguard.claims",
 }

@@ -1,4 +1,4 @@
-"""Do pictures and words become the batch that the model was made for, and is what cannot be used refused in words?"""
+"""Do images and words become the batch that the model was made for, and is what cannot be used refused in words?"""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def noise(kind: str) -> bytes:
 FILES = {kind: noise(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")}
 
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ FILES = {kind: noise(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TI
     ],
     ids=lambda value: value.mode if isinstance(value, Image.Image) else None,
 )
-def test_every_kind_of_picture_becomes_rgb_of_the_same_colour(tmp_path, image, kind, expected):
+def test_every_kind_of_image_becomes_rgb_of_the_same_colour(tmp_path, image, kind, expected):
     """From a file, its bytes, and the PIL image itself."""
     data = packed(image, kind)
     (tmp_path / "picture").write_bytes(data)
@@ -77,7 +77,7 @@ def test_every_kind_of_picture_becomes_rgb_of_the_same_colour(tmp_path, image, k
 
 
 @pytest.mark.parametrize("how", STORED)
-def test_a_picture_is_upright_however_the_camera_was_held(how):
+def test_an_image_is_upright_however_the_camera_was_held(how):
     """The marked corner comes out top left; the sides are swapped when the camera lay on its side."""
     image = Image.new("RGB", (12, 8))
     vertical, horizontal = STORED[how]
@@ -91,8 +91,8 @@ def test_a_picture_is_upright_however_the_camera_was_held(how):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_truncated_picture_is_refused(kind):
-    """Half a file is damaged, or no picture at all; as bytes and as a PIL image that was opened but not read."""
+def test_a_truncated_image_is_refused(kind):
+    """Half a file is damaged, or no image at all; as bytes and as a PIL image that was opened but not read."""
     half = FILES[kind][: len(FILES[kind]) // 2]
     with pytest.raises(InputError, match=r"is damaged: .*Save the image again|is not an image that Pillow can read"):
         load_image(half)
@@ -104,7 +104,7 @@ def test_a_lazy_pil_image_of_a_truncated_file_is_refused():
 
 
 @given(st.sampled_from(sorted(FILES)), st.data())
-def test_a_damaged_picture_is_refused_or_rgb(kind, data):
+def test_a_damaged_image_is_refused_or_rgb(kind, data):
     """Whatever bytes are changed, Pillow's many exceptions all come out as `InputError`."""
     damaged = bytearray(FILES[kind])
     for at in data.draw(st.lists(st.integers(0, min(200, len(damaged) - 1)), min_size=1, max_size=4)):
@@ -119,7 +119,7 @@ def test_a_damaged_picture_is_refused_or_rgb(kind, data):
 
 @given(st.binary(max_size=200))
 @example(b"")
-def test_other_bytes_are_no_picture(data):
+def test_other_bytes_are_no_image(data):
     with pytest.raises(InputError, match=r"the given image is (not an image that Pillow can read. Give a PNG|damaged)"):
         load_image(data)
 
@@ -135,7 +135,7 @@ def test_other_bytes_are_no_picture(data):
         ("with\0nul", r"is damaged: embedded null byte"),
     ],
 )
-def test_a_path_without_a_picture_is_refused(tmp_path, path, message):
+def test_a_path_without_an_image_is_refused(tmp_path, path, message):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").touch()
     with (tmp_path / "huge.png").open("wb") as file:
@@ -145,7 +145,7 @@ def test_a_path_without_a_picture_is_refused(tmp_path, path, message):
 
 
 @pytest.mark.parametrize("source", [None, 3, np.zeros((4, 4, 3), np.uint8), ["a.png"]], ids=lambda x: type(x).__name__)
-def test_what_is_no_picture_at_all_is_refused(source):
+def test_what_is_no_image_at_all_is_refused(source):
     with pytest.raises(InputError, match=rf"path, bytes or a PIL image\), not {type(source).__name__}\."):
         load_image(source)
 
@@ -216,17 +216,17 @@ CAPTIONS = ["In panel one there is a red star.", "", "Yes, there is a small moon
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def sample_images() -> list[Image.Image]:
     return [sample.image for sample in samples("test", 3)]
 
 
-def test_prompts_are_padded_left_and_captions_follow_at_one_place(pictures):
+def test_prompts_are_padded_left_and_captions_follow_at_one_place(sample_images):
     """Row r of the batch is padding, row r encoded alone, padding; the mask says which is which."""
     model, used = untrained(), processor()
-    batch = encode(model, used, pictures, PROMPTS, CAPTIONS)
+    batch = encode(model, used, sample_images, PROMPTS, CAPTIONS)
     start = batch.prompt_ids.shape[1]
     for row, caption in enumerate(CAPTIONS):
-        alone = encode(model, used, [pictures[row]], [PROMPTS[row]], [caption])
+        alone = encode(model, used, [sample_images[row]], [PROMPTS[row]], [caption])
         length = alone.prompt_ids.shape[1]
         told = len(batch.caption_ids[row])
         mask = torch.zeros_like(batch.inputs["attention_mask"][row])
@@ -239,11 +239,11 @@ def test_prompts_are_padded_left_and_captions_follow_at_one_place(pictures):
         assert batch.offsets[row].tolist() == tokenize(used.tokenizer, caption)[1].tolist()
 
 
-def test_prompt_and_caption_are_the_conversation_of_the_chat_template(pictures):
+def test_prompt_and_caption_are_the_conversation_of_the_chat_template(sample_images):
     """The ids are those of the finished conversation, less the end of the answer."""
     used = processor()
-    made = encode(untrained(), used, pictures[:1], PROMPTS[:1], CAPTIONS[:1])
-    user = {"role": "user", "content": [{"type": "image", "image": pictures[0]}, {"type": "text", "text": PROMPTS[0]}]}
+    made = encode(untrained(), used, sample_images[:1], PROMPTS[:1], CAPTIONS[:1])
+    user = {"role": "user", "content": [{"type": "image", "image": sample_images[0]}, {"type": "text", "text": PROMPTS[0]}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": CAPTIONS[0]}]}
     whole = used.apply_chat_template([user, answer], tokenize=True, return_dict=True, return_tensors="pt")
     assert made.inputs["input_ids"].tolist() == whole["input_ids"][:, :-1].tolist()
@@ -251,23 +251,23 @@ def test_prompt_and_caption_are_the_conversation_of_the_chat_template(pictures):
     assert torch.equal(made.inputs["pixel_values"], whole["pixel_values"])
 
 
-def test_padding_changes_no_logit(pictures):
+def test_padding_changes_no_logit(sample_images):
     """The model says the same of a row in a batch as of the row alone."""
     model, used = untrained(), processor()
     with torch.no_grad():
-        batch = encode(model, used, pictures, PROMPTS, CAPTIONS)
+        batch = encode(model, used, sample_images, PROMPTS, CAPTIONS)
         logits = model(**model_inputs(model, batch.inputs)).logits
         start = batch.prompt_ids.shape[1]
         for row, told in enumerate(batch.caption_ids):
-            alone = encode(model, used, [pictures[row]], [PROMPTS[row]], [CAPTIONS[row]])
+            alone = encode(model, used, [sample_images[row]], [PROMPTS[row]], [CAPTIONS[row]])
             single = model(**model_inputs(model, alone.inputs)).logits[0, -len(told) - 1 :]
             torch.testing.assert_close(logits[row, start - 1 : start + len(told)], single, atol=1e-4, rtol=1e-4)
 
 
-def test_a_processor_without_a_chat_template_gets_image_then_prompt(pictures):
+def test_a_processor_without_a_chat_template_gets_image_then_prompt(sample_images):
     used = build_processor()
     used.chat_template = None
-    made = encode(untrained(), used, pictures[:2], PROMPTS[:2], CAPTIONS[:2])
+    made = encode(untrained(), used, sample_images[:2], PROMPTS[:2], CAPTIONS[:2])
     for row in range(2):
         ids = made.prompt_ids[row][made.prompt_mask[row].bool()].tolist()
         assert ids.count(image_token_id(untrained())) == PATCHES**2
@@ -275,30 +275,30 @@ def test_a_processor_without_a_chat_template_gets_image_then_prompt(pictures):
     assert [len(told) for told in made.caption_ids] == [len(tokenize(used.tokenizer, c)[0]) for c in CAPTIONS[:2]]
 
 
-def test_every_row_gets_its_grid(pictures):
+def test_every_row_gets_its_grid(sample_images):
     """By default of the size that the model sees, else of the size that is said."""
     model, used = untrained(), processor()
-    made = encode(model, used, pictures[:2], PROMPTS[:2])
+    made = encode(model, used, sample_images[:2], PROMPTS[:2])
     for sizes, expected in ((None, (144, 144)), ([[(300, 200)], [(20, 30)]], (300, 200))):
         grids = image_grids(model, used, made.inputs, made.prompt_ids, made.prompt_mask, sizes)
         assert [len(grid) for grid in grids] == [PATCHES**2] * 2
         assert grids[0].sizes == (expected,)
 
 
-def test_a_row_without_a_picture_is_named(pictures):
+def test_a_row_without_an_image_is_named(sample_images):
     model, used = untrained(), processor()
-    made = encode(model, used, pictures[:2], PROMPTS[:2])
+    made = encode(model, used, sample_images[:2], PROMPTS[:2])
     ids = made.prompt_ids.clone()
     ids[1][ids[1] == image_token_id(model)] = used.tokenizer.pad_token_id
     with pytest.raises(InputError, match=r"Row 1 of the batch has no image token \(id \d+\): .* Put an image into the"):
         image_grids(model, used, made.inputs, ids, made.prompt_mask)
 
 
-def test_a_tokenizer_is_no_processor(pictures):
+def test_a_tokenizer_is_no_processor(sample_images):
     """And what lacks a part of a processor is told which."""
     kind = type(processor().tokenizer).__name__
     with pytest.raises(InputError) as caught:
-        encode(untrained(), processor().tokenizer, pictures[:1], PROMPTS[:1])
+        encode(untrained(), processor().tokenizer, sample_images[:1], PROMPTS[:1])
     assert str(caught.value) == (
         f"{kind} is a tokenizer; expected the model's whole processor, with its image_processor. "
         "Pass AutoProcessor.from_pretrained(...) of the model."
@@ -327,10 +327,10 @@ def test_a_tokenizer_is_no_processor(pictures):
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit_the_batch_are_refused(pictures, sizes):
+def test_sizes_that_do_not_fit_the_batch_are_refused(sample_images, sizes):
     """One bracket short, too many, no pairs, no pixels: one sentence; one list for both rows is that of each."""
     model, used = untrained(), processor()
-    batch = encode(model, used, pictures[:2], PROMPTS[:2])
+    batch = encode(model, used, sample_images[:2], PROMPTS[:2])
     given = model, used, batch.inputs, batch.prompt_ids, batch.prompt_mask
     with pytest.raises(InputError, match=r"picture_sizes is .*; expected for each of the 2 prompts .* \[\[\(640, 480\)\]\]"):
         image_grids(*given, sizes)

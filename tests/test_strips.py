@@ -114,7 +114,7 @@ def test_a_scene_is_told_as_the_lab_tells_one():
 
 @pytest.fixture
 def comics(tmp_path):
-    """Two comics of three pictures, one of them with words, and one page with boxes."""
+    """Two comics of three images, one of them with words, and one page with boxes."""
     for comic, worded in (("a", True), ("b", False)):
         (tmp_path / comic).mkdir()
         for number, size in enumerate(((40, 80), (80, 80), (120, 60))):
@@ -191,7 +191,7 @@ def test_any_json_is_refused_as_a_page(tmp_path_factory, anything):
         load_strips(folder)
 
 
-def test_every_thing_looks_different():
+def test_every_object_looks_different():
     """No two pictographs are nearly the same mask, and none is empty: the font has them all."""
     masks = np.stack([np.asarray(glyph(noun, (32, 32)), float) / 255 for noun in GLYPHS])
     assert masks.mean((1, 2)).min() > 0.05

@@ -158,7 +158,7 @@ def test_row_t_is_the_query_that_predicted_token_t(name):
     assert told.rows.gaze.shape[:3] == truth.shape[:3]
     for row in range(len(ids)):
         image = (ids[row] == IMAGE).nonzero()[:, 0]
-        assert len(image) == sum(kind.cells(row))
+        assert len(image) == sum(kind.image_tokens(row))
         close(told.rows.gaze[row, ..., : len(image)], truth[row][..., image], 1e-5)
         assert not told.rows.gaze[row, ..., len(image) :].any(), "columns that the row does not have hold nothing"
         first = int(mask[row].nonzero()[0])

@@ -237,7 +237,7 @@ def test_other_kernels_are_heard(name, kernel, monkeypatch):
     kind = family(name)
     twin = copy.deepcopy(kind.model)
     twin.set_attn_implementation({"text_config": kernel})
-    other = Family(kind.name, twin, kind.cells, kind.pictures, kind.types)
+    other = Family(kind.name, twin, kind.image_tokens, kind.image_inputs, kind.types)
     written, rows, _ = live(other, other.batch())
     assert_heard(kind, written, rows, [0, 1, 2])
     assert not any(
@@ -299,7 +299,7 @@ def test_flash_attention_is_heard(make, beams, flash):
     for module in find_backbone(twin).attention.values():
         module.config._attn_implementation_internal = flash
     twin.config.get_text_config()._attn_implementation_internal = flash
-    other = Family(kind.name, twin, kind.cells, kind.pictures, kind.types)
+    other = Family(kind.name, twin, kind.image_tokens, kind.image_inputs, kind.types)
     written, rows, _ = live(other, other.batch(), num_beams=beams)
     assert_heard(kind, written, rows, [0, 1, 2])
 
@@ -340,7 +340,7 @@ def test_compiled_decoding_is_heard():
     """torch.compile with a static cache: the recorder's own code is left out of the graph."""
     kind = family("LLaVA")
     twin = copy.deepcopy(kind.model)
-    other = Family(kind.name, twin, kind.cells, kind.pictures, kind.types)
+    other = Family(kind.name, twin, kind.image_tokens, kind.image_inputs, kind.types)
     how = CompileConfig(backend="eager", mode=None)
     how._compile_all_devices = True
     written, rows, _ = live(other, other.batch(), cache_implementation="static", compile_config=how)
@@ -391,7 +391,7 @@ def test_offloaded_layers_are_heard(tmp_path):
     model = type(kind.model).from_pretrained(tmp_path, device_map=where, offload_folder=tmp_path / "off").eval()
     assert find_backbone(model).projection(1).weight.is_meta
     assert fingerprint(model) == fingerprint(kind.model)
-    other = Family(kind.name, model, kind.cells, kind.pictures, kind.types)
+    other = Family(kind.name, model, kind.image_tokens, kind.image_inputs, kind.types)
     inputs = kind.batch()
     written, rows, _ = live(other, inputs)
     assert_heard(kind, written, rows, [0, 1, 2])
@@ -415,7 +415,7 @@ def test_a_peft_model_is_heard():
     merged = copy.deepcopy(wrapped).merge_and_unload()
     told = []
     for model in (wrapped, merged):
-        other = Family(kind.name, model, kind.cells, kind.pictures, kind.types)
+        other = Family(kind.name, model, kind.image_tokens, kind.image_inputs, kind.types)
         written, rows, _ = live(other, kind.batch())
         backbone = find_backbone(model)
         told.append((written, rows, token_statistics(backbone, backbone.heads(), rows, written)))
@@ -485,7 +485,7 @@ def test_a_look_follows_its_bias(name, kernel):
     kind = family(name)
     twin = copy.deepcopy(kind.model)
     twin.set_attn_implementation({"text_config": kernel})
-    kind = Family(kind.name, twin, kind.cells, kind.pictures, kind.types)
+    kind = Family(kind.name, twin, kind.image_tokens, kind.image_inputs, kind.types)
     inputs = kind.batch()
     _, drawn = steered(kind, inputs, bias_of(kind, inputs, 50.0))
     torch.testing.assert_close(drawn.gaze[..., 1], torch.ones_like(drawn.gaze[..., 1]), rtol=0, atol=1e-4)

@@ -1,7 +1,7 @@
 """Tiny random models of real transformers classes, one function per family, with batches built by hand.
 
-Row ``r`` of a batch is always the same prompt and the same pictures, alone or among others; prompts differ in length
-and in their number of cells, so a batch is left-padded and its columns are ragged. Weights are drawn anew with a fixed
+Row ``r`` of a batch is always the same prompt and the same images, alone or among others; prompts differ in length
+and in their number of tokens, so a batch is left-padded and its columns are ragged. Weights are drawn anew with a fixed
 seed: queries and keys large enough for peaky attention, norms and biases away from their neutral start.
 """
 
@@ -50,15 +50,15 @@ TOWER: dict[str, Any] = {
 class Family:
     """A model and what it takes.
 
-    cells:      for each picture of a row, its number of image tokens
-    pictures:   everything but the ids, mask and token types, for some rows
-    types:      the name of the token types that the class takes, their value on an image token, and on written text
+    image_tokens: for each image of a row, its number of image tokens
+    image_inputs: everything but the ids, mask and token types, for some rows
+    types:        the name of the token types that the class takes, their value on an image token, and on written text
     """
 
     name: str
     model: PreTrainedModel
-    cells: Callable[[int], list[int]]
-    pictures: Callable[[Sequence[int]], dict[str, Tensor]]
+    image_tokens: Callable[[int], list[int]]
+    image_inputs: Callable[[Sequence[int]], dict[str, Tensor]]
     types: tuple[str, int, int] | None = None
     image_token: int = IMAGE
 
@@ -68,7 +68,7 @@ class Family:
         length = max(map(len, prompts))
         ids = torch.stack([torch.cat((p.new_full((length - len(p),), PAD), p)) for p in prompts])
         mask = torch.stack([torch.arange(length) >= length - len(p) for p in prompts]).long()
-        made = {"input_ids": ids, "attention_mask": mask, **self.pictures(rows)}
+        made = {"input_ids": ids, "attention_mask": mask, **self.image_inputs(rows)}
         if self.types is not None:
             name, image, _ = self.types
             made[name] = (ids == IMAGE).long() * image
@@ -86,7 +86,7 @@ class Family:
 
     def _prompt(self, row: int) -> Tensor:
         words = torch.randint(2, IMAGE, (8 + 3 * row,), generator=seeded(row))
-        images = [torch.tensor([START] + [IMAGE] * count + [END]) for count in self.cells(row)]
+        images = [torch.tensor([START] + [IMAGE] * count + [END]) for count in self.image_tokens(row)]
         return torch.cat((words[:3], *images, words[3:]))
 
 
@@ -99,12 +99,12 @@ def draw_noise(row: int, *shape: int) -> Tensor:
 
 
 def squares(rows: Sequence[int]) -> dict[str, Tensor]:
-    """``pixel_values`` (pictures, 3, 16, 16) for two pictures in odd rows and one in even rows."""
+    """``pixel_values`` (images, 3, 16, 16) for two images in odd rows and one in even rows."""
     return {"pixel_values": torch.cat([draw_noise(row, 1 + row % 2, 3, 16, 16) for row in rows])}
 
 
-def several(cells: int) -> Callable[[int], list[int]]:
-    return lambda row: [cells] * (1 + row % 2)
+def several(image_tokens: int) -> Callable[[int], list[int]]:
+    return lambda row: [image_tokens] * (1 + row % 2)
 
 
 def draw_weights(model: PreTrainedModel, seed: int = 0, peak: float = 3.0) -> PreTrainedModel:
@@ -123,7 +123,7 @@ def draw_weights(model: PreTrainedModel, seed: int = 0, peak: float = 3.0) -> Pr
                 weight.copy_(noise * weight[0].numel() ** -0.5 * (peak**0.5 if sharp else 1.0))
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    model.generation_config.suppress_tokens = [PAD, IMAGE, START, END, 123]  # these would need pictures when replayed
+    model.generation_config.suppress_tokens = [PAD, IMAGE, START, END, 123]  # these would need images when replayed
     return model.eval()
 
 
@@ -136,7 +136,7 @@ def build(kind: type[PreTrainedModel], config: Any, attention: str = "sdpa") -> 
 
 
 def idefics3() -> Family:
-    """Llama text; a row's pictures lie in a second axis, padded with black ones."""
+    """Llama text; a row's images lie in a second axis, padded with black ones."""
     return _idefics3(tf.Idefics3Config, tf.Idefics3ForConditionalGeneration, "Idefics3")
 
 
@@ -145,7 +145,7 @@ def smolvlm() -> Family:
 
 
 def _idefics3(config: Any, kind: type[PreTrainedModel], name: str) -> Family:
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         most = max(1 + row % 2 for row in rows)
         pixels = torch.zeros(len(rows), most, 3, 16, 16)
         for i, row in enumerate(rows):
@@ -159,7 +159,7 @@ def _idefics3(config: Any, kind: type[PreTrainedModel], name: str) -> Family:
         scale_factor=2,
         pad_token_id=PAD,
     )
-    return Family(name, build(kind, made), several(4), pictures)
+    return Family(name, build(kind, made), several(4), image_inputs)
 
 
 def llava() -> Family:
@@ -176,7 +176,7 @@ def _qwen(config: Any, kind: type[PreTrainedModel], name: str, vision: dict[str,
     def shape(row: int) -> tuple[int, int]:
         return 4, 4 + 2 * (row % 3)  # patches, merged two by two
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         grids = [shape(row) for row in rows]
         patches = [draw_noise(row, h * w, 3 * 2 * 4 * 4) for row, (h, w) in zip(rows, grids, strict=True)]
         return {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor([(1, h, w) for h, w in grids])}
@@ -204,7 +204,7 @@ def _qwen(config: Any, kind: type[PreTrainedModel], name: str, vision: dict[str,
         name,
         build(kind, made),
         lambda row: [shape(row)[0] * shape(row)[1] // 4],
-        pictures,
+        image_inputs,
         ("mm_token_type_ids", 1, 0),
     )
 
@@ -235,7 +235,7 @@ def qwen3_vl() -> Family:
 
 
 def internvl() -> Family:
-    """Qwen2 text; tiles of one picture in one run."""
+    """Qwen2 text; tiles of one image in one run."""
     config = tf.InternVLConfig(
         text_config={"model_type": "qwen2", **TEXT},
         vision_config={**TOWER, "image_size": (16, 16), "patch_size": (4, 4)},
@@ -248,9 +248,9 @@ def internvl() -> Family:
 
 
 def mistral3() -> Family:
-    """Pixtral tower, Mistral text without a window, pictures of different size in one tensor."""
+    """Pixtral tower, Mistral text without a window, images of different size in one tensor."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         pixels = torch.zeros(len(rows), 3, 16, 24)
         for i, row in enumerate(rows):
             pixels[i, :, :, : 16 + 8 * (row % 2)] = draw_noise(row, 3, 16, 16 + 8 * (row % 2))
@@ -264,7 +264,7 @@ def mistral3() -> Family:
         tie_word_embeddings=False,
     )
     model = build(tf.Mistral3ForConditionalGeneration, config)
-    return Family("Mistral3", model, lambda row: [4 + 2 * (row % 2)], pictures)
+    return Family("Mistral3", model, lambda row: [4 + 2 * (row % 2)], image_inputs)
 
 
 def paligemma() -> Family:
@@ -308,15 +308,15 @@ MAKERS: dict[str, Callable[[], Family]] = {
 
 
 LAYOUTS: dict[str, str] = {
-    "Idefics3": "tiles by tags, row by row, the whole picture last",
-    "SmolVLM": "tiles by tags, row by row, the whole picture last",
-    "LLaVA": "one square per picture, row by row",
+    "Idefics3": "tiles by tags, row by row, the whole image last",
+    "SmolVLM": "tiles by tags, row by row, the whole image last",
+    "LLaVA": "one square per image, row by row",
     "Qwen2.5-VL": "h/2 x w/2 from image_grid_thw, row by row",
     "Qwen3-VL": "h/2 x w/2 from image_grid_thw, row by row",
-    "InternVL": "tiles of a canvas, row by row, the whole picture last",
+    "InternVL": "tiles of a canvas, row by row, the whole image last",
     "Mistral3": "h x w from image_sizes, another token after each row",
-    "PaliGemma": "one square per picture, row by row",
-    "AyaVision": "tiles of a canvas, each a run of its own, the whole picture last",
+    "PaliGemma": "one square per image, row by row",
+    "AyaVision": "tiles of a canvas, each a run of its own, the whole image last",
 }
 
 

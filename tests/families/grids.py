@@ -1,4 +1,4 @@
-"""Tiny random models of the families that cut a picture into a grid of their own, mostly given by ``image_grid_thw``."""
+"""Tiny random models of the families that cut an image into a grid of their own, mostly given by ``image_grid_thw``."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def _grid(
     *,
     patch: Sequence[int] = DEEP,
     types: tuple[str, int, int] | None = TYPES,
-    cells: Callable[[int], list[int]] = _merged,
+    image_tokens: Callable[[int], list[int]] = _merged,
     sharp: dict[str, float] | None = None,
     **more: Any,
 ) -> Family:
     made = config(text_config={**TEXT, **text}, vision_config={**GRID, **vision}, **{**TOKENS, **more})
-    return Family(name, _drawn(kind, made, sharp), cells, lambda rows: _patches(rows, patch), types)
+    return Family(name, _drawn(kind, made, sharp), image_tokens, lambda rows: _patches(rows, patch), types)
 
 
 # ----------------------------------------------------------------------------------------------------------- the Qwens
@@ -103,7 +103,7 @@ FRAMES = 2
 
 @dataclass(frozen=True)
 class Film(Family):
-    """Every row holds a video, under an id and a token type of its own, odd rows a picture before it."""
+    """Every row holds a video, under an id and a token type of its own, odd rows an image before it."""
 
     def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
         made = super().batch(rows)
@@ -112,27 +112,27 @@ class Film(Family):
 
     def _prompt(self, row: int) -> Tensor:
         prompt = super()._prompt(row)
-        last = torch.nonzero(prompt == IMAGE)[-self.cells(row)[-1] :, 0]
+        last = torch.nonzero(prompt == IMAGE)[-self.image_tokens(row)[-1] :, 0]
         return prompt.index_fill(0, last, TOKENS["video_token_id"])
 
 
 def qwen2_5_vl_video() -> Family:
-    """Videos of two frames, some behind a picture."""
+    """Videos of two frames, some behind an image."""
 
     def film(row: int) -> tuple[int, int, int]:
         return FRAMES, *_shape(row + 1)
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         films = [film(row) for row in rows]
         pixels = [draw_noise(row + 50, math.prod(told), *DEEP) for row, told in zip(rows, films, strict=True)]
         made = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor(films)}
         odd = [row for row in rows if row % 2]
         return {**made, **(_patches(odd, DEEP) if odd else {})}
 
-    def cells(row: int) -> list[int]:
+    def image_tokens(row: int) -> list[int]:
         return [*(_merged(row) if row % 2 else []), math.prod(film(row)) // 4]
 
-    return Film("Qwen2.5-VL (video)", qwen2_5_vl().model, cells, pictures, TYPES)
+    return Film("Qwen2.5-VL (video)", qwen2_5_vl().model, image_tokens, image_inputs, TYPES)
 
 
 def qwen2_vl() -> Family:
@@ -173,7 +173,7 @@ def _qwen3_5(name: str, config: Any, kind: type[PreTrainedModel], **more: Any) -
 
 
 def qwen2_5_omni() -> Family:
-    """No token types: pictures are found by the token that starts them. An audio tower stands idle."""
+    """No token types: images are found by the token that starts them. An audio tower stands idle."""
     return _omni(
         "Qwen2.5-Omni",
         tf.Qwen2_5OmniThinkerConfig,
@@ -294,7 +294,7 @@ class Ernie(Family):
 
 
 def ernie4_5_vl_moe() -> Family:
-    """Experts for text and others for pictures."""
+    """Experts for text and others for images."""
     text = {**_rope(2, 2, 2), "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [32, 16]}
     kind = tf.Ernie4_5_VLMoeForConditionalGeneration
     made = _grid("Ernie4.5-VL-MoE", tf.Ernie4_5_VLMoeConfig, kind, text, {}, patch=FLAT)
@@ -385,29 +385,32 @@ def minimax_m3() -> Family:
 
 
 def hunyuan_vl() -> Family:
-    """A newline after each row of a picture, a begin and an end, all under the image id; four axes of positions.
+    """A newline after each row of an image, a begin and an end, all under the image id; four axes of positions.
 
-    The last axis, which counts the pictures of the whole batch, gets no frequencies: a row would depend on those before it.
+    The last axis, which counts the images of the whole batch, gets no frequencies: a row would depend on those before it.
     """
 
-    def cells(row: int) -> list[int]:
+    def image_tokens(row: int) -> list[int]:
         height, width = _shape(row)
         return [height // 2 * (width // 2 + 1) + 2]
 
     text = {**_rope(3, 3, 2, 0), "head_dim": 16}
-    kind, more = tf.HunYuanVLForConditionalGeneration, {"patch": FLAT, "cells": cells, "sharp": {"query_layernorm.weight": 4}}
+    kind, more = (
+        tf.HunYuanVLForConditionalGeneration,
+        {"patch": FLAT, "image_tokens": image_tokens, "sharp": {"query_layernorm.weight": 4}},
+    )
     return _grid("HunYuan-VL", tf.HunYuanVLConfig, kind, text, {"max_image_size": 16}, **more)
 
 
 def video_llama3() -> Family:
-    """Qwen2 text; the number of patches to merge is an input, one for each picture."""
+    """Qwen2 text; the number of patches to merge is an input, one for each image."""
     text, kind = {"model_type": "qwen2"}, tf.VideoLlama3ForConditionalGeneration
     made = _grid("VideoLlama3", tf.VideoLlama3Config, kind, text, {}, patch=FLAT, types=None)
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         return {**_patches(rows, FLAT), "image_merge_sizes": torch.full((len(rows),), 2)}
 
-    return Family(made.name, made.model, made.cells, pictures)
+    return Family(made.name, made.model, made.image_tokens, image_inputs)
 
 
 def kimi_k25() -> Family:
@@ -474,11 +477,11 @@ INKLING: dict[str, Any] = {
 def inkling() -> Family:
     """Keys and values through short convolutions, distances as a bias; one token per patch, and no grid as an input."""
 
-    def cells(row: int) -> list[int]:
+    def image_tokens(row: int) -> list[int]:
         return [4 + 2 * (row % 3)]
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {"pixel_values": torch.cat([draw_noise(row, *cells(row), 2, PATCH, PATCH, 3) for row in rows])}
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
+        return {"pixel_values": torch.cat([draw_noise(row, *image_tokens(row), 2, PATCH, PATCH, 3) for row in rows])}
 
     config = tf.InklingConfig(
         text_config={
@@ -492,13 +495,13 @@ def inkling() -> Family:
         image_token_id=IMAGE,
     )
     model = _drawn(tf.InklingForConditionalGeneration, config, {"q_norm.weight": 4})
-    return Family("Inkling", model, cells, pictures)
+    return Family("Inkling", model, image_tokens, image_inputs)
 
 
 def inkling2() -> Family:
-    """Eager alone: a sink in each row of scores, which the hidden state decides; grid and pixels are in merged cells."""
+    """Eager alone: a sink in each row of scores, which the hidden state decides; grid and pixels are in merged tokens."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         made = _patches(rows, (1,))["image_grid_thw"] // torch.tensor([1, 2, 2])
         pixels = [draw_noise(row, *_merged(row), 2 * PATCH, 2 * PATCH, 3) for row in rows]
         return {"pixel_values": torch.cat(pixels), "image_grid_thw": made}
@@ -509,7 +512,7 @@ def inkling2() -> Family:
         image_token_id=IMAGE,
     )
     model = _drawn(tf.Inkling2ForConditionalGeneration, config, {"q_proj.weight": 4, "k_proj.weight": 4}, attention="eager")
-    return Family("Inkling2", model, _merged, pictures)
+    return Family("Inkling2", model, _merged, image_inputs)
 
 
 MAKERS: dict[str, Callable[[], Family]] = {
@@ -548,11 +551,11 @@ _PLAIN = "h/2 x w/2 from image_grid_thw and spatial_merge_size, row-major"
 LAYOUTS: dict[str, str] = {
     "Qwen2.5-VL (video)": "frames (pairs of them) of h/2 x w/2 from video_grid_thw, row-major; an id of its own",
     **dict.fromkeys(MAKERS, _PLAIN),
-    "HunYuan-VL": "begin, h/2 rows of w/2 cells and a newline, end, all with the image id; h, w from image_grid_thw",
+    "HunYuan-VL": "begin, h/2 rows of w/2 image tokens and a newline, end, all with the image id; h, w from image_grid_thw",
     "VideoLlama3": "h/m x w/m from image_grid_thw, row-major, m from image_merge_sizes",
     "Kimi-K2.5": "h/2 x w/2 from image_grid_thw and merge_kernel_size, row-major",
     "MuseGlimmer": "h/2 x w/2 from image_grid_thw and merge_size, row-major",
     "MuseSpark": "h/2 x w/2 from image_grid_thw and merge_size, row-major",
-    "Inkling": "ceil(H/patch) x (W//patch + 1) of the resized picture, row-major; no grid among the inputs",
-    "Inkling2": "h x w from image_grid_thw, which counts merged cells already, row-major",
+    "Inkling": "ceil(H/patch) x (W//patch + 1) of the resized image, row-major; no grid among the inputs",
+    "Inkling2": "h x w from image_grid_thw, which counts merged image tokens already, row-major",
 }

@@ -1,6 +1,6 @@
 """Further families of AutoModelForImageTextToText, tiny and random like those of `families`.
 
-LAYOUTS says how the image tokens of one picture lie. OTHERS holds the classes whose words see the picture by another way
+LAYOUTS says how the image tokens of one image lie. OTHERS holds the classes whose words see the image by another way
 than image tokens among the prompt's keys; their batches are what the class takes, with ``input_ids`` where it takes any.
 """
 
@@ -106,11 +106,11 @@ class EncodedFamily(Family):
 
 
 @dataclass(frozen=True)
-class PictureFamily(Family):
-    """A class that takes pictures and no prompt."""
+class PromptlessFamily(Family):
+    """A class that takes images and no prompt."""
 
     def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
-        return self.pictures(rows)
+        return self.image_inputs(rows)
 
 
 def _shifted(model: PreTrainedModel, by: float, *endings: str) -> PreTrainedModel:
@@ -143,7 +143,7 @@ def _one_square(rows: Sequence[int]) -> dict[str, Tensor]:
     return {"pixel_values": torch.cat([draw_noise(row, 1, 3, 16, 16) for row in rows])}
 
 
-def _no_cells(_: int) -> list[int]:
+def _no_image_tokens(_: int) -> list[int]:
     return []
 
 
@@ -155,9 +155,9 @@ def _grids(rows: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def idefics2() -> Family:
-    """Mistral text, a perceiver with a fixed number of latents, pictures of a row in a second axis."""
+    """Mistral text, a perceiver with a fixed number of latents, images of a row in a second axis."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         pixels = torch.zeros(len(rows), max(1 + row % 2 for row in rows), 3, 16, 16)
         for i, row in enumerate(rows):
             pixels[i, : 1 + row % 2] = draw_noise(row, 1 + row % 2, 3, 16, 16)
@@ -176,11 +176,11 @@ def idefics2() -> Family:
         },
         image_token_id=IMAGE,
     )
-    return Family("Idefics2", _calm(tf.Idefics2ForConditionalGeneration, config), several(5), pictures)
+    return Family("Idefics2", _calm(tf.Idefics2ForConditionalGeneration, config), several(5), image_inputs)
 
 
 def aria() -> Family:
-    """Experts in the text layers, queries that read the picture."""
+    """Experts in the text layers, queries that read the image."""
     config = tf.AriaConfig(
         text_config={"model_type": "aria_text", **TEXT, "intermediate_size": 32, "moe_num_experts": 4},
         vision_config={"model_type": "idefics3_vision", **TOWER},
@@ -209,7 +209,7 @@ def fast_vlm() -> Family:
 
 
 def chameleon() -> Family:
-    """Pictures become codes of the text's own vocabulary; normed queries and keys; codes are never written."""
+    """Images become codes of the text's own vocabulary; normed queries and keys; codes are never written."""
     config = tf.ChameleonConfig(
         **TEXT,
         vq_config={
@@ -228,9 +228,9 @@ def chameleon() -> Family:
 
 
 def emu3() -> Family:
-    """Pictures become codes, one more cell ends each row of a picture; pictures of different size in one tensor."""
+    """Images become codes, one more token ends each row of an image; images of different size in one tensor."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         sizes = torch.tensor([(16, 16 + 8 * (row % 2)) for row in rows])
         return {"pixel_values": torch.cat([draw_noise(row, 1, 3, 16, 24) for row in rows]), "image_sizes": sizes}
 
@@ -251,23 +251,23 @@ def emu3() -> Family:
         },
     )
     model = _calm(tf.Emu3ForConditionalGeneration, config)
-    return Family("Emu3", model, lambda row: [2 * (3 + row % 2)], pictures)
+    return Family("Emu3", model, lambda row: [2 * (3 + row % 2)], image_inputs)
 
 
 def fuyu() -> Family:
     """No tower: patches go straight into Persimmon text, whose queries, keys and values are one projection."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         return {"pixel_values": torch.cat([draw_noise(row, 1 + row % 2, 6, 12) for row in rows])}
 
     text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
     config = tf.FuyuConfig(text_config={"model_type": "persimmon", **text}, patch_size=2, image_token_id=IMAGE)
     model = _shifted(build(tf.FuyuForCausalLM, config), 0.7, "q_layernorm.weight", "k_layernorm.weight")
-    return Family("Fuyu", model, lambda row: [3, 3] * (1 + row % 2), pictures)
+    return Family("Fuyu", model, lambda row: [3, 3] * (1 + row % 2), image_inputs)
 
 
 def blip_2() -> Family:
-    """A Q-Former reads the picture; OPT text, which has its own ``generate`` and scales its queries itself."""
+    """A Q-Former reads the image; OPT text, which has its own ``generate`` and scales its queries itself."""
     config = tf.Blip2Config(
         text_config={
             "model_type": "opt",
@@ -314,7 +314,7 @@ def blip_2_t5() -> Family:
 
 
 def _instruct_blip(config: Any, kind: type[PreTrainedModel], name: str, token: str, frames: int) -> Family:
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         shape = (3, 16, 16) if frames == 1 else (frames, 3, 16, 16)
         counts = [1 + row % 2 for row in rows]
         words = torch.cat([torch.randint(1, 16, (n, 4), generator=seeded(row)) for n, row in zip(counts, rows, strict=True)])
@@ -325,7 +325,7 @@ def _instruct_blip(config: Any, kind: type[PreTrainedModel], name: str, token: s
         }
 
     made = config(text_config=LLAMA, vision_config=TOWER, qformer_config=QFORMER, num_query_tokens=5, **{token: IMAGE})
-    return Family(name, _inner(_calm(kind, made), "language_model"), several(5 * frames), pictures)
+    return Family(name, _inner(_calm(kind, made), "language_model"), several(5 * frames), image_inputs)
 
 
 def instruct_blip() -> Family:
@@ -350,7 +350,7 @@ def kosmos_2() -> Family:
 def kosmos_2_5() -> Family:
     """Patches with their row and column in front, latents by a mask, segment embeddings."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         at = torch.cartesian_prod(torch.arange(1, 3), torch.arange(1, 4)).float()
         return {"flattened_patches": torch.stack([torch.cat((at, draw_noise(row, 6, 12)), dim=1) for row in rows])}
 
@@ -369,13 +369,13 @@ def kosmos_2_5() -> Family:
         tie_word_embeddings=False,
     )
     model = build(tf.Kosmos2_5ForConditionalGeneration, config)
-    return LevelFamily("Kosmos-2.5", model, lambda row: [5], pictures, ("image_embeds_position_mask", 1, 0))
+    return LevelFamily("Kosmos-2.5", model, lambda row: [5], image_inputs, ("image_embeds_position_mask", 1, 0))
 
 
 def nemotron_h_omni() -> Family:
-    """Softmax attention in two of four layers, beside Mamba and an MLP; patches of all pictures in one tensor."""
+    """Softmax attention in two of four layers, beside Mamba and an MLP; patches of all images in one tensor."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         grids = _grids(rows)
         patches = [draw_noise(row, h * w, 3 * 4 * 4) for row, (h, w) in zip(rows, grids, strict=True)]
         return {"pixel_values": torch.cat(patches), "image_grid_hw": torch.tensor(grids)}
@@ -413,11 +413,11 @@ def nemotron_h_omni() -> Family:
         image_token_id=IMAGE,
     )
     model = _calm(tf.NemotronH_Omni_Reasoning_V3, config)
-    return Family("Nemotron-H-Omni", model, lambda row: [h * w // 4 for h, w in _grids([row])], pictures)
+    return Family("Nemotron-H-Omni", model, lambda row: [h * w // 4 for h, w in _grids([row])], image_inputs)
 
 
 def t5gemma2() -> Family:
-    """The picture is in the encoder; a decoder layer's keys are what was written, then the encoder's states."""
+    """The image is in the encoder; a decoder layer's keys are what was written, then the encoder's states."""
     text = {**TEXT, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 16}
     text["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
     config = tf.T5Gemma2Config(
@@ -436,9 +436,9 @@ def t5gemma2() -> Family:
 
 @dataclass(frozen=True)
 class TileFamily(Family):
-    """Mllama: a mask says which pictures a word may look at, those whose token stands before it.
+    """Mllama: a mask says which images a word may look at, those whose token stands before it.
 
-    Pictures come first: a word that may look at none looks at all, in transformers' class, those that pad the batch, too.
+    Images come first: a word that may look at none attends to all, in transformers' class, those that pad the batch, too.
     """
 
     def _prompt(self, row: int) -> Tensor:
@@ -447,7 +447,7 @@ class TileFamily(Family):
 
     def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
         made = super().batch(rows)
-        begun = (made["input_ids"] == IMAGE).cumsum(1)[:, :, None, None]  # pictures that have begun at each word
+        begun = (made["input_ids"] == IMAGE).cumsum(1)[:, :, None, None]  # images that have begun at each word
         tiles = made["aspect_ratio_mask"] * (made["aspect_ratio_ids"] > 0)[:, :, None]
         number = torch.arange(tiles.shape[1])[:, None]
         return {**made, "cross_attention_mask": tiles[:, None] * (begun > number)}
@@ -458,9 +458,9 @@ class TileFamily(Family):
 
 
 def mllama() -> Family:
-    """Layers 1 and 3 attend to the pictures' tiles alone, 0 and 2 to the words, among them one token per picture."""
+    """Layers 1 and 3 attend to the images' tiles alone, 0 and 2 to the words, among them one token per image."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         most = max(1 + row % 2 for row in rows)
         pixels, shapes = torch.zeros(len(rows), most, 2, 3, 16, 16), torch.zeros(len(rows), most, dtype=torch.long)
         for i, row in enumerate(rows):
@@ -492,17 +492,17 @@ def mllama() -> Family:
         for name, gate in model.named_parameters():
             if name.endswith("_gate"):
                 gate.add_(0.7)  # from shut, as they are made, to open
-    return TileFamily("Mllama", model, several(1), pictures)
+    return TileFamily("Mllama", model, several(1), image_inputs)
 
 
 @dataclass(frozen=True)
 class ApartFamily(Family):
-    """Idefics: no cell among the words; a mask says how many of a row's pictures each word may look at."""
+    """Idefics: no token among the words; a mask says how many of a row's images each word may look at."""
 
     def batch(self, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
         made = super().batch(rows)
-        pictures, length = made["pixel_values"].shape[1], made["input_ids"].shape[1]
-        seen = torch.tensor([[number < 1 + row % 2 for number in range(pictures)] for row in rows]).long()
+        image_inputs, length = made["pixel_values"].shape[1], made["input_ids"].shape[1]
+        seen = torch.tensor([[number < 1 + row % 2 for number in range(image_inputs)] for row in rows]).long()
         return {**made, "image_attention_mask": seen[:, None].expand(-1, length, -1)}
 
     def extended(self, inputs: dict[str, Tensor], written: Tensor) -> dict[str, Tensor]:
@@ -511,12 +511,12 @@ class ApartFamily(Family):
 
 
 def idefics(latents: int = 0) -> Family:
-    """Llama layers, and between some of them gated layers that attend to the pictures alone and have numbers of their own.
+    """Llama layers, and between some of them gated layers that attend to the images alone and have numbers of their own.
 
-    latents: of a perceiver that reads each picture; without any the tower's cells are the keys
+    latents: of a perceiver that reads each image; without any the tower's tokens are the keys
     """
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         pixels = torch.zeros(len(rows), max(1 + row % 2 for row in rows), 3, 16, 16)
         for i, row in enumerate(rows):
             pixels[i, : 1 + row % 2] = draw_noise(row, 1 + row % 2, 3, 16, 16)
@@ -539,11 +539,11 @@ def idefics(latents: int = 0) -> Family:
         alpha_type="vector",
         tie_word_embeddings=False,
     )
-    return ApartFamily("Idefics", build(tf.IdeficsForVisionText2Text, config), _no_cells, pictures)
+    return ApartFamily("Idefics", build(tf.IdeficsForVisionText2Text, config), _no_image_tokens, image_inputs)
 
 
 def florence_2() -> Family:
-    """BART: the picture is in the encoder, and the decoder's cross attention reads the encoder."""
+    """BART: the image is in the encoder, and the decoder's cross attention reads the encoder."""
     config = tf.Florence2Config(
         text_config={"model_type": "bart", **BART},
         vision_config={
@@ -585,32 +585,32 @@ MAKERS: dict[str, Callable[[], Family]] = {
 
 
 LAYOUTS: dict[str, str] = {
-    "Idefics2": "perceiver latents (64), no grid; a run per picture or crop",
-    "Aria": "resampler queries by patch count (128 or 256), no grid; all crops of a picture in one run",
+    "Idefics2": "perceiver latents (64), no grid; a run per image or crop",
+    "Aria": "resampler queries by patch count (128 or 256), no grid; all crops of an image in one run",
     "FastVLM": "sqrt(N) x sqrt(N) of the convolutional tower's last map, row-major",
     "Chameleon": "h/16 x w/16 codes (32x32), row-major",
-    "Emu3": "h/8 x (w/8 + 1) from image_sizes, row-major; the last column ends the row and is no cell of the picture",
+    "Emu3": "h/8 x (w/8 + 1) from image_sizes, row-major; the last column ends the row and is no token of the image",
     "Fuyu": "ceil(h/30) x ceil(w/30), row-major, a run per row: a |NEWLINE| token of another id ends each",
     "BLIP-2": "Q-Former queries (32), no grid",
     "InstructBLIP": "Q-Former queries (32), no grid",
     "InstructBlipVideo": "frames (4) times Q-Former queries (32), frame by frame, no grid; video_token_id",
     "Nemotron-H-Omni": "h/2 x w/2 from image_grid_hw, row-major",
-    "T5Gemma2": "one square per picture (16x16), row-major, in the encoder",
+    "T5Gemma2": "one square per image (16x16), row-major, in the encoder",
     "BLIP-2 (T5)": "Q-Former queries (32), no grid, in the encoder",
-    "Florence-2": "the mean of all cells, then a square (24x24), row-major, in the encoder",
-    "Idefics": "keys of their own: per picture a class cell and a square, row-major",
-    "Idefics (perceiver)": "keys of their own: perceiver latents (64) per picture, no grid",
-    "Mllama": "keys of their own: per tile a class cell and a square (40x40), tiles row-major; padding tiles are no cells",
+    "Florence-2": "the mean of all image tokens, then a square (24x24), row-major, in the encoder",
+    "Idefics": "keys of their own: per image a class token and a square, row-major",
+    "Idefics (perceiver)": "keys of their own: perceiver latents (64) per image, no grid",
+    "Mllama": "keys of their own: per tile a class token and a square (40x40), tiles row-major; padding is none",
 }
 
 
-# ------------------------------------------------------------------------------------------- other ways to see a picture
+# ------------------------------------------------------------------------------------------- other ways to see an image
 
 
 def pix2struct() -> Family:
-    """T5's cross attention over patches that carry their row and column; no prompt but the picture."""
+    """T5's cross attention over patches that carry their row and column; no prompt but the image."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         at = torch.cartesian_prod(torch.arange(1, 3), torch.arange(1, 4)).float()
         patches = torch.stack([torch.cat((at, draw_noise(row, 6, 12)), dim=1) for row in rows])
         return {"flattened_patches": patches, "attention_mask": torch.ones(len(rows), 6)}
@@ -627,25 +627,27 @@ def pix2struct() -> Family:
             "seq_len": 8,
         },
     )
-    return PictureFamily("Pix2Struct", _starting(build(tf.Pix2StructForConditionalGeneration, config)), _no_cells, pictures)
+    return PromptlessFamily(
+        "Pix2Struct", _starting(build(tf.Pix2StructForConditionalGeneration, config)), _no_image_tokens, image_inputs
+    )
 
 
 def udop() -> Family:
     """T5 over words with boxes, then the patches that no word covers."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         return {**_one_square(rows), "bbox": torch.zeros(len(rows), max(8 + 3 * row for row in rows), 4)}
 
     config = tf.UdopConfig(
         **T5, vocab_size=VOCABULARY, d_model=WIDTH, image_size=16, patch_size=4, max_2d_position_embeddings=32
     )
-    return Family("UDOP", _starting(build(tf.UdopForConditionalGeneration, config)), _no_cells, pictures)
+    return Family("UDOP", _starting(build(tf.UdopForConditionalGeneration, config)), _no_image_tokens, image_inputs)
 
 
 def pp_formulanet() -> Family:
     """BART's decoder over a convolved map of patches; no prompt."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         return {"pixel_values": torch.cat([draw_noise(row, 1, 3, 32, 32) for row in rows])}
 
     config = tf.PPFormulaNetConfig(
@@ -667,7 +669,7 @@ def pp_formulanet() -> Family:
         },
     )
     model = _starting(build(tf.PPFormulaNetForConditionalGeneration, config))
-    return PictureFamily("PPFormulaNet", model, _no_cells, pictures)
+    return PromptlessFamily("PPFormulaNet", model, _no_image_tokens, image_inputs)
 
 
 def vision_encoder_decoder() -> Family:
@@ -682,14 +684,14 @@ def vision_encoder_decoder() -> Family:
         },
     )
     model = _starting(build(tf.VisionEncoderDecoderModel, config))
-    return PictureFamily("VisionEncoderDecoder", model, _no_cells, _one_square)
+    return PromptlessFamily("VisionEncoderDecoder", model, _no_image_tokens, _one_square)
 
 
 def git() -> Family:
-    """Picture tokens before the words, without a place among the ids; attention that the class computes by itself."""
+    """Image tokens before the words, without a location among the ids; attention that the class computes by itself."""
     text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
     config = tf.GitConfig(vision_config=TOWER, **text)
-    return Family("GIT", build(tf.GitForCausalLM, config, attention="eager"), _no_cells, _one_square)
+    return Family("GIT", build(tf.GitForCausalLM, config, attention="eager"), _no_image_tokens, _one_square)
 
 
 def blip() -> Family:
@@ -697,7 +699,7 @@ def blip() -> Family:
     text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
     config = tf.BlipConfig(text_config=text, vision_config=TOWER)
     model = build(tf.BlipForConditionalGeneration, config, attention="eager")
-    return Family("BLIP", _inner(model, "text_decoder"), _no_cells, _one_square)
+    return Family("BLIP", _inner(model, "text_decoder"), _no_image_tokens, _one_square)
 
 
 OTHERS: dict[str, Callable[[], Family]] = {

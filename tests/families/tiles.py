@@ -1,6 +1,6 @@
-"""Tiny random models of families that cut a picture into tiles, views or pages; like `families`, one function each.
+"""Tiny random models of families that cut an image into tiles, views or pages; like `families`, one function each.
 
-``LAYOUTS`` says how the image tokens of one picture lie, as read in the family's source.
+``LAYOUTS`` says how the image tokens of one image lie, as read in the family's source.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ SAM: dict[str, Any] = {
 
 
 def _pages(rows: Sequence[int]) -> dict[str, Tensor]:
-    """``pixel_values`` (pictures, 3, 32, 32), as `squares` but larger."""
+    """``pixel_values`` (images, 3, 32, 32), as `squares` but larger."""
     return {"pixel_values": torch.cat([draw_noise(row, 1 + row % 2, 3, 32, 32) for row in rows])}
 
 
-def _run(cells: int) -> Callable[[int], list[int]]:
-    """One picture a row, of two tiles of ``cells`` tokens in odd rows and one in even rows."""
-    return lambda row: [cells * (1 + row % 2)]
+def _run(image_tokens: int) -> Callable[[int], list[int]]:
+    """One image a row, of two tiles of ``image_tokens`` tokens in odd rows and one in even rows."""
+    return lambda row: [image_tokens * (1 + row % 2)]
 
 
 def _sharpen(model: PreTrainedModel, name: str, times: float = 1.0, plus: float = 0.0) -> PreTrainedModel:
@@ -78,21 +78,21 @@ def vipllava() -> Family:
     return Family("VipLlava", build(tf.VipLlavaForConditionalGeneration, config), several(16), squares)
 
 
-SIZES = ((16, 32), (8, 32), (32, 16))  # the heights and widths of the pictures of rows 0, 1 and 2
+SIZES = ((16, 32), (8, 32), (32, 16))  # the heights and widths of the images of rows 0, 1 and 2
 PINPOINTS = [[16, 32], [32, 16]]
 
 
-def _any_res(config: Any, kind: type[PreTrainedModel], name: str, cells: Sequence[int], **options: Any) -> Family:
-    """One picture a row, of a base tile and two more; rows of the map that are padding are cut away."""
+def _any_res(config: Any, kind: type[PreTrainedModel], name: str, image_tokens: Sequence[int], **options: Any) -> Family:
+    """One image a row, of a base tile and two more; rows of the map that are padding are cut away."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         return {
             "pixel_values": torch.stack([draw_noise(row, 3, 3, 16, 16) for row in rows]),
             "image_sizes": torch.tensor([SIZES[row % 3] for row in rows]),
         }
 
     made = config(image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS, tie_word_embeddings=False, **options)
-    return Family(name, build(kind, made), lambda row: [cells[row % 3]], pictures)
+    return Family(name, build(kind, made), lambda row: [image_tokens[row % 3]], image_inputs)
 
 
 def llava_next() -> Family:
@@ -140,11 +140,11 @@ def video_llava() -> Family:
     return Family("VideoLLaVA", build(tf.VideoLlavaForConditionalGeneration, config), several(16), squares)
 
 
-# -------------------------------------------------------------------------------------------------- square pictures
+# -------------------------------------------------------------------------------------------------- square images
 
 
 def qianfan_ocr() -> Family:
-    """InternVL's tower with Qwen3 text; tiles of one picture in one run."""
+    """InternVL's tower with Qwen3 text; tiles of one image in one run."""
     config = tf.QianfanOCRConfig(
         text_config=QWEN3,
         vision_config={**TOWER, "image_size": (16, 16), "patch_size": (4, 4)},
@@ -179,7 +179,7 @@ def llama4() -> Family:
 
 
 def ovis2() -> Family:
-    """A picture is a softmax over visual words; START and END are visual words, too."""
+    """An image is a softmax over visual words; START and END are visual words, too."""
     config = tf.Ovis2Config(
         text_config=QWEN2,
         vision_config={**TOWER, "vocab_size": 40, "hidden_stride": 2},
@@ -228,7 +228,7 @@ def shieldgemma2() -> Family:
 
 
 def janus() -> Family:
-    """A tower of its own; the parts that paint pictures stay idle."""
+    """A tower of its own; the parts that paint images stay idle."""
     config = tf.JanusConfig(
         text_config=LLAMA,
         vision_config={**TOWER, "mlp_ratio": 1.0, "projection_dim": WIDTH, "num_image_tokens": 16},
@@ -255,7 +255,7 @@ def deepseek_vl() -> Family:
 def deepseek_vl_hybrid() -> Family:
     """DeepseekVL with a SAM tower beside the SigLIP one, whose map is brought to the same grid."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         return {**squares(rows), "high_res_pixel_values": _pages(rows)["pixel_values"]}
 
     config = tf.DeepseekVLHybridConfig(
@@ -265,7 +265,7 @@ def deepseek_vl_hybrid() -> Family:
         image_token_id=IMAGE,
     )
     model = build(tf.DeepseekVLHybridForConditionalGeneration, config)
-    return Family("DeepseekVL-Hybrid", model, several(16), pictures)
+    return Family("DeepseekVL-Hybrid", model, several(16), image_inputs)
 
 
 def _got(config: Any, name: str) -> Family:
@@ -276,7 +276,7 @@ def _got(config: Any, name: str) -> Family:
 
 
 def got_ocr2() -> Family:
-    """SAM tower, Qwen2 text; several patches of one picture in one run."""
+    """SAM tower, Qwen2 text; several patches of one image in one run."""
     return _got(tf.GotOcr2Config, "GOT-OCR2")
 
 
@@ -285,11 +285,11 @@ def pp_chart2table() -> Family:
     return _got(tf.PPChart2TableConfig, "PPChart2Table")
 
 
-# ------------------------------------------------------------------------------------------- pictures of any shape
+# ------------------------------------------------------------------------------------------- images of any shape
 
 
 def _sizes(rows: Sequence[int]) -> dict[str, Tensor]:
-    """Pictures 16 high and 16 or 24 wide in one tensor, with their ``image_sizes``."""
+    """Images 16 high and 16 or 24 wide in one tensor, with their ``image_sizes``."""
     sizes = [(16, 16 + 8 * (row % 2)) for row in rows]
     pixels = torch.zeros(len(rows), 3, 16, 24)
     for i, row in enumerate(rows):
@@ -339,7 +339,7 @@ def lfm2_vl() -> Family:
     def width(row: int) -> int:
         return 4 + 2 * (row % 3)
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         most = max(4 * width(row) for row in rows)
         pixels, mask = torch.zeros(len(rows), most, 3 * 4 * 4), torch.zeros(len(rows), most, dtype=torch.long)
         for i, row in enumerate(rows):
@@ -361,20 +361,20 @@ def lfm2_vl() -> Family:
         projector_hidden_size=32,
     )
     model = _sharpen(build(tf.Lfm2VlForConditionalGeneration, config), "q_layernorm", times=3)
-    return Family("Lfm2-VL", model, lambda row: [width(row)], pictures)
+    return Family("Lfm2-VL", model, lambda row: [width(row)], image_inputs)
 
 
 def _global_and_local(side: int) -> Callable[[Sequence[int]], dict[str, Tensor]]:
     """A view of 32 x 32 and, in odd rows two and else one, local patches of ``side`` x ``side``."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         return {
             "pixel_values": torch.cat([draw_noise(row, 1, 3, 32, 32) for row in rows]),
             "pixel_values_local": torch.cat([draw_noise(row + 50, 1 + row % 2, 3, side, side) for row in rows]),
             "num_local_patches": torch.tensor([1 + row % 2 for row in rows]),
         }
 
-    return pictures
+    return image_inputs
 
 
 EXPERTS: dict[str, Any] = {
@@ -423,7 +423,7 @@ def unlimited_ocr() -> Family:
     """SAM and CLIP towers in a chain; written words see the whole prompt and the last few words."""
     patches = _global_and_local(16)
 
-    def pictures(rows: Sequence[int]) -> dict[str, Any]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Any]:
         made = patches(rows)
         # The processor leaves these two as lists.
         return {
@@ -438,19 +438,19 @@ def unlimited_ocr() -> Family:
         image_token_id=IMAGE,
     )
     model = build(tf.UnlimitedOcrForConditionalGeneration, config)
-    return Family("UnlimitedOCR", model, lambda row: [2 * 3 + 1 + 2 * (1 + row % 2)], pictures)
+    return Family("UnlimitedOCR", model, lambda row: [2 * 3 + 1 + 2 * (1 + row % 2)], image_inputs)
 
 
 # ------------------------------------------------------------------------------------------------------- the Gemmas
 
 
 def _gemma4(config: Any, kind: type[PreTrainedModel], name: str, patch: int, pool: int, **options: Any) -> Family:
-    """Pictures as a list of patches with their places, padded; ``pool`` x ``pool`` patches are a token."""
+    """Images as a list of patches with their locations, padded; ``pool`` x ``pool`` patches are a token."""
 
     def shape(row: int) -> tuple[int, int]:
         return 2 * pool, (2 + row % 2) * pool
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         most = max(h * w for h, w in map(shape, rows))
         pixels, places = torch.zeros(len(rows), most, 3 * patch * patch), torch.full((len(rows), most, 2), -1)
         for i, row in enumerate(rows):
@@ -475,7 +475,7 @@ def _gemma4(config: Any, kind: type[PreTrainedModel], name: str, patch: int, poo
     made = config(**options, **special, boa_token_id=124, audio_token_id=125, eoa_token_index=126)
     model = _sharpen(build(kind, made), "q_norm", times=0.2)  # it does not divide scores by the root of the head's width
     model.generation_config.suppress_tokens += [124, 125, 126]
-    return Family(name, model, lambda row: [2 * (2 + row % 2)], pictures, ("mm_token_type_ids", 1, 0))
+    return Family(name, model, lambda row: [2 * (2 + row % 2)], image_inputs, ("mm_token_type_ids", 1, 0))
 
 
 def gemma4() -> Family:
@@ -525,7 +525,7 @@ def _minicpm(config: Any, kind: type[PreTrainedModel], name: str, merge: int, **
     def shape(row: int) -> tuple[int, int]:
         return 2 * merge, (2 + row % 2) * merge
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         shapes = [shape(row) for row in rows]
         strips = [draw_noise(row, 1, 3, 4, 4 * h * w) for row, (h, w) in zip(rows, shapes, strict=True)]
         return {"pixel_values": torch.cat(strips, dim=3), "target_sizes": torch.tensor(shapes, dtype=torch.int32)}
@@ -551,7 +551,7 @@ def _minicpm(config: Any, kind: type[PreTrainedModel], name: str, merge: int, **
         text_config=text, vision_config=TOWER, insert_layer_id=0, image_token_id=IMAGE, video_token_id=VIDEO, **options
     )
     model = _sharpen(build(kind, made), "q_norm", plus=0.5)
-    return Family(name, model, lambda row: [2 * (2 + row % 2)], pictures)
+    return Family(name, model, lambda row: [2 * (2 + row % 2)], image_inputs)
 
 
 def minicpmv4_6() -> Family:
@@ -612,7 +612,7 @@ def granite4_vision() -> Family:
 def granite_docling() -> Family:
     """Tiles in a second axis, padded; tower features added after the first layers; scaled logits."""
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         most = max(1 + row % 2 for row in rows)
         pixels, mask = torch.zeros(len(rows), most, 3, 16, 16), torch.zeros(len(rows), most, dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -626,16 +626,16 @@ def granite_docling() -> Family:
         image_token_id=IMAGE,
         pad_token_id=PAD,
     )
-    return Family("GraniteDocling", build(tf.GraniteDoclingForConditionalGeneration, config), several(4), pictures)
+    return Family("GraniteDocling", build(tf.GraniteDoclingForConditionalGeneration, config), several(4), image_inputs)
 
 
 def molmo2() -> Family:
     """Pooled patches are named by their number in the batch; all image tokens see each other."""
 
     def shape(row: int) -> tuple[int, int]:
-        return 1 + (row + 1) % 2, 2  # of the high-resolution view; that of the whole picture is 2 x 2
+        return 1 + (row + 1) % 2, 2  # of the high-resolution view; that of the whole image is 2 x 2
 
-    def pictures(rows: Sequence[int]) -> dict[str, Tensor]:
+    def image_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
         grids = torch.tensor([(2, 2, *shape(row)) for row in rows])
         windows = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)  # 2 x 2 windows of 4 x 4 patches
         pooling = []
@@ -665,7 +665,7 @@ def molmo2() -> Family:
         frame_end_token_id=125,
     )
     model = _sharpen(build(tf.Molmo2ForConditionalGeneration, config), "q_norm", times=0.5)
-    return Family("Molmo2", model, lambda row: [4 + shape(row)[0] * 2], pictures, ("mm_token_type_ids", 1, 0))
+    return Family("Molmo2", model, lambda row: [4 + shape(row)[0] * 2], image_inputs, ("mm_token_type_ids", 1, 0))
 
 
 MAKERS: dict[str, Callable[[], Family]] = {
@@ -704,7 +704,7 @@ LAYOUTS: dict[str, str] = {
     "VipLlava": "24 x 24 row-major, fixed (image_size / patch_size), CLS dropped",
     "LLaVA-NeXT": "base 24 x 24 first, then the unpadded any-res map, each row ended by a newline token; one run, one id",
     "LLaVA-NeXT-Video": "as LLaVA-NeXT; videos are frames x pooled grid under another id",
-    "LLaVA-OneVision": "as LLaVA-NeXT with 27 x 27, map shrunk to 9 tiles' tokens; several pictures: 27 x 27 + newline each",
+    "LLaVA-OneVision": "as LLaVA-NeXT with 27 x 27, map shrunk to 9 tiles' tokens; several images: 27 x 27 + newline each",
     "VideoLLaVA": "16 x 16 row-major, fixed, CLS dropped; 257 tokens a frame, CLS kept, under another id",
     "QianfanOCR": "tiles of 16 x 16 in one run, row by row, thumbnail last; no separator, the run's length tells their number",
     "Llama4": "tiles of 12 x 12 row-major between separators (x within a row, y after it), global tile last",
@@ -715,7 +715,7 @@ LAYOUTS: dict[str, str] = {
     "DeepseekVL": "24 x 24 row-major, fixed",
     "DeepseekVL-Hybrid": "24 x 24 row-major, fixed, for both towers",
     "GOT-OCR2": "patches of 16 x 16 in one run, row by row, thumbnail last; no separator, nor between pages",
-    "PPChart2Table": "16 x 16 row-major, one page a picture",
+    "PPChart2Table": "16 x 16 row-major, one page an image",
     "LightOnOCR": "h/(patch*merge) x w/(patch*merge) from image_sizes, row-major, no break token",
     "Mistral-Large-4": "h/(patch*merge) x w/(patch*merge) from image_sizes, row-major",
     "Lfm2-VL": "h/2 x w/2 of spatial_shapes row-major; tiles behind <|img_row_i_col_j|>, thumbnail last",
