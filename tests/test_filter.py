@@ -220,8 +220,8 @@ def frames() -> list[Image.Image]:
 
 UNREADABLE = {
     "truncated": (packed(IMAGES[0])[:600], "the image is damaged: "),
-    "no image": (b"%PDF-1.7 not an image", "the image is not a"),
-    "empty": (b"", "the image is not a"),
+    "no image": (b"%PDF-1.7 not an image", "the image is not an image that Pillow can read"),
+    "empty": (b"", "the image is not an image that Pillow can read"),
     "bomb": (bomb(), "the image has more pixels than is safe to unpack"),
     "zero-size": (Image.new("RGB", (0, 0)), "the image is 0 x 0 pixels: there is nothing in it"),
     "no rows": (np.zeros((0, 5, 3), np.uint8), "the image "),
@@ -231,7 +231,7 @@ UNREADABLE = {
     "missing file": ("nowhere.png", "the image cannot be opened: No such file or directory"),
     "folder": ("/", "the image cannot be opened: Is a directory"),
     "device": ("/dev/zero", "the image is a device or a pipe"),
-    "number": (7, "Expected one "),
+    "number": (7, "Expected one image "),
 }
 READABLE = {
     "animated GIF": (packed(frames()[0], "GIF", save_all=True, append_images=frames()[1:]), (40, 40), (255, 0, 0)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import resource
@@ -14,18 +15,20 @@ import warnings
 from pathlib import Path
 
 import pytest
+import rich.console
 from PIL import Image
 from typer.testing import CliRunner
 
 from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.errors import InputError, OutputError
-from gazeguard.filtering.caption_filter import CaptionFilter
+from gazeguard.filtering.caption_filter import CaptionFilter, ignore_rows
 from gazeguard.filtering.columns import COLUMNS
 from gazeguard.filtering.readers import open_source
 from gazeguard.filtering.run import filter_files
 from gazeguard.filtering.writer import Results, reason_category
 from gazeguard.guard import GazeGuard
+from gazeguard.progress import show_progress
 
 run = CliRunner().invoke
 CHUNK = 4
@@ -190,6 +193,29 @@ def test_captions_are_written_for_a_folder_without_any(caption_filter, tmp_path)
             == row["gaze_caption"]
             == caption_filter.guard.caption(tmp_path / f"in/{i}.png", do_sample=False).caption
         )
+
+
+def test_progress_is_shown_on_a_terminal_and_can_be_switched_off(caption_filter, empty_rows, tmp_path, monkeypatch):
+    """Rows, rate and remaining time; those of an earlier run count as done."""
+    screen, console = io.StringIO(), rich.console.Console
+    monkeypatch.setattr("rich.console.Console", lambda **_: console(file=screen, force_terminal=True, width=120))
+    source = open_source(empty_rows)
+
+    def run_into(folder: Path) -> str:
+        results = Results(folder, caption_filter.run_settings(source, empty_rows.parent, CHUNK, False))
+        with results.open():
+            results.save(0, next(caption_filter.filter_chunks([list(source.rows())[:CHUNK]], True, ignore_rows)))
+        filter_files(caption_filter, source, results, CHUNK, progress=True)
+        text, _ = screen.getvalue(), screen.truncate(screen.seek(0))
+        return text
+
+    shown = run_into(tmp_path / "shown")
+    assert all(part in shown for part in ("filtering", "4/10", "10/10", "rows/s"))
+    show_progress(False)
+    try:
+        assert run_into(tmp_path / "hidden") == ""
+    finally:
+        show_progress(True)
 
 
 # ------------------------------------------------------------------------------------------------------------ killed
