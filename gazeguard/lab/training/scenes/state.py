@@ -49,7 +49,9 @@ class _Steps(Dataset):
 
 def feed(build: Callable[[int], Any], first: int, last: int, workers: int = 1) -> Iterator[Any]:
     """The batches of steps ``first`` to ``last`` (exclusive), drawn ahead of time by background processes."""
-    ahead = {"num_workers": workers, "prefetch_factor": 4} if workers else {"num_workers": 0}
+    ahead: dict[str, Any] = {"num_workers": 0}
+    if workers:
+        ahead = {"num_workers": workers, "prefetch_factor": 4, "multiprocessing_context": "fork"}
     return iter(DataLoader(_Steps(build, first, last), batch_size=None, shuffle=False, **ahead))
 
 
