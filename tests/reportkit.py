@@ -65,5 +65,5 @@ def moon_report() -> Report:
     return make_report(CAPTION, make_trace(CAPTION), find(CAPTION, 0, 10, 0.1), moon)
 
 
-def picture(size: tuple[int, int] = (144, 144)) -> Image.Image:
+def blank(size: tuple[int, int] = (144, 144)) -> Image.Image:
     return Image.new("RGB", size, (90, 140, 200))

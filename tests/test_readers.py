@@ -97,9 +97,9 @@ def test_a_bad_line_is_a_row_that_says_so(tmp_path, line, wrong):
     st.lists(st.binary(max_size=60) | st.sampled_from([b'{"image":"a"}', b'{"image":"a","caption":null}', b"[1]"]), max_size=8)
 )
 @example([b"\r", b"\x0b", b"\xc2\x85", b""])
-def test_every_line_is_one_row_from_wherever_it_is_read(tmp_path_factory, told):
+def test_every_line_is_one_row_from_wherever_it_is_read(tmp_path_factory, parts):
     """Whatever bytes they are, also when reading starts in the middle."""
-    data = b"\n".join(told)
+    data = b"\n".join(parts)
     source = lines(tmp_path_factory.mktemp("lines") / "a.jsonl", data)
     rows = list(source.rows())
     assert len(rows) == source.count() == sum(1 for line in data.split(b"\n") if line.strip())
@@ -111,7 +111,7 @@ def test_every_line_is_one_row_from_wherever_it_is_read(tmp_path_factory, told):
 
 
 def test_a_folder_is_pictures_with_captions_beside_them(tmp_path):
-    """In the order of their names, below too; a sidecar without a picture is not lost, other files are none."""
+    """In the order of their names, below too; a sidecar without an image is not lost, other files are none."""
     (tmp_path / "b").mkdir()
     for name in ("c.png", "b/d.JPG", "a.webp", "a.png"):
         (tmp_path / name).write_bytes(PNG)
@@ -160,7 +160,7 @@ def test_shards_are_read_where_they_lie(tmp_path):
 
 
 def test_captions_of_img2dataset_are_found(tmp_path):
-    """In .txt, or else in .json; keys with folders; what has no picture says so."""
+    """In .txt, or else in .json; keys with folders; what has no image says so."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "x/1.2.json", b'{"caption": "of one point two"}')
         add(tar, "x/3.png", PNG)
@@ -177,7 +177,7 @@ def test_captions_of_img2dataset_are_found(tmp_path):
 
 
 def test_links_and_devices_in_a_shard_are_not_followed(tmp_path):
-    """A link to a file of the machine is no picture: the row is there, without one."""
+    """A link to a file of the machine is no image: the row is there, without one."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "1.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
         add(tar, "1.txt", b"A star.")
@@ -200,7 +200,7 @@ def whole(rows):
 @example(0)
 @example(3 * 2048)
 def test_a_shard_that_breaks_off_says_so(tmp_path_factory, length):
-    """Wherever it is cut: what comes before is as it was, the cut is a row of its own, and later shards are read."""
+    """Wherever it is cut: what comes before is as it was, the cut is a row by itself, and later shards are read."""
     folder = tmp_path_factory.mktemp("shards")
     expected = whole(WebDataset((shard(folder / "a.tar"),)).rows())
     data = (folder / "a.tar").read_bytes()
@@ -256,15 +256,15 @@ def test_parquet_that_cannot_be_used_is_refused(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"picture": ["a.png"]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"a.parquet has no column 'image', only picture. Name it with --image-column"):
+    pq.write_table(pa.table({"photo": ["a.png"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a.parquet has no column 'image', only photo. Name it with --image-column"):
         open_source(tmp_path / "a.parquet")
-    source = open_source(tmp_path / "a.parquet", image="picture")
+    source = open_source(tmp_path / "a.parquet", image="photo")
     assert isinstance(source, ParquetTable)
     assert not source.has_captions
-    pq.write_table(pa.table({"picture": [1]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"photo": [1]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b.parquet has other columns than .*a.parquet"):
-        open_source(tmp_path, image="picture")
+        open_source(tmp_path, image="photo")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(InputError, match=r"c.parquet cannot be read as parquet: "):
         open_source(tmp_path / "c.parquet")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from reportkit import CAPTION, NASTY, find, make_report, make_trace, moon_report, picture
+from reportkit import CAPTION, NASTY, blank, find, make_report, make_trace, moon_report
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
@@ -133,7 +133,7 @@ def some(number: int = 5) -> list[Entry]:
     """A page of captions: every third flagged, every third unchecked; titles "caption 0" and so on."""
     entries = []
     for index in range(number):
-        image = None if index % 6 == 2 else picture()
+        image = None if index % 6 == 2 else blank()
         report = [
             moon_report(),
             make_report(CAPTION, make_trace(CAPTION), find(CAPTION, 0, 10, 0.2)),
@@ -157,7 +157,7 @@ def test_hostile_text_is_shown_as_it_is_and_runs_nothing(show: Callable[..., Rep
     for nasty in HOSTILE:
         finding = find(nasty, 0, 4, 0.9, True, reasons=(nasty,), box=(1.0, 2.0, 30.0, 40.0))
         report = Report(nasty, Verdict.FLAG, nasty, (finding,), nasty, nasty, nasty, make_trace(nasty), nasty[1:])
-        entries.append(Entry(nasty, picture(), report, (nasty,), ((nasty, (0.0, 0.0, 144.0, 144.0)),)))
+        entries.append(Entry(nasty, blank(), report, (nasty,), ((nasty, (0.0, 0.0, 144.0, 144.0)),)))
     replay = show(entries, title=NASTY[0])
     assert replay.driver.title == NASTY[0]
     assert replay.js("return document.querySelectorAll('script').length") == 1
@@ -211,7 +211,7 @@ def test_the_policy_refuses_what_the_page_does_not_need(driver: webdriver.Chrome
 
 
 def test_a_link_opens_its_word_with_all_that_is_known(show: Callable[..., Replay]) -> None:
-    entries = [Entry("a", picture(), moon_report(), ("a blue moon: not in the picture",)), *some(2)]
+    entries = [Entry("a", blank(), moon_report(), ("a blue moon: not in the picture",)), *some(2)]
     replay = show(entries, "#entry=1&word=10")
     assert replay.word == ["blue"]
     assert replay.js("return document.querySelector('#caption [aria-current]').ariaLabel") == "blue, flagged"
@@ -283,7 +283,7 @@ def test_the_mouse_steps_too(show: Callable[..., Replay]) -> None:
 def test_a_phrase_behind_another_can_be_chosen(show: Callable[..., Replay]) -> None:
     caption = "a dog on grass"
     report = make_report(caption, make_trace(caption), find(caption, 0, 14, 0.6), find(caption, 0, 5, 0.5, True))
-    replay = show([Entry("a", picture(), report)])
+    replay = show([Entry("a", blank(), report)])
     assert replay.text("#risk-value") == "0.50 ? flagged"
     replay.click("#phrases tr:nth-child(1) button")
     assert (replay.text("#phrase"), replay.text("#risk-value")) == ("a dog on grass · object", "0.60")
@@ -294,7 +294,7 @@ def test_the_heat_lies_where_the_gaze_was_and_can_be_put_away(show: Callable[...
     gaze = np.zeros((2, 1, 16))
     gaze[0, 0, 0], gaze[1, 0, 15] = 0.9, 0.5
     trace = make_trace(text, gaze, ImageGrid.regular(4, 4, (80, 40)))
-    replay = show([Entry("a", picture((80, 40)), make_report(text, trace))])
+    replay = show([Entry("a", blank((80, 40)), make_report(text, trace))])
     alpha = """
     const { width, height } = $("heat");
     const data = $("heat").getContext("2d").getImageData(0, 0, width, height).data;
@@ -341,7 +341,7 @@ def test_a_page_without_anything_to_step_through_is_quiet(show: Callable[..., Re
     empty = make_report("", make_trace("", np.zeros((0, 2, 144))))
     unseen = Report("A re", Verdict.UNCHECKED, "Cut off.", (), "balanced", "toy", "0.1", None, "A re")
     none, lost = "No gaze was recorded for this caption.", "There is no image to show."
-    for image, report, seen in ((picture(), empty, ""), (picture(), unseen, none), (None, unseen, lost)):
+    for image, report, seen in ((blank(), empty, ""), (blank(), unseen, none), (None, unseen, lost)):
         replay = show([Entry("a", image, report)])
         assert replay.driver.find_element("id", "stage").is_displayed() == (image is not None)
         replay.keys(Keys.ARROW_RIGHT, Keys.SPACE, Keys.END, "f", "h", Keys.ARROW_DOWN)
@@ -466,7 +466,7 @@ def test_flags_are_told_without_colour(show: Callable[..., Replay]) -> None:
 def test_nothing_sticks_out_to_the_side(show: Callable[..., Replay], width: int) -> None:
     word = "w" * 400
     report = make_report(word, make_trace(word), find(word, 0, 400, 0.9, True, reasons=(word,)))
-    replay = show([Entry("a long title " + word, picture(), report, (word,), ((word, (0.0, 0.0, 144.0, 144.0)),)), *some(3)])
+    replay = show([Entry("a long title " + word, blank(), report, (word,), ((word, (0.0, 0.0, 144.0, 144.0)),)), *some(3)])
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     replay.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
@@ -484,7 +484,7 @@ def test_an_entry_replays_in_a_notebook(driver: webdriver.Chrome, tmp_path: Path
     """The frame steps by its own keys, reaches nothing around it, and the report beside it runs nothing."""
     nasty = make_report(NASTY[1], None, find(NASTY[1], 0, 4, 0.9, True))
     path = tmp_path / "notebook.html"
-    path.write_text(Entry("moon", picture(), moon_report())._repr_html_() + nasty._repr_html_(), encoding="utf-8")
+    path.write_text(Entry("moon", blank(), moon_report())._repr_html_() + nasty._repr_html_(), encoding="utf-8")
     driver.get(path.as_uri())
     assert NASTY[1][4:] in driver.find_element("css selector", "div p").text
     driver.switch_to.frame(0)

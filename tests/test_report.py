@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from reportkit import CAPTION, NASTY, find, make_report, make_trace, moon_report, picture
+from reportkit import CAPTION, NASTY, blank, find, make_report, make_trace, moon_report
 
 from gazeguard import lab
 from gazeguard.artifacts import MAX_FILE_BYTES
@@ -287,16 +287,16 @@ def test_a_plot_shows_the_attended_region_of_a_phrase(guard: Any, tmp_path: Path
 def test_a_plot_of_what_is_not_there_is_refused() -> None:
     report = moon_report()
     with pytest.raises(InputError, match=r"not say 'a cat'. Pass words of the caption; its claims begin with: 'A red ball'"):
-        report.plot(picture(), "a cat")
+        report.plot(blank(), "a cat")
     with pytest.raises(InputError, match=r"has no trace, so there is no gaze to draw. Check the caption again"):
-        make_report().plot(picture(), "a red ball")
+        make_report().plot(blank(), "a red ball")
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 def test_a_plot_takes_any_text_and_a_phrase_without_attention() -> None:
     for nasty in (*NASTY, r"$\frac{$", "$x$ \x1b[31m"):
         trace = make_trace(nasty, np.zeros((len(nasty.split()), 1, 144)))
-        figure = make_report(nasty, trace).plot(picture(), nasty)
+        figure = make_report(nasty, trace).plot(blank(), nasty)
         assert not figure.axes[0].patches
         figure.savefig(io.BytesIO())
 
@@ -376,10 +376,10 @@ def test_the_box_holds_half_of_the_gaze_and_lies_in_the_image(seed: int) -> None
 
 @pytest.mark.parametrize("nasty", NASTY)
 def test_text_from_outside_is_never_markup(nasty: str) -> None:
-    plain = page([Entry("t", picture(), make_report("a dog", make_trace("a dog")))], title="t")
+    plain = page([Entry("t", blank(), make_report("a dog", make_trace("a dog")))], title="t")
     finding = find(nasty, 0, 3, 0.9, True, reasons=(nasty,))
     report = Report(nasty, Verdict.FLAG, nasty, (finding,), nasty, nasty, nasty, make_trace(nasty))
-    text = page([Entry(nasty, picture(), report, (nasty,))], title=nasty)
+    text = page([Entry(nasty, blank(), report, (nasty,))], title=nasty)
     read = Page(text)
     assert [tag for tag, _ in read.tags] == [tag for tag, _ in Page(plain).tags]
     assert read.inside["title"] == [nasty]
@@ -392,12 +392,12 @@ def test_text_from_outside_is_never_markup(nasty: str) -> None:
 
 @given(st.text(max_size=60))
 def test_the_words_make_up_the_caption(caption: str) -> None:
-    (entry,) = Page(page([Entry("t", picture((4, 4)), make_report(caption, make_trace(caption)))])).captions
+    (entry,) = Page(page([Entry("t", blank((4, 4)), make_report(caption, make_trace(caption)))])).captions
     assert "".join(word["gap"] + word["text"] for word in entry["words"]) + entry["tail"] == caption
 
 
 def test_only_the_pages_own_style_and_script_may_run() -> None:
-    read = Page(page([Entry("t", picture(), moon_report())]))
+    read = Page(page([Entry("t", blank(), moon_report())]))
     meta = next(attrs for tag, attrs in read.tags if attrs.get("http-equiv") == "Content-Security-Policy")
     rules = dict(rule.split(" ", 1) for rule in (meta["content"] or "").split("; "))
     assert rules["default-src"] == "'none'"
@@ -410,7 +410,7 @@ def test_only_the_pages_own_style_and_script_may_run() -> None:
 
 
 def test_the_page_asks_for_nothing() -> None:
-    text = page([Entry("t", picture(), moon_report())])
+    text = page([Entry("t", blank(), moon_report())])
     assert "http://" not in text
     assert "https://" not in text
     assert not [attrs for _, attrs in Page(text).tags if "src" in attrs or "href" in attrs]
@@ -422,7 +422,7 @@ def test_heat_is_relative_to_the_strongest_attention() -> None:
     boxes[3] = np.nan  # no location: left out of the page
     gaze = np.array([[[0.5, 0.25, 0, 0.9]], [[0, 0, 0.1, 0]]])
     trace = make_trace(text, gaze, ImageGrid(boxes, np.zeros(4, dtype=np.int64), ((8, 8),)))
-    data = Page(page([Entry("t", picture((8, 8)), make_report(text, trace))])).data
+    data = Page(page([Entry("t", blank((8, 8)), make_report(text, trace))])).data
     gaze = data["captions"][0]["gaze"]
     assert data["grids"][gaze["grid"]] == [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1]]
     assert list(base64.b64decode(gaze["heat"])) == [255, 128, 0, 0, 0, 51]
@@ -434,7 +434,7 @@ def test_the_staircase_has_shares_of_a_words_attention_on_the_image() -> None:
     gaze = np.stack([cells((0, 0, 0.3), (5, 5, 0.1), rows=6, columns=6), cells(rows=6, columns=6)])[:, None]
     report = make_report(text, make_trace(text, gaze, ImageGrid.regular(6, 6, (60, 60))))
     half = (("upper half", (0.0, 0.0, 60.0, 30.0)), ("a corner", (50.0, 50.0, 60.0, 60.0)))
-    whole, parts = Page(page([Entry("t", picture((60, 60)), report), Entry("t", picture((60, 60)), report, (), half)])).captions
+    whole, parts = Page(page([Entry("t", blank((60, 60)), report), Entry("t", blank((60, 60)), report, (), half)])).captions
     assert whole["gaze"]["regions"][0] == "top left"
     assert list(base64.b64decode(whole["gaze"]["region_share"])) == [191, 0, 0, 0, 0, 0, 0, 0, 64] + [0] * 9
     assert parts["gaze"]["regions"] == ["upper half", "a corner"]
@@ -445,7 +445,7 @@ def test_the_staircase_has_shares_of_a_words_attention_on_the_image() -> None:
 def test_nine_regions_share_out_all_the_attention(seed: int) -> None:
     gaze = np.random.default_rng(seed).exponential(size=(3, 2, 25)) ** 3
     trace = make_trace("a b c", gaze, ImageGrid.regular(5, 5, (50, 40)))
-    (entry,) = Page(page([Entry("t", picture((50, 40)), make_report("a b c", trace))])).captions
+    (entry,) = Page(page([Entry("t", blank((50, 40)), make_report("a b c", trace))])).captions
     levels = np.frombuffer(base64.b64decode(entry["gaze"]["region_share"]), np.uint8).reshape(3, 9)
     assert np.abs(levels.sum(axis=1, dtype=np.int64) - 255).max() <= 4  # each of nine is rounded
 
@@ -454,32 +454,32 @@ def test_a_word_sums_its_log_probabilities_and_hides_what_is_no_number() -> None
     text = "moonlight 🌙"
     trace = make_trace(text)
     trace.offsets[:] = [(0, 4), (4, 9)]
-    (entry,) = Page(page([Entry("t", picture(), make_report(text, trace))])).captions
+    (entry,) = Page(page([Entry("t", blank(), make_report(text, trace))])).captions
     assert entry["words"][0]["logprob"] == -1.0
     assert entry["words"][0]["segment_mass"] == [0.25] * 4
     assert "logprob" not in entry["words"][1]  # no token covers it
     trace.logprobs[:] = -np.inf
-    assert Page(page([Entry("t", picture(), make_report(text, trace))])).captions[0]["words"][0]["logprob"] is None
+    assert Page(page([Entry("t", blank(), make_report(text, trace))])).captions[0]["words"][0]["logprob"] is None
 
 
 def test_a_word_in_two_phrases_shows_the_flagged_one() -> None:
     caption = "a dog on grass"
     report = make_report(caption, None, find(caption, 0, 14, 0.6), find(caption, 0, 5, 0.5, True))
-    (entry,) = Page(report_page(report, picture())).captions
+    (entry,) = Page(report_page(report, blank())).captions
     assert [word["phrase"] for word in entry["words"]] == [1, 1, 0, 0]
 
 
 def test_an_unchecked_report_renders_without_a_trace() -> None:
     for caption in ("A red ball lies on the gra", ""):
         report = Report(caption, Verdict.UNCHECKED, "The caption was cut off.", (), "balanced", "toy", "0.1", None)
-        (entry,) = Page(report_page(report, picture())).captions
+        (entry,) = Page(report_page(report, blank())).captions
         assert entry["gaze"] is None
         assert entry["report"]["reason"] == "The caption was cut off."
         assert "logprob" not in json.dumps(entry["words"])
 
 
 def test_a_trace_without_tokens_renders() -> None:
-    (entry,) = Page(report_page(make_report("", make_trace("", np.zeros((0, 2, 144)))), picture())).captions
+    (entry,) = Page(report_page(make_report("", make_trace("", np.zeros((0, 2, 144)))), blank())).captions
     assert entry["gaze"]["heat"] == ""
     assert entry["words"] == []
 
@@ -517,8 +517,8 @@ def test_a_photograph_looks_as_before() -> None:
 
 def test_captions_share_an_image_and_a_grid() -> None:
     """Two captions of one image hold it once; another image and another grid are added."""
-    other, wide = picture((60, 20)), make_trace(CAPTION, grid=ImageGrid.regular(2, 6, (60, 20)))
-    entries = [Entry("a", picture(), moon_report())] * 2 + [Entry("c", other, make_report(CAPTION, wide))]
+    other, wide = blank((60, 20)), make_trace(CAPTION, grid=ImageGrid.regular(2, 6, (60, 20)))
+    entries = [Entry("a", blank(), moon_report())] * 2 + [Entry("c", other, make_report(CAPTION, wide))]
     data = Page(page(entries)).data
     assert [caption["image"] for caption in data["captions"]] == [0, 0, 1]
     assert [caption["gaze"]["grid"] for caption in data["captions"]] == [0, 0, 1]
@@ -527,7 +527,7 @@ def test_captions_share_an_image_and_a_grid() -> None:
 
 
 def test_images_are_shrunk_to_the_edge_that_is_asked_for() -> None:
-    data = Page(page(iter([Entry("t", photo((900, 600)), make_report()), Entry("t", picture(), make_report())]), edge=512)).data
+    data = Page(page(iter([Entry("t", photo((900, 600)), make_report()), Entry("t", blank(), make_report())]), edge=512)).data
     assert [image_in(data, number)[1].size for number in (0, 1)] == [(512, 341), (144, 144)]
 
 
@@ -539,7 +539,7 @@ def test_an_entry_may_have_no_image() -> None:
 def test_a_phrase_starts_at_its_first_word() -> None:
     caption = "a dog, a cat"
     report = make_report(caption, None, find(caption, 7, 12), find(caption, 0, 5), find(caption, 5, 6))
-    assert Page(report_page(report, picture())).captions[0]["starts"] == [3, 0, 2]
+    assert Page(report_page(report, blank())).captions[0]["starts"] == [3, 0, 2]
 
 
 # ------------------------------------------------------------------------------------------------------ in a notebook
@@ -562,7 +562,7 @@ def test_a_notebook_shows_verdict_marks_and_risk() -> None:
 
 
 def test_an_entry_is_the_replay_page_in_a_frame() -> None:
-    entry = Entry(NASTY[0], picture(), moon_report())
+    entry = Entry(NASTY[0], blank(), moon_report())
     ((tag, attributes),) = Page(entry._repr_html_()).tags
     assert (tag, attributes["sandbox"]) == ("iframe", "allow-scripts")
     assert attributes["srcdoc"] == page([entry], title=NASTY[0])

@@ -72,14 +72,14 @@ def packed(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def asked(url: str, caption: Any = CAPTION, prompt: str = "Describe the picture.") -> dict[str, Any]:
+def conversation(url: str, caption: Any = CAPTION, prompt: str = "Describe the picture.") -> dict[str, Any]:
     """A conversation in OpenAI's form."""
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
     return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": caption}]}
 
 
 def ask(address: str, *arguments: Any) -> tuple[int, Any]:
-    return post(address, json.dumps(asked(*arguments)).encode())
+    return post(address, json.dumps(conversation(*arguments)).encode())
 
 
 def test_the_example_is_short_enough_to_read():
@@ -88,10 +88,10 @@ def test_the_example_is_short_enough_to_read():
 
 @pytest.mark.parametrize(("caption", "verdict"), [(CAPTION, "pass"), ("There is a red skull.", "flag"), ("", "unchecked")])
 def test_an_answer_is_the_guards_report(service, address, caption, verdict):
-    """Field by field what `check` says of the picture."""
-    status, made = ask(address, uri(packed(IMAGE)), caption)
-    assert (status, made["verdict"]) == (200, verdict)
-    assert made == service["guard"].check(packed(IMAGE), caption).to_dict()
+    """Field by field what `check` says of the image."""
+    status, report = ask(address, uri(packed(IMAGE)), caption)
+    assert (status, report["verdict"]) == (200, verdict)
+    assert report == service["guard"].check(packed(IMAGE), caption).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_an_answer_is_the_guards_report(service, address, caption, verdict):
 )
 def test_what_is_no_image_is_unchecked(address, data, reason):
     """Whatever the URI says it is."""
-    status, made = ask(address, uri(data, "jpeg"))
-    assert (status, made["verdict"]) == (200, "unchecked")
-    assert reason in made["reason"]
+    status, report = ask(address, uri(data, "jpeg"))
+    assert (status, report["verdict"]) == (200, "unchecked")
+    assert reason in report["reason"]
 
 
 def test_a_prompt_of_special_tokens_is_unchecked(address):
@@ -144,16 +144,16 @@ def test_nothing_is_fetched_or_read(address, url, monkeypatch):
         return real(host, *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", listening)
-    status, said = ask(address, url)
+    status, detail = ask(address, url)
     assert status == 400
-    assert said == "The image is no data:image/...;base64 URI. Nothing is fetched: send it whole."
+    assert detail == "The image is no data:image/...;base64 URI. Nothing is fetched: send it whole."
     assert set(looked_up) <= {"127.0.0.1"}
 
 
 def test_too_large_a_request_is_refused(service, address):
-    """With a length that is said, and without one."""
-    status, said = ask(address, uri(bytes(service["MAX_BYTES"])))
-    assert (status, said) == (413, "The request is larger than 8388608 bytes. Send a smaller image.")
+    """With a stated length, and without one."""
+    status, detail = ask(address, uri(bytes(service["MAX_BYTES"])))
+    assert (status, detail) == (413, "The request is larger than 8388608 bytes. Send a smaller image.")
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as wire:
         wire.sendall(b"POST /v1/check HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -165,7 +165,7 @@ def test_too_large_a_request_is_refused(service, address):
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "detail"),
     [
         (b"", "Invalid JSON"),
         (b"{", "Invalid JSON"),
@@ -173,20 +173,20 @@ def test_too_large_a_request_is_refused(service, address):
         (b"\xff", "Invalid JSON"),
         (b"[]", "should be an object"),
         (b"{}", "Field required"),
-        (json.dumps({"messages": [asked("x")["messages"][0]]}).encode(), "Field required"),
+        (json.dumps({"messages": [conversation("x")["messages"][0]]}).encode(), "Field required"),
         (json.dumps({"messages": [{"role": "system", "content": "x"}] * 2}).encode(), "Input should be 'user' or 'assistant'"),
     ],
     ids=lambda value: repr(value[:12]),
 )
-def test_what_is_no_conversation_is_refused(address, body, said):
-    status, found = post(address, body)
+def test_what_is_no_conversation_is_refused(address, body, detail):
+    status, refusal = post(address, body)
     assert status == 422
-    assert said in json.dumps(found)
+    assert detail in json.dumps(refusal)
 
 
 @pytest.mark.parametrize("images", [0, 2])
 def test_one_image_and_one_text_are_asked_for(address, images):
-    talk = asked(uri(packed(IMAGE)))
+    talk = conversation(uri(packed(IMAGE)))
     parts = talk["messages"][0]["content"]
     talk["messages"][0]["content"] = [*parts[:1] * images, *parts[1:]]
     refused = (400, "Send one image in the first message and one text in the second.")
@@ -200,9 +200,9 @@ def test_a_slow_model_and_a_slow_caller_are_not_waited_for(service, address, mon
     slow = threading.Event()
     with monkeypatch.context() as patch:
         patch.setattr(service["guard"], "check", lambda *_: slow.wait())
-        status, said = ask(address, uri(packed(IMAGE)))
+        status, detail = ask(address, uri(packed(IMAGE)))
     slow.set()
-    assert (status, said) == (503, "There was no answer within 0.5 seconds. Try again later.")
+    assert (status, detail) == (503, "There was no answer within 0.5 seconds. Try again later.")
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as wire:
         wire.sendall(b"POST /v1/check HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
