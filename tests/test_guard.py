@@ -344,8 +344,8 @@ def test_continuous_batching_is_refused_inside_a_watch(guard):
     assert "generate_batch" not in vars(guard.model)
 
 
-def test_a_prompt_without_a_picture_is_refused(guard):
-    """The picture did not reach the prompt: an error, not an empty gaze."""
+def test_a_prompt_without_a_image_is_refused(guard):
+    """The image did not reach the prompt: an error, not an empty gaze."""
     text = guard.processor.tokenizer("Describe the picture.", return_tensors="pt")
     with pytest.raises(InputError, match=r"no image token .* did not reach the prompt"):
         guard.generate(**text, max_new_tokens=3)

@@ -45,29 +45,29 @@ def test_a_padded_batch_equals_its_single_rows(guard):
         assert_same_trace(guard.check(sample.image, caption, sample.prompt).trace, report.trace)
 
 
-def test_boxes_are_in_pixels_of_the_picture_that_was_given(guard):
-    """A larger copy of the same picture gives the same gaze, in larger boxes."""
+def test_boxes_are_in_pixels_of_the_image_that_was_given(guard):
+    """A larger copy of the same image gives the same gaze, in larger boxes."""
     sample = SAMPLES[1]
     small = guard.check(sample.image, sample.turns[0].answer)
     large = guard.check(sample.image.resize((288, 288), 0), sample.turns[0].answer)
     assert (small.trace.grid.sizes, large.trace.grid.sizes) == (((144, 144),), ((288, 288),))
     for one, two in zip(small.findings, large.findings, strict=True):
-        assert two.box[2] - two.box[0] > 23, "a cell of the large picture is 24 pixels wide"
+        assert two.box[2] - two.box[0] > 23, "a cell of the large image is 24 pixels wide"
         assert one.box == pytest.approx(tuple(edge / 2 for edge in two.box), abs=30)
 
 
 @pytest.mark.parametrize("side", [144, 288])
 def test_live_boxes_are_where_replay_sees_them(guard, side):
-    """A generated caption's boxes are in the same pixels as those of its check, whatever the picture's size."""
-    picture = SAMPLES[1].image.resize((side, side), 0)
-    live = guard.caption(picture, SAMPLES[1].prompt, do_sample=False)
-    replayed = guard.check(picture, live.caption, SAMPLES[1].prompt)
+    """A generated caption's boxes are in the same pixels as those of its check, whatever the image's size."""
+    image = SAMPLES[1].image.resize((side, side), 0)
+    live = guard.caption(image, SAMPLES[1].prompt, do_sample=False)
+    replayed = guard.check(image, live.caption, SAMPLES[1].prompt)
     assert live.trace.grid.sizes == ((side, side),)
     assert [finding.box for finding in live.findings] == [finding.box for finding in replayed.findings]
 
 
 def test_boxes_of_a_bare_generate_are_in_the_processors_pixels(guard):
-    """Without sizes the boxes are those of a picture as the processor made it, for several captions per prompt, too."""
+    """Without sizes the boxes are those of a image as the processor made it, for several captions per prompt, too."""
     guard.generate(**batch_of(guard, num_return_sequences=2, do_sample=True))
     assert {report.trace.grid.sizes for report in guard.reports} == {((144, 144),)}
     inputs = batch_of(guard, num_return_sequences=2, do_sample=True)
@@ -96,19 +96,19 @@ def test_one_bad_row_does_not_cost_the_others(guard):
     assert_same_trace(reports[0].trace, guard.check(*rows[0]).trace)
     assert [r.verdict is Verdict.UNCHECKED for r in reports[1:]] == [True] * 4
     assert "cannot be opened" in reports[1].reason
-    assert "not a picture" in reports[3].reason
+    assert "is not an image" in reports[3].reason
 
 
-def test_two_pictures_where_one_is_expected(guard):
-    """check and caption take one picture; a list is refused or unchecked with the reason."""
+def test_two_images_where_one_is_expected(guard):
+    """check and caption take one image; a list is refused or unchecked with the reason."""
     pair = [SAMPLES[0].image, SAMPLES[1].image]
     assert "Expected one image" in guard.check(pair, "A red star.").reason
     with pytest.raises(InputError, match="Expected one image"):
         guard.caption(pair)
 
 
-def test_two_pictures_in_one_prompt_are_watched(guard):
-    """generate takes what the processor makes: the cells of both pictures, each with its own number."""
+def test_two_images_in_one_prompt_are_watched(guard):
+    """generate takes what the processor makes: the cells of both images, each with its own number."""
     images = [SAMPLES[0].image, SAMPLES[1].image]
     content = [{"type": "image", "image": image} for image in images]
     talk = [{"role": "user", "content": [*content, {"type": "text", "text": "Describe the picture."}]}]

@@ -59,7 +59,7 @@ def passes(model):
 
 @pytest.mark.parametrize("name", ["Idefics3", "LLaVA", "Molmo2", "Emu3", "GOT-OCR2"])
 def test_the_cache_of_a_caption_answers_as_whole_prompts_do(quietly, name):
-    """Invariant: in a left-padded batch, several questions of different lengths per picture; and the cache stays as it was."""
+    """Invariant: in a left-padded batch, several questions of different lengths per image; and the cache stays as it was."""
     kind = zoo.MAKERS[name]()
     inputs, rng = kind.batch(), np.random.default_rng(0)
     assert not inputs["attention_mask"].bool().all(), "the test needs padding"
@@ -96,7 +96,7 @@ def test_where_no_cache_serves_whole_prompts_are_read(quietly, name):
 
 
 def test_the_lab_answers_from_its_cache_what_it_answers_to_the_processors_own_prompt(lab_vlm):
-    """Invariant: a prompt made from a caption's prompt is that which the processor makes of picture and question."""
+    """Invariant: a prompt made from a caption's prompt is that which the processor makes of image and question."""
     model, processor = lab_vlm
     images, prompts = (
         [s.image for s in SAMPLES[:3]],
@@ -117,8 +117,8 @@ def test_the_lab_answers_from_its_cache_what_it_answers_to_the_processors_own_pr
     torch.testing.assert_close(answer_log_odds(model, batch.prompt, [0, 1, 2], asked, words), expected, atol=1e-4, rtol=0)
 
 
-def test_copies_of_a_prompt_and_beams_share_its_picture(lab_vlm):
-    """The cache of beams or of several captions per prompt holds each picture as often; any of them serves."""
+def test_copies_of_a_prompt_and_beams_share_its_image(lab_vlm):
+    """The cache of beams or of several captions per prompt holds each image as often; any of them serves."""
     model, processor = lab_vlm
     prompt = encode(model, processor, [s.image for s in SAMPLES[:2]], ["Describe the picture."] * 2).prompt
     asked, words = (
@@ -167,7 +167,7 @@ def test_a_tokenizer_without_yes_or_no_is_refused(known, missing):
         AnswerTokens.from_tokenizer(plain_tokenizer(*known))
 
 
-def test_a_prompt_that_does_not_tell_where_its_picture_ends_is_refused(quietly):
+def test_a_prompt_that_does_not_tell_where_its_image_ends_is_refused(quietly):
     kind = zoo.MAKERS["Idefics"]()
     with pytest.raises(UnsupportedError, match=r"does not tell where the image ends\. Choose a policy without verify"):
         answer_log_odds(kind.model, kind.batch(), [0], [np.array([5])], WORDS)
@@ -231,7 +231,7 @@ def test_a_detector_that_has_not_learnt_it_is_refused(guard):
 
 
 def wrong_captions() -> tuple[list, list[str], list[str]]:
-    """Pictures, captions with an invented thing in every second one, prompts."""
+    """Images, captions with an invented thing in every second one, prompts."""
     captions = []
     for number, sample in enumerate(SAMPLES):
         nouns = {thing.noun for thing in sample.drawing.objects}
