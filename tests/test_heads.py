@@ -24,7 +24,7 @@ from gazeguard.errors import ArtifactError, InputError, MismatchError, Unsupport
 from gazeguard.guard import GazeGuard
 from gazeguard.heads import discovery
 from gazeguard.heads.artifact import GazeHeads, Score, fingerprint
-from gazeguard.heads.discovery import _choose, find_heads, panel_mass, panel_shares
+from gazeguard.heads.discovery import choose_heads, find_heads, panel_mass, panel_shares
 from gazeguard.heads.scoring import MAX_SHARE, contrast, gap, score, settled
 from gazeguard.heads.strips import draw_strips
 from gazeguard.lab.training.tiny_model import build_llava, build_llava_processor, build_model
@@ -136,7 +136,7 @@ def test_the_planted_heads_are_chosen():
     matrices = [np.array(FLAT)] * 8
     matrices[1], matrices[6] = attending(0.7), attending(0.8)
     narrated = strips(*matrices, noise=0.01)
-    found = _choose(untrained(), heads, {"narration": narrated, "query": strips(*[np.array(FLAT)] * 8)})
+    found = choose_heads(untrained(), heads, {"narration": narrated, "query": strips(*[np.array(FLAT)] * 8)})
     assert found.heads == ((0, 1), (1, 2))
     assert found.split_half == 1
     assert (found.strips, found.panels, found.model_class) == (10, PANELS, "Idefics3ForConditionalGeneration")
@@ -147,7 +147,7 @@ def test_the_planted_heads_are_chosen():
 def test_no_usable_gaze_heads_is_a_result():
     """Heads near chance are chosen all the same, with their figures and the verdict; a guard refuses them."""
     flat = strips(*[np.array(FLAT)] * 4, noise=0.01)
-    found = _choose(untrained(), ((0, 0), (0, 1), (1, 0), (1, 1)), {"narration": flat, "query": flat})
+    found = choose_heads(untrained(), ((0, 0), (0, 1), (1, 0), (1, 1)), {"narration": flat, "query": flat})
     assert re.fullmatch(
         r"No usable gaze heads: the best 1 of 4 heads attend most to the panel that is being described in \d+% of the cases "
         r"\(chance 25%, needed 62%\) and have 2\d% of their attention mass on it \(chance 25%, needed 50%\)\. Where this "
@@ -162,7 +162,7 @@ def test_heads_fixed_in_space_are_no_gaze_heads():
     """A head that holds much on the last panel is right once in so many; the gate tells it from one that follows."""
     fixed = np.full((PANELS, PANELS), 0.05)
     fixed[:, -1] += np.linspace(0.6, 0.9, PANELS)  # and a little more when that panel is said, so that its contrast is positive
-    found = _choose(untrained(), ((0, 0), (0, 1), (1, 0), (1, 1)), {"query": strips(fixed, *[np.array(FLAT)] * 3)})
+    found = choose_heads(untrained(), ((0, 0), (0, 1), (1, 0), (1, 1)), {"query": strips(fixed, *[np.array(FLAT)] * 3)})
     assert found.heads == ((0, 0),)
     assert "in 25% of the cases" in found.unusable
     assert found.ranked_by == "query"
@@ -205,7 +205,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(lab_vlm, tmp_path, monke
     pages, keep = draw_strips(6, size=(144, 144)), tmp_path / "search.safetensors"
     whole = find_heads(*lab_vlm, pages, batch_size=2, progress=False)
     shown = []
-    real = discovery._queries
+    real = discovery.PROBES["query"]
 
     def failing(show):
         shown.append(len(show.strips))

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from labkit import ANYTHING
 from PIL import Image
 
+from gazeguard.claims.english import listed
 from gazeguard.errors import InputError
 from gazeguard.heads.pictographs import COLOURS, GLYPHS, glyph
-from gazeguard.heads.strips import MAX_PANELS, ORDINALS, SIZES, a_phrase, draw_strips, join, load_strips, panel_boxes
+from gazeguard.heads.strips import MAX_PANELS, ORDINALS, SIZES, a_phrase, draw_strips, load_strips, panel_boxes
 
 MENTION = re.compile(r"(an?) (\w+) (\w+)")
 
@@ -204,9 +205,9 @@ def test_every_object_looks_different():
 @given(st.lists(st.from_regex(r"[a-z]{1,6}", fullmatch=True), min_size=1, max_size=5))
 def test_lists_are_joined_as_one_says_them(items):
     """Taken apart at commas and the last "and", it is the list again."""
-    said = [item for part in join(items).split(", ") for item in part.split(" and ")]
+    said = [item for part in listed(items).split(", ") for item in part.split(" and ")]
     assert said == items
-    assert join(items).count(" and ") == (len(items) > 1)
+    assert listed(items).count(" and ") == (len(items) > 1)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def find_heads(
             matrices = {probe: np.concatenate([matrices[probe], new]) if matrices else new for probe, new in measured.items()}
             if state is not None:
                 state.save(matrices)
-    chosen = _choose(model, heads, {probe: matrices[probe] for probe in probes})
+    chosen = choose_heads(model, heads, {probe: matrices[probe] for probe in probes})
     if "narration" not in probes:
         return chosen
     with torch.no_grad(), AttentionRecorder(model, chosen.heads) as recorder:
@@ -250,7 +250,7 @@ def panel_shares(grid: ImageGrid, strip: Strip) -> NDArray[np.float32]:
     return shares
 
 
-def _choose(model: PreTrainedModel, heads: Sequence[Head], matrices: Mapping[Probe, Matrices]) -> GazeHeads:
+def choose_heads(model: PreTrainedModel, heads: Sequence[Head], matrices: Mapping[Probe, Matrices]) -> GazeHeads:
     """The heads above the gap, with the figures behind them."""
     ranked = matrices.get("narration", matrices["query"])[..., :-1]
     chosen = sorted(top_heads(ranked))

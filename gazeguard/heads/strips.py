@@ -11,6 +11,7 @@ from typing import Literal
 from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gazeguard.claims.english import article, listed
 from gazeguard.errors import InputError
 from gazeguard.heads.pictographs import COLOURS, GLYPHS, glyph
 from gazeguard.vision.images import load_image
@@ -117,7 +118,7 @@ def _draw_strip(rng: random.Random, panels: int, size: tuple[int, int], layout: 
             corner = (x0 + rng.randint(0, 2) * side_x // 2, y0 + row * side_y)
             image.paste(COLOURS[colour], corner, glyph(noun, (side_x, side_y)))
             phrases.append(a_phrase(colour, noun))
-        descriptions.append(join(phrases))
+        descriptions.append(listed(phrases))
     leads = [f"In panel {ordinal} there is " for ordinal in ORDINALS]
     questions = tuple(f"Describe panel {ordinal}." for ordinal in ORDINALS[:panels])
     return Strip(image, boxes, *_narrated(leads, descriptions, "."), "Describe all panels.", questions)
@@ -154,12 +155,8 @@ def _narrated(
 
 def a_phrase(*words: str) -> str:
     """``a small red star``, with the right article."""
-    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
-
-
-def join(items: Sequence[str]) -> str:
-    """``x``, ``x and y``, ``x, y and z``."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+    text = " ".join(words)
+    return f"{article(text)} {text}"
 
 
 # ---------------------------------------------------------------------------------------------- a user's own strips

@@ -24,8 +24,9 @@ from typing import Literal
 
 from PIL import Image, ImageDraw
 
+from gazeguard.claims.english import listed
 from gazeguard.heads.pictographs import COLOURS, glyph
-from gazeguard.heads.strips import LOCATION_PHRASES, MAX_PANELS, ORDINALS, Box, a_phrase, join, panel_boxes
+from gazeguard.heads.strips import LOCATION_PHRASES, MAX_PANELS, ORDINALS, Box, a_phrase, panel_boxes
 
 PAGE = 144  # pixels, both ways
 PATCH = 12  # pixels; objects lie in slots of 2 x 2 patches, anywhere on the lattice
@@ -248,7 +249,7 @@ class Captioner:
             location = self.rng.choice([p for row in LOCATION_PHRASES for p in row]) if objects[0].location else None
             items.append(" ".join(filter(None, (a_phrase(colour, noun), location))))
             self.count += 1
-        return join(items)
+        return listed(items)
 
 
 def describe(drawing: Drawing, rng: random.Random, honest: bool = False) -> str:

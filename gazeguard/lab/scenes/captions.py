@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gazeguard.heads.strips import LOCATION_PHRASES, ORDINALS, a_phrase, join
+from gazeguard.claims.english import listed
+from gazeguard.heads.strips import LOCATION_PHRASES, ORDINALS, a_phrase
 from gazeguard.lab.scenes.vocabulary import COLOUR_NAMES, NOUNS, THEME_OF, THEMES, look_alikes, plural
 from gazeguard.lab.scenes.world import DrawnImage, DrawnObject, relation
 
@@ -87,7 +88,7 @@ def _be(group: Group) -> str:
 
 
 def _lead(rng: random.Random, templates: Sequence[str], groups: Sequence[Group], phrases: Sequence[str]) -> str:
-    return rng.choice(templates).format(be=_be(groups[0]), what=join(phrases))
+    return rng.choice(templates).format(be=_be(groups[0]), what=listed(phrases))
 
 
 def _capital(text: str) -> str:
@@ -181,7 +182,7 @@ def scene_turn(rng: random.Random, image: DrawnImage) -> Turn:
 
 def _panel_list(image: DrawnImage, panel: int) -> tuple[Group, str]:
     groups = grouped(image.in_panel(panel))
-    return groups[0], join([group.phrase() for group in groups])
+    return groups[0], listed([group.phrase() for group in groups])
 
 
 def page_turn(rng: random.Random, image: DrawnImage) -> Turn:
@@ -290,7 +291,7 @@ def at_location_turn(rng: random.Random, image: DrawnImage) -> Turn | None:
         return None
     location = rng.choice(LOCATIONS) if rng.random() < 0.2 else rng.choice(image.objects).location
     groups = grouped([item for item in image.objects if item.location == location])
-    return Turn(f"What is {location}?", _capital(join([group.phrase() for group in groups])) + "." if groups else "Nothing.")
+    return Turn(f"What is {location}?", _capital(listed([group.phrase() for group in groups])) + "." if groups else "Nothing.")
 
 
 def relation_turn(rng: random.Random, image: DrawnImage) -> Turn | None:
