@@ -51,10 +51,14 @@ class Characters(Protocol):
     """A span of a caption, such as `gazeguard.claims.parse.Span`: characters ``start`` to ``end``, end exclusive."""
 
     @property
-    def start(self) -> int: ...
+    def start(self) -> int:
+        """First character."""
+        ...
 
     @property
-    def end(self) -> int: ...
+    def end(self) -> int:
+        """One after the last character."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)

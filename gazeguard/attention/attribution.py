@@ -107,8 +107,9 @@ def token_statistics(
 
 
 def _in_chunks(function: Callable[..., Any], backbone: Backbone, *tensors: Tensor) -> list[Any]:
-    """The results of ``function(backbone, ...)`` for a few rows of the tensors at a time: a large vocabulary's logits for a
-    long caption would take more memory than the recording itself.
+    """The results of ``function(backbone, ...)`` for a few rows of the tensors at a time.
+
+    A large vocabulary's logits for a long caption would take more memory than the recording itself.
     """
     chunks = zip(*(tensor.split(backbone.logits_chunk) for tensor in tensors), strict=True)
     return [function(backbone, *chunk) for chunk in chunks]

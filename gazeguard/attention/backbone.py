@@ -261,8 +261,9 @@ def _final_norm_of(
 
 
 def _norms_after(layers: nn.ModuleList, attention: str) -> tuple[nn.Module | None, Norms]:
-    """BART norms the sum after each part, and names the parts of a layer in the order in which they run: the last norm of all,
-    and for each layer those between its ``attention`` module and that one.
+    """The last norm of all, and for each layer those between its ``attention`` module and that one.
+
+    BART norms the sum after each part, and names the parts of a layer in the order in which they run.
     """
     norms: dict[int, tuple[nn.LayerNorm, ...]] = {}
     for number, layer in enumerate(layers):

@@ -103,8 +103,9 @@ class PassTracker:
         return current
 
     def key_offset(self, layer: int, keys: int) -> int:
-        """How many of the prompt's keys have left a layer's cache of so many keys, from the first on; negative when so many
-        others are in front of them.
+        """How many of the prompt's keys have left a layer's cache of so many keys, from the first on.
+
+        Negative when so many others are in front of them.
         """
         if self.own_keys:
             return self.layout.keys - keys

@@ -183,8 +183,9 @@ class AttentionRecorder:
         return self._recording
 
     def step_at(self, position: int) -> tuple[Tensor, Tensor] | None:
-        """One decoding step, that of the query at ``position``: head outputs (batch, H, width per head) and final state
-        (batch, width); None while it has not run.
+        """One decoding step, that of the query at ``position``; None while it has not run.
+
+        Head outputs (batch, H, width per head) and final state (batch, width).
         """
         return self._begun().step_at(position)
 

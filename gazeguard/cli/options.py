@@ -135,5 +135,6 @@ class GuardOptions(ModelOptions):
         return GazeGuard(model, processor, policy=policy, **given)
 
     def arguments(self, **more: Any) -> str:
+        """The options that another command needs for the same guard, as typed."""
         own = {"artifacts": self.artifacts, "heads": self.heads, "detector": self.detector}
         return super().arguments(**own, **more)

@@ -92,9 +92,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def row_progress(
-    description: str, total: int, completed: int = 0, *, disable: bool = False
-) -> Iterator[Callable[[int], None]]:
+def row_progress(description: str, total: int, completed: int = 0, *, disable: bool = False) -> Iterator[Callable[[int], None]]:
     """Show a progress bar with rate and remaining time on stderr.
 
     Args:

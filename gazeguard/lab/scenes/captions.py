@@ -55,6 +55,7 @@ class Group:
 
     @property
     def noun(self) -> str:
+        """The noun of all items."""
         return self.items[0].noun
 
     @property

@@ -103,6 +103,7 @@ class Collator:
         return ids, is_target, answers
 
     def __call__(self, samples: list[Sample]) -> Batch:
+        """Encode and pad a batch of conversations."""
         encoded = [self.conversation(sample) for sample in samples]
         length = -(-max(len(ids) for ids, *_ in encoded) // 16) * 16
         input_ids = torch.full((len(encoded), length), self.pad)

@@ -94,6 +94,7 @@ class Log:
         self.path, self.stage, self.first, self.last, self.start = folder / "log.jsonl", stage, first, last, time.monotonic()
 
     def __call__(self, step: int, **figures: float) -> None:
+        """Log the figures of a step, with the elapsed and the remaining time."""
         elapsed = time.monotonic() - self.start
         remaining = elapsed / max(1, step - self.first) * (self.last - step)
         figures = {key: round(value, 4) for key, value in figures.items()}
