@@ -27,7 +27,6 @@ OLD_WORDS: set[str] = {
     "gazeguard.detection",
     "gazeguard.fitting",
     "gazeguard.lab",
-    "gazeguard.claims",
 }
 
 # The left column of docs/glossary.md, as far as a pattern can tell it from ordinary English.

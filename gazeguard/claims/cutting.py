@@ -222,15 +222,15 @@ def _agreeing(units: list[Unit]) -> list[Unit]:
     codes = _codes(units)
     result = list(units)
     if match := re.search(rf"h(B)[rn]*([KX]){_TAIL}(,?[c|](?=[KX])|,(?=[KX]))?", codes):
-        verb, thing = match.start(1), units[match.start(2)]
-        many = not is_single(thing) or (match[3] and units[verb].text in ("are", "were"))
+        verb, item = match.start(1), units[match.start(2)]
+        many = not is_single(item) or (match[3] and units[verb].text in ("are", "were"))
     elif (match := re.search(rf"(?:^|[,sP])([KX]){_TAIL}(B)", codes)) and not re.search(r"[,c|]", codes[: match.start(1)]):
-        verb, thing = match.start(2), units[match.start(1)]
-        many = not is_single(thing)
+        verb, item = match.start(2), units[match.start(1)]
+        many = not is_single(item)
     else:
         return result
     change = {"are": "is", "were": "was"} if not many else {"is": "are", "was": "were"}
-    if many and not thing.phrase:
+    if many and not item.phrase:
         return result
     result[verb] = replace(units[verb], text=change.get(units[verb].text, units[verb].text))
     return result

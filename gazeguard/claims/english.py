@@ -1,4 +1,4 @@
-"""English word forms: a/an, singular and plural, lists, and the nine locations of a picture in words."""
+"""English word forms: a/an, singular and plural, lists, and the nine locations of an image in words."""
 
 from __future__ import annotations
 
@@ -15,46 +15,11 @@ _IRREGULAR = {
 }  # fmt: skip
 _PLURALS = {singular: plural for plural, singular in _IRREGULAR.items()}
 _NO_PLURAL = re.compile(r"(?:ss|us|is|ous|news|gas|bus|lens|species|series)$")
-# Nouns that take neither "a" nor a plural.
-UNCOUNTED = frozenset(
-    [
-        "water",
-        "snow",
-        "grass",
-        "sand",
-        "dirt",
-        "fruit",
-        "food",
-        "rice",
-        "bread",
-        "meat",
-        "cheese",
-        "broccoli",
-        "luggage",
-        "furniture",
-        "equipment",
-        "clothing",
-        "traffic",
-        "vegetation",
-        "foliage",
-        "wood",
-        "hair",
-        "ice",
-        "mud",
-        "gravel",
-        "silverware",
-        "greenery",
-        "lettuce",
-        "milk",
-        "coffee",
-        "tea",
-        "wine",
-        "beer",
-        "juice",
-    ]
-)
-# The words of the nine locations: rows from top to bottom, columns from left to right.
-ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
+# The image location that a word denotes: x and y from 0 (left, top) to 1; None leaves the axis open.
+DIRECTIONS: dict[str, tuple[float | None, float | None]] = {
+    "left": (0, None), "right": (1, None), "top": (None, 0), "upper": (None, 0), "bottom": (None, 1), "lower": (None, 1),
+    "middle": (0.5, 0.5), "center": (0.5, 0.5), "centre": (0.5, 0.5),
+}  # fmt: skip
 
 
 def article(words: str) -> str:

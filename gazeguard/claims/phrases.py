@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-from gazeguard.claims.english import singular
+from gazeguard.claims.english import is_plural, singular
 from gazeguard.claims.language import refusal
 from gazeguard.claims.structure import QUOTE, STOP
 from gazeguard.claims.tagger import classes_of
@@ -38,6 +38,8 @@ from gazeguard.claims.vocabulary import (
     MODIFIER_ENDINGS,
     NO_ATTRIBUTE,
     PAIRS,
+    SHADE_MODIFIERS,
+    SHADES,
     WEAK,
 )
 
@@ -70,6 +72,8 @@ _CONCRETE_MEASURES = frozenset(
 _DEVICES = frozenset(["camera", "cameras", "frame", "frames"])  # "a frame" is an object, "the frame" is the image
 
 _OBJECTS_OF = frozenset(["lines", "signs", "sheets", "strips", "schools"])  # objects, even before "of"
+_SPECIAL = frozenset(("well", "can", "half", "camera", "cameras", "frame", "frames"))
+_FRACTIONS = frozenset(("two-thirds", "one-third", "three-quarters", "one-half", "one-quarter"))
 _GROUNDS = frozenset(["background", "foreground", "midground", "middle", "center", "centre", "left", "right"])
 
 # What a word's neighbours say about its class; every rule keeps the length of the string.
@@ -146,7 +150,7 @@ class Unit:
     """A phrase or a single word of a caption.
 
     Attributes:
-        code: "K" an object phrase, "P" a location, else the class of the word with "b" told apart (see `FINE`).
+        code: "K" an object phrase, "P" a location, else the class of the word with "b" distinguished (see `FINE`).
         first, last: Its tokens, end exclusive.
         phrase: The phrase; None for a word.
     """
@@ -222,7 +226,7 @@ def _closed(word: str) -> str:
         return "a"
     if word[0] == "'":
         return "b"
-    if word.isdecimal():
+    if word.isdecimal() or word in _FRACTIONS:
         return "n"
     if not any(map(str.isalpha, word)):  # "___", "½"
         return ","
@@ -255,37 +259,75 @@ def classes(tokens: Sequence[Token], tags: Sequence[str], nouns: frozenset[str])
         is_object_noun(word, nouns) if tag == "N" and not token.letter else tag
         for word, tag, token in zip(words, tags, tokens, strict=True)
     ]
+    settled: set[int] = set()  # by a pair
     for i, pair in enumerate(pairwise(words)):
         if fixed := PAIRS.get(pair) or PAIRS.get((pair[0], pair[1].removesuffix("s"))):
             letters[i : i + 2] = fixed
-    for i, (word, letter) in enumerate(zip(words, letters, strict=True)):
-        before, after = letters[i - 1] if i else ".", letters[i + 1] if i + 1 < len(letters) else "."
-        measure = "" if tokens[i].letter else MEASURES.get(word) or MEASURES.get(singular(word), "")
-        if measure and (after == "o" or (letter == "N" and measure == "m")):
-            letters[i] = _measure(word, measure, after)
-        elif (
-            (letter == "P" and "n" not in (before, after))
-            or (word in _DEVICES and not (i and words[i - 1] == "the"))
-            or (letter == "I" and before == "e" and words[i - 1] == "framed")
-        ):
-            letters[i] = "N"
-        elif letter == "a" and before in "Ddea" and after in "pobBv.t" and not tokens[i].letter and _is_noun(words, letters, i):
-            letters[i] = is_object_noun(word, nouns)  # "the liquid in"
-        elif word == "half" and after in "aeg":
-            letters[i] = "r"
-        elif letter in "Nx" and not tokens[i].letter and after not in "NxwSI" and _may_act(words, letters, i):
-            letters[i] = _verb_after_noun(word, letter, words[i + 1] if after in "Dd" else "")
-        elif letter == "L" and _is_part(words, letters, i):
-            letters[i] = "x" if word in _GROUNDS else "N"
-        elif word == "well" and before in "aDY" and after not in "aeg":
-            letters[i] = "N"
-        elif letter == "N" and after == "a" and words[i + 1] in COLOURS and before in "Dab,":
-            following = letters[i + 2] if i + 2 < len(letters) else "."
-            letters[i] = "N" if following in "NxwYMaeIS" else "a"  # "mint green"
+            settled.update((i, i + 1))
+    for i, token in enumerate(tokens):
+        letter = letters[i]
+        if i in settled:
+            continue
+        if letter in "PLI" or token.word in _SPECIAL:
+            letters[i] = _of_closed(words, letters, i)
+        elif not token.letter and letter in "Nxwav":
+            letters[i] = _of_open(words, letters, i, nouns)
     result = "".join(letters)
     for pattern, letter in _CONTEXT:
         result = pattern.sub(letter, result)
     return result
+
+
+def _neighbours(letters: Sequence[str], i: int) -> tuple[str, str]:
+    return letters[i - 1] if i else ".", letters[i + 1] if i + 1 < len(letters) else "."
+
+
+def _of_closed(words: Sequence[str], letters: Sequence[str], i: int) -> str:
+    """The class of a word of direction or of the image, and of a few others, by its neighbours."""
+    word, letter = words[i], letters[i]
+    before, after = _neighbours(letters, i)
+    if letter == "P":
+        return letter if "n" in (before, after) else "N"
+    if word in _DEVICES:
+        acts = before in "Nxw" and after in "Dd"  # "a beard frames his jaw"
+        return "v" if acts else letter if i and words[i - 1] == "the" else "N"
+    if letter == "I":
+        return "N" if before == "e" and words[i - 1] == "framed" else letter
+    if letter == "L":
+        return letter if not _is_part(words, letters, i) else "x" if word in _GROUNDS else "N"
+    if word == "can":
+        return "N" if before in "aDY" else letter
+    if word == "well":
+        return "N" if before in "aDY" and after not in "aeg" else letter
+    return "r" if after in "aeg" else letter  # "half open"
+
+
+def _of_open(words: Sequence[str], letters: Sequence[str], i: int, nouns: frozenset[str]) -> str:
+    """The class of a noun, verb or adjective by its neighbours."""
+    word, letter = words[i], letters[i]
+    before, after = _neighbours(letters, i)
+    if letter == "v":  # no verb follows a determiner: "its shutters are"
+        known = classes_of(word)
+        if "e" in known and after in "Nxw" and (_opened(words, letters, i, False) or before == "r"):
+            return "e"  # "a freshly dug hole"
+        noun = "N" in known and _opened(words, letters, i, likely_verb=known[0] == "v" and word.endswith("s"))
+        return is_object_noun(word, nouns) if noun else letter
+    if letter == "a":
+        noun = before in "Ddea" and after in "pobBv.t" and _is_noun(words, letters, i)
+        return is_object_noun(word, nouns) if noun else letter  # "the liquid in"
+    measure = MEASURES.get(word) or MEASURES.get(singular(word), "")
+    if measure and (after == "o" or (letter == "N" and measure == "m")):
+        return _measure(word, measure, after)
+    if len(word) == 1 or (word in SHADES and i and words[i - 1] in SHADE_MODIFIERS and after not in "NxwYM"):
+        return "x"
+    if before in "bG" and i > 1 and words[i - 2] in ("viewer", "photographer") and words[i - 1].startswith("'"):
+        return "x"  # "the viewer's eye"
+    if letter == "N" and after == "a" and words[i + 1] in COLOURS and before in "Dab,cr.":
+        following = letters[i + 2] if i + 2 < len(letters) else "."
+        return letter if following in "NxwYMaeIS" or (before == "." and word not in SHADES) else "a"  # "mint green"
+    if after not in "NxwSI" and _may_act(words, letters, i):
+        return _verb_after_noun(words, letters, i)
+    return letter
 
 
 def _measure(word: str, measure: str, after: str) -> str:
@@ -293,6 +335,16 @@ def _measure(word: str, measure: str, after: str) -> str:
     if after == "o":
         return "N" if word in _OBJECTS_OF else "m"
     return "N" if word in _CONCRETE_MEASURES else "w" if word in WEAK else "x"
+
+
+def _opened(words: Sequence[str], letters: Sequence[str], i: int, likely_verb: bool) -> bool:
+    """Whether a determiner, with adjectives after it, stands before a word: "its shutters", "a small orange gear"."""
+    j = i - 1
+    while j >= 0 and letters[j] in "aeY":
+        j -= 1
+    if j < 0 or letters[j] not in "Dd" or (j == i - 1 and words[j] in ("her", "that", "this")):
+        return False
+    return j == i - 1 or not likely_verb
 
 
 def _is_noun(words: Sequence[str], letters: Sequence[str], i: int) -> bool:
@@ -304,14 +356,35 @@ def _is_noun(words: Sequence[str], letters: Sequence[str], i: int) -> bool:
 
 
 def _may_act(words: Sequence[str], letters: Sequence[str], i: int) -> bool:
-    return i > 0 and (letters[i - 1] in "NxwL" or words[i - 1] == "her")
+    if i == 0:
+        return False
+    orange = letters[i - 1] == "Y" and i > 1 and letters[i - 2] in "Dd"  # "an orange lies"
+    return orange or letters[i - 1] in "NxwL" or words[i - 1] == "her"
 
 
-def _verb_after_noun(word: str, letter: str, determiner: str) -> str:
+def _verb_after_noun(words: Sequence[str], letters: Sequence[str], i: int) -> str:
     """The class of the last noun of a compound: "a zebra standing", "pillars line the hall" end in no noun."""
+    word, letter = words[i], letters[i]
     if word.endswith("ing") and letter == "x":
         return "g"
-    return "v" if determiner not in ("", "whose") and "v" in classes_of(word) else letter
+    known = classes_of(word)
+    if "v" not in known:
+        return letter
+    if _neighbours(letters, i)[1] in "Dd" and words[i + 1] != "whose":
+        return "v"
+    # "The dancer spins": a singular, a likely verb in "-s", and no other finite verb in the clause
+    likely = known[0] == "v" and word.endswith("s") and not is_plural(words[i - 1])
+    return "v" if likely and not _has_finite(letters, i) else letter
+
+
+def _has_finite(letters: Sequence[str], i: int) -> bool:
+    """Whether the clause around a word has a finite verb already."""
+    first, last = i, i + 1
+    while first and letters[first - 1] not in ".,c":
+        first -= 1
+    while last < len(letters) and letters[last] not in ".,c":
+        last += 1
+    return any(letters[k] in "vb" for k in range(first, last) if k != i)
 
 
 def _is_part(words: Sequence[str], letters: Sequence[str], i: int) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from gazeguard.claims.cutting import Unit, code_of, cut_marked, is_single, takes_up
-from gazeguard.claims.english import UNCOUNTED, listed, with_article
+from gazeguard.claims.english import listed, with_article
 from gazeguard.claims.parse import Caption, parse
 from gazeguard.claims.phrases import Phrase, Span
+from gazeguard.claims.vocabulary import UNCOUNTED
 
 _KEPT = frozenset(("reasoning", "code", "table", "heading", "offer", "language", "json"))  # parts that no cut takes along
 _DETERMINED = re.compile(r"(?:the|my|his|her|its|their|our|your|this|that|these|those|whose)\s+(.*)", re.DOTALL)
@@ -70,7 +72,8 @@ def without(caption: str | Caption, spans: Iterable[tuple[int, int]]) -> str:
         orphaned = not after and (first == "X" or orphaned)
         kept = {unit.phrase for unit in after}
         left.append(after)
-        lost.append([unit for unit in before if unit.code == "K" and unit.phrase not in kept])
+        labels = {unit.phrase for unit, sign in pairwise(before) if sign.text == ":"}
+        lost.append([u for u in before if u.code == "K" and u.phrase not in kept and u.phrase not in labels])
     return _assemble(parsed, sentences, left, _rescued(left, lost), tail)
 
 
@@ -183,16 +186,18 @@ def _noun(unit: Unit) -> str:
 def _assemble(
     parsed: Caption, sentences: Sequence[_Sentence], left: Sequence[list[Unit]], rescued: Sequence[list[Unit]], tail: str
 ) -> str:
-    text, carried = "", ""
+    text, carried, glued = "", "", False
     for sentence, units, saved in zip(sentences, left, rescued, strict=True):
         lead = parsed.text[slice(*sentence.lead)]
         if not units and not saved:
             kept = "".join(part.text for part in parsed.parts if part.kind in _KEPT and _inside(part.start, sentence.lead))
             text += kept
+            glued = bool(kept) and not lead[-1:].isspace()
             carried = carried or ("".join(re.findall(r"\n\s*", lead)) if not kept else "")
             continue
         lead = lead if "\n" in lead or not text else carried or lead
-        carried = ""
+        lead = lead.lstrip(" ") if glued else lead
+        carried, glued = "", False
         if units == sentence.units and not saved and not _changed(units, sentence):
             text += (lead if text or sentence is sentences[0] else lead.lstrip()) + sentence.raw
             continue

@@ -236,7 +236,7 @@ class Statements:
     # ---------------------------------------------------------------------------------------------- predicates
 
     def predicates(self) -> Iterator[Predicate]:
-        """Predicative attributes: "is red and white", "looks soft", "its foliage full and vibrant", "painted green"."""
+        """Predicative attributes: "is red and white", "remains soft", "its foliage full and vibrant", "painted green"."""
         done: dict[int, int] = {}  # unit of a copula -> subject, for "is small and is white"
         for i, code in enumerate(self.codes):
             if i in self.silent:
@@ -260,7 +260,7 @@ class Statements:
         j = i + 1
         if re.match(r",[ae],", self.codes[j : j + 3]) and self.reading.word(j) == ":" and self._first_of_sentence(i):
             yield from self._adjectives(i, j + 1)
-        elif match := re.match(r"(?:r?,)?r*(?=a(?:[.,b]|,?c[ae]|$))", self.codes[j : j + 8]):
+        elif match := re.match(r"(?:[rp]?,)?r*(?=a(?:[.,bs]|,?c[ae]|$))", self.codes[j : j + 8]):
             yield from self._adjectives(i, j + match.end())
 
     def _first_of_sentence(self, i: int) -> bool:

@@ -1,4 +1,4 @@
-"""Structure of a caption: which characters are statements about the picture, and which are markup, reasoning or talk.
+"""Structure of a caption: which characters are statements about the image, and which are markup, reasoning or talk.
 
 Every part has a kind and, where it is not judged, the reason. `masked` gives a text of the same length in which what is not
 judged is blank, so that offsets stay those of the caption.
@@ -128,7 +128,7 @@ class Mask:
 
 
 def mask(text: str) -> Mask:
-    """The caption with everything blanked that states nothing about the picture."""
+    """The caption with everything blanked that states nothing about the image."""
     result = Mask(text)
     plain = text.isascii() and not _SPECIAL.search(text)
     if not plain:

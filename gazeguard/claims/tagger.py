@@ -30,7 +30,7 @@ _GUESSES = (
 
 @cache
 def lexicon() -> dict[str, str]:
-    """Word form -> the classes it can have, the likeliest first."""
+    """Word form -> the classes it can have, the most likely first."""
     text = gzip.decompress(files("gazeguard.claims").joinpath("data/lexicon.txt.gz").read_bytes()).decode()
     return {
         word: classes for line in text.splitlines() for classes, _, words in [line.partition("\t")] for word in words.split()
@@ -72,7 +72,7 @@ def features(word: str, choice: str, before: tuple[str, str, str], after: tuple[
 
     Args:
         word: The word in lower case.
-        choice: The classes that it can have, the likeliest first.
+        choice: The classes that it can have, the most likely first.
         before: The classes of the two words before, and the word before itself.
         after: What the two words after can be.
         clause: Whether a finite verb came before ("0", "1", or "2" behind a conjunction), and the determiner of the noun

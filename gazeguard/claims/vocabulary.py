@@ -35,6 +35,8 @@ ABSTRACT, CONCRETE_DESPITE_ENDING = _words("abstract"), _words("concrete")
 ABSTRACT_ENDINGS = tuple(_LISTS["abstract endings"].split())
 CONCRETE_ING = _words("objects in -ing")
 WEAK, EVALUATIVE, TOPICS = _words("weak"), _words("evaluative"), _words("topics")
+UNCOUNTED = _words("uncounted")
+SHADES, SHADE_MODIFIERS = _words("shades"), _words("shade modifiers")
 COUNTS, NO_ATTRIBUTE, RELATIONAL = _words("counts"), _words("no attribute"), _words("relational")
 MODIFIER_ENDINGS = tuple(_LISTS["modifier endings"].split())
 # Measure words: the head comes after "of"; alone "m" is no object and "M" is one.
