@@ -49,22 +49,24 @@ def renewed(text: str) -> str:
 
 
 def families() -> str:
-    """What ``tests/zoo.py`` saw of every family of vision-language models, as a page."""
+    """What ``tests/invariants.py`` found of every family of vision-language models, as a page."""
     result = json.loads((ROOT / "evals" / "results" / "families.json").read_text(encoding="utf-8"))
-    meta, laws = result["meta"], result["meta"]["laws"]
+    meta, invariants = result["meta"], result["meta"]["invariants"]
     lines = [
         "# Families of vision-language models",
         "",
-        "What the laws say of a tiny model of each real class, with random weights, in transformers "
-        f"{meta['transformers']} (torch {meta['torch']}, {meta['date']}): `python tests/zoo.py --out "
-        "evals/results/families.json`, then `python -m evals.tables`. The laws: " + ", ".join(f"`{law}`" for law in laws) + ".",
+        "The invariants on a tiny model of each real class, with random weights, in transformers "
+        f"{meta['transformers']} (torch {meta['torch']}, {meta['date']}): `python tests/invariants.py --out "
+        "evals/results/families.json`, then `python -m evals.tables`. The invariants: "
+        + ", ".join(f"`{invariant}`" for invariant in invariants)
+        + ".",
         "",
-        "| family | class | image tokens of one picture | grid | laws |",
+        "| family | class | image tokens of one image | grid | invariants |",
         "|---|---|---|---|---|",
     ]
     for name, row in sorted(result["families"].items(), key=lambda item: item[0].lower()):
-        broken = {law: why for law, why in row["laws"].items() if why is not True}
-        kept = "; ".join(f"not `{law}`: {why}" for law, why in broken.items()) or "all"
+        broken = {invariant: why for invariant, why in row["invariants"].items() if why is not True}
+        kept = "; ".join(f"not `{invariant}`: {why}" for invariant, why in broken.items()) or "all"
         lines.append(f"| {name} | `{row['class']}` | {row['layout']} | {row['grid']} | {kept} |".replace("|img", "\\|img"))
     lines += ["", "Refused by name:", "", "| model | class | why |", "|---|---|---|"]
     lines += [f"| {name} | `{row['class']}` | {row['why']} |" for name, row in result["refused"].items()]

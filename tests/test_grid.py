@@ -19,6 +19,7 @@ from families import Family
 from families.tiles import VIDEO
 from hypothesis import given
 from hypothesis import strategies as st
+from invariants import MAKERS, works
 from labkit import processor
 from PIL import Image
 from transformers import (
@@ -54,7 +55,6 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.pp_chart2table.image_processing_pil_pp_chart2table import PPChart2TableImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.step3p7.image_processing_step3p7 import Step3p7ImageProcessor
-from zoo import MAKERS, works
 
 from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.visual_keys import visual_keys

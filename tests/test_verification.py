@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 
+import invariants
 import numpy as np
 import pytest
 import torch
-import zoo
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
@@ -60,11 +60,11 @@ def passes(model):
 @pytest.mark.parametrize("name", ["Idefics3", "LLaVA", "Molmo2", "Emu3", "GOT-OCR2"])
 def test_the_cache_of_a_caption_answers_as_whole_prompts_do(quietly, name):
     """Invariant: in a left-padded batch, several questions of different lengths per image; and the cache stays as it was."""
-    kind = zoo.MAKERS[name]()
+    kind = invariants.MAKERS[name]()
     inputs, rng = kind.batch(), np.random.default_rng(0)
     assert not inputs["attention_mask"].bool().all(), "the test needs padding"
     rows, asked = [0, 2, 2, 1, 0, 2], [rng.integers(8, 100, n) for n in (3, 5, 2, 4, 4, 1)]
-    cache = cache_of(zoo.write(kind.model, inputs))
+    cache = cache_of(invariants.write(kind.model, inputs))
     assert can_reuse_cache(kind.model, cache)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     with passes(kind.model) as cheap:
@@ -85,10 +85,10 @@ def test_where_no_cache_serves_whole_prompts_are_read(quietly, name):
     """Rows of a batch are answered as they are alone, whatever a cache holds: M-RoPE, words that look ahead, windows, states,
     cross-attention, encoder-decoders.
     """
-    kind = zoo.MAKERS[name]()
+    kind = invariants.MAKERS[name]()
     rng = np.random.default_rng(0)
     rows, asked = [2, 0, 2], [rng.integers(8, 100, n) for n in (3, 5, 2)]
-    cache = cache_of(zoo.write(kind.model, kind.batch()))
+    cache = cache_of(invariants.write(kind.model, kind.batch()))
     assert not can_reuse_cache(kind.model, cache)
     together = answer_log_odds(kind.model, kind.batch(), rows, asked, WORDS, cache)
     alone = [answer_log_odds(kind.model, kind.batch([row]), [0], [tail], WORDS) for row, tail in zip(rows, asked, strict=True)]
@@ -168,7 +168,7 @@ def test_a_tokenizer_without_yes_or_no_is_refused(known, missing):
 
 
 def test_a_prompt_that_does_not_tell_where_its_image_ends_is_refused(quietly):
-    kind = zoo.MAKERS["Idefics"]()
+    kind = invariants.MAKERS["Idefics"]()
     with pytest.raises(UnsupportedError, match=r"does not tell where the image ends\. Choose a policy without verify"):
         answer_log_odds(kind.model, kind.batch(), [0], [np.array([5])], WORDS)
 

@@ -1,4 +1,4 @@
-"""Does the doctor tell a model that is read right from one that is not, and leave it as it was?"""
+"""The self-test: a model that is read right is told from one that is not, and is left as it was."""
 
 import copy
 import re
@@ -26,8 +26,8 @@ NAMES = (
 
 def examined(kind, rows=(0,)):
     inputs = kind.batch(rows)
-    cells = int((inputs["input_ids"][0] == IMAGE).sum())
-    return run_self_test(kind.model, None, inputs, known=ImageGrid.regular(1, cells, (16, 16)))
+    count = int((inputs["input_ids"][0] == IMAGE).sum())
+    return run_self_test(kind.model, None, inputs, known=ImageGrid.regular(1, count, (16, 16)))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_batch_with_padding_is_examined_as_it_is():
     assert all(check.ok for check in run_self_test(kind.model, None, inputs))
 
 
-def test_scores_that_the_tap_does_not_know_are_found(monkeypatch):
+def test_scores_that_the_recorder_does_not_know_are_found(monkeypatch):
     """A family that does something unknown to its scores: the recorder's numbers are not the model's, and the check says so."""
     kind = family("LLaVA")
     monkeypatch.setitem(MASK_RULES, "sdpa", lambda call, rows: None)
@@ -88,7 +88,7 @@ def test_a_model_that_cannot_be_watched_says_why():
 
 
 def test_a_guard_verifies_itself(guard):
-    """On the lab's own model, in words."""
+    """On the lab's own model, in tokens."""
     sample = lab.samples("test", 1)[0]
     inputs = encode(guard.model, guard.processor, [sample.image], [sample.prompt]).inputs
     checks = guard.self_test(inputs)

@@ -1,10 +1,12 @@
-"""The recorder hears what the model does, for every family; laws (a) to (d), (f) and (i) of `gazeguard.trace`."""
+"""The recorder captures what the model does, for every family; invariants (a) to (d), (f) and (i) of `gazeguard.trace`."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import gc
+import sys
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from gazeguard.attention.attribution import direct_logit_attribution, token_statistics, top_k_statistics
 from gazeguard.attention.backbone import Head, find_backbone
@@ -58,14 +61,14 @@ def announce(inputs: dict[str, Tensor]) -> KeyLayout:
 def live(
     model: PreTrainedModel, inputs: dict[str, Tensor], heads: Sequence[Head] | None = None, **options: Any
 ) -> tuple[Any, CapturedActivations]:
-    """Generate, and what was heard meanwhile."""
+    """Generate, and what was captured meanwhile."""
     with AttentionRecorder(model, heads or find_backbone(model).heads()) as recorder:
         recorder.begin(announce(inputs))
         return generate(model, inputs, **options), recorder.collect()
 
 
 def replay(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], written: Tensor) -> CapturedActivations:
-    """One forward pass over prompt and ``written`` (batch, T), and what was heard; T + 1 rows."""
+    """One forward pass over prompt and ``generated`` (batch, T), and what was captured; T + 1 rows."""
     with AttentionRecorder(model, find_backbone(model).heads()) as recorder:
         recorder.begin(announce(inputs))
         forward(model, kind.extended(inputs, written))
@@ -73,22 +76,22 @@ def replay(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], writ
 
 
 @dataclass(frozen=True)
-class Story:
-    """A batch of three rows of different length, what the model wrote, and what the recorder heard of it."""
+class Run:
+    """A batch of three rows of different length, what the model wrote, and what the recorder captured of it."""
 
     inputs: dict[str, Tensor]
     written: Tensor
-    logits: Tensor  # (batch, T, vocabulary), as generate says
+    logits: Tensor  # (batch, T, vocabulary), as generate returns them
     rows: CapturedActivations
 
 
 @functools.cache
-def story(name: str) -> Story:
+def run_of(name: str) -> Run:
     kind = family(name)
     inputs = kind.batch()
     made, rows = live(kind.model, inputs)
     written = made.sequences[:, inputs["input_ids"].shape[1] :]
-    return Story(inputs, written, torch.stack(made.logits, dim=1), rows)
+    return Run(inputs, written, torch.stack(made.logits, dim=1), rows)
 
 
 def eager(model: PreTrainedModel) -> PreTrainedModel:
@@ -130,72 +133,72 @@ def test_the_backbone_is_the_text_decoder(name):
 
 
 @every_family
-def test_the_gain_is_the_norms_slope(name):
-    """The norm equals gain times the scaled state, whether its class multiplies by weight or by one plus weight."""
+def test_the_final_norm_weight_is_the_norms_slope(name):
+    """The norm equals its weight times the scaled state, whether its class multiplies by weight or by one plus weight."""
     backbone = find_backbone(family(name).model)
-    gain, centres = backbone.final_norm_weight
-    state = torch.randn(5, len(gain), generator=torch.Generator().manual_seed(3)) * 4
-    moved = state - state.mean(-1, keepdim=True) if centres else state
-    expected = moved / moved.pow(2).mean(-1, keepdim=True).sqrt() * gain
+    weight, centered = backbone.final_norm_weight
+    state = torch.randn(5, len(weight), generator=torch.Generator().manual_seed(3)) * 4
+    moved = state - state.mean(-1, keepdim=True) if centered else state
+    expected = moved / moved.pow(2).mean(-1, keepdim=True).sqrt() * weight
     close(backbone.norm(state), expected, 1e-4)
-    assert centres == (name == "AyaVision")
+    assert centered == (name == "AyaVision")
 
 
-# ------------------------------------------------------------------------------------------------------------ law (a)
+# ------------------------------------------------------------------------------------------------------------ invariant (a)
 
 
 @every_family
 def test_row_t_is_the_query_that_predicted_token_t(name):
-    """Law (a): what is heard while generating equals the eager attention rows P - 1 + t; the segment_mass are its sums."""
-    kind, told = family(name), story(name)
-    whole = kind.extended(told.inputs, told.written)
+    """Invariant (a): what is captured while generating equals the eager attention rows P - 1 + t; its sums by segment."""
+    kind, run = family(name), run_of(name)
+    whole = kind.extended(run.inputs, run.written)
     twin = eager(kind.model)
     attentions = forward(twin, whole, output_attentions=True).attentions
-    width, steps = told.inputs["input_ids"].shape[1], told.written.shape[1]
+    width, steps = run.inputs["input_ids"].shape[1], run.written.shape[1]
     assert steps == NEW
     truth = torch.cat(attentions, dim=1)[:, :, width - 1 : width - 1 + steps].transpose(1, 2)  # (batch, T, H, S)
-    ids, mask = told.inputs["input_ids"], told.inputs["attention_mask"].bool()
-    assert told.rows.gaze.shape[:3] == truth.shape[:3]
+    ids, mask = run.inputs["input_ids"], run.inputs["attention_mask"].bool()
+    assert run.rows.gaze.shape[:3] == truth.shape[:3]
     for row in range(len(ids)):
         image = (ids[row] == IMAGE).nonzero()[:, 0]
         assert len(image) == sum(kind.image_tokens(row))
-        close(told.rows.gaze[row, ..., : len(image)], truth[row][..., image], 1e-5)
-        assert not told.rows.gaze[row, ..., len(image) :].any(), "columns that the row does not have hold nothing"
+        close(run.rows.gaze[row, ..., : len(image)], truth[row][..., image], 1e-5)
+        assert not run.rows.gaze[row, ..., len(image) :].any(), "columns that the row does not have hold nothing"
         first = int(mask[row].nonzero()[0])
         other = [i for i in range(first + 1, width) if i not in set(image.tolist())]
         sums = [truth[row][..., where].sum(-1) for where in (image, other, slice(width, None), [first])]
-        close(told.rows.segment_mass[row], torch.stack(sums, dim=-1), 1e-5)
-    close(told.rows.segment_mass.sum(-1), torch.ones(truth.shape[:3]), 1e-5)
+        close(run.rows.segment_mass[row], torch.stack(sums, dim=-1), 1e-5)
+    close(run.rows.segment_mass.sum(-1), torch.ones(truth.shape[:3]), 1e-5)
     assert truth.amax(-1).mean() > 0.3, "the attention of the test is too flat to tell rows apart"
     assert (truth[:, 1:] - truth[:, :-1]).abs().amax() > 0.3, "the rows of the test are too alike to tell apart"
 
 
 @every_family
-def test_the_states_of_the_cells_are_the_models_own(name):
-    """What is kept of each image cell becomes the model's own logits there, live and replayed, and what lies under the gaze
-    is read from these: the mean probability by gaze, and the best cell.
+def test_the_states_of_image_tokens_are_the_models_own(name):
+    """What is kept of each image token becomes the model's own logits there, live and replayed, and what is attended to
+    is read from these: the mean probability by gaze, and the best image token.
     """
-    kind, told = family(name), story(name)
-    whole = kind.extended(told.inputs, told.written)
+    kind, run = family(name), run_of(name)
+    whole = kind.extended(run.inputs, run.written)
     logits = forward(kind.model, whole).logits.float()
     backbone = find_backbone(kind.model)
     with AttentionRecorder(kind.model, backbone.heads()) as recorder:
-        recorder.begin(announce(told.inputs))
-        generate(kind.model, told.inputs)
-        rows, cells = recorder.collect(), recorder.logit_lens()
-        recorder.begin(announce(told.inputs))
+        recorder.begin(announce(run.inputs))
+        generate(kind.model, run.inputs)
+        rows, lens = recorder.collect(), recorder.logit_lens()
+        recorder.begin(announce(run.inputs))
         assert recorder.logit_lens() is None, "a new watch forgets"
         forward(kind.model, whole)
-        close(recorder.logit_lens().normed, cells.normed, 1e-4)
-    lies, named = attended_logprobs(cells, rows.gaze, told.written)
-    for row, ids in enumerate(told.inputs["input_ids"]):
+        close(recorder.logit_lens().normed, lens.normed, 1e-4)
+    lies, named = attended_logprobs(lens, rows.gaze, run.written)
+    for row, ids in enumerate(run.inputs["input_ids"]):
         image = (ids == IMAGE).nonzero()[:, 0]
-        assert cells.known[row].sum() == len(image)
-        close(backbone.unembed(cells.normed[row, : len(image)]), logits[row, image], 1e-3)
+        assert lens.known[row].sum() == len(image)
+        close(backbone.unembed(lens.normed[row, : len(image)]), logits[row, image], 1e-3)
         likely, word = logits[row, image].log_softmax(-1).max(-1)
-        close(cells.top_logprob[row, : len(image)], likely, 1e-3)
-        assert torch.equal(cells.top_id[row, : len(image)], word)
-        said = logits[row, image].log_softmax(-1)[:, told.written[row]]  # (N, T)
+        close(lens.top_logprob[row, : len(image)], likely, 1e-3)
+        assert torch.equal(lens.top_id[row, : len(image)], word)
+        said = logits[row, image].log_softmax(-1)[:, run.written[row]]  # (N, T)
         close(named[row], said.amax(0), 1e-3)
         look = rows.gaze[row, ..., : len(image)].mean(1)  # (T, N)
         close(lies[row], ((look / look.sum(-1, keepdim=True)) * said.T.exp()).sum(-1).log(), 1e-3)
@@ -204,38 +207,38 @@ def test_the_states_of_the_cells_are_the_models_own(name):
 @every_family
 def test_output_is_what_the_projection_gets(name):
     """Each head's output is its slice of the output projection's input, at the same row."""
-    kind, told = family(name), story(name)
+    kind, run = family(name), run_of(name)
     backbone = find_backbone(kind.model)
     seen: dict[int, Tensor] = {}
     handles = [
         backbone.projection(layer).register_forward_pre_hook(lambda _, args, at=layer: seen.update({at: args[0]}))
         for layer in backbone.attention
     ]
-    forward(kind.model, kind.extended(told.inputs, told.written))
+    forward(kind.model, kind.extended(run.inputs, run.written))
     for handle in handles:
         handle.remove()
-    start = told.inputs["input_ids"].shape[1] - 1
-    per_head = told.rows.output.shape[-1]
+    start = run.inputs["input_ids"].shape[1] - 1
+    per_head = run.rows.output.shape[-1]
     truth = torch.cat([seen[layer].unflatten(-1, (-1, per_head)) for layer in backbone.attention], dim=2)
-    close(told.rows.output, truth[:, start : start + NEW], 2e-5)
+    close(run.rows.output, truth[:, start : start + NEW], 2e-5)
 
 
-# -------------------------------------------------------------------------------------------------------- law (b), (d)
+# -------------------------------------------------------------------------------------------------------- invariant (b), (d)
 
 
 @every_family
 def test_replay_equals_live(name):
-    """Law (b): one teacher-forced pass over prompt and written words hears what was heard while they were written."""
-    told = story(name)
-    again = replay(family(name), family(name).model, told.inputs, told.written)
-    assert again.gaze.shape[1] == NEW + 1, "the row after the last word is heard too"
-    same_rows(part(again, (slice(None), slice(NEW))), told.rows, 2e-5)  # some rounding of states that are larger than one
+    """Invariant (b): a teacher-forced pass over prompt and generated tokens captures what was captured live."""
+    run = run_of(name)
+    again = replay(family(name), family(name).model, run.inputs, run.written)
+    assert again.gaze.shape[1] == NEW + 1, "the row after the last token is captured, too"
+    same_rows(part(again, (slice(None), slice(NEW))), run.rows, 2e-5)  # some rounding of states that are larger than one
 
 
 @every_family
 def test_a_padded_batch_equals_its_single_rows(name):
-    """Law (d): gaze, segment_mass, output, hidden state and logits of a left-padded row are those of the row alone."""
-    kind, told = family(name), story(name)
+    """Invariant (d): gaze, segment_mass, output, hidden state and logits of a left-padded row are those of the row alone."""
+    kind, run = family(name), run_of(name)
     backbone = find_backbone(kind.model)
     lengths = set()
     for row in range(3):
@@ -243,21 +246,21 @@ def test_a_padded_batch_equals_its_single_rows(name):
         assert alone["attention_mask"].all()
         lengths.add(alone["input_ids"].shape[1])
         made, rows = live(kind.model, alone)
-        assert torch.equal(made.sequences[0, alone["input_ids"].shape[1] :], told.written[row])
-        own = part(told.rows, slice(row, row + 1))
-        cells = rows.gaze.shape[-1]
-        same_rows(rows, replace(own, gaze=own.gaze[..., :cells]), 1e-4)
+        assert torch.equal(made.sequences[0, alone["input_ids"].shape[1] :], run.written[row])
+        own = part(run.rows, slice(row, row + 1))
+        count = rows.gaze.shape[-1]
+        same_rows(rows, replace(own, gaze=own.gaze[..., :count]), 1e-4)
         close(backbone.logits(rows.hidden), backbone.logits(own.hidden), 1e-4)
     assert len(lengths) > 1, "a test of padding needs padding"
 
 
-# ------------------------------------------------------------------------------------------------------------ law (c)
+# ------------------------------------------------------------------------------------------------------------ invariant (c)
 
 
 @every_family
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_watching_changes_no_logit(name, sampled):
-    """Law (c): with and without the recorder, ids and logits are the same to the last bit."""
+    """Invariant (c): with and without the recorder, ids and logits are the same to the last bit."""
     kind = family(name)
     inputs = kind.batch()
     options = {"do_sample": sampled, **({"top_k": 0, "temperature": 1.3} if sampled else {})}
@@ -270,11 +273,11 @@ def test_watching_changes_no_logit(name, sampled):
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, watched.logits, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------ law (f)
+# ------------------------------------------------------------------------------------------------------------ invariant (f)
 
 
 class Stumble(LogitsProcessor):
-    """Fails at the third word."""
+    """Fails at the third token."""
 
     def __init__(self) -> None:
         self.left = 3
@@ -287,7 +290,7 @@ class Stumble(LogitsProcessor):
 
 
 def shape_of(model: nn.Module) -> dict[str, Any]:
-    """All that a watch could leave behind: attributes, and hooks of each module."""
+    """All that a recording could leave behind: attributes, and hooks of each module."""
     return {
         path: (set(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
         for path, module in model.named_modules()
@@ -297,7 +300,7 @@ def shape_of(model: nn.Module) -> dict[str, Any]:
 @every_family
 @pytest.mark.parametrize("how", ["done", "unused", "raised", "raised while writing"])
 def test_leaving_restores_the_model(name, how):
-    """Law (f): after the context, however it was left, the model has the attributes, hooks and words it had before."""
+    """Invariant (f): after the context, however it was left, the model has the attributes, hooks and tokens it had before."""
     kind = family(name)
     inputs = kind.batch()
     said = generate(kind.model, inputs, max_new_tokens=4)  # first: some classes install hooks of their own when they run
@@ -321,27 +324,27 @@ def test_leaving_restores_the_model(name, how):
     assert all(torch.equal(a, b) for a, b in zip(after.logits, said.logits, strict=True))
 
 
-def test_a_tap_can_be_used_again():
-    """Law (f), the recorder's side: a recorder that was left, or that met an exception, hears the next run as the first."""
-    kind, told = family("Qwen2.5-VL"), story("Qwen2.5-VL")
+def test_a_recorder_can_be_used_again():
+    """Invariant (f), the recorder's side: after an exception, and after it was left, it captures a run as the first."""
+    kind, run = family("Qwen2.5-VL"), run_of("Qwen2.5-VL")
     recorder = AttentionRecorder(kind.model, find_backbone(kind.model).heads())
     with recorder:
-        recorder.begin(announce(told.inputs))
+        recorder.begin(announce(run.inputs))
         with pytest.raises(KeyError):
-            generate(kind.model, told.inputs, logits_processor=LogitsProcessorList([Stumble()]))
+            generate(kind.model, run.inputs, logits_processor=LogitsProcessorList([Stumble()]))
     for _ in range(2):
         with recorder:
-            recorder.begin(announce(told.inputs))
-            generate(kind.model, told.inputs)
-            same_rows(recorder.collect(), told.rows, 0)
+            recorder.begin(announce(run.inputs))
+            generate(kind.model, run.inputs)
+            same_rows(recorder.collect(), run.rows, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------ law (i)
+# ------------------------------------------------------------------------------------------------------------ invariant (i)
 
 
 @every_family
-def test_hearing_nothing_raises(name):
-    """Law (i): no begin, no run, a run of another batch size, and a watch that is over are errors with a way out."""
+def test_capturing_nothing_raises(name):
+    """Invariant (i): no begin, no run, a run of another batch size, and a recording that is over are errors."""
     kind = family(name)
     inputs = kind.batch()
     with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
@@ -359,21 +362,21 @@ def test_hearing_nothing_raises(name):
 
 def test_begin_forgets():
     """A second begin starts from nothing: its rows are those of the second run alone."""
-    kind, told = family("Idefics3"), story("Idefics3")
+    kind, run = family("Idefics3"), run_of("Idefics3")
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
         recorder.begin(announce(kind.batch([1])))
         generate(kind.model, kind.batch([1]))
-        recorder.begin(announce(told.inputs))
+        recorder.begin(announce(run.inputs))
         with pytest.raises(NoAttentionError):
             recorder.collect()
-        generate(kind.model, told.inputs)
-        same_rows(recorder.collect(), told.rows, 0)
+        generate(kind.model, run.inputs)
+        same_rows(recorder.collect(), run.rows, 0)
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3), st.integers(2, 4)), min_size=1, max_size=12), st.integers(0, 20)
 )
-def test_a_track_is_a_list_that_can_be_written_over(puts, start):
+def test_a_row_buffer_is_a_list_that_can_be_written_over(puts, start):
     """What is put goes after the rows before it and in place of those from it on; a narrow row is filled up with zeros."""
     track, told, count = RowBuffer(), [], 0
     for back, rows, width in puts:
@@ -390,25 +393,25 @@ def test_a_track_is_a_list_that_can_be_written_over(puts, start):
     assert torch.equal(track.joined(start), expected)
 
 
-def test_rows_heard_in_inference_mode_can_be_used_outside_of_it():
-    """And blocks begun there can be written on; what is heard never asks for gradients by itself."""
-    track, heard = RowBuffer(), [torch.randn(2, 1, 4, requires_grad=True) for _ in range(3)]
+def test_rows_captured_in_inference_mode_can_be_used_outside_of_it():
+    """And blocks begun there can be generated on; what is captured never asks for gradients by itself."""
+    track, captured = RowBuffer(), [torch.randn(2, 1, 4, requires_grad=True) for _ in range(3)]
     with torch.inference_mode():
-        track.put(0, heard[0])
+        track.put(0, captured[0])
     with torch.enable_grad():
-        track.put(1, heard[1])
+        track.put(1, captured[1])
     with torch.inference_mode():
-        track.put(2, heard[2])
+        track.put(2, captured[2])
     with torch.enable_grad():
         weight = torch.ones(4, requires_grad=True)
         rows = track.joined()
         assert not rows.requires_grad
         (rows @ weight).sum().backward()
-    close(weight.grad, torch.cat(heard, dim=1).detach().sum((0, 1)), 1e-5)
+    close(weight.grad, torch.cat(captured, dim=1).detach().sum((0, 1)), 1e-5)
 
 
 def test_a_long_text_is_kept_in_few_pieces():
-    """Small tensors that stay from every word would break up the memory that a growing cache leaves (a factor of three)."""
+    """Small tensors that stay from every token would break up the memory that a growing cache leaves (a factor of three)."""
     kind, new = family("LLaVA"), 70
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
         recorder.begin(announce(kind.batch()))
@@ -426,8 +429,8 @@ def test_a_long_text_is_kept_in_few_pieces():
 
 
 def test_the_cache_is_not_kept():
-    """Once generate is over, its cache is the caller's alone; what was heard can still be told."""
-    kind, told = family("LLaVA"), story("LLaVA")
+    """Once generate is over, its cache is the caller's alone; what was captured can still be told."""
+    kind, run = family("LLaVA"), run_of("LLaVA")
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
         recorder.begin(announce(kind.batch()))
         made = generate(kind.model, kind.batch())
@@ -436,12 +439,12 @@ def test_the_cache_is_not_kept():
         gc.collect()
         assert gone() is None
         forward(kind.model, kind.batch())  # without a cache, so another run
-        same_rows(recorder.collect(), told.rows, 1e-5)
+        same_rows(recorder.collect(), run.rows, 1e-5)
 
 
 def test_a_run_of_another_batch_is_not_mixed_in():
-    """A forward pass of another batch size between two words leaves no trace, in no field."""
-    kind, told = family("LLaVA"), story("LLaVA")
+    """A forward pass of another batch size between two tokens leaves no trace, in no field."""
+    kind, run = family("LLaVA"), run_of("LLaVA")
     stranger = kind.batch([0])
 
     class Interrupt(LogitsProcessor):
@@ -449,18 +452,18 @@ def test_a_run_of_another_batch_is_not_mixed_in():
             forward(kind.model, stranger)
             return scores
 
-    _, rows = live(kind.model, told.inputs, logits_processor=LogitsProcessorList([Interrupt()]))
-    same_rows(rows, told.rows, 0)
+    _, rows = live(kind.model, run.inputs, logits_processor=LogitsProcessorList([Interrupt()]))
+    same_rows(rows, run.rows, 0)
 
 
 def test_a_second_run_is_not_mixed_in():
-    """A recorder hears one run: a second one has a cache of its own, and is not appended."""
-    kind, told = family("LLaVA"), story("LLaVA")
+    """A recorder captures one run: a second one has a cache of its own, and is not appended."""
+    kind, run = family("LLaVA"), run_of("LLaVA")
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
-        recorder.begin(announce(told.inputs))
-        generate(kind.model, told.inputs)
-        generate(kind.model, told.inputs, max_new_tokens=NEW + 2)
-        same_rows(recorder.collect(), told.rows, 0)
+        recorder.begin(announce(run.inputs))
+        generate(kind.model, run.inputs)
+        generate(kind.model, run.inputs, max_new_tokens=NEW + 2)
+        same_rows(recorder.collect(), run.rows, 0)
 
 
 @every_family
@@ -479,11 +482,11 @@ def test_a_second_pass_without_a_cache_raises(name):
 
 
 @pytest.mark.parametrize("name", ["Idefics3", "LLaVA", "Mistral3"])
-def test_a_prefill_in_chunks_is_heard_as_one(name):
+def test_a_prefill_in_chunks_is_recorded_as_one(name):
     """Chunked prefill gives the rows of an unbroken one."""
-    kind, told = family(name), story(name)
-    # Chunks cannot be cut through pictures, so the row's embeddings go in as text; the prompt is words alone here.
-    inputs = {key: told.inputs[key].clone() for key in ("input_ids", "attention_mask")}
+    kind, run = family(name), run_of(name)
+    # Chunks cannot be cut through images, so the row's embeddings go in as text; the prompt is tokens alone here.
+    inputs = {key: run.inputs[key].clone() for key in ("input_ids", "attention_mask")}
     inputs["input_ids"][inputs["input_ids"] == IMAGE] = 7
     _, whole = live(kind.model, inputs)
     _, chunks = live(kind.model, inputs, prefill_chunk_size=5)
@@ -491,13 +494,13 @@ def test_a_prefill_in_chunks_is_heard_as_one(name):
 
 
 @pytest.mark.parametrize("words", [1, NEW])
-def test_a_prefix_mask_over_written_words_is_refused(words):
-    """PaliGemma's prompt attends both ways. Words replayed as prompt would see what follows, so this raises."""
-    kind, told = family("PaliGemma"), story("PaliGemma")
-    whole = kind.extended(told.inputs, told.written[:, :words])
+def test_a_prefix_mask_over_generated_tokens_is_refused(words):
+    """PaliGemma's prompt attends both ways. Tokens replayed as prompt would attend to what follows, so this raises."""
+    kind, run = family("PaliGemma"), run_of("PaliGemma")
+    whole = kind.extended(run.inputs, run.written[:, :words])
     whole["token_type_ids"][:] = 0
     with AttentionRecorder(kind.model, [(0, 0)]) as recorder:
-        recorder.begin(announce(told.inputs))
+        recorder.begin(announce(run.inputs))
         with pytest.raises(UnsupportedError, match="token_type_ids of 1"):
             forward(kind.model, whole)
 
@@ -507,108 +510,108 @@ def test_a_prefix_mask_over_written_words_is_refused(words):
 
 @every_family
 def test_hidden_becomes_the_models_own_logits(name):
-    """The final norm and unembedding of the heard states give generate's logits, whatever the class does to them."""
-    told = story(name)
-    close(find_backbone(family(name).model).logits(told.rows.hidden), told.logits.float(), 1e-4)
+    """The final norm and unembedding of the captured states give generate's logits, whatever the class does to them."""
+    run = run_of(name)
+    close(find_backbone(family(name).model).logits(run.rows.hidden), run.logits.float(), 1e-4)
 
 
 @every_family
-def test_words_are_judged_by_the_models_logits(name):
-    """Log-probability and entropy are those of the log-softmax of the model's logits, be these heard or computed."""
-    kind, told = family(name), story(name)
+def test_token_statistics_are_of_the_models_logits(name):
+    """Log-probability and entropy are those of the log-softmax of the model's logits, be these captured or computed."""
+    kind, run = family(name), run_of(name)
     backbone = find_backbone(kind.model)
-    logs = told.logits.float().log_softmax(-1)
-    deaf = replace(told.rows, top_ids=torch.full_like(told.rows.top_ids, -1))
-    some = replace(deaf, top_ids=told.rows.top_ids.where(torch.arange(NEW)[:, None] % 3 > 0, -1))
-    rarest = logs.argmin(-1)  # not among the likeliest, of which alone it is heard
+    logs = run.logits.float().log_softmax(-1)
+    unknown = replace(run.rows, top_ids=torch.full_like(run.rows.top_ids, -1))
+    some = replace(unknown, top_ids=run.rows.top_ids.where(torch.arange(NEW)[:, None] % 3 > 0, -1))
+    rarest = logs.argmin(-1)  # not among the top k, which alone are captured
     judged = [
         (written, token_statistics(backbone, backbone.heads(), rows, written))
-        for rows in (told.rows, deaf, some)
-        for written in (told.written, rarest)
+        for rows in (run.rows, unknown, some)
+        for written in (run.written, rarest)
     ]
     for written, words in judged:
         close(words.logprobs, logs.gather(-1, written[..., None])[..., 0], 1e-4)
         close(words.entropy, -(logs.exp() * logs).sum(-1), 1e-4)
-        assert words.attribution.shape == told.rows.output.shape[:3]
-    for (_, words), (_, heard) in zip(judged[2:], judged[:2] * 2, strict=True):
-        close(words.attribution, heard.attribution, 1e-4)
+        assert words.attribution.shape == run.rows.output.shape[:3]
+    for (_, words), (_, captured) in zip(judged[2:], judged[:2] * 2, strict=True):
+        close(words.attribution, captured.attribution, 1e-4)
 
 
-def test_logits_of_other_rows_are_not_taken_for_those_of_the_words():
-    """A pass that is asked for its last row, for all rows or for some by number does not say which the words' rows are."""
-    kind, told = family("LLaVA"), story("LLaVA")
-    whole = model_inputs(kind.model, kind.extended(told.inputs, told.written))
+def test_logits_of_other_rows_are_not_taken_for_those_of_the_steps():
+    """A pass that is asked for its last row, for all rows or for some by number does not say which the tokens' rows are."""
+    kind, run = family("LLaVA"), run_of("LLaVA")
+    whole = model_inputs(kind.model, kind.extended(run.inputs, run.written))
     for keep in (1, 0, torch.arange(NEW + 1)):
         with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
-            recorder.begin(announce(told.inputs))
+            recorder.begin(announce(run.inputs))
             kind.model(**whole, use_cache=False, logits_to_keep=keep)
             assert (recorder.collect().top_ids == -1).all()
     with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
-        recorder.begin(announce(told.inputs))
+        recorder.begin(announce(run.inputs))
         kind.model(**whole, use_cache=False, logits_to_keep=NEW + 1)  # these are the words' rows and no others
         rows = recorder.collect()
-    logs = told.logits.log_softmax(-1)
+    logs = run.logits.log_softmax(-1)
     close(rows.top_logprobs[:, :NEW], top_k_statistics(logs)[1], 1e-4)
-    assert torch.equal(rows.top_ids[:, :NEW], told.rows.top_ids)
+    assert torch.equal(rows.top_ids[:, :NEW], run.rows.top_ids)
 
 
-def test_a_row_that_runs_again_says_what_it_says_now():
-    """Words that were taken back and run anew, in a pass that speaks of its last row alone, have nothing said of them."""
-    kind, told = family("LLaVA"), story("LLaVA")
+def test_a_step_that_runs_again_has_its_new_logits():
+    """Tokens that were rolled back and run anew, in a pass with logits of its last row alone, have no statistics."""
+    kind, run = family("LLaVA"), run_of("LLaVA")
     cache = DynamicCache(config=kind.model.config.get_text_config())
     how = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
-    heard = []
+    captured = []
     with AttentionRecorder(kind.model, [(1, 0)]) as recorder:
-        recorder.begin(announce(told.inputs))
-        kind.model(**told.inputs, **how)
-        mask = told.inputs["attention_mask"]
-        for words in (told.written[:, :1], told.written[:, 1:2], told.written[:, :2], told.written[:, 2:3]):
+        recorder.begin(announce(run.inputs))
+        kind.model(**run.inputs, **how)
+        mask = run.inputs["attention_mask"]
+        for words in (run.written[:, :1], run.written[:, 1:2], run.written[:, :2], run.written[:, 2:3]):
             if words.shape[1] > 1:
                 cache.crop(-2)
-                mask = told.inputs["attention_mask"]
+                mask = run.inputs["attention_mask"]
             mask = F.pad(mask, (0, words.shape[1]), value=1)
             kind.model(input_ids=words, attention_mask=mask, **how)
-            heard.append((recorder.collect().top_ids[0] >= 0).all(-1).tolist())
+            captured.append((recorder.collect().top_ids[0] >= 0).all(-1).tolist())
         assert (recorder.collect(start=2).top_ids >= 0)[0, :, 0].tolist() == [False, True]
-    assert heard == [[True] * 2, [True] * 3, [True, False, False], [True, False, False, True]]
+    assert captured == [[True] * 2, [True] * 3, [True, False, False], [True, False, False, True]]
 
 
 @every_family
-def test_readouts_and_the_rest_add_up_to_the_logit(name):
+def test_attributions_and_the_rest_add_up_to_the_logit(name):
     """Direct logit attribution: what all heads, all MLPs and the embedding add is the logit, norm scale held fixed."""
-    kind, told = family(name), story(name)
+    kind, run = family(name), run_of(name)
     backbone = find_backbone(kind.model)
     decoder = kind.model.get_decoder()
-    heard: list[Tensor] = []
-    handles = [layer.mlp.register_forward_hook(lambda _, args, made: heard.append(made)) for layer in decoder.layers]
+    captured: list[Tensor] = []
+    handles = [layer.mlp.register_forward_hook(lambda _, args, made: captured.append(made)) for layer in decoder.layers]
     handles.append(
         decoder.layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: heard.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda _, args, kwargs: captured.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
     )
-    forward(kind.model, kind.extended(told.inputs, told.written))
+    forward(kind.model, kind.extended(run.inputs, run.written))
     for handle in handles:
         handle.remove()
-    assert len(heard) == len(backbone.attention) + 1
-    start = told.inputs["input_ids"].shape[1] - 1
-    rest = torch.stack(heard).sum(0)[:, start : start + NEW]
+    assert len(captured) == len(backbone.attention) + 1
+    start = run.inputs["input_ids"].shape[1] - 1
+    rest = torch.stack(captured).sum(0)[:, start : start + NEW]
     # The lens: the same norm, its scale that of the whole state.
-    gain, centres = backbone.final_norm_weight
-    state = told.rows.hidden
-    if centres:
+    weight, centered = backbone.final_norm_weight
+    state = run.rows.hidden
+    if centered:
         rest, state = rest - rest.mean(-1, keepdim=True), state - state.mean(-1, keepdim=True)
-    lens = rest * gain / state.pow(2).mean(-1, keepdim=True).sqrt()
-    for rival in (0, 5):  # the written word itself, and another one
-        token = (told.written + rival) % VOCABULARY
+    lens = rest * weight / state.pow(2).mean(-1, keepdim=True).sqrt()
+    for contrast in (0, 5):  # the written word itself, and another one
+        token = (run.written + contrast) % VOCABULARY
         direction = backbone.unembedding.weight[token]
-        looked = direct_logit_attribution(backbone, backbone.heads(), told.rows.output, told.rows.hidden, direction)
-        logit = backbone.logits(told.rows.hidden).gather(-1, token[..., None])[..., 0]
+        looked = direct_logit_attribution(backbone, backbone.heads(), run.rows.output, run.rows.hidden, direction)
+        logit = backbone.logits(run.rows.hidden).gather(-1, token[..., None])[..., 0]
         close(looked.sum(-1) + (lens * direction).sum(-1), logit, 1e-3)
         assert looked.abs().mean() > 1e-2, "a test of sums needs summands"
 
 
 @every_family
-def test_a_head_without_a_projection_has_no_readout(name):
+def test_a_head_without_a_projection_has_no_attribution(name):
     """A head whose slice of the output projection is zero adds nothing to any logit, and only that head."""
     kind = MAKERS[name]()
     backbone = find_backbone(kind.model)
@@ -621,20 +624,20 @@ def test_a_head_without_a_projection_has_no_readout(name):
     assert words.attribution[..., [not is_silent for is_silent in silent]].abs().amin((0, 1)).all()
 
 
-def test_readout_is_relative_to_the_rivals():
-    """The judged attribution is the word's own attribution minus the mean over its twenty likeliest rivals'."""
-    told = story("Qwen3-VL")
+def test_attribution_is_relative_to_the_contrast_tokens():
+    """The judged attribution is the token's own attribution minus the mean over its twenty most probable contrast tokens'."""
+    run = run_of("Qwen3-VL")
     backbone = find_backbone(family("Qwen3-VL").model)
     heads = [(0, 3), (2, 1)]
     where = [backbone.heads().index(head) for head in heads]
-    rows = replace(told.rows, output=told.rows.output[:, :, where])
-    words = token_statistics(backbone, heads, rows, told.written)
+    rows = replace(run.rows, output=run.rows.output[:, :, where])
+    words = token_statistics(backbone, heads, rows, run.written)
     for row in range(3):
         for step in range(NEW):
-            ranked = told.logits[row, step].argsort(descending=True).tolist()
-            written = int(told.written[row, step])
-            rivals = [token for token in ranked[:21] if token != written]
-            tokens = torch.tensor([written, *rivals])
+            ranked = run.logits[row, step].argsort(descending=True).tolist()
+            written = int(run.written[row, step])
+            contrast = [token for token in ranked[:21] if token != written]
+            tokens = torch.tensor([written, *contrast])
             output, hidden = rows.output[row, step].expand(len(tokens), -1, -1), rows.hidden[row, step]
             each = direct_logit_attribution(
                 backbone, heads, output, hidden.expand(len(tokens), -1), backbone.unembedding.weight[tokens]
@@ -643,25 +646,25 @@ def test_readout_is_relative_to_the_rivals():
 
 
 @every_family
-def test_what_gaze_is_reduced_to_is_made_of_the_gaze(name):
-    """Gaze summed over regions as it is read is the gaze on cells times the regions, live and replayed."""
-    kind, told = family(name), story(name)
-    cells = told.rows.gaze.shape[-1]
-    regions = torch.rand(3, cells, 5, generator=torch.Generator().manual_seed(1))
-    expected = told.rows.gaze @ regions[:, None]
+def test_reduced_gaze_is_the_gaze_reduced(name):
+    """Gaze summed over regions as it is read is the gaze on image tokens times the regions, live and replayed."""
+    kind, run = family(name), run_of(name)
+    count = run.rows.gaze.shape[-1]
+    regions = torch.rand(3, count, 5, generator=torch.Generator().manual_seed(1))
+    expected = run.rows.gaze @ regions[:, None]
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
-        recorder.begin(announce(told.inputs), lambda gaze: gaze @ regions[:, None])
-        generate(kind.model, told.inputs)
+        recorder.begin(announce(run.inputs), lambda gaze: gaze @ regions[:, None])
+        generate(kind.model, run.inputs)
         close(recorder.reduced_gaze(), expected, 1e-5)
-        recorder.begin(announce(told.inputs), lambda gaze: gaze @ regions[:, None])
-        forward(kind.model, kind.extended(told.inputs, told.written))
+        recorder.begin(announce(run.inputs), lambda gaze: gaze @ regions[:, None])
+        forward(kind.model, kind.extended(run.inputs, run.written))
         close(recorder.reduced_gaze()[:, :NEW], expected, 1e-5)
 
 
 @every_family
-def test_one_row_can_be_asked_for(name):
-    """Between two words, `at` gives the row that predicted the word about to be chosen; asking changes nothing."""
-    kind, told = family(name), story(name)
+def test_one_step_can_be_read(name):
+    """Between two tokens, `step_at` gives the step that predicted the token about to be chosen; asking changes nothing."""
+    kind, run = family(name), run_of(name)
     asked: list[tuple[Tensor, Tensor]] = []
 
     class Ask(LogitsProcessor):
@@ -670,24 +673,24 @@ def test_one_row_can_be_asked_for(name):
             return scores
 
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
-        recorder.begin(announce(told.inputs))
-        generate(kind.model, told.inputs, logits_processor=LogitsProcessorList([Ask()]))
-        same_rows(recorder.collect(), told.rows, 1e-5)
-    close(torch.stack([output for output, _ in asked], dim=1), told.rows.output, 1e-5)
-    close(torch.stack([hidden for _, hidden in asked], dim=1), told.rows.hidden, 0)
+        recorder.begin(announce(run.inputs))
+        generate(kind.model, run.inputs, logits_processor=LogitsProcessorList([Ask()]))
+        same_rows(recorder.collect(), run.rows, 1e-5)
+    close(torch.stack([output for output, _ in asked], dim=1), run.rows.output, 1e-5)
+    close(torch.stack([hidden for _, hidden in asked], dim=1), run.rows.hidden, 0)
 
 
 @every_family
 def test_chosen_heads_are_those_of_all(name):
-    """A recorder on some heads, given in any order and twice, hears what a recorder on all hears of them, by layer and head."""
-    kind, told = family(name), story(name)
+    """A recorder on some heads, in any order and twice, captures what one on all heads captures of them, by layer and head."""
+    kind, run = family(name), run_of(name)
     every = find_backbone(kind.model).heads()
-    _, rows = live(kind.model, told.inputs, [(2, 3), (0, 1), (2, 0), (0, 1)])
+    _, rows = live(kind.model, run.inputs, [(2, 3), (0, 1), (2, 0), (0, 1)])
     where = [every.index(head) for head in ((0, 1), (2, 0), (2, 3))]
-    close(rows.gaze, told.rows.gaze[:, :, where], 1e-6)
-    close(rows.segment_mass, told.rows.segment_mass[:, :, where], 1e-6)
-    close(rows.output, told.rows.output[:, :, where], 1e-6)
-    close(rows.hidden, told.rows.hidden, 0)
+    close(rows.gaze, run.rows.gaze[:, :, where], 1e-6)
+    close(rows.segment_mass, run.rows.segment_mass[:, :, where], 1e-6)
+    close(rows.output, run.rows.output[:, :, where], 1e-6)
+    close(rows.hidden, run.rows.hidden, 0)
 
 
 @every_family
@@ -696,12 +699,12 @@ def test_half_precision_is_near_the_truth(name):
 
     The weights are calmer here: peaky attention magnifies the rounding of the layers below, which is the model's own.
     """
-    kind, told = family(name), story(name)
+    kind, run = family(name), run_of(name)
     half = draw_weights(copy.deepcopy(kind.model), peak=0.5).to(torch.bfloat16)
     whole = copy.deepcopy(half).to(torch.float32)
-    small = {key: value.bfloat16() if value.is_floating_point() else value for key, value in told.inputs.items()}
+    small = {key: value.bfloat16() if value.is_floating_point() else value for key, value in run.inputs.items()}
     same = {key: value.float() if value.is_floating_point() else value for key, value in small.items()}
-    rows, truth = replay(kind, half, small, told.written), replay(kind, whole, same, told.written)
+    rows, truth = replay(kind, half, small, run.written), replay(kind, whole, same, run.written)
     assert rows.hidden.dtype == torch.bfloat16
     assert rows.gaze.dtype == rows.output.dtype == torch.float32
     close(rows.gaze, truth.gaze, 0.03)
@@ -712,18 +715,18 @@ def test_half_precision_is_near_the_truth(name):
 
 
 @pytest.mark.parametrize("second", [[(0, 0)], [(2, 1)]], ids=["same layer", "another layer"])
-def test_two_taps_on_one_model(second):
+def test_two_recorders_on_one_model(second):
     """A watched model is not watched again, and the first watch goes on unharmed."""
-    kind, told = family("SmolVLM"), story("SmolVLM")
+    kind, run = family("SmolVLM"), run_of("SmolVLM")
     with AttentionRecorder(kind.model, [(0, 0), (0, 1)]) as recorder:
-        recorder.begin(announce(told.inputs))
+        recorder.begin(announce(run.inputs))
         with (
             pytest.raises(UnsupportedError, match=r"recorded already, .* Leave that one first"),
             AttentionRecorder(kind.model, second),
         ):
             pass
-        generate(kind.model, told.inputs)
-        close(recorder.collect().gaze, told.rows.gaze[:, :, :2], 1e-6)
+        generate(kind.model, run.inputs)
+        close(recorder.collect().gaze, run.rows.gaze[:, :, :2], 1e-6)
     with AttentionRecorder(kind.model, second):
         pass
 
@@ -743,8 +746,8 @@ def test_unknown_heads_are_refused(heads, said):
         AttentionRecorder(family("LLaVA").model, heads)
 
 
-def test_models_without_pictures_or_without_the_registry_are_refused():
-    """A text model has no image token; a model that computes its text attention itself has nothing to listen to."""
+def test_models_without_images_or_without_the_registry_are_refused():
+    """A text model has no image token; a model that computes its text attention itself has nothing to record."""
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM has no image token.*text-only"):
         image_token_id(text_only())
     with pytest.raises(UnsupportedError, match="GitForCausalLM has no text attention"):
@@ -768,16 +771,16 @@ def test_prompts_by_example():
     assert prompts.columns.tolist() == [[3, 0, 0], [1, 2, 4], [0, 0, 0]]
     assert prompts.valid.tolist() == [[True, False, False], [True] * 3, [False] * 3]
     assert torch.equal(prompts.real, mask.bool())
-    picture, prompt, generated, first = (SEGMENTS.index(kind) for kind in ("image", "prompt", "generated", "first"))
+    image, prompt, generated, first = (SEGMENTS.index(kind) for kind in ("image", "prompt", "generated", "first"))
     kinds = prompts.segments.argmax(-1)
-    assert kinds[0, 2:].tolist() == [first, picture, prompt]
-    assert kinds[1].tolist() == [first, picture, picture, prompt, picture]
+    assert kinds[0, 2:].tolist() == [first, image, prompt]
+    assert kinds[1].tolist() == [first, image, image, prompt, image]
     assert torch.equal(prompts.segments.sum(-1), mask.float())
     assert not prompts.segments[..., generated].any()
 
 
 def test_prompts_need_no_mask():
-    """Without a mask nothing is padding, even where the padding token stands; a picture may come first."""
+    """Without a mask nothing is padding, even where the padding token stands; an image may come first."""
     prompts = KeyLayout.from_ids(torch.tensor([[IMAGE, PAD, 3]]), None, IMAGE)
     assert prompts.real.all()
     assert prompts.segments[0].argmax(-1).tolist() == [0, 1, 1]
@@ -789,7 +792,7 @@ def test_prompts_need_no_mask():
 
 @every_family
 def test_a_fingerprint_is_of_the_weights(name, tmp_path):
-    """Law (h)'s ground: equal after saving and loading and in another precision, different for other weights."""
+    """Invariant (h)'s ground: equal after saving and loading and in another precision, different for other weights."""
     model = family(name).model
     own = fingerprint(model)
     model.save_pretrained(tmp_path)
@@ -806,3 +809,176 @@ def test_fingerprints_tell_classes_apart():
         find_backbone(family("SmolVLM").model).projection(0).weight,
     )
     assert len({fingerprint(family(name).model) for name in MAKERS}) == len(MAKERS)
+
+
+# ------------------------------------------------------------------------------------------------------------- registry
+
+
+def registry() -> dict[str, Any]:
+    """All that recorders may change in transformers: the attention registry, and eager kernels beside the classes."""
+    eager = {
+        name: vars(module)["eager_attention_forward"]
+        for name, module in sys.modules.items()
+        if name.startswith("transformers.models.") and "eager_attention_forward" in vars(module)
+    }
+    return {**ALL_ATTENTION_FUNCTIONS, **eager}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_the_registry_is_what_it_was(kernel):
+    """Invariant (f), of the process: kernels are wrapped while a recorder is open, and put back by the last one to close."""
+    one, two = (copy.deepcopy(family(name).model) for name in ("LLaVA", "SmolVLM"))
+    for model in (one, two):
+        model.set_attn_implementation(kernel)
+    before = registry()
+    with pytest.raises(KeyError), AttentionRecorder(one, [(0, 0)]):
+        raise KeyError("stumbled")
+    assert registry() == before
+    first, second = AttentionRecorder(one, [(0, 0), (1, 1)]), AttentionRecorder(two, [(1, 0)])
+    assert registry() == before, "a recorder that is not open changes nothing"
+    with second:
+        with first:
+            with pytest.raises(UnsupportedError), AttentionRecorder(one, [(2, 0)]):
+                pass
+            assert registry() != before
+        assert registry() != before, "the second model is still recorded"
+        second.begin(announce(family("SmolVLM").batch()))
+        generate(two, family("SmolVLM").batch(), max_new_tokens=2)
+        assert second.collect().gaze.shape[1] == 2
+    assert registry() == before
+
+
+def test_a_wrapper_around_ours_is_left_alone():
+    """What others put into the registry while a recorder is open stays there, and records nothing twice."""
+    kind, run = family("LLaVA"), run_of("LLaVA")
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    calls: list[int] = []
+    try:
+        with AttentionRecorder(kind.model, [(0, 0)]):
+            ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+            @functools.wraps(ours)
+            def theirs(*args: Any, **kwargs: Any) -> Any:
+                calls.append(1)
+                return ours(*args, **kwargs)
+
+            AttentionInterface.register("sdpa", theirs)
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is theirs
+        same_rows(live(kind.model, run.inputs)[1], run.rows, 0)
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is theirs
+        assert calls
+    finally:
+        AttentionInterface.register("sdpa", original)
+
+
+# -------------------------------------------------------------------------------------------------------------- threads
+
+
+def test_a_model_is_recorded_once_at_a_time_across_threads():
+    """Many threads open a recorder on one model at once: one gets it, the others are refused by name."""
+    kind, before = family("Idefics3"), registry()
+    start, done = threading.Barrier(8), threading.Barrier(8)
+    outcomes: list[str] = []
+
+    def enter(layer: int) -> None:
+        recorder = AttentionRecorder(kind.model, [(layer % 3, 0)])
+        start.wait()
+        try:
+            with recorder:
+                outcomes.append("recorded")
+                done.wait()
+        except UnsupportedError as error:
+            outcomes.append(str(error))
+            done.wait()
+
+    threads = [threading.Thread(target=enter, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes)[-1] == "recorded"
+    assert len(outcomes) == 8
+    assert all("being recorded already" in outcome and "in another thread" in outcome for outcome in sorted(outcomes)[:-1])
+    assert registry() == before
+
+
+def test_passes_of_other_threads_are_not_mixed_in():
+    """While one thread is recorded, another may run the model: its passes are in no trace, in any order of events."""
+    kind, run = family("LLaVA"), run_of("LLaVA")
+
+    class Elsewhere(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            thread = threading.Thread(target=lambda: generate(kind.model, run.inputs, max_new_tokens=2))
+            thread.start()
+            thread.join()
+            return scores
+
+    _, rows = live(kind.model, run.inputs, logits_processor=LogitsProcessorList([Elsewhere()]))
+    same_rows(rows, run.rows, 0)
+
+
+def test_two_models_are_recorded_in_two_threads():
+    """Each recorder has its own model's activations, though both models run the same kernel at the same time."""
+    names, start = ("LLaVA", "SmolVLM"), threading.Barrier(2)
+    expected = {name: run_of(name).rows for name in names}
+    captured: dict[str, CapturedActivations] = {}
+
+    def record(name: str) -> None:
+        start.wait()
+        with torch.no_grad():
+            captured[name] = live(family(name).model, run_of(name).inputs)[1]
+
+    threads = [threading.Thread(target=record, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in names:
+        same_rows(captured[name], expected[name], 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------ gpu
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Idefics3", "LLaVA", "Qwen3-VL", "PaliGemma"])
+def test_a_model_on_a_gpu_is_recorded(name, dtype):
+    """On CUDA, in float32 and bfloat16: activations stay on the device, agree with eager attention, and change no logit."""
+    kind = family(name)
+    model = draw_weights(copy.deepcopy(kind.model), peak=0.5).to("cuda", dtype)
+    inputs = {
+        key: value.to("cuda", dtype) if value.is_floating_point() else value.cuda() for key, value in kind.batch().items()
+    }
+    plain = generate(model, inputs)
+    made, rows = live(model, inputs)
+    assert torch.equal(plain.sequences, made.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, made.logits, strict=True))
+    assert {tensor.device.type for tensor in vars(rows).values()} == {"cuda"}
+    assert rows.gaze.dtype == rows.output.dtype == torch.float32
+    assert rows.hidden.dtype == dtype
+    written = made.sequences[:, inputs["input_ids"].shape[1] :]
+    whole = {key: value.to(model.device) for key, value in kind.extended(inputs, written).items()}
+    with AttentionRecorder(eager(model), find_backbone(model).heads()) as recorder:
+        recorder.begin(announce(inputs))
+        forward(recorder.model, whole)
+        truth = recorder.collect()
+    limit = 1e-4 if dtype == torch.float32 else 0.03
+    close(rows.gaze, truth.gaze[:, :NEW], limit)
+    close(rows.segment_mass, truth.segment_mass[:, :NEW], limit)
+    statistics = token_statistics(find_backbone(model), find_backbone(model).heads(), rows, written)
+    assert all(tensor.isfinite().all() for tensor in vars(statistics).values())
+
+
+def test_key_layouts_stay_on_their_device():
+    """No tensor of a layout is made on another device than the prompts', here one that holds no values."""
+    layout = KeyLayout(*(torch.zeros(2, 3, *more, device="meta") for more in ((), (), (4,), ())), last=2)
+    layout = replace(layout, columns=layout.columns.long(), valid=layout.valid.bool(), real=layout.real.bool()).repeated(2)
+    weights = torch.zeros(4, 5, 1, 7, device="meta")
+    parts = (*layout.image_columns(2), layout.image_attention(weights), layout.segment_attention(weights, -2))
+    assert {part.device.type for part in parts} == {"meta"}
+    assert layout.segment_attention(weights).shape == (4, 5, 1, 4)
+    buffer = RowBuffer()
+    buffer.put(0, torch.zeros(2, 3, 4, device="meta"))
+    assert buffer.joined().device.type == "meta"

@@ -1,4 +1,4 @@
-"""Every way of generating is heard: each row is the one that a plain pass over the written words would give.
+"""Every way of generating is captured: each row is the one that a plain pass over the generated tokens would give.
 
 The truth is always the same: one forward pass of eager attention over one row's prompt and what was written after it.
 """
@@ -54,7 +54,7 @@ def prompts_of(inputs: dict[str, Tensor]) -> KeyLayout:
 
 
 def live(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, CapturedActivations, Any]:
-    """Generate in some way: the written ids (captions, T), what was heard of them, and what generate said."""
+    """Generate in some way: the generated ids (captions, T), what was captured of them, and what generate returned."""
     options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **options}
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
         recorder.begin(prompts_of(inputs), reordered=options.get("num_beams", 1) > 1)
@@ -64,7 +64,7 @@ def live(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tenso
 
 
 def truth(kind: Family, row: int, written: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eager attention (T, H, S) of the rows that predict ``written`` (T,) in row ``row``, its image columns, and the
+    """Eager attention (T, H, S) of the rows that predict ``generated`` (T,) in row ``row``, its image columns, and the
     final states (T, width).
     """
     alone = kind.batch([row])
@@ -81,8 +81,8 @@ def truth(kind: Family, row: int, written: Tensor) -> tuple[Tensor, Tensor, Tens
     return torch.cat(attentions, dim=1)[0, :, steps].transpose(0, 1), image, states[0][0, steps]
 
 
-def assert_heard(kind: Family, written: Tensor, rows: CapturedActivations, prompts: list[int]) -> None:
-    """Each caption, written after ``prompts[i]``, was heard as a plain pass would say."""
+def assert_captured(kind: Family, written: Tensor, rows: CapturedActivations, prompts: list[int]) -> None:
+    """Each caption, generated after ``prompts[i]``, was captured as a plain pass would say."""
     assert rows.gaze.shape[1] >= written.shape[1]
     logs = find_backbone(kind.model).logits(rows.hidden).float().log_softmax(-1)
     said = (rows.top_ids >= 0).all(-1)
@@ -123,11 +123,11 @@ def assert_heard(kind: Family, written: Tensor, rows: CapturedActivations, promp
 def test_rows_are_those_of_the_written_words(name, options, copies):
     """Sampling, several captions per prompt, beams that change places, guidance, and caches of every kind."""
     if name == "Qwen3-VL" and "guidance_scale" in options:
-        pytest.skip("transformers' guidance passes a single token to a model that expects its pictures again")
+        pytest.skip("transformers' guidance passes a single token to a model that expects its images again")
     kind = family(name)
     torch.manual_seed(3)
     written, rows, made = live(kind, kind.batch(), **options)
-    assert_heard(kind, written, rows, [row for row in range(3) for _ in range(copies)])
+    assert_captured(kind, written, rows, [row for row in range(3) for _ in range(copies)])
     if options.get("use_cache", True):
         assert (rows.top_ids >= 0).all(), "the model said something of each"
     if "num_beams" in options and not options.get("do_sample"):
@@ -141,12 +141,12 @@ def test_rows_are_those_of_the_written_words(name, options, copies):
     [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}],
     ids=["dynamic", "static", "beams", "no cache"],
 )
-def test_sliding_windows_are_heard(make, options):
+def test_sliding_windows_are_recorded(make, options):
     """Layers that forget old keys, beside layers that see everything: what has left the window holds nothing."""
     kind = make(12)
     written, rows, _ = live(kind, kind.batch(), **options)
-    assert_heard(kind, written, rows, [0, 1, 2])
-    assert (rows.segment_mass[..., 0] == 0).any(), "a test of windows needs pictures that leave them"
+    assert_captured(kind, written, rows, [0, 1, 2])
+    assert (rows.segment_mass[..., 0] == 0).any(), "a test of windows needs images that leave them"
 
 
 def test_a_static_cache_that_is_larger_than_needed():
@@ -154,7 +154,7 @@ def test_a_static_cache_that_is_larger_than_needed():
     kind = family("LLaVA")
     cache = StaticCache(kind.model.config.get_text_config(), 100)
     written, rows, _ = live(kind, kind.batch(), **{CACHE: cache})
-    assert_heard(kind, written, rows, [0, 1, 2])
+    assert_captured(kind, written, rows, [0, 1, 2])
 
 
 # ---------------------------------------------------------------------------------------------------------- speculation
@@ -168,11 +168,11 @@ def test_prompt_lookup_leaves_no_rejected_rows(name):
     handle = find_backbone(kind.model).decoder.register_forward_pre_hook(lambda *_: passes.append(1), with_kwargs=True)
     written, rows, _ = live(kind, kind.batch([1]), prompt_lookup_num_tokens=3, max_matching_ngram_size=1, max_new_tokens=16)
     handle.remove()
-    assert_heard(kind, written, rows, [1])
+    assert_captured(kind, written, rows, [1])
 
 
-def test_an_assistants_guesses_are_heard_once_they_stand():
-    """Another model guesses; the watched model's rows are those of what was written in the end."""
+def test_an_assistants_guesses_are_recorded_once_they_stand():
+    """Another model guesses; the watched model's rows are those of what was generated in the end."""
     kind = family("Idefics3")
     text = kind.batch([0])
     text["input_ids"][text["input_ids"] == IMAGE] = 7
@@ -197,8 +197,8 @@ def test_an_assistants_guesses_are_heard_once_they_stand():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_continued_cache_is_heard_from_where_it_goes_on(name):
-    """A second turn on the first one's cache is heard as the same conversation in one prompt would be."""
+def test_a_continued_cache_is_recorded_from_where_it_goes_on(name):
+    """A second turn on the first one's cache is recorded as the same conversation in one prompt would be."""
     kind = family(name)
     inputs = kind.batch([1])
     cache = DynamicCache(config=kind.model.config.get_text_config())
@@ -207,7 +207,7 @@ def test_a_continued_cache_is_heard_from_where_it_goes_on(name):
     written = more[:, inputs["input_ids"].shape[1] :]
     longer = kind.extended(inputs, written)
     whole, together, _ = live(kind, longer)
-    words = {name: value for name, value in longer.items() if name != "pixel_values"}  # the cache has seen the pictures
+    words = {name: value for name, value in longer.items() if name != "pixel_values"}  # the cache has seen the images
     again, continued, _ = live(kind, words, **{CACHE: cache})
     assert torch.equal(whole, again)
     for field in ("gaze", "segment_mass", "output", "hidden"):
@@ -225,7 +225,7 @@ def test_a_continued_cache_is_heard_from_where_it_goes_on(name):
         *((name, "flex_attention") for name in ("Idefics3", "LLaVA", "PaliGemma", "AyaVision")),  # all that have it
     ],
 )
-def test_other_kernels_are_heard(name, kernel, monkeypatch):
+def test_other_kernels_are_recorded(name, kernel, monkeypatch):
     """Eager attention says itself what it did; flex attention is read through its mask function.
 
     Flex runs uncompiled: torch 2.13 cannot compile it for every size on a CPU.
@@ -239,7 +239,7 @@ def test_other_kernels_are_heard(name, kernel, monkeypatch):
     twin.set_attn_implementation({"text_config": kernel})
     other = Family(kind.name, twin, kind.image_tokens, kind.image_inputs, kind.types)
     written, rows, _ = live(other, other.batch())
-    assert_heard(kind, written, rows, [0, 1, 2])
+    assert_captured(kind, written, rows, [0, 1, 2])
     assert not any(
         "gazeguard" in str(module.config._attn_implementation) for module in twin.modules() if hasattr(module, "config")
     )
@@ -292,7 +292,7 @@ def flash() -> Iterator[str]:
 
 @pytest.mark.parametrize("make", [*(functools.partial(family, name) for name in NAMES), lambda: llava_mistral(12)])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_flash_attention_is_heard(make, beams, flash):
+def test_flash_attention_is_recorded(make, beams, flash):
     """Its masks hold the padding alone and its windows are options; full layers and sliding ones are read right."""
     kind = make()
     twin = copy.deepcopy(kind.model)
@@ -301,7 +301,7 @@ def test_flash_attention_is_heard(make, beams, flash):
     twin.config.get_text_config()._attn_implementation_internal = flash
     other = Family(kind.name, twin, kind.image_tokens, kind.image_inputs, kind.types)
     written, rows, _ = live(other, other.batch(), num_beams=beams)
-    assert_heard(kind, written, rows, [0, 1, 2])
+    assert_captured(kind, written, rows, [0, 1, 2])
 
 
 class Alone(nn.Module):
@@ -336,7 +336,7 @@ def test_what_alters_scores_is_honoured(option):
 # ------------------------------------------------------------------------------------------ what stands between
 
 
-def test_compiled_decoding_is_heard():
+def test_compiled_decoding_is_recorded():
     """torch.compile with a static cache: the recorder's own code is left out of the graph."""
     kind = family("LLaVA")
     twin = copy.deepcopy(kind.model)
@@ -345,10 +345,10 @@ def test_compiled_decoding_is_heard():
     how._compile_all_devices = True
     written, rows, _ = live(other, other.batch(), cache_implementation="static", compile_config=how)
     assert hasattr(twin, "_compiled_call"), "a test of compiled decoding needs a compiled model"
-    assert_heard(kind, written, rows, [0, 1, 2])
+    assert_captured(kind, written, rows, [0, 1, 2])
 
 
-def test_a_quantised_cache_is_heard_as_it_is():
+def test_a_quantised_cache_is_recorded_as_it_is():
     """Keys that were rounded are read as they were used; the truth is eager attention over the same cache."""
     if not hasattr(cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("this transformers has no quantised cache that needs no other package")
@@ -373,7 +373,7 @@ def test_a_quantised_cache_is_heard_as_it_is():
             torch.testing.assert_close(rows.gaze[row, step, :, : len(image)], last[row][:, image], rtol=0, atol=2e-3)
 
 
-def test_offloaded_layers_are_heard(tmp_path):
+def test_offloaded_layers_are_recorded(tmp_path):
     """Weights that accelerate keeps on the disk until they are used."""
     pytest.importorskip("accelerate")
     kind = family("LLaVA")
@@ -394,7 +394,7 @@ def test_offloaded_layers_are_heard(tmp_path):
     other = Family(kind.name, model, kind.image_tokens, kind.image_inputs, kind.types)
     inputs = kind.batch()
     written, rows, _ = live(other, inputs)
-    assert_heard(kind, written, rows, [0, 1, 2])
+    assert_captured(kind, written, rows, [0, 1, 2])
     _, plain, _ = live(kind, inputs)
     one, two = (
         token_statistics(find_backbone(m), find_backbone(m).heads(), r, written)
@@ -405,7 +405,7 @@ def test_offloaded_layers_are_heard(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
-def test_a_peft_model_is_heard():
+def test_a_peft_model_is_recorded():
     """A model with LoRA adapters is the same as the model with the adapters merged, attribution included."""
     peft = pytest.importorskip("peft")
     kind = family("LLaVA")
@@ -429,7 +429,7 @@ def test_a_peft_model_is_heard():
 
 
 class SteerFrom(LogitsProcessor):
-    """Turns the look from a certain word on."""
+    """Turns attention from a certain token on."""
 
     def __init__(self, recorder: AttentionRecorder, bias: Tensor, step: int) -> None:
         self.recorder, self.bias, self.left = recorder, bias, step
@@ -467,7 +467,7 @@ def bias_of(kind: Family, inputs: dict[str, Tensor], value: float, cell: int = 1
 
 @pytest.mark.parametrize("name", [*NAMES, "PaliGemma"])
 @pytest.mark.parametrize("prompt", [False, True])
-def test_no_bias_turns_nothing(name, prompt):
+def test_no_bias_changes_nothing(name, prompt):
     """A bias of zero puts every chosen row in its place, and no logit moves."""
     kind = family(name)
     inputs = kind.batch()
@@ -480,8 +480,8 @@ def test_no_bias_turns_nothing(name, prompt):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_a_look_follows_its_bias(name, kernel):
-    """A large bias puts all of the look on its cell and a large negative one takes all away, in every row of the batch."""
+def test_attention_follows_its_bias(name, kernel):
+    """A large bias puts all attention on its image token and a large negative one takes all away, in every row of the batch."""
     kind = family(name)
     twin = copy.deepcopy(kind.model)
     twin.set_attn_implementation({"text_config": kernel})
@@ -495,7 +495,7 @@ def test_a_look_follows_its_bias(name, kernel):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_of_a_batch_are_turned_apart(name):
+def test_rows_of_a_batch_are_steered_apart(name):
     """Each row has its own bias: one that is turned does not move the others."""
     kind = family(name)
     inputs = kind.batch()
@@ -509,8 +509,8 @@ def test_rows_of_a_batch_are_turned_apart(name):
     assert rows.gaze[1, ..., 2].min() > 0.99
 
 
-def test_a_look_can_be_turned_in_mid_sentence():
-    """Words before the turn are what they were; from the next word on the look is elsewhere."""
+def test_attention_can_be_steered_in_mid_sentence():
+    """Tokens before the turn are what they were; from the next token on attention is elsewhere."""
     kind = family("Idefics3")
     inputs = kind.batch()
     plain, before = steered(kind, inputs, None, step=99)
@@ -521,8 +521,8 @@ def test_a_look_can_be_turned_in_mid_sentence():
     assert rows.gaze[:, 3:, :, 1].min() > 0.99
 
 
-def test_a_turned_prompt_is_another_prompt():
-    """With the prompt turned, too, its rows look at the cell; the model is the eager one with a mask of the same bias."""
+def test_a_steered_prompt_is_another_prompt():
+    """With the prompt steered, too, the model is the eager one with a mask of the same bias."""
     kind = family("LLaVA")
     inputs = kind.batch([0])
     bias = bias_of(kind, inputs, 2.0)
@@ -574,8 +574,8 @@ def counted(own: Any, waits: Waits) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=["", "beams", "static"])
-def test_the_tap_never_waits_for_the_device(name, options, monkeypatch):
-    """No tensor is turned into a number or moved inside the recorder while words are written; only the first pass may."""
+def test_the_recorder_never_waits_for_the_device(name, options, monkeypatch):
+    """No tensor is turned into a number or moved inside the recorder while tokens are generated; only the first pass may."""
     kind, waits = family(name), Waits()
     for own in ("on_pass_start", "on_attention", "on_head_output", "on_final_hidden"):
         monkeypatch.setattr(Recording, own, counted(getattr(Recording, own), waits))

@@ -1,6 +1,6 @@
-"""What do the laws say of every family? ``python tests/zoo.py --out FILE`` examines them all and writes the table.
+"""The invariants on every family of models. ``python tests/invariants.py --out FILE`` examines them all and writes the table.
 
-A family is a tiny model of a real transformers class (the package `families`). The laws are those of
+A family is a tiny model of a real transformers class (the package `families`). The invariants are those of
 `gazeguard.trace`, as far as they need no processor.
 """
 
@@ -46,7 +46,7 @@ GROUPS = (families, grids, tiles, others)
 MAKERS: dict[str, Callable[[], Family]] = {name: make for group in GROUPS for name, make in group.MAKERS.items()}
 MAKERS |= {"Gemma3": lambda: families.gemma3(12), "LLaVA (Mistral)": lambda: families.llava_mistral(12)}  # sliding windows
 LAYOUTS: dict[str, str] = {name: told for group in GROUPS for name, told in group.LAYOUTS.items()}
-LAYOUTS |= dict.fromkeys(("Gemma3", "LLaVA (Mistral)"), "one square per picture, row by row")
+LAYOUTS |= dict.fromkeys(("Gemma3", "LLaVA (Mistral)"), "one square per image, row by row")
 
 
 def keys(kind: Family, inputs: dict[str, Tensor]) -> VisualKeys:
@@ -58,10 +58,10 @@ def write(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> 
     return model.generate(**inputs, **how, output_logits=True, return_dict_in_generate=True)
 
 
-def heard(
+def recorded(
     kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], run: Callable[[], Any]
 ) -> tuple[Any, CapturedActivations]:
-    """What ``run`` returned, and what a recorder on all heads heard of it."""
+    """What ``run`` returned, and what a recorder on all heads captured of it."""
     with AttentionRecorder(model, find_backbone(model).heads()) as recorder:
         recorder.begin(KeyLayout.from_ids(*keys(kind, inputs)))
         return run(), recorder.collect()
@@ -69,16 +69,16 @@ def heard(
 
 def replayed(kind: Family, model: PreTrainedModel, inputs: dict[str, Tensor], written: Tensor) -> CapturedActivations:
     whole = kind.extended(inputs, written)
-    rows = heard(kind, model, inputs, lambda: model(**model_inputs(model, whole), use_cache=False))[1]
+    rows = recorded(kind, model, inputs, lambda: model(**model_inputs(model, whole), use_cache=False))[1]
     return CapturedActivations(*(tensor[:, : written.shape[1]] for tensor in vars(rows).values()))
 
 
 @cache
-def story(name: str) -> tuple[Family, dict[str, Tensor], Tensor, Any, CapturedActivations]:
-    """The family, a padded batch, the words written after it, what generate said, and what was heard."""
+def run_of(name: str) -> tuple[Family, dict[str, Tensor], Tensor, Any, CapturedActivations]:
+    """The family, a padded batch, the tokens generated after it, what generate returned, and what was captured."""
     kind = MAKERS[name]()
     inputs = kind.batch()
-    made, rows = heard(kind, kind.model, inputs, lambda: write(kind.model, inputs))
+    made, rows = recorded(kind, kind.model, inputs, lambda: write(kind.model, inputs))
     return kind, inputs, made.sequences[:, -NEW:], made, rows
 
 
@@ -92,55 +92,55 @@ def close(
         torch.testing.assert_close(getattr(left, field), getattr(right, field), rtol=1e-4, atol=within, msg=lambda m: m[:300])
 
 
-# ------------------------------------------------------------------------------------------------------------- the laws
+# ------------------------------------------------------------------------------------------------------------- the invariants
 
 
 def reads_as_eager(name: str) -> None:
     """(a) Row t is the query that predicted token t: the eager model's own weights, row by row."""
-    kind, inputs, written, _, rows = story(name)
+    kind, inputs, written, _, rows = run_of(name)
     twin = copy.deepcopy(kind.model)
     twin.set_attn_implementation("eager")
     close(rows, replayed(kind, twin, inputs, written), 1e-5, ("gaze", "segment_mass"))
-    assert rows.gaze.max() > 0.05, "a test of looks needs a look"
+    assert rows.gaze.max() > 0.05, "a test of attention needs attention"
 
 
 def replay_is_live(name: str) -> None:
-    """(b) One teacher-forced pass hears what was heard live."""
-    kind, inputs, written, _, rows = story(name)
+    """(b) One teacher-forced pass captures what was captured live."""
+    kind, inputs, written, _, rows = run_of(name)
     close(rows, replayed(kind, kind.model, inputs, written), 1e-5)
 
 
 def changes_no_logit(name: str) -> None:
-    """(c) With and without the recorder, words and logits are the same to the last bit."""
-    kind, inputs, written, made, _ = story(name)
+    """(c) With and without the recorder, tokens and logits are the same to the last bit."""
+    kind, inputs, written, made, _ = run_of(name)
     plain = write(kind.model, inputs)
     assert torch.equal(plain.sequences[:, -NEW:], written)
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, made.logits, strict=True))
 
 
-def padding_moves_nothing(name: str) -> None:
-    """(d) A row of a left-padded batch is heard as it is alone."""
-    kind, _, written, _, rows = story(name)
+def padding_changes_nothing(name: str) -> None:
+    """(d) A row of a left-padded batch is recorded as it is alone."""
+    kind, _, written, _, rows = run_of(name)
     for row in range(3):
         alone = kind.batch([row])
-        made, own = heard(kind, kind.model, alone, lambda alone=alone: write(kind.model, alone))
+        made, own = recorded(kind, kind.model, alone, lambda alone=alone: write(kind.model, alone))
         assert torch.equal(made.sequences[0, -NEW:], written[row])
-        cells = own.gaze.shape[-1]
+        count = own.gaze.shape[-1]
         part = CapturedActivations(*(tensor[row : row + 1] for tensor in vars(rows).values()))
-        part = replace(part, gaze=part.gaze[..., :cells])
+        part = replace(part, gaze=part.gaze[..., :count])
         close(own, part, 1e-4)
 
 
 def hidden_becomes_logits(name: str) -> None:
-    """The heard states, normed and unembedded, are the model's own logits: so are log-probability and attribution."""
-    kind, _, _, made, rows = story(name)
+    """The captured states, normed and unembedded, are the model's own logits: so are log-probability and attribution."""
+    kind, _, _, made, rows = run_of(name)
     logits = find_backbone(kind.model).logits(rows.hidden)
     torch.testing.assert_close(logits, torch.stack(made.logits, dim=1).float(), rtol=1e-4, atol=1e-4, msg=lambda m: m[:300])
 
 
-def logits_are_heard(name: str) -> None:
-    """What the model said while it wrote is kept of every word but perhaps the first, by whatever name it calls its parts."""
-    _, _, _, made, rows = story(name)
+def logits_are_captured(name: str) -> None:
+    """What the model gave while it generated is kept of every token but perhaps the first, whatever its parts are called."""
+    _, _, _, made, rows = run_of(name)
     logs = torch.stack(made.logits, dim=1).float().log_softmax(-1)
     said = (rows.top_ids >= 0).all(-1)
     assert said[:, 1:].all()
@@ -149,9 +149,9 @@ def logits_are_heard(name: str) -> None:
         torch.testing.assert_close(value[said], own[said])
 
 
-def cells_are_found(name: str) -> None:
+def image_tokens_are_located(name: str) -> None:
     """A rule says where each image cell lies, or that it lies nowhere, or the layout is refused with the way out."""
-    kind, inputs, *_ = story(name)
+    kind, inputs, *_ = run_of(name)
     try:
         grids = image_grids(kind.model, None, inputs, *keys(kind, inputs)[:2])
     except UnsupportedError as error:
@@ -163,7 +163,7 @@ def cells_are_found(name: str) -> None:
 
 def leaves_nothing_behind(name: str) -> None:
     """(f) After an exception every module has the attributes and hooks that it had."""
-    kind, inputs, *_ = story(name)
+    kind, inputs, *_ = run_of(name)
 
     def shape() -> list[Any]:
         return [(set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in kind.model.modules()]
@@ -174,33 +174,33 @@ def leaves_nothing_behind(name: str) -> None:
 
     before = shape()
     try:
-        heard(kind, kind.model, inputs, stumble)
+        recorded(kind, kind.model, inputs, stumble)
     except KeyError:
         assert shape() == before
     else:
         raise AssertionError("it did not stumble")
 
 
-def silence_is_an_error(name: str) -> None:
-    """(i) A recorder that heard nothing raises."""
-    kind, inputs, *_ = story(name)
+def capturing_nothing_is_an_error(name: str) -> None:
+    """(i) A recorder that captured nothing raises."""
+    kind, inputs, *_ = run_of(name)
     try:
-        heard(kind, kind.model, inputs, lambda: None)
+        recorded(kind, kind.model, inputs, lambda: None)
     except NoAttentionError:
         return
     raise AssertionError("silence went by")
 
 
-LAWS = (
+INVARIANTS = (
     reads_as_eager,
     replay_is_live,
     changes_no_logit,
-    padding_moves_nothing,
+    padding_changes_nothing,
     leaves_nothing_behind,
-    silence_is_an_error,
+    capturing_nothing_is_an_error,
     hidden_becomes_logits,
-    logits_are_heard,
-    cells_are_found,
+    logits_are_captured,
+    image_tokens_are_located,
 )
 # What is known not to be so, and why.
 EXCEPTIONS: dict[tuple[str, str], str] = {
@@ -214,12 +214,12 @@ WORKS_IN = dict.fromkeys(
     ),
     SpecifierSet(">=5.23"),
 ) | {"Llama4": SpecifierSet("!=5.24.0")}  # its forward asks for image_outputs, which its text model has not
-# Families whose rule asks the processor, most of them for the pictures' own sizes, too: `test_grid.py` tests them on pixels.
+# Families whose rule asks the processor, most of them for the images' own sizes, too: `test_grid.py` tests them on pixels.
 BY_PROCESSOR = (
     *("AyaVision", "Cohere2Vision", "Fuyu", "GOT-OCR2", "Inkling", "InternVL", "Lfm2-VL", "Llama4", "MiniCPM-OCR"),
     *("MiniCPM-V 4.6", "MiniCPM-V 4.7", "Ovis2", "PPChart2Table", "QianfanOCR", "Step3p7", "UnlimitedOCR"),
 )
-OTHERS = others.OTHERS  # models whose words see the picture by a way that is refused
+OTHERS = others.OTHERS  # models whose words see the image in a way that is refused
 
 
 NOT_TRIED = {  # keys of the mapping that cannot be built here, or write no text word by word
@@ -239,29 +239,29 @@ def works(name: str) -> bool:
 def examined(name: str) -> dict[str, Any]:
     """What is so of one family."""
     kept: dict[str, bool | str] = {}
-    for law in LAWS:
+    for invariant in INVARIANTS:
         try:
-            law(name)
-            kept[law.__name__] = True
+            invariant(name)
+            kept[invariant.__name__] = True
         except (AssertionError, GazeGuardError) as error:
-            kept[law.__name__] = EXCEPTIONS.get((name, law.__name__), str(error).strip().splitlines()[0])
-    kind, inputs, *_ = story(name)
+            kept[invariant.__name__] = EXCEPTIONS.get((name, invariant.__name__), str(error).strip().splitlines()[0])
+    kind, inputs, *_ = run_of(name)
     try:
         find = image_grids(kind.model, None, inputs, *keys(kind, inputs)[:2])
         grid = "found" if not np.isnan(find[0].boxes).all() else "no places: the answers of a resampler"
     except UnsupportedError:
-        grid = "found with its processor and the pictures' sizes" if name in BY_PROCESSOR else "pass grid="
+        grid = "found with its processor and the images' sizes" if name in BY_PROCESSOR else "pass grid="
     return {
         "model_type": kind.model.config.model_type,
         "class": type(kind.model).__name__,
         "layout": LAYOUTS[name],
         "grid": grid,
-        "laws": kept,
+        "invariants": kept,
     }
 
 
 def refused(name: str) -> dict[str, str]:
-    """Why a model cannot be watched."""
+    """Why a model cannot be recorded."""
     model = OTHERS[name]().model
     try:
         image_token_id(model)
@@ -278,7 +278,7 @@ def main(out: Annotated[Path, typer.Option(help="The JSON file to write.")]) -> 
     with quietly():
         for name in track([name for name in MAKERS if works(name)], "examining", console=Console(stderr=True)):
             told[name] = examined(name)
-            story.cache_clear()
+            run_of.cache_clear()
         no = {name: refused(name) for name in OTHERS}
     broken = f"transformers {transformers.__version__} does not run it"
     skipped = NOT_TRIED | {MAKERS[name]().model.config.model_type: broken for name in MAKERS if not works(name)}
@@ -287,16 +287,16 @@ def main(out: Annotated[Path, typer.Option(help="The JSON file to write.")]) -> 
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "transformers": transformers.__version__,
         "torch": torch.__version__,
-        "laws": [law.__name__ for law in LAWS],
+        "invariants": [invariant.__name__ for invariant in INVARIANTS],
         "mapping": sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
         "not_examined": sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - seen),
     }
     made = {"families": told, "refused": no, "not_tried": skipped, "meta": meta}
     out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    good = sum(all(value is True for value in row["laws"].values()) for row in told.values())
+    good = sum(all(value is True for value in row["invariants"].values()) for row in told.values())
     placed = sum(row["grid"] != "pass grid=" for row in told.values())
     print(
-        f"{good} of {len(told)} families keep all of {len(LAWS)} laws, {placed} have a rule for their places; "
+        f"{good} of {len(told)} families keep all of {len(INVARIANTS)} invariants, {placed} have a rule for their places; "
         f"not examined: {meta['not_examined']}",
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""Do the gaze heads look where they are told, when they are told, and nowhere else?"""
+"""Attention steering: the gaze heads attend to the target, when and where it is set, and nowhere else."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LEFT, RIGHT = STRIPS[0].drawing.panel_box(0), STRIPS[0].drawing.panel_box(5)
 PAGE = (0.0, 0.0, 144.0, 144.0)
 
 
-def written(guard, samples=STRIPS, prompt="Describe a panel.", look=None, **options) -> list[list[int]]:
-    """New ids of every row, under ``look`` (arguments of steer) or unwatched when that is None."""
+def written(guard, samples=STRIPS, prompt="Describe a panel.", target=None, **options) -> list[list[int]]:
+    """New ids of every row, under ``target`` (arguments of steer) or unrecorded when that is None."""
     batch = encode(guard.model, guard.processor, [s.image for s in samples], [prompt] * len(samples))
     own = {"max_new_tokens": 16, "do_sample": False, **options}
-    if look is None:
+    if target is None:
         made = guard.model.generate(**batch.inputs, **own)
     else:
-        with guard.steer(*look[:1], **dict(zip(("strength", "mode", "prompt"), look[1:], strict=False))):
+        with guard.steer(*target[:1], **dict(zip(("strength", "mode", "prompt"), target[1:], strict=False))):
             made = guard.generate(**batch.inputs, **own, picture_sizes=[[s.image.size] for s in samples])
     return made[:, batch.prompt_ids.shape[1] :].tolist()
 
@@ -40,7 +40,7 @@ def mass_in(report, box, rows=slice(None)) -> float:
 
 
 @given(st.floats(0, 143), st.floats(0, 143), st.floats(0.5, 144), st.floats(0.5, 144))
-def test_a_box_has_cells(x, y, width, height):
+def test_a_box_has_image_tokens(x, y, width, height):
     """Every box on the page has at least one cell; each of them touches it, and those that lie in it are all there."""
     box = (x, y, min(144.0, x + width), min(144.0, y + height))
     inside = image_tokens_in(GRID, box)
@@ -50,7 +50,7 @@ def test_a_box_has_cells(x, y, width, height):
     assert inside[share > 0.5].all()
 
 
-def test_a_box_beside_the_picture_is_refused():
+def test_a_box_beside_the_image_is_refused():
     with pytest.raises(InputError, match=r"The box \(200, 0, 300, 50\) touches no image token of its image"):
         image_tokens_in(GRID, (200, 0, 300, 50))
 
@@ -83,19 +83,19 @@ def test_what_is_no_target_is_refused(given, told):
 
 def test_as_many_targets_as_prompts(guard):
     with pytest.raises(InputError, match="Got 2 steering targets for 3 prompts"):
-        written(guard, look=([LEFT, RIGHT],))
+        written(guard, target=([LEFT, RIGHT],))
     with pytest.raises(InputError, match="There is no image 1 in the prompt"), guard.steer(LEFT, image=1):
         guard.caption(STRIPS[0].image)
 
 
-# --------------------------------------------------------------------------------------------------------------- laws
+# --------------------------------------------------------------------------------------------------------------- invariants
 
 
 def test_no_target_changes_nothing(guard):
-    """None, and a schedule of None, write the very tokens of plain generate; and so does what comes after the watch."""
+    """None, and a schedule of None, write the very tokens of plain generate; and so does what comes after steering."""
     plain = written(guard)
-    assert written(guard, look=(None,)) == plain
-    assert written(guard, look=({0: None, 5: None},)) == plain
+    assert written(guard, target=(None,)) == plain
+    assert written(guard, target=({0: None, 5: None},)) == plain
     with pytest.raises(RuntimeError, match="stop"), guard.steer(LEFT):
         raise RuntimeError("stop")
     batch = encode(guard.model, guard.processor, [s.image for s in STRIPS], ["Describe a panel."] * 3)
@@ -105,20 +105,20 @@ def test_no_target_changes_nothing(guard):
 
 @pytest.mark.parametrize("mode", ["both", "boost", "suppress"])
 @pytest.mark.parametrize("prompt", [True, False])
-def test_the_look_goes_where_it_is_told(guard, mode, prompt):
-    """Whatever the mode, far more of the heads' attention is on the target than when nobody steers."""
-    written(guard, look=(None,))
+def test_attention_goes_where_it_is_steered(guard, mode, prompt):
+    """Whatever the mode, far more of the heads' attention is on the target than without steering."""
+    written(guard, target=(None,))
     before = [mass_in(report, RIGHT) for report in guard.reports]
-    written(guard, look=(RIGHT, 5.0, mode, prompt))
+    written(guard, target=(RIGHT, 5.0, mode, prompt))
     after = [mass_in(report, RIGHT) for report in guard.reports]
     assert min(after) > 0.4
     assert all(a > 1.5 * b for a, b in zip(after, before, strict=True))
 
 
-def test_the_answer_follows_the_look(guard):
-    """In the lab, "Describe a panel." is answered with the panel that is looked at."""
+def test_the_answer_follows_attention(guard):
+    """In the lab, "Describe a panel." is answered with the panel that is attended to."""
     for panel in range(6):
-        written(guard, look=([sample.drawing.panel_box(panel) for sample in STRIPS],), max_new_tokens=24)
+        written(guard, target=([sample.drawing.panel_box(panel) for sample in STRIPS],), max_new_tokens=24)
         for sample, report in zip(STRIPS, guard.reports, strict=True):
             first = report.findings[0].claim.phrase
             noun = report.caption[first.head.start : first.head.end]
@@ -128,16 +128,16 @@ def test_the_answer_follows_the_look(guard):
 def test_every_row_has_its_own_target(guard):
     """A batch with three targets, one of them None, writes what the rows write alone."""
     targets = [LEFT, None, {0: RIGHT, 6: LEFT}]
-    together = written(guard, look=(targets,))
+    together = written(guard, target=(targets,))
     for row, target in enumerate(targets):
-        alone = written(guard, [STRIPS[row]], look=([target],))[0]
+        alone = written(guard, [STRIPS[row]], target=([target],))[0]
         assert alone == together[row][: len(alone)]
 
 
 def test_a_schedule_holds_from_its_token_on(guard):
-    """Before the first entry nothing differs from plain generate; after each, the look is there at once."""
+    """Before the first entry nothing differs from plain generate; after each, attention is there at once."""
     plain = written(guard, prompt="Describe all panels.")
-    turned = written(guard, prompt="Describe all panels.", look=({4: LEFT, 9: RIGHT},))
+    turned = written(guard, prompt="Describe all panels.", target=({4: LEFT, 9: RIGHT},))
     assert [row[:4] for row in turned] == [row[:4] for row in plain]
     for report in guard.reports:
         assert mass_in(report, LEFT, slice(4, 9)) > 0.5 > mass_in(report, LEFT, slice(9, 16))
@@ -145,8 +145,8 @@ def test_a_schedule_holds_from_its_token_on(guard):
 
 
 @pytest.mark.parametrize("prompt", [True, False])
-def test_a_replay_under_the_same_look_sees_the_same(guard, prompt):
-    """Law (b) holds for steered captions, too: row by row, with a schedule."""
+def test_a_replay_under_the_same_steering_is_the_same(guard, prompt):
+    """Invariant (b) holds for steered captions, too: row by row, with a schedule."""
     with guard.steer({0: LEFT, 7: RIGHT}, prompt=prompt):
         live = guard.caption(STRIPS[0].image, "Describe a panel.", max_new_tokens=16, do_sample=False)
         replay = guard.check(STRIPS[0].image, live.caption, "Describe a panel.")
@@ -166,21 +166,21 @@ def test_a_replay_under_the_same_look_sees_the_same(guard, prompt):
     ],
     ids=str,
 )
-def test_every_way_of_generating_can_be_turned(guard, way):
-    """Beams, several captions per prompt, other caches and speculation look at the target."""
+def test_every_way_of_generating_can_be_steered(guard, way):
+    """Beams, several captions per prompt, other caches and speculation attend to the target."""
     torch.manual_seed(0)
     samples = STRIPS[:1] if "prompt_lookup_num_tokens" in way else STRIPS
-    written(guard, samples, look=(RIGHT,), **way)
+    written(guard, samples, target=(RIGHT,), **way)
     assert all(mass_in(report, RIGHT) > 0.4 for report in guard.reports)
 
 
 def test_speculation_writes_what_plain_decoding_writes(guard):
-    """A schedule counts tokens, not passes: with guesses that are taken back, the words are the same."""
-    look = ({0: LEFT, 7: RIGHT},)
-    assert written(guard, STRIPS[:1], look=look) == written(guard, STRIPS[:1], look=look, prompt_lookup_num_tokens=3)
+    """A schedule counts tokens, not passes: with guesses that are rolled back, the tokens are the same."""
+    target = ({0: LEFT, 7: RIGHT},)
+    assert written(guard, STRIPS[:1], target=target) == written(guard, STRIPS[:1], target=target, prompt_lookup_num_tokens=3)
 
 
-def test_what_a_caption_left_out_is_found_by_looking_again(guard):
+def test_what_a_caption_left_out_is_found_by_steering(guard):
     """Told of one half of a scene alone, the guard looks at the other and names what is there; it says nothing twice, and the
     caption's own report stays the guard's.
     """
@@ -203,7 +203,7 @@ def test_what_a_caption_left_out_is_found_by_looking_again(guard):
         guard.find_missed_objects(STRIPS[0].image, guard.check(STRIPS[0].image, ""))
 
 
-def test_undescribed_fields_are_those_without_gaze():
+def test_undescribed_regions_are_those_without_gaze():
     grid = ImageGrid.regular(6, 6, (90, 90))
     gaze = np.zeros((2, 36))
     gaze[0, 0], gaze[1, 35] = 1, 1  # the first and the last cell

@@ -1,4 +1,4 @@
-"""Models whose words see the picture through cross-attention: what is special about them beside the laws of every family.
+"""Models whose tokens see the image through cross-attention: what is special about them beside the invariants of every family.
 
 The truth is the eager model's own attention, one row at a time, as the class returns it.
 """
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from families import IMAGE, VOCABULARY, Family, draw_weights
-from test_ways import Waits, counted
+from invariants import MAKERS, keys, run_of, write
+from test_generation_modes import Waits, counted
 from torch import Tensor
 from transformers import (
     Florence2ForConditionalGeneration,
@@ -26,7 +27,6 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-from zoo import MAKERS, keys, story, write
 
 from gazeguard import lab
 from gazeguard.attention.attribution import direct_logit_attribution, token_statistics
@@ -48,14 +48,14 @@ from gazeguard.vision.inputs import append_tokens, model_inputs
 NAMES = ("Mllama", "Florence-2", "T5Gemma2", "BLIP-2 (T5)", "Idefics", "Idefics (perceiver)")
 OWN_KEYS = {"Mllama": ("cross_attention_mask", 17), "Idefics": ("image_attention_mask", 17)}
 OWN_KEYS["Idefics (perceiver)"] = ("image_attention_mask", 5)
-RESAMPLED = ("BLIP-2 (T5)", "Idefics (perceiver)")  # their cells have no places
+RESAMPLED = ("BLIP-2 (T5)", "Idefics (perceiver)")  # their image tokens have no locations
 NEW = 6
 
 pytestmark = pytest.mark.usefixtures("quietly")
 
 
-def heard(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, CapturedActivations]:
-    """The written ids (captions, T), and what all heads did."""
+def recorded(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, CapturedActivations]:
+    """The generated ids (captions, T), and what all heads did."""
     with AttentionRecorder(kind.model, find_backbone(kind.model).heads()) as recorder:
         recorder.begin(KeyLayout.from_ids(*keys(kind, inputs)), reordered=options.get("num_beams", 1) > 1)
         made = write(kind.model, inputs, **options)
@@ -64,7 +64,7 @@ def heard(kind: Family, inputs: dict[str, Tensor], **options: Any) -> tuple[Tens
 
 
 def truth(name: str, row: int, written: Tensor) -> Tensor:
-    """(T, H, cells): the attention of the rows that predict ``written`` (T,) on the picture of row ``row``."""
+    """(T, H, N): the attention of the rows that predict ``generated`` (T,) on the image of row ``row``."""
     kind = MAKERS[name]()
     alone = kind.batch([row])
     twin = copy.deepcopy(kind.model)
@@ -76,12 +76,12 @@ def truth(name: str, row: int, written: Tensor) -> Tensor:
     twin(**whole, use_cache=False)
     weights = torch.cat(seen, dim=1)[0, :, keys(kind, alone).last :][:, : len(written)].transpose(0, 1)
     if name in OWN_KEYS:
-        mask, cells = OWN_KEYS[name]
-        return weights[..., alone[mask][0, -1].flatten().bool().repeat_interleave(cells)]
+        mask, count = OWN_KEYS[name]
+        return weights[..., alone[mask][0, -1].flatten().bool().repeat_interleave(count)]
     return weights[..., alone["input_ids"][0] == IMAGE]
 
 
-def assert_heard(name: str, written: Tensor, rows: CapturedActivations, prompts: list[int]) -> None:
+def assert_captured(name: str, written: Tensor, rows: CapturedActivations, prompts: list[int]) -> None:
     for i, row in enumerate(prompts):
         expected = truth(name, row, written[i])
         assert expected.max() > 0.05
@@ -104,19 +104,19 @@ def assert_heard(name: str, written: Tensor, rows: CapturedActivations, prompts:
     ids=["greedy", "sampled twice", "beams", "no cache", "static"],
 )
 def test_the_picture_is_where_the_class_says(name, options, copies):
-    """However words are chosen, the gaze is the class's own attention on its picture, and the segment_mass add up."""
+    """However tokens are chosen, the gaze is the class's own attention on its image, and the segment_mass add up."""
     kind = MAKERS[name]()
     torch.manual_seed(3)
-    written, rows = heard(kind, kind.batch(), **options)
-    assert_heard(name, written, rows, [row for row in range(3) for _ in range(copies)])
+    written, rows = recorded(kind, kind.batch(), **options)
+    assert_captured(name, written, rows, [row for row in range(3) for _ in range(copies)])
 
 
-@pytest.mark.parametrize("name", ["Florence-2", "T5Gemma2"])  # of Mllama's cache transformers cuts the picture off, too
+@pytest.mark.parametrize("name", ["Florence-2", "T5Gemma2"])  # of Mllama's cache transformers cuts the image off, too
 def test_guesses_that_are_rejected_leave_no_rows(name):
-    """Prompt look-up: rows are those of the words that stand."""
+    """Prompt look-up: rows are those of the tokens that stand."""
     kind = MAKERS[name]()
-    written, rows = heard(kind, kind.batch([1]), prompt_lookup_num_tokens=3, max_matching_ngram_size=1, max_new_tokens=12)
-    assert_heard(name, written, rows, [1])
+    written, rows = recorded(kind, kind.batch([1]), prompt_lookup_num_tokens=3, max_matching_ngram_size=1, max_new_tokens=12)
+    assert_captured(name, written, rows, [1])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,7 +125,7 @@ def test_the_device_is_not_waited_for(name, monkeypatch):
     kind, waits = MAKERS[name](), Waits()
     for own in ("on_pass_start", "on_attention", "on_head_output", "on_final_hidden"):
         monkeypatch.setattr(Recording, own, counted(getattr(Recording, own), waits))
-    heard(kind, kind.batch())
+    recorded(kind, kind.batch())
     assert waits.found == []
 
 
@@ -134,9 +134,9 @@ def test_the_device_is_not_waited_for(name, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_a_turned_look_is_a_bias_in_the_mask(name, kernel):
+def test_steering_is_a_bias_in_the_mask(name, kernel):
     """Heads that are turned in every row are those of the eager model with the same bias on the same keys."""
-    kind, inputs, *_ = story(name)
+    kind, inputs, *_ = run_of(name)
     prompts = KeyLayout.from_ids(*keys(kind, inputs))
     cell, keyed = 2, prompts.real.shape[1]
     turned, twin = copy.deepcopy(kind.model), copy.deepcopy(kind.model)
@@ -163,7 +163,7 @@ def test_a_turned_look_is_a_bias_in_the_mask(name, kernel):
         recorder.begin(prompts)
         expected = write(twin, inputs)
         torch.testing.assert_close(rows.gaze, recorder.collect().gaze, rtol=0, atol=2e-5)
-    plain = story(name)[3]
+    plain = run_of(name)[3]
     assert torch.equal(expected.sequences, made.sequences)
     for left, right in zip(expected.logits, made.logits, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-4)
@@ -189,7 +189,7 @@ def test_a_kind_that_is_not_known_is_refused(name, said):
 
 
 def test_only_the_looking_layers_are_watched():
-    """Mllama's self-attention sees no picture; an encoder's own attention and its decoder's self-attention neither."""
+    """Mllama's self-attention sees no image; an encoder's own attention and its decoder's self-attention neither."""
     assert {layer for layer, _ in find_backbone(MAKERS["Mllama"]().model).heads()} == {1, 3}
     with pytest.raises(UnsupportedError, match=r"no head \(0, 0\)"):
         AttentionRecorder(MAKERS["Mllama"]().model, [(0, 0)])
@@ -202,7 +202,7 @@ def test_only_the_looking_layers_are_watched():
 @pytest.mark.parametrize("name", ["Mllama", "Idefics"])
 def test_what_a_gated_head_delivers_is_gated(name):
     """The last layer's heads together are what the layer's attention adds to the residual stream."""
-    kind, inputs, _, _, rows = story(name)
+    kind, inputs, _, _, rows = run_of(name)
     backbone = find_backbone(kind.model)
     number = max(backbone.attention)
     layer = backbone.gated[number]
@@ -221,14 +221,14 @@ def test_what_a_gated_head_delivers_is_gated(name):
 
 
 def test_a_row_of_text_sees_no_picture():
-    """Its mask opens no tile: no cell is heard in it, the other row is what it is alone, and a grid is refused."""
+    """Its mask opens no tile: no cell is captured in it, the other row is what it is alone, and a grid is refused."""
     kind = MAKERS["Mllama"]()
     inputs = kind.batch([0, 2])
     inputs["cross_attention_mask"][1] = 0
-    _, rows = heard(kind, inputs)
+    _, rows = recorded(kind, inputs)
     assert not rows.gaze[1].any()
     assert not rows.segment_mass[1].any()
-    _, alone = heard(kind, kind.batch([0]))
+    _, alone = recorded(kind, kind.batch([0]))
     torch.testing.assert_close(rows.gaze[:1], alone.gaze, rtol=0, atol=1e-4)
     with pytest.raises(InputError, match="Row 1 of the batch has no image"):
         image_grids(kind.model, None, inputs, *keys(kind, inputs)[:2])
@@ -249,7 +249,7 @@ def test_a_batch_that_does_not_tell_its_pictures_is_refused():
 
 @pytest.mark.parametrize("size", [(64, 40), (40, 64), (200, 30), (32, 32), (20, 11)])
 def test_tiles_lie_where_the_processor_put_them(size):
-    """One bright block of a picture is found in the cells whose boxes it covers, whatever the picture's shape."""
+    """One bright block of an image is found in the image tokens whose boxes it covers, whatever the image's shape."""
     edge, patch = 32, 8
     processor = MllamaImageProcessorPil(size={"height": edge, "width": edge}, max_image_tiles=4)
     model = copy.deepcopy(MAKERS["Mllama"]().model)
@@ -257,10 +257,10 @@ def test_tiles_lie_where_the_processor_put_them(size):
     vision.image_size, vision.patch_size = edge, patch
     vision.supported_aspect_ratios = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
     width, height = size
-    picture = np.zeros((height, width, 3), np.uint8)
+    image = np.zeros((height, width, 3), np.uint8)
     box = (width // 2, height // 3, width * 3 // 4, height * 3 // 4)
-    picture[box[1] : box[3], box[0] : box[2]] = 255
-    made = processor([[picture]], return_tensors="pt")
+    image[box[1] : box[3], box[0] : box[2]] = 255
+    made = processor([[image]], return_tensors="pt")
     rows, columns = vision.supported_aspect_ratios[int(made["aspect_ratio_ids"]) - 1]
     tiles = made["pixel_values"][0, 0, : rows * columns].mean(1)  # (tiles, edge, edge)
     light = tiles.unfold(1, patch, patch).unfold(2, patch, patch).mean((-1, -2)).flatten(1)
@@ -278,8 +278,8 @@ def test_tiles_lie_where_the_processor_put_them(size):
 
 
 def test_words_that_a_model_keeps_apart_have_directions():
-    """Idefics' added words: the rows of the unembedding are what it makes of units, and judging a text of them works."""
-    kind, _, _, _, rows = story("Idefics")
+    """Idefics' added tokens: the rows of the unembedding are what it makes of units, and judging a text of them works."""
+    kind, _, _, _, rows = run_of("Idefics")
     backbone = find_backbone(kind.model)
     units = torch.eye(rows.hidden.shape[-1])
     torch.testing.assert_close(backbone.unembedding_rows()(torch.arange(VOCABULARY + 2)), backbone.unembedding(units).T)
@@ -315,9 +315,9 @@ def test_flash_attention_over_an_encoder_is_open_but_for_padding():
     assert (flash_mask(Call(module, query, key, None, {"is_causal": True}), 2) < 0).sum() == 1
 
 
-def test_where_every_sum_is_normed_the_readout_follows_each_norm():
+def test_where_every_sum_is_normed_the_attribution_follows_each_norm():
     """BART: what a head adds goes through all norms after it, each with the scale that it had for that row."""
-    kind, inputs, written, made, rows = story("Florence-2")
+    kind, inputs, written, made, rows = run_of("Florence-2")
     backbone = find_backbone(kind.model)
     layers, heads = kind.model.model.language_model.decoder.layers, backbone.heads()
     seen: dict[Any, Tensor] = {}
@@ -354,10 +354,10 @@ def test_where_every_sum_is_normed_the_readout_follows_each_norm():
 
 @pytest.mark.parametrize("name", ["Florence-2", "T5Gemma2", "BLIP-2 (T5)"])
 def test_a_longer_start_of_the_decoder_is_no_caption(name):
-    """Tokens that the caller gives the decoder are the prompt's: rows begin with the first word after them."""
+    """Tokens that the caller gives the decoder are the prompt's: rows begin with the first token after them."""
     kind = MAKERS[name]()
     inputs = kind.batch([0])
-    plain, rows = heard(kind, inputs)
+    plain, rows = recorded(kind, inputs)
     given = {**inputs, "decoder_input_ids": plain[:, :2]}
     told = visual_keys(kind.model, given, inputs["input_ids"], inputs["attention_mask"])
     assert told.last == 2  # the start token, which generate puts in front, and two words
@@ -371,7 +371,7 @@ def test_a_longer_start_of_the_decoder_is_no_caption(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_doctor_passes_them(name):
-    """Grids, words, eager truth and padding, through the package's own ways to extend and pad a batch."""
+    """Grids, tokens, eager truth and padding, through the package's own ways to extend and pad a batch."""
     kind = MAKERS[name]()
     checks = run_self_test(kind.model, None, kind.batch([0, 2]))
     assert len(checks) == 5
@@ -439,17 +439,17 @@ def watched(tokenizer):
 
 def test_a_guard_watches_an_encoder_decoder(watched):
     """Live and replayed, alone and padded: rows follow the decoder's own start, and the gaze is the class's own."""
-    pictures = [sample.image for sample in lab.samples("test", 2)]
-    live = watched.caption(pictures[0], "Describe the picture.", max_new_tokens=8, do_sample=False)
+    images = [sample.image for sample in lab.samples("test", 2)]
+    live = watched.caption(images[0], "Describe the picture.", max_new_tokens=8, do_sample=False)
     assert len(live.trace) == 8
-    assert 1 not in live.trace.token_ids, "the forced start is no word"
-    assert live.trace.grid.sizes == (pictures[0].size,)
+    assert 1 not in live.trace.token_ids, "the forced start is no token"
+    assert live.trace.grid.sizes == (images[0].size,)
     captions, prompts = ["a red star", "a blue square and a red star"], ["Describe.", "Describe the picture now."]
-    reports = watched.check_all(pictures, captions, prompts)
+    reports = watched.check_all(images, captions, prompts)
     twin = copy.deepcopy(watched.model)
     twin.set_attn_implementation("eager")
-    for report, picture, prompt in zip(reports, pictures, prompts, strict=True):
-        made = encode(twin, watched.processor, [picture], [prompt]).inputs
+    for report, image, prompt in zip(reports, images, prompts, strict=True):
+        made = encode(twin, watched.processor, [image], [prompt]).inputs
         ids = torch.tensor([[2, 1, *report.trace.token_ids]])
         seen = twin(**{**made, "decoder_input_ids": ids}, use_cache=False, output_attentions=True).cross_attentions
         image = made["input_ids"][0] == watched.model.config.image_token_id
@@ -461,26 +461,26 @@ def test_a_guard_watches_an_encoder_decoder(watched):
 
 
 def test_a_guard_watches_mllama(lab_vlm, tokenizer):
-    """With its real processor, reranking: pictures of other shapes in one batch are each as alone, in their own pixels."""
+    """With its real processor, reranking: images of other shapes in one batch are each as alone, in their own pixels."""
     images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=2)
     config = copy.deepcopy(MAKERS["Mllama"]().model.config)
     config.vision_config.supported_aspect_ratios = [[1, 1], [1, 2], [2, 1]]
     processor = MllamaProcessor(images, tokenizer, chat_template=lab_vlm[1].chat_template)
     guard = guarded(MllamaForConditionalGeneration, config, processor, "rerank")
-    pictures = [sample.image for sample in lab.samples("test", 2)]
-    pictures[1] = pictures[1].resize((200, 80))
+    images = [sample.image for sample in lab.samples("test", 2)]
+    images[1] = images[1].resize((200, 80))
     captions, prompts = ["a red star", "a blue square and a red star"], ["Describe.", "Describe the picture now."]
-    for report, picture, caption, prompt in zip(
-        guard.check_all(pictures, captions, prompts), pictures, captions, prompts, strict=True
+    for report, image, caption, prompt in zip(
+        guard.check_all(images, captions, prompts), images, captions, prompts, strict=True
     ):
-        alone = guard.check(picture, caption, prompt).trace
-        assert report.trace.grid.sizes == (picture.size,)
+        alone = guard.check(image, caption, prompt).trace
+        assert report.trace.grid.sizes == (image.size,)
         for field in ("gaze", "segment_mass", "attribution", "logprobs"):
             np.testing.assert_allclose(getattr(report.trace, field), getattr(alone, field), rtol=0, atol=1e-4)
-    live = guard.caption(pictures[1], prompts[1], max_new_tokens=8, do_sample=False).trace
+    live = guard.caption(images[1], prompts[1], max_new_tokens=8, do_sample=False).trace
     assert len(live) == 8
     assert live.gaze.shape[2] == len(live.grid) == 34
-    batch = encode(guard.model, processor, pictures, prompts).inputs
+    batch = encode(guard.model, processor, images, prompts).inputs
     guard.model.generate(**batch, custom_generate=guard, max_new_tokens=3)
     assert [report.trace.grid.sizes for report in guard.reports] == [((16, 16),), ((32, 16),)]
     guard.generate(**batch, max_new_tokens=3, num_beams=2, num_return_sequences=2)
@@ -489,7 +489,7 @@ def test_a_guard_watches_mllama(lab_vlm, tokenizer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_row_can_be_had_while_words_are_written(name):
-    """What `AttentionRecorder.step_at` says before a word is chosen becomes the logits that it is chosen from."""
+    """What `AttentionRecorder.step_at` says before a token is chosen becomes the logits that it is chosen from."""
     kind = MAKERS[name]()
     inputs = kind.batch()
 
