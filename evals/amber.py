@@ -1,13 +1,13 @@
-"""Does a description make things up, and does a model deny what is not there? AMBER (Wang et al. 2023).
+"""AMBER: false objects in descriptions, and right answers to questions about what is not there (Wang et al. 2023).
 
 Responses are AMBER's own form, a JSON array of ``id, response``. Each of the dimensions (generative, existence, attribute,
 relation) is answered wholly or not at all. Annotations, the vocabulary with its synonyms and the safe words are read from
 ``--data``.
 
-Generative, over the nouns of a response that are in the vocabulary: ``chair`` is those that are not in the picture / all,
-``hal`` responses with one / responses, ``cover`` things in the picture that are named / things in the picture, ``cog``
-expected inventions that are named / expected inventions. Discriminative: the positive answer is "No", and only "Yes" and
-"No" are answers. ``amber_score`` is (1 - chair + f1) / 2. All are segment_mass, where AMBER prints per cent.
+Generative, over the nouns of a response that are in the vocabulary: ``chair`` is those that are not in the image / all,
+``hal`` responses with one / responses, ``cover`` objects in the image that are named / objects in the image, ``cog``
+annotated false objects that are named / annotated false objects. Discriminative: the positive answer is "No", and only "Yes"
+and "No" are answers. ``amber_score`` is (1 - chair + f1) / 2. All are rates from 0 to 1, where AMBER prints per cent.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ FILES = ("annotations.json", "relation.json", "safe_words.txt", "query_generativ
 
 
 class Response(Row):
-    """What a model wrote."""
+    """A model's response."""
 
     id: int
     response: Text
 
 
 class Scene(Row):
-    """What a description may name. truth: what is in the picture; hallu: what models tend to add."""
+    """What a description may name. truth: objects in the image; hallu: objects that models tend to add."""
 
     id: int
     type: Literal["generative"]
@@ -69,7 +69,7 @@ class Scene(Row):
 
 
 class Question(Row):
-    """What the right answer is."""
+    """A question's right answer."""
 
     id: int
     type: Literal[
@@ -87,7 +87,7 @@ Item = Annotated[Scene | Question, Field(discriminator="type")]
 
 
 class Query(Row):
-    """Which picture an item is of."""
+    """The image of an item."""
 
     id: int
     image: Name
@@ -109,10 +109,13 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What one description tells. kept: nouns of the vocabulary, with repeats; the rest are counts among or beside these.
+class DescriptionCounts:
+    """The counts of one description.
 
-    unsafe: of kept, not in the picture; covered of truth: things in the picture; expected of hallu: annotated inventions.
+    kept:     its nouns that are in the vocabulary, with repeats
+    unsafe:   those of them that are not in the image
+    covered:  objects in the image that are named, of ``truth``
+    expected: annotated false objects that are named, of ``hallu``
     """
 
     kept: int
@@ -123,16 +126,18 @@ class Told:
     hallu: int
 
 
-def told(kept: Sequence[str], item: Scene, vocabulary: Mapping[str, tuple[str, ...]], safe: Set[str]) -> Told:
-    """Counts of one description, from its nouns. A noun is a thing's when it is its word or one that counts as it.
+def count_description(
+    kept: Sequence[str], item: Scene, vocabulary: Mapping[str, tuple[str, ...]], safe: Set[str]
+) -> DescriptionCounts:
+    """Counts of one description, from its nouns. A noun names an object by its own word or by one that counts as it.
 
-    As in AMBER's code, a noun stands for the first thing that it counts as, and only then for one of its own name: of two
-    equal things one can be covered.
+    As in AMBER's code, a noun names the first object that it counts as, and only then one of its own word: of two equal
+    objects one can be covered.
     """
     real, made_up = (_meanings(words, vocabulary) for words in (item.truth, item.hallu))
     judged = [noun for noun in kept if noun not in safe]
     unsafe = [noun for noun in judged if noun not in real]
-    return Told(
+    return DescriptionCounts(
         kept=len(kept),
         unsafe=len(unsafe),
         covered=len({real[noun] for noun in judged if noun in real}),
@@ -143,7 +148,7 @@ def told(kept: Sequence[str], item: Scene, vocabulary: Mapping[str, tuple[str, .
 
 
 def _meanings(words: Sequence[str], vocabulary: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
-    """A noun -> the position of the annotated word that it stands for."""
+    """A noun -> the index of the annotated word that it names."""
     found: dict[str, int] = {}
     for position, word in enumerate(words):
         for other in vocabulary.get(word, ()):
@@ -153,7 +158,7 @@ def _meanings(words: Sequence[str], vocabulary: Mapping[str, tuple[str, ...]]) -
     return found
 
 
-def generative(found: Sequence[Told]) -> dict[str, Figure]:
+def generative(found: Sequence[DescriptionCounts]) -> dict[str, Figure]:
     """Figures of descriptions, one per image."""
     return {
         "chair": rate([each.unsafe for each in found], [each.kept for each in found]),
@@ -165,22 +170,22 @@ def generative(found: Sequence[Told]) -> dict[str, Figure]:
     }
 
 
-def answered(response: str) -> str:
+def yes_or_no(response: str) -> str:
     """ "yes", "no", or "neither": AMBER knows the exact words "Yes" and "No" alone."""
     return {"Yes": "yes", "No": "no"}.get(response, "neither")
 
 
 def discriminative(labels: Sequence[str], answers: Sequence[str], images: Sequence[str]) -> dict[str, Figure]:
     """Figures of answers, of the positive answer "no"."""
-    made = pope_figures(labels, answers, images, positive="no")
-    return {key: made[key] for key in ("accuracy", "precision", "recall", "f1", "yes_rate")} | {
+    figures = pope_figures(labels, answers, images, positive="no")
+    return {key: figures[key] for key in ("accuracy", "precision", "recall", "f1", "yes_rate")} | {
         "neither": count(sum(answer == "neither" for answer in answers)),
         "questions": count(len(answers)),
     }
 
 
-def amber_score(found: Mapping[str, Told], answers: Sequence[tuple[str, str, str]]) -> Figure:
-    """(1 - chair + f1) / 2. found: image -> its description; answers: image, label and answer."""
+def amber_score(found: Mapping[str, DescriptionCounts], answers: Sequence[tuple[str, str, str]]) -> Figure:
+    """(1 - chair + f1) / 2. found: image -> its counts; answers: image, label and answer."""
     at, number = indexed([*found, *(image for image, _, _ in answers)])
     of_image, of_answer = np.split(at, [len(found)])
     label, answer = (np.array([each[i] for each in answers]) for i in (1, 2))
@@ -220,7 +225,7 @@ def read_responses(path: Path, items: Mapping[int, Scene | Question]) -> dict[in
     if not found:
         raise InputError(f"{path} holds no responses. It should be a JSON array of objects with id and response.")
     if unknown := found.keys() - items.keys():
-        raise InputError(f"{path} has id {min(unknown)}, which AMBER has not: its ids are 1 to {max(items)}.")
+        raise InputError(f"{path} has id {min(unknown)}, which AMBER does not have; expected ids from 1 to {max(items)}.")
     for dimension in dict.fromkeys(DIMENSIONS.values()):
         wanted = {number for number, item in items.items() if DIMENSIONS[item.type] == dimension}
         missing = wanted - found.keys()
@@ -235,20 +240,20 @@ def read_responses(path: Path, items: Mapping[int, Scene | Question]) -> dict[in
 def measure(responses: Mapping[int, str], benchmark: Benchmark) -> dict[str, Figure]:
     """The figures of the dimensions that are answered."""
     known = benchmark.known
-    described: dict[str, Told] = {}
+    described: dict[str, DescriptionCounts] = {}
     answers: dict[str, list[tuple[str, str, str]]] = {}
     for number, response in responses.items():
         item, image = benchmark.items[number], benchmark.image[number]
         if isinstance(item, Scene):
             kept = [noun for noun in nouns(response, known) if noun in known]
-            described[image] = told(kept, item, benchmark.vocabulary, benchmark.safe)
+            described[image] = count_description(kept, item, benchmark.vocabulary, benchmark.safe)
         else:
-            answers.setdefault(item.type, []).append((image, item.truth, answered(response)))
+            answers.setdefault(item.type, []).append((image, item.truth, yes_or_no(response)))
     figures = generative(list(described.values())) if described else {}
     for ending, types in PARTS.items():
         if all(kind in answers for kind in types):
             images, labels, given = zip(*chain(*(answers[kind] for kind in types)), strict=True)
-            figures |= {f"{key}{ending}": made for key, made in discriminative(labels, given, images).items()}
+            figures |= {f"{key}{ending}": each for key, each in discriminative(labels, given, images).items()}
     if described and "f1" in figures:
         figures["amber_score"] = amber_score(described, list(chain(*answers.values())))
     return figures

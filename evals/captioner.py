@@ -1,7 +1,7 @@
-"""Is the lab's VLM a good captioner that errs? CHAIR, recall, colour, panel and yes/no, greedy and sampled, both tests.
+"""Captions of the lab's VLM: CHAIR, recall, colours, panels and yes/no answers, greedy and sampled, on both test splits.
 
 CHAIR_i is false mentions over all mentions and CHAIR_s captions with a false mention (Rohrbach et al. 2018, with the
-lab's exact truth in place of word lists); recall is over the kinds of things in the picture.
+lab's exact truth in place of word lists); recall is over the nouns in the image.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import typer
 
-from evals.common import Figure, Out, Quick, rate, write
+from evals.common import DECODING, Figure, Out, Quick, rate, write
 from evals.counting import chair_figures, pope_figures
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
@@ -21,16 +21,16 @@ from gazeguard.lab.truth import mentions
 from gazeguard.lab.world import Sample, yes_no_question
 from gazeguard.vision.encoding import encode
 
-SEED = 100  # of the pictures; nothing was fitted on any test picture
+SEED = 100  # of the drawings; nothing was fitted to any test drawing
 ORDERS = ((0, 2), (2, 4), (4, 6), (6, 9), (9, 99))  # of mentions, for the rate by order
 
 
 def chair(samples: Sequence[Sample], captions: Sequence[str]) -> dict[str, Figure]:
-    """The figures of one way of writing captions."""
+    """The figures of captions by one decoding."""
     named = [mentions(sample.drawing, caption) for sample, caption in zip(samples, captions, strict=True)]
     false = [[not mention.present for mention in found] for found in named]
     kinds = [[(mention.phrase.head.text.lower(), not mention.present) for mention in found] for found in named]
-    counted = chair_figures(kinds, [{thing.noun for thing in sample.drawing.objects} for sample in samples])
+    counted = chair_figures(kinds, [{each.noun for each in sample.drawing.objects} for sample in samples])
     coloured = [[m.colour for m in found if m.located and m.colour is not None] for found in named]
     strips = [i for i, sample in enumerate(samples) if sample.drawing.panels]
     figures = {
@@ -49,16 +49,16 @@ def chair(samples: Sequence[Sample], captions: Sequence[str]) -> dict[str, Figur
 
 
 def yes_no(guard: GazeGuard, samples: Sequence[Sample]) -> dict[str, Figure]:
-    """Accuracy and yes-rate on one POPE-form question per picture."""
+    """Accuracy and yes-rate on one POPE-form question per drawing."""
     labels, answers = [], []
     for start in range(0, len(samples), 25):
         group = samples[start : start + 25]
         turns = [yes_no_question(sample.drawing, random.Random(sample.id)) for sample in group]
         batch = encode(guard.model, guard.processor, [s.image for s in group], [t.prompt for t in turns])
-        made = guard.model.generate(**batch.inputs, max_new_tokens=1, do_sample=False)[:, -1]
-        said = guard.processor.tokenizer.batch_decode(made[:, None])
+        tokens = guard.model.generate(**batch.inputs, max_new_tokens=1, do_sample=False)[:, -1]
+        texts = guard.processor.tokenizer.batch_decode(tokens[:, None])
         labels += ["yes" if turn.answer.startswith("Yes") else "no" for turn in turns]
-        answers += [answer.lower() for answer in said]
+        answers += [answer.lower() for answer in texts]
     counted = pope_figures(labels, answers, [sample.id for sample in samples])
     return {"yes_no_accuracy": counted["accuracy"], "yes_rate": counted["yes_rate"]}
 
@@ -72,9 +72,9 @@ def main(out: Out, quick: Quick = False) -> None:
     for split, ending in (("test", ""), ("shifted", "_shifted")):
         samples = lab.samples(split, 40 if quick else 500, SEED)
         ids += [sample.id for sample in samples]
-        for way, do_sample in (("greedy", False), ("sampled", True)):
+        for decoding, do_sample in DECODING.items():
             captions = [report.caption for report in write_captions(guard, samples, do_sample)]
-            figures |= {f"{key}_{way}{ending}": value for key, value in chair(samples, captions).items()}
+            figures |= {f"{key}_{decoding}{ending}": value for key, value in chair(samples, captions).items()}
         figures |= {f"{key}{ending}": value for key, value in yes_no(guard, samples).items()}
     write(out, figures, quick, ids, seed=SEED)
 

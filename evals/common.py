@@ -1,6 +1,6 @@
-"""What every evaluation segment_mass: figures with intervals, and a file that says how they came about.
+"""Figures with intervals, and the result file that says how they came about.
 
-An evaluation writes ``{"figures": {key: {"value": x, "ci": [low, high]}}, "meta": {...}}``. Intervals are 95 % percentile
+Every evaluation writes ``{"figures": {key: {"value": x, "ci": [low, high]}}, "meta": {...}}``. Intervals are 95 % percentile
 bootstraps over *images*, never over phrases: the phrases of one caption depend on each other.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,11 +26,12 @@ from scipy.stats import bootstrap, quantile_test
 import gazeguard
 from gazeguard import lab
 
-RESAMPLES, FEW_RESAMPLES, FEW_IMAGES = 1000, 300, 100  # so few images need no finer percentiles
+RESAMPLES, FEW_RESAMPLES, FEW_IMAGES = 1000, 300, 100  # fewer images than the last need no finer percentiles
 Out = Annotated[Path, typer.Option("--out", help="The JSON file to write.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few images: under 45 seconds, wide intervals.")]
 
 Figure = dict[str, Any]
+DECODING = {"greedy": False, "sampled": True}  # do_sample of each
 
 
 def figure(value: float, interval: tuple[float, float] | None = None) -> Figure:
@@ -47,18 +48,18 @@ def over_images(count: int, statistic: Callable[[NDArray[np.int64]], float], see
     if count < 2:
         return figure(statistic(np.ones(count, np.int64)))
 
-    def of_draw(images: NDArray[np.int64]) -> float:
+    def of_images(images: NDArray[np.int64]) -> float:
         return statistic(np.bincount(images, minlength=count))
 
-    made = bootstrap(
+    interval = bootstrap(
         (np.arange(count),),
-        of_draw,
+        of_images,
         vectorized=False,
         n_resamples=FEW_RESAMPLES if count < FEW_IMAGES else RESAMPLES,
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    return figure(of_draw(np.arange(count)), tuple(made.confidence_interval))
+    return figure(of_images(np.arange(count)), tuple(interval.confidence_interval))
 
 
 def median(values: Sequence[float]) -> Figure:
@@ -67,10 +68,10 @@ def median(values: Sequence[float]) -> Figure:
     return figure(float(np.median(values)), (min(values), max(values)) if np.isnan(low) else (low, high))
 
 
-def rate(events: Sequence[float], of: Sequence[float]) -> Figure:
-    """Sum of ``events`` over sum of ``of``, both one number per image."""
-    events, of = np.asarray(events, float), np.asarray(of, float)
-    return over_images(len(events), lambda drawn: (events * drawn).sum() / max(1e-12, (of * drawn).sum()))
+def rate(events: Sequence[float], trials: Sequence[float]) -> Figure:
+    """Sum of ``events`` over sum of ``trials``, both one number per image."""
+    events, trials = np.asarray(events, float), np.asarray(trials, float)
+    return over_images(len(events), lambda drawn: (events * drawn).sum() / max(1e-12, (trials * drawn).sum()))
 
 
 def ranking(
@@ -81,7 +82,7 @@ def ranking(
 ) -> Callable[[NDArray[np.int64]], float]:
     """The area under the ROC curve with *false* as the positive class, as a function of how often each image is drawn.
 
-    image: (claims,) whose claim it is, counted from 0; bins: (claims,) the mean of the areas within them, weighted by their
+    image: (claims,) index of the image of each claim; bins: (claims,) the mean of the areas within them, weighted by their
     size; bins of one class only have none. Pairs are counted per pair of images once, so that a resample costs a product.
     """
     bins = np.zeros(len(score), np.int64) if bins is None else bins
@@ -116,6 +117,16 @@ def auroc(
     return over_images(int(image.max()) + 1, ranking(false, score, image, bins))
 
 
+def with_issue_keys(figures: dict[str, Figure], issue_keys: Mapping[str, str]) -> dict[str, Figure]:
+    """The figures, and some of them also under the key by which an issue asks for them.
+
+    Args:
+        figures: The figures of an evaluation.
+        issue_keys: Key of the issue -> key of the evaluation; one that was not measured is left out.
+    """
+    return figures | {issue: figures[key] for issue, key in issue_keys.items() if key in figures}
+
+
 def write(
     out: Path,
     figures: dict[str, Figure],
@@ -126,10 +137,10 @@ def write(
 ) -> None:
     """Write the file, and show the figures on stderr.
 
-    ``checkpoint`` is the folder of the model that was measured, None where what others wrote was.
+    ``checkpoint`` is the folder of the model that was measured, None where captions or answers of other models were.
     """
     weights = checkpoint and hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:16]
-    told = {
+    described = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "quick": quick,
         "gazeguard": gazeguard.__version__,
@@ -142,9 +153,9 @@ def write(
         **meta,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"figures": figures, "meta": told}, indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps({"figures": figures, "meta": described}, indent=1) + "\n", encoding="utf-8")
     table = Table("figure", "value", "95 % interval", title=str(out))
-    for key, made in figures.items():
-        low_high = "" if made["ci"] is None else f"{made['ci'][0]:.4g} to {made['ci'][1]:.4g}"
-        table.add_row(key, f"{made['value']:.4g}" if isinstance(made["value"], float) else str(made["value"]), low_high)
+    for key, each in figures.items():
+        interval = "" if each["ci"] is None else f"{each['ci'][0]:.4g} to {each['ci'][1]:.4g}"
+        table.add_row(key, f"{each['value']:.4g}" if isinstance(each["value"], float) else str(each["value"]), interval)
     Console(stderr=True).print(table)

@@ -1,4 +1,4 @@
-"""What do counts of true and false come to? CHAIR's figures from mentions, POPE's from answers; the lab's own use them too.
+"""Figures of counts of true and false: CHAIR's from mentions, POPE's from answers; used for public data and the lab alike.
 
 Where nothing is counted (no mention, no "yes"), a rate is 0.
 """
@@ -14,17 +14,20 @@ from evals.common import Figure, over_images, rate
 
 
 def count(number: int) -> Figure:
-    """A plain number of things, exact and without an interval."""
+    """A plain number, exact and without an interval."""
     return {"value": int(number), "ci": None}
 
 
 def chair_figures(mentions: Sequence[Sequence[tuple[str, bool]]], there: Sequence[Set[str]]) -> dict[str, Figure]:
     """CHAIR of captions, one per image (Rohrbach et al. 2018).
 
-    mentions: per caption, in order, the kind of thing named and whether that is false; there: the kinds in the picture.
+    mentions: per caption, in order, the category that is named and whether that is false
+    there:    per caption, the categories in the image
+
     chair_s:  captions with a false mention / captions; chair_i: false mentions / mentions, repeats counted
-    recall:   kinds named rightly / kinds there; precision: kinds named rightly / kinds named; f1: of these two. All three
-              are sums over captions of sets within a caption
+    recall:   categories named rightly / categories there
+    precision: categories named rightly / categories named
+    f1:       of these two; all three are sums over captions of sets within a caption
     """
     false = [[wrong for _, wrong in caption] for caption in mentions]
     named = [len({kind for kind, _ in caption}) for caption in mentions]
@@ -44,17 +47,22 @@ def pope_figures(
 ) -> dict[str, Figure]:
     """Figures of yes/no answers; the draws of the intervals are of images, each with all its questions.
 
-    labels: "yes" or "no"; answers: the same, or anything else, which is wrong and not positive; images: whose question it is.
+    labels:  "yes" or "no"
+    answers: the same, or anything else, which is wrong and not positive
+    images:  the image of each question
+
     precision, recall (TPR), FPR, F1 and Matthews' correlation (MCC) are of the positive answer, ``yes_rate`` is of "yes".
     """
     at, number = indexed(images)
     label, answer = np.asarray(labels), np.asarray(answers)
-    true, said = label == positive, answer == positive
+    true, positives = label == positive, answer == positive
 
     def total(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
         return np.bincount(at, mask, number)
 
-    each, tp, fp, fn, tn = (total(m) for m in (true | ~true, true & said, ~true & said, true & ~said, ~true & ~said))
+    each, tp, fp, fn, tn = (
+        total(m) for m in (true | ~true, true & positives, ~true & positives, true & ~positives, ~true & ~positives)
+    )
 
     def mcc(drawn: NDArray[np.int64]) -> float:
         a, b, c, d = (float(drawn @ counts) for counts in (tp, fp, fn, tn))

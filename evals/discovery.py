@@ -1,9 +1,9 @@
-"""Does finding the gaze heads of a deep model fit where plain inference fits? 36 layers of 32 heads, as in an 8B model.
+"""Memory of finding the gaze heads of a deep model, beside plain inference: 36 layers of 32 heads, as in an 8B model.
 
 The lab's class at that depth and number of heads, with random weights and narrow heads, so that a CPU can run it: attention
 is as large as in the 8B model, everything else is smaller, which makes the ratio larger, not smaller. Peak memory over that
 of one plain pass over the same batch, weights included: ``search`` is ``find_heads``, which reads all 1,152 heads;
-``output_attentions`` is the same pass with all attention matrices, which is what other tools ask for.
+``output_attentions`` is the same pass with all attention matrices, which is what other tools need.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import typer
 
 from evals.common import Out, Quick, figure, write
-from evals.overhead import measured
+from evals.timing import time_and_memory
 from gazeguard.heads.discovery import find_heads
 from gazeguard.heads.strips import draw_strips
 from gazeguard.lab.training.tiny_model import build_model, build_processor
@@ -31,8 +31,8 @@ def main(out: Out, quick: Quick = False) -> None:
     processor = build_processor()
     model = build_model(processor, *((128, 4) if quick else (WIDTH, LAYERS))).eval()
     strips = draw_strips(STRIPS)
-    told = [[getattr(strip, name) for strip in strips] for name in ("image", "prompt", "narration")]
-    inputs = model_inputs(model, encode(model, processor, *told).inputs)
+    columns = [[getattr(strip, name) for strip in strips] for name in ("image", "prompt", "narration")]
+    inputs = model_inputs(model, encode(model, processor, *columns).inputs)
 
     def run(attention: str, **options: bool) -> Callable[[], object]:
         def forward() -> None:
@@ -46,14 +46,14 @@ def main(out: Out, quick: Quick = False) -> None:
         model.set_attn_implementation("sdpa")
         find_heads(model, processor, strips, batch_size=STRIPS, progress=False)
 
-    ways = {"plain": run("sdpa"), "search": search, "output_attentions": run("eager", output_attentions=True)}
-    peaks: dict[str, list[int]] = {name: [] for name in ways}
+    runs = {"plain": run("sdpa"), "search": search, "output_attentions": run("eager", output_attentions=True)}
+    peaks: dict[str, list[int]] = {name: [] for name in runs}
     for _ in range(REPEATS):
-        for name, way in ways.items():
-            peaks[name].append(measured(way, "cpu")[1])
+        for name, each in runs.items():
+            peaks[name].append(time_and_memory(each, "cpu")[1])
     figures = {"plain_bytes": figure(median(peaks["plain"]))}
     for name in ("search", "output_attentions"):
-        ratios = [mine / plain for mine, plain in zip(peaks[name], peaks["plain"], strict=True)]
+        ratios = [peak / plain for peak, plain in zip(peaks[name], peaks["plain"], strict=True)]
         figures[f"{name}_memory_ratio"] = figure(median(ratios), (min(ratios), max(ratios)))
     write(out, figures, quick, seed=0, layers=len(model.model.text_model.layers), strips=STRIPS, intervals="range")
 

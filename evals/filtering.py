@@ -1,12 +1,12 @@
-"""Does the filter keep every row, and what does it cost? Lab captions through ``gazeguard filter``, killed and not.
+"""Filtering of captions: rows kept across kills, and throughput. Lab captions through ``gazeguard filter``.
 
-The captions are those of the lab's careless witness, true and invented, about pictures of the test split.
+The captions are those of the lab's world, true and false, about drawings of the test split.
 
 * ``rows_exactly_once``, ``byte_equal``: a run that SIGKILL ends ``kills`` times at random moments, each time started again with
-  the same command, beside a run that nothing breaks off
+  the same command, beside an uninterrupted run
 * ``throughput_ratio``: rows per second from the input's files to the results' files, over those of a bare loop of the model's
   forward passes over the same batches, whose inputs lie ready in memory; ``throughput_ratio_to_inputs``: over a loop that opens
-  the pictures and calls the processor, too. Interleaved in one process; the interval is that of the median
+  the images and calls the processor, too. Interleaved in one process; the interval is that of the median
 * ``ray_equal``: two Ray actors, one of them killed, beside a run without Ray; left out where Ray is not installed
 """
 
@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 
 from evals.common import Figure, Out, Quick, figure, write
-from evals.cost import seconds
+from evals.timing import seconds
 from gazeguard import lab
 from gazeguard.filtering.caption_filter import CaptionFilter
 from gazeguard.filtering.ray import RayActorPool
@@ -51,7 +51,7 @@ CHUNK = 256
 
 
 def draw(folder: Path, count: int) -> Path:
-    """A JSONL file of so many rows, with their pictures beside it; what an earlier run drew is kept."""
+    """A JSONL file of so many rows, with their images beside it; files of an earlier run are kept."""
     path = folder / "rows.jsonl"
     if path.is_file():
         return path
@@ -59,8 +59,8 @@ def draw(folder: Path, count: int) -> Path:
     rows = []
     for i, sample in enumerate(lab.samples("test", count, SEED)):
         sample.image.save(folder / f"{i}.png")
-        told = describe(sample.drawing, random.Random(f"{SEED} {i}"))
-        rows.append(json.dumps({"id": i, "image": f"{i}.png", "caption": told, "prompt": sample.prompt}) + "\n")
+        caption = describe(sample.drawing, random.Random(f"{SEED} {i}"))
+        rows.append(json.dumps({"id": i, "image": f"{i}.png", "caption": caption, "prompt": sample.prompt}) + "\n")
     path.write_text("".join(rows))
     return path
 
@@ -86,28 +86,28 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def of_kills(work: Path, count: int, kills: int) -> dict[str, Figure]:
-    """Whether a run that is killed at random moments ends with what one that is not ends with."""
+def kill_figures(work: Path, count: int, kills: int) -> dict[str, Figure]:
+    """Whether a run that is killed at random moments has the same output as one that is not."""
     rows = draw(work / "rows", count)
-    took = finish(rows, work / "unbroken", CHUNK)
+    duration = finish(rows, work / "unbroken", CHUNK)
     moments, done = random.Random(SEED), 0
     for _ in track(range(kills), "killing", console=Console(stderr=True), transient=True):
         with start(rows, work / "killed", CHUNK) as process:
-            time.sleep(moments.uniform(0, took / (kills + 1)))
+            time.sleep(moments.uniform(0, duration / (kills + 1)))
             process.send_signal(signal.SIGKILL)
         done += process.returncode == -signal.SIGKILL
     finish(rows, work / "killed", CHUNK)
-    found = bytes_of(work / "killed")
-    told = [json.loads(line)["id"] for place in FILE_NAMES.values() for line in found[f"{place}.jsonl"].splitlines()]
+    output = bytes_of(work / "killed")
+    ids = [json.loads(line)["id"] for place in FILE_NAMES.values() for line in output[f"{place}.jsonl"].splitlines()]
     return {
         "rows": figure(count),
         "kills": figure(done),
-        "rows_exactly_once": figure(sorted(told) == list(range(count))),
-        "byte_equal": figure(found == bytes_of(work / "unbroken")),
+        "rows_exactly_once": figure(sorted(ids) == list(range(count))),
+        "byte_equal": figure(output == bytes_of(work / "unbroken")),
     }
 
 
-def of_speed(work: Path, count: int, turns: int) -> dict[str, Figure]:
+def speed_figures(work: Path, count: int, turns: int) -> dict[str, Figure]:
     """The filter beside bare loops over the same batches, on one thread, as a pool of one process per core runs."""
     torch.set_num_threads(1)
     model, processor = lab.load()
@@ -117,19 +117,19 @@ def of_speed(work: Path, count: int, turns: int) -> dict[str, Figure]:
     batches = [rows[at : at + caption_filter.batch_size] for at in range(0, count, caption_filter.batch_size)]
 
     def inputs() -> list[dict[str, torch.Tensor]]:
-        pictures = [[load_image(row.image) for row in batch] for batch in batches]
+        images = [[load_image(row.image) for row in batch] for batch in batches]
         return [
             model_inputs(
                 model,
-                encode(model, processor, own, [row.prompt for row in batch], [row.caption for row in batch]).inputs,
+                encode(model, processor, each, [row.prompt for row in batch], [row.caption for row in batch]).inputs,
             )
-            for own, batch in zip(pictures, batches, strict=True)
+            for each, batch in zip(images, batches, strict=True)
         ]
 
     @torch.no_grad()
-    def bare(given: list[dict[str, torch.Tensor]]) -> None:
-        for one in given:
-            model(**one, use_cache=False)
+    def bare(inputs_of_batches: list[dict[str, torch.Tensor]]) -> None:
+        for each in inputs_of_batches:
+            model(**each, use_cache=False)
 
     def filtered() -> None:
         with tempfile.TemporaryDirectory() as out:
@@ -137,20 +137,20 @@ def of_speed(work: Path, count: int, turns: int) -> dict[str, Figure]:
             filter_files(caption_filter, source, Results(Path(out) / "out", run), count)
 
     ready = inputs()
-    ways: dict[str, Callable[[], object]] = {
+    runs: dict[str, Callable[[], object]] = {
         "filter": filtered,
         "bare": lambda: bare(ready),
         "to_inputs": lambda: bare(inputs()),
     }
-    took: dict[str, list[float]] = {name: [] for name in ways}
-    for run in ways.values():
+    durations: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
         run()
     for turn in track(range(turns), "timing", console=Console(stderr=True), transient=True):
-        for name in sorted(ways, reverse=turn % 2 == 1):
-            took[name].append(seconds(ways[name]))
+        for name in sorted(runs, reverse=turn % 2 == 1):
+            durations[name].append(seconds(runs[name]))
 
     def over(other: str) -> Figure:
-        found = sorted(theirs / ours for ours, theirs in zip(took["filter"], took[other], strict=True))
+        found = sorted(theirs / ours for ours, theirs in zip(durations["filter"], durations[other], strict=True))
         spread = int(turns**0.5)
         edges = found[max(0, turns // 2 - spread)], found[min(turns - 1, turns // 2 + spread)]
         return figure(statistics.median(found), edges)
@@ -158,11 +158,11 @@ def of_speed(work: Path, count: int, turns: int) -> dict[str, Figure]:
     return {
         "throughput_ratio": over("bare"),
         "throughput_ratio_to_inputs": over("to_inputs"),
-        "rows_per_second": figure(count / statistics.median(took["filter"])),
+        "rows_per_second": figure(count / statistics.median(durations["filter"])),
     }
 
 
-def of_ray(work: Path, count: int, chunk: int) -> dict[str, Figure]:
+def ray_figures(work: Path, count: int, chunk: int) -> dict[str, Figure]:
     """Two actors, the first killed when the first chunk is there, beside the command in one process."""
     if importlib.util.find_spec("ray") is None:
         return {}
@@ -191,9 +191,9 @@ Only = Annotated[str | None, typer.Option("--only", help="speed, kills or ray: t
 def main(out: Out, quick: Quick = False, only: Only = None) -> None:
     """Filter, kill, and time."""
     parts: dict[str, Callable[[Path], dict[str, Figure]]] = {
-        "speed": lambda work: of_speed(work, 32 if quick else CHUNK, 2 if quick else 12),
-        "kills": lambda work: of_kills(work, 60 if quick else 5000, 1 if quick else KILLS),
-        "ray": lambda work: of_ray(work, 32 if quick else 128, 8 if quick else 16),
+        "speed": lambda work: speed_figures(work, 32 if quick else CHUNK, 2 if quick else 12),
+        "kills": lambda work: kill_figures(work, 60 if quick else 5000, 1 if quick else KILLS),
+        "ray": lambda work: ray_figures(work, 32 if quick else 128, 8 if quick else 16),
     }
     figures = json.loads(out.read_text())["figures"] if only and out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:

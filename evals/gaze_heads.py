@@ -1,10 +1,10 @@
-"""Do the lab's gaze heads look at what is described, and does the model describe what they are made to look at?
+"""Gaze heads of the lab models: attention on what is described, and descriptions of what attention is steered to.
 
-Looking: mass on the described panel (fresh strips that discovery has not seen), the staircase of live narrations, and how
-stable the choice of heads is. Turning: every panel of a strip as the target of "Describe a panel.", every other thing of a
-scene as the target of "Name one object.", and a target that changes within one narration. Controls: ten layer-matched
-random sets of heads, all heads at once, no steering at all. The sweeps over the number of heads and the strength are made
-on validation pictures; everything else on test pictures.
+Attention: mass on the described panel (fresh strips that discovery has not seen), the staircase of live narrations, and the
+stability of the choice of heads. Steering: every panel of a strip as the target of "Describe a panel.", one object of a scene
+as the target of "Name one object.", and a target that changes within one narration. Controls: ten layer-matched random sets of
+heads, all heads at once, no steering at all. The sweeps over the number of heads and the strength are made on validation
+drawings; everything else on test drawings.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ SETS = 10  # random head sets
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 36)
 STRENGTHS = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 EVERY = 14  # tokens between two targets of a schedule, chosen on validation from 10 to 20
-Found = tuple[str, str]  # noun, colour or ""
-THING = rf"an? (small )?({'|'.join(COLOURS)}) ({'|'.join(NOUNS)})"
-SENTENCE = re.compile(rf"There is {THING}((, {THING})* and {THING})?\.")  # what the lab's people say of a panel
+Named = tuple[str, str]  # noun, colour or ""
+OBJECT = rf"an? (small )?({'|'.join(COLOURS)}) ({'|'.join(NOUNS)})"
+SENTENCE = re.compile(rf"There is {OBJECT}((, {OBJECT})* and {OBJECT})?\.")  # as the lab's captions describe a panel
 
 
 def first_nouns(strip: Strip) -> Strip:
-    """The same strip, where only the first noun of each panel counts as its words."""
+    """The same strip, where only the first noun of each panel counts as its description."""
     heads = [chunk(strip.narration[start:end])[0].head for start, end in strip.spans]
     spans = ((start + head.start, start + head.end) for (start, _), head in zip(strip.spans, heads, strict=True))
     return replace(strip, spans=tuple(spans))
@@ -64,28 +64,28 @@ def strips_of(split: str, n: int, seed: int) -> list[lab.Sample]:
     return [sample for sample in lab.samples(split, 12 * n, seed, "strip") if sample.drawing.panels == MAX_PANELS][:n]
 
 
-def said_in(text: str) -> list[tuple[int, Found]]:
-    """The things that a text names: where each begins, its noun and its colour."""
-    made = []
+def named_objects(text: str) -> list[tuple[int, Named]]:
+    """The objects that a text names: first character, noun and colour of each."""
+    named = []
     for phrase in things(text):
         colour = next((word.text for word in phrase.attributes if word.text in COLOURS), "")
-        made.append((phrase.start, (text[phrase.head.start : phrase.head.end], colour)))
-    return made
+        named.append((phrase.start, (text[phrase.head.start : phrase.head.end], colour)))
+    return named
 
 
-def panels_told(picture: Drawing, found: Sequence[Found]) -> NDArray[np.float64]:
-    """(panels,) how many of the things each panel holds; those that no panel holds as said count where the noun is."""
-    votes = np.zeros(picture.panels)
-    for noun, colour in found:
-        holds = [[thing.noun == noun and thing.colour == colour for thing in picture.in_panel(p)] for p in range(len(votes))]
-        names = [[thing.noun == noun for thing in picture.in_panel(p)] for p in range(len(votes))]
-        fits = np.array([any(own) for own in (holds if any(map(any, holds)) else names)], float)
+def described_panels(drawing: Drawing, named: Sequence[Named]) -> NDArray[np.float64]:
+    """(panels,) how many of the objects each panel has; one that no panel has in its colour counts where its noun is."""
+    votes = np.zeros(drawing.panels)
+    for noun, colour in named:
+        holds = [[each.noun == noun and each.colour == colour for each in drawing.in_panel(p)] for p in range(len(votes))]
+        names = [[each.noun == noun for each in drawing.in_panel(p)] for p in range(len(votes))]
+        fits = np.array([any(each) for each in (holds if any(map(any, holds)) else names)], float)
         votes += fits / max(1.0, fits.sum())
     return votes
 
 
-class Steered:
-    """Answers of a model whose chosen heads are turned."""
+class SteeredModel:
+    """Answers of a model whose attention is steered by chosen heads."""
 
     def __init__(self, model: Any, processor: Any, heads: GazeHeads) -> None:
         self.model, self.processor, self.heads = model, processor, heads
@@ -93,48 +93,49 @@ class Steered:
     def write(
         self,
         samples: Sequence[lab.Sample],
-        asked: str,
+        prompt: str,
         targets: Sequence[Target],
         heads: Sequence[Head],
         new: int,
-        **look: Any,
+        **steering: Any,
     ) -> list[Any]:
         """One greedy report per sample and target."""
         guard = GazeGuard(self.model, self.processor, heads=self.heads.with_heads(heads))
         reports = []
-        for at in range(0, len(samples), 48):
-            rows = samples[at : at + 48]
-            batch = encode(self.model, self.processor, [sample.image for sample in rows], [asked] * len(rows))
-            with guard.steer(list(targets[at : at + 48]), **look):
+        for start in range(0, len(samples), 48):
+            rows = samples[start : start + 48]
+            batch = encode(self.model, self.processor, [sample.image for sample in rows], [prompt] * len(rows))
+            with guard.steer(list(targets[start : start + 48]), **steering):
                 sizes = [[sample.image.size] for sample in rows]
                 guard.generate(**batch.inputs, max_new_tokens=new, do_sample=False, picture_sizes=sizes)
             reports += guard.reports
         return reports
 
     def panels(
-        self, samples: Sequence[lab.Sample], heads: Sequence[Head], steer: bool = True, **look: Any
+        self, samples: Sequence[lab.Sample], heads: Sequence[Head], steer: bool = True, **steering: Any
     ) -> NDArray[np.float64]:
-        """(samples, panels, 2): whether "Describe a panel." is answered with the panel that is looked at, and no other, in a
-        sentence; and whether the answer is a sentence at all.
+        """(samples, panels, 2): two rates of "Describe a panel.".
+
+        The answer describes the target and no other panel, in a sentence; and the answer is a sentence at all.
         """
         rows = [(sample, panel) for sample in samples for panel in range(MAX_PANELS)]
         targets = [sample.drawing.panel_box(panel) if steer else None for sample, panel in rows]
-        reports = self.write([sample for sample, _ in rows], "Describe a panel.", targets, heads, 24, **look)
+        reports = self.write([sample for sample, _ in rows], "Describe a panel.", targets, heads, 24, **steering)
         hits = []
         for (sample, panel), report in zip(rows, reports, strict=True):
-            votes = panels_told(sample.drawing, [found for _, found in said_in(report.caption)])
+            votes = described_panels(sample.drawing, [named for _, named in named_objects(report.caption)])
             formed = SENTENCE.fullmatch(report.caption) is not None
             fits = votes.max() > 0 and votes[panel] == votes.max() and (votes == votes.max()).sum() == 1
             hits.append((fits and formed, formed))
         return np.array(hits, float).reshape(len(samples), MAX_PANELS, 2)
 
     def boxes(self, samples: Sequence[lab.Sample], heads: Sequence[Head], steer: bool = True) -> NDArray[np.float64]:
-        """(samples,): whether "Name one object." is answered with the thing whose box is looked at."""
+        """(samples,): whether "Name one object." is answered with the object whose box is the target."""
         wanted = [random.Random(sample.id).choice(sample.drawing.objects) for sample in samples]
-        targets = [thing.box if steer else None for thing in wanted]
+        targets = [each.box if steer else None for each in wanted]
         reports = self.write(samples, "Name one object.", targets, heads, 12)
-        named = [[noun for _, (noun, _) in said_in(report.caption)][:1] for report in reports]
-        return np.array([nouns == [thing.noun] for nouns, thing in zip(named, wanted, strict=True)], float)
+        named = [[noun for _, (noun, _) in named_objects(report.caption)][:1] for report in reports]
+        return np.array([nouns == [each.noun] for nouns, each in zip(named, wanted, strict=True)], float)
 
     def schedule(self, samples: Sequence[lab.Sample], heads: Sequence[Head]) -> tuple[NDArray[np.float64], ...]:
         """Per sample: Spearman of the scheduled and the described panels, windows that describe the target, windows in all.
@@ -146,45 +147,48 @@ class Steered:
             {window * EVERY: sample.drawing.panel_box(panel) for window, panel in enumerate(order)}
             for sample, order in zip(samples, orders, strict=True)
         ]
-        asked = "Describe the panels in any order."
-        reports = self.write(samples, asked, targets, heads, MAX_PANELS * EVERY, prompt=False)
-        made = []
+        reports = self.write(samples, "Describe the panels in any order.", targets, heads, MAX_PANELS * EVERY, prompt=False)
+        rows = []
         for sample, order, report in zip(samples, orders, reports, strict=True):
-            windows: list[list[Found]] = [[] for _ in order]
-            for start, found in said_in(report.caption):
+            windows: list[list[Named]] = [[] for _ in order]
+            for start, named in named_objects(report.caption):
                 token = int(np.searchsorted(report.trace.offsets[:, 1], start, side="right"))
-                windows[token // EVERY].append(found)
-            votes = [panels_told(sample.drawing, found) for found in windows]
-            told = [(panel, int(vote.argmax())) for panel, vote in zip(order, votes, strict=True) if vote.max() > 0]
-            scheduled, described = zip(*told, strict=True) if told else ((), ())
-            varied = len(set(described)) > 1 and len(told) > 2
-            rho = spearmanr(scheduled, described).statistic if varied else 0.0  # a narration that never moves follows nothing
-            made.append((rho, sum(a == b for a, b in told), len(told)))
-        return tuple(np.array(column, float) for column in zip(*made, strict=True))
+                windows[token // EVERY].append(named)
+            votes = [described_panels(sample.drawing, named) for named in windows]
+            pairs = [(panel, int(vote.argmax())) for panel, vote in zip(order, votes, strict=True) if vote.max() > 0]
+            scheduled, described = zip(*pairs, strict=True) if pairs else ((), ())
+            varied = len(set(described)) > 1 and len(pairs) > 2
+            rho = spearmanr(scheduled, described).statistic if varied else 0.0  # one panel alone follows no schedule
+            rows.append((rho, sum(a == b for a, b in pairs), len(pairs)))
+        return tuple(np.array(column, float) for column in zip(*rows, strict=True))
 
 
 @dataclass(frozen=True)
-class Stairs:
-    """One narration, token by token: attention (T, all heads, panels), and the panel that is described, -1 for none, by the
-    rows that count: every row of what is said of a panel, the words that name things, and those that name invented things.
-    ``since`` is how many tokens ago the sentence began.
+class Staircase:
+    """One narration, token by token.
+
+    attention: (T, all heads, panels)
+    every:     (T,) the panel that is described, -1 for none; each token of a panel's description
+    named:     the same for the tokens that name objects alone
+    invented:  the same for the tokens that name objects which are not there
+    since:     (T,) number of tokens since the sentence began
     """
 
-    looked: NDArray[np.float64]
+    attention: NDArray[np.float64]
     every: NDArray[np.int64]
     named: NDArray[np.int64]
     invented: NDArray[np.int64]
     since: NDArray[np.int64]
 
 
-def stairs(sample: lab.Sample, report: Any) -> Stairs:
-    """Of a report on a narration of a strip, watched by all heads."""
-    trace, picture = report.trace, sample.drawing
-    segment_mass = np.stack([trace.grid.overlap(picture.panel_box(p)) for p in range(picture.panels)], axis=1)
+def staircase(sample: lab.Sample, report: Any) -> Staircase:
+    """The staircase of a strip's narration, from a report with all heads recorded."""
+    trace, drawing = report.trace, sample.drawing
+    shares = np.stack([trace.grid.overlap(drawing.panel_box(p)) for p in range(drawing.panels)], axis=1)
     every, named, invented = (np.full(len(trace), -1) for _ in range(3))
     since = np.zeros(len(trace), int)
-    false = {mention.phrase.start for mention in mentions(picture, trace.text) if not mention.located}
-    for panel, match in enumerate(list(re.finditer(r"In panel \w+ there is (.*?)\.", trace.text))[: picture.panels]):
+    false = {mention.phrase.start for mention in mentions(drawing, trace.text) if not mention.located}
+    for panel, match in enumerate(list(re.finditer(r"In panel \w+ there is (.*?)\.", trace.text))[: drawing.panels]):
         whole = trace.tokens(*match.span(0))
         since[list(whole)] = np.arange(len(whole))
         every[list(trace.tokens(*match.span(1)))] = panel
@@ -193,63 +197,63 @@ def stairs(sample: lab.Sample, report: Any) -> Stairs:
                 rows = list(trace.tokens(phrase.start, phrase.end))
                 named[rows] = panel
                 invented[rows] = panel if phrase.start in false else -1
-    return Stairs(trace.gaze @ segment_mass, every, named, invented, since)
+    return Staircase(trace.gaze @ shares, every, named, invented, since)
 
 
-def told_and_true(
+def live_and_true(
     model: Any, processor: Any, heads: GazeHeads, samples: Sequence[lab.Sample]
-) -> tuple[list[Stairs], list[Stairs]]:
-    """The stairs of the model's own narrations, and of true ones, replayed."""
+) -> tuple[list[Staircase], list[Staircase]]:
+    """The staircases of the model's own narrations, and of true ones, replayed."""
     guard = GazeGuard(model, processor, heads=heads.with_heads(heads.all_heads))
-    told, true = [], []
-    for at in range(0, len(samples), 8):
-        rows = samples[at : at + 8]
-        asked = ["Describe all panels."] * len(rows)
-        batch = encode(model, processor, [sample.image for sample in rows], asked)
+    live, true = [], []
+    for start in range(0, len(samples), 8):
+        rows = samples[start : start + 8]
+        prompts = ["Describe all panels."] * len(rows)
+        batch = encode(model, processor, [sample.image for sample in rows], prompts)
         guard.generate(**batch.inputs, max_new_tokens=160, do_sample=False, picture_sizes=[[s.image.size] for s in rows])
-        told += [stairs(sample, report) for sample, report in zip(rows, guard.reports, strict=True)]
+        live += [staircase(sample, report) for sample, report in zip(rows, guard.reports, strict=True)]
         truths = [describe(sample.drawing, random.Random(sample.id), honest=True) for sample in rows]
-        reports = guard.check_all([sample.image for sample in rows], truths, asked)
-        true += [stairs(sample, report) for sample, report in zip(rows, reports, strict=True)]
-    return told, true
+        reports = guard.check_all([sample.image for sample in rows], truths, prompts)
+        true += [staircase(sample, report) for sample, report in zip(rows, reports, strict=True)]
+    return live, true
 
 
-def climbed(
-    steps: Sequence[Stairs], columns: Sequence[int], rows: str = "named", shuffle: np.random.Generator | None = None
+def staircase_accuracy(
+    staircases: Sequence[Staircase], columns: Sequence[int], rows: str = "named", shuffle: np.random.Generator | None = None
 ) -> Value:
     """Share of the rows whose strongest panel, over the heads ``columns``, is the one that is described."""
-    hits, of = [], []
-    for step in steps:
-        said = getattr(step, rows)
-        strongest = step.looked[:, list(columns)].mean(1).argmax(-1)
+    hits, counts = [], []
+    for each in staircases:
+        described = getattr(each, rows)
+        strongest = each.attention[:, list(columns)].mean(1).argmax(-1)
         names = np.arange(MAX_PANELS) if shuffle is None else shuffle.permutation(MAX_PANELS)
-        hits.append((names[strongest] == said)[said >= 0].sum())
-        of.append((said >= 0).sum())
-    return rate(hits, of)
+        hits.append((names[strongest] == described)[described >= 0].sum())
+        counts.append((described >= 0).sum())
+    return rate(hits, counts)
 
 
 def mean_of(values: NDArray[np.float64]) -> Value:
     """The mean over images of (images, ...) numbers."""
-    own = values.reshape(len(values), -1).mean(1)
-    return over_images(len(own), lambda drawn: float((own * drawn).sum() / drawn.sum()))
+    means = values.reshape(len(values), -1).mean(1)
+    return over_images(len(means), lambda drawn: float((means * drawn).sum() / drawn.sum()))
 
 
 def agreement(model: Any, processor: Any, kept: GazeHeads, counts: Sequence[int]) -> dict[int, float]:
     """Top-K overlap of the rankings of two disjoint halves of 2n strips, for each n."""
-    made = {}
+    overlaps = {}
     for n in counts:
         strips = draw_strips(2 * n, SEED + 1)
         halves = [find_heads(model, processor, strips[i * n : (i + 1) * n], progress=False).ranking() for i in (0, 1)]
         k = len(kept.heads)
-        made[n] = len(set(halves[0][:k]) & set(halves[1][:k])) / k
-    return made
+        overlaps[n] = len(set(halves[0][:k]) & set(halves[1][:k])) / k
+    return overlaps
 
 
-def looking(model: Any, processor: Any, kept: GazeHeads, n: int) -> dict[str, Value]:
-    """What discovery says of the kept heads on strips that it has not seen."""
+def attention_figures(model: Any, processor: Any, kept: GazeHeads, n: int) -> dict[str, Value]:
+    """The scores of the kept heads on strips that discovery has not seen."""
     strips = draw_strips(n, SEED)
-    few = min(n, 24)  # strips at once: a search stops when it is sure, and here all are to count
-    groups = [strips[at : at + few] for at in range(0, n, few)]
+    few = min(n, 24)  # strips at once: a search stops when the ranking is stable, and here all are to count
+    groups = [strips[start : start + few] for start in range(0, n, few)]
     found = [find_heads(model, processor, group, progress=False) for group in groups]
     found_nouns = [find_heads(model, processor, [first_nouns(strip) for strip in own], progress=False) for own in groups]
 
@@ -270,9 +274,9 @@ def looking(model: Any, processor: Any, kept: GazeHeads, n: int) -> dict[str, Va
         "gaze_head_mass_nouns": figure(mean("mass", kept.heads, of=found_nouns).mean()),
         "best_other_mass_nouns": figure(mean("mass", kept.others(), of=found_nouns).max()),
         "gaze_head_selectivity": figure(mean("selectivity", kept.heads).mean()),
-        "gaze_head_routing": figure(mean("hit_rate", kept.heads).mean()),
-        "null_mass": figure(mean("shuffled_mass", kept.heads).mean()),
-        "most_sink_mass": figure(mean("sinks", kept.all_heads, "query").max()),
+        "gaze_head_hit_rate": figure(mean("hit_rate", kept.heads).mean()),
+        "shuffled_mass": figure(mean("shuffled_mass", kept.heads).mean()),
+        "most_sink_mass": figure(mean("sink_mass", kept.all_heads, "query").max()),
         "chance": figure(1 / kept.panels),
         "usable": figure(not kept.unusable),
         "split_half": figure(np.mean([own.split_half for own in found])),
@@ -282,12 +286,111 @@ def looking(model: Any, processor: Any, kept: GazeHeads, n: int) -> dict[str, Va
     }
 
 
+@dataclass(frozen=True)
+class Setup:
+    """The heads, their controls, and the drawings of a run."""
+
+    kept: GazeHeads
+    controls: Sequence[Sequence[Head]]
+    strips: Sequence[lab.Sample]
+    validation: Sequence[lab.Sample]
+    scenes: Sequence[lab.Sample]
+
+
+def measurements(model: Any, processor: Any, setup: Setup, quick: bool) -> dict[str, Any]:
+    """The raw results of every experiment, by name."""
+    kept, strips, scenes = setup.kept, setup.strips, setup.scenes
+    steered = SteeredModel(model, processor, kept)
+
+    def on_validation(heads: Sequence[Head], strength: float = STRENGTH) -> float:
+        return float(steered.panels(setup.validation, heads, strength=strength)[..., 0].mean())
+
+    jobs: dict[str, Callable[[], Any]] = {
+        "panel_gaze": lambda: steered.panels(strips, kept.heads),
+        "panel_unsteered": lambda: steered.panels(strips, kept.heads, steer=False),
+        "panel_all": lambda: steered.panels(strips, kept.all_heads),
+        "box_gaze": lambda: steered.boxes(scenes, kept.heads),
+        "box_unsteered": lambda: steered.boxes(scenes, kept.heads, steer=False),
+        "schedule": lambda: steered.schedule(strips, kept.heads),
+        "schedule_random": lambda: steered.schedule(strips, setup.controls[0]),
+        "staircases": lambda: live_and_true(model, processor, kept, strips),
+        "agreement": lambda: agreement(model, processor, kept, (2, 4) if quick else (2, 4, 8, 16, 24)),
+        "panel_random": lambda: [steered.panels(strips, heads)[..., 0] for heads in setup.controls],
+        "box_random": lambda: [steered.boxes(scenes, heads) for heads in setup.controls],
+        "counts": lambda: {k: on_validation(kept.ranking()[:k]) for k in (COUNTS[4:6] if quick else COUNTS)},
+        "strengths": lambda: {b: on_validation(kept.heads, b) for b in (STRENGTHS[4:6] if quick else STRENGTHS)},
+        "rankings": lambda: {
+            f"{score}_{by}": steered.panels(strips, kept.ranking(score, by)[: len(kept.heads)])[..., 0]
+            for score in ("narration", "query")
+            for by in ("contrast", "mass", "selectivity")
+        },
+    }
+    with torch.no_grad():
+        results = {name: job() for name, job in track(jobs.items(), "measuring", console=Console(stderr=True))}
+        some = 4 if quick else 40
+        results["unchanged"] = unchanged(model, processor, kept, [*strips[:some], *scenes[:some]])
+    return results
+
+
+def steering_figures(results: dict[str, Any]) -> dict[str, Value]:
+    """Panels, boxes and schedules: answers that follow the target."""
+    random_panels, random_boxes = np.stack(results["panel_random"], 1), np.stack(results["box_random"], 1)
+    rho, hits, windows = results["schedule"]
+    return {
+        "steer_panel_gaze": mean_of(results["panel_gaze"][..., 0]),
+        "steer_panel_gaze_sentences": mean_of(results["panel_gaze"][..., 1]),
+        "steer_panel_random_mean": mean_of(random_panels),
+        "steer_panel_random_most": figure(random_panels.mean((0, 2)).max()),
+        "steer_panel_all": mean_of(results["panel_all"][..., 0]),
+        "steer_panel_all_sentences": mean_of(results["panel_all"][..., 1]),
+        "steer_panel_unsteered": mean_of(results["panel_unsteered"][..., 0]),
+        "steer_box_gaze": mean_of(results["box_gaze"]),
+        "steer_box_random_mean": mean_of(random_boxes),
+        "steer_box_random_most": figure(random_boxes.mean(0).max()),
+        "steer_box_unsteered": mean_of(results["box_unsteered"]),
+        "steer_schedule_spearman": mean_of(rho),
+        "steer_schedule_match": rate(hits, windows),
+        "steer_schedule_windows": mean_of(windows),
+        "steer_schedule_spearman_random": mean_of(results["schedule_random"][0]),
+    }
+
+
+def staircase_figures(results: dict[str, Any], setup: Setup, rng: np.random.Generator) -> dict[str, Value]:
+    """Share of the tokens at which the heads attend most to the panel that is described."""
+    columns = [setup.kept.all_heads.index(head) for head in setup.kept.heads]
+    random_columns = [[setup.kept.all_heads.index(head) for head in heads] for heads in setup.controls]
+    live, true = results["staircases"]
+    return {
+        "staircase_accuracy": staircase_accuracy(true, columns),
+        "staircase_accuracy_random_mean": figure(np.mean([staircase_accuracy(true, each)["value"] for each in random_columns])),
+        "staircase_accuracy_shuffled": staircase_accuracy(true, columns, shuffle=rng),
+        "staircase_accuracy_live": staircase_accuracy(live, columns),
+        "staircase_accuracy_live_invented": staircase_accuracy(live, columns, "invented"),
+        "staircase_accuracy_live_every_row": staircase_accuracy(live, columns, "every"),
+    }
+
+
+def sweeps_of(results: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """The curves and lists that stand in the file beside the figures."""
+    columns = [setup.kept.all_heads.index(head) for head in setup.kept.heads]
+    random_panels, random_boxes = np.stack(results["panel_random"], 1), np.stack(results["box_random"], 1)
+    return {
+        "steer_panel_by_k": results["counts"],
+        "steer_panel_by_strength": results["strengths"],
+        "steer_panel_by_panel": np.round(results["panel_gaze"][..., 0].mean(0), 4).tolist(),
+        "steer_panel_random_sets": np.round(random_panels.mean((0, 2)), 4).tolist(),
+        "steer_box_random_sets": np.round(random_boxes.mean(0), 4).tolist(),
+        "agreement_by_strips": results["agreement"],
+        "staircase_by_tokens_since_the_sentence_began": accuracy_by_tokens(results["staircases"][1], columns),
+    }
+
+
 def main(
     out: Out,
     quick: Quick = False,
     model_folder: Annotated[Path | None, typer.Option("--model", help="Another checkpoint than the one that ships.")] = None,
 ) -> None:
-    """Measure the gaze heads, and draw the sweeps beside the JSON file."""
+    """Measure the gaze heads of a lab checkpoint, and draw the sweeps beside the JSON file."""
     model, processor = lab.load(model_folder)
     folder = model_folder or lab.checkpoint_path()
     file = folder / HEADS_FILE
@@ -296,88 +399,26 @@ def main(
     strips, sets = (4, 3) if quick else (40, SETS)
     few = 4 if quick else 24
     test, validation = strips_of("test", strips, SEED), strips_of("validation", few, SEED)
-    # With one thing in a scene every answer is right, so that chance would be high: four at least.
+    # With one object in a scene every answer is right, so that chance would be high: four at least.
     scenes = [s for s in lab.samples("test", 8 * strips, SEED, "scene") if len(s.drawing.objects) >= 4][: 3 * strips]
-    steered, rng = Steered(model, processor, kept), np.random.default_rng(SEED)
-    controls = [kept.matched(rng) for _ in range(sets)]
-    figures = looking(model, processor, kept, 4 if quick else 96)
-
-    def on_validation(heads: Sequence[Head], strength: float = STRENGTH) -> float:
-        return float(steered.panels(validation, heads, strength=strength)[..., 0].mean())
-
-    jobs: dict[str, Callable[[], Any]] = {
-        "panel_gaze": lambda: steered.panels(test, kept.heads),
-        "panel_unsteered": lambda: steered.panels(test, kept.heads, steer=False),
-        "panel_all": lambda: steered.panels(test, kept.all_heads),
-        "box_gaze": lambda: steered.boxes(scenes, kept.heads),
-        "box_unsteered": lambda: steered.boxes(scenes, kept.heads, steer=False),
-        "schedule": lambda: steered.schedule(test, kept.heads),
-        "schedule_random": lambda: steered.schedule(test, controls[0]),
-        "stairs": lambda: told_and_true(model, processor, kept, test),
-        "agreement": lambda: agreement(model, processor, kept, (2, 4) if quick else (2, 4, 8, 16, 24)),
-        "panel_random": lambda: [steered.panels(test, own)[..., 0] for own in controls],
-        "box_random": lambda: [steered.boxes(scenes, own) for own in controls],
-        "counts": lambda: {k: on_validation(kept.ranking()[:k]) for k in (COUNTS[4:6] if quick else COUNTS)},
-        "strengths": lambda: {b: on_validation(kept.heads, b) for b in (STRENGTHS[4:6] if quick else STRENGTHS)},
-        "rankings": lambda: {
-            f"{way}_{by}": steered.panels(test, kept.ranking(way, by)[: len(kept.heads)])[..., 0]
-            for way in ("narration", "query")
-            for by in ("contrast", "mass", "selectivity")
-        },
-    }
-    with torch.no_grad():
-        done = {name: job() for name, job in track(jobs.items(), "measuring", console=Console(stderr=True))}
-        same = unchanged(model, processor, kept, test[: 4 if quick else 40] + scenes[: 4 if quick else 40])
-
-    random_panels, random_boxes = np.stack(done["panel_random"], 1), np.stack(done["box_random"], 1)
-    rho, hits, windows = done["schedule"]
-    columns = [kept.all_heads.index(head) for head in kept.heads]
-    told_live, true = done["stairs"]
-    drawn_columns = [[kept.all_heads.index(head) for head in own] for own in controls]
+    rng = np.random.default_rng(SEED)
+    setup = Setup(kept, [kept.matched(rng) for _ in range(sets)], test, validation, scenes)
+    figures = attention_figures(model, processor, kept, 4 if quick else 96)
+    results = measurements(model, processor, setup, quick)
+    figures |= steering_figures(results) | staircase_figures(results, setup, rng)
     figures |= {
-        "steer_panel_gaze": mean_of(done["panel_gaze"][..., 0]),
-        "steer_panel_gaze_sentences": mean_of(done["panel_gaze"][..., 1]),
-        "steer_panel_random_mean": mean_of(random_panels),
-        "steer_panel_random_most": figure(random_panels.mean((0, 2)).max()),
-        "steer_panel_all": mean_of(done["panel_all"][..., 0]),
-        "steer_panel_all_sentences": mean_of(done["panel_all"][..., 1]),
-        "steer_panel_unsteered": mean_of(done["panel_unsteered"][..., 0]),
-        "steer_box_gaze": mean_of(done["box_gaze"]),
-        "steer_box_random_mean": mean_of(random_boxes),
-        "steer_box_random_most": figure(random_boxes.mean(0).max()),
-        "steer_box_unsteered": mean_of(done["box_unsteered"]),
-        "steer_schedule_spearman": mean_of(rho),
-        "steer_schedule_match": rate(hits, windows),
-        "steer_schedule_windows": mean_of(windows),
-        "steer_schedule_spearman_random": mean_of(done["schedule_random"][0]),
-        "staircase_accuracy": climbed(true, columns),
-        "staircase_accuracy_random_mean": figure(np.mean([climbed(true, own)["value"] for own in drawn_columns])),
-        "staircase_accuracy_shuffled": climbed(true, columns, shuffle=rng),
-        "staircase_accuracy_live": climbed(told_live, columns),
-        "staircase_accuracy_live_invented": climbed(told_live, columns, "invented"),
-        "staircase_accuracy_live_every_row": climbed(told_live, columns, "every"),
-        "best_k_on_validation": figure(max(done["counts"], key=done["counts"].get)),
-        "best_strength_on_validation": figure(max(done["strengths"], key=done["strengths"].get)),
-        "agreement_of_halves": figure(list(done["agreement"].values())[-1]),
-        "unsteered_captions_unchanged": figure(same),
+        "best_k_on_validation": figure(max(results["counts"], key=results["counts"].get)),
+        "best_strength_on_validation": figure(max(results["strengths"], key=results["strengths"].get)),
+        "agreement_of_halves": figure(list(results["agreement"].values())[-1]),
+        "unsteered_captions_unchanged": figure(results["unchanged"]),
     }
-    figures |= {f"steer_panel_by_{name}": mean_of(hit) for name, hit in done["rankings"].items()}
-    since = after_a_switch(true, columns)
-    told = {
-        "steer_panel_by_k": done["counts"],
-        "steer_panel_by_strength": done["strengths"],
-        "steer_panel_by_panel": np.round(done["panel_gaze"][..., 0].mean(0), 4).tolist(),
-        "steer_panel_random_sets": np.round(random_panels.mean((0, 2)), 4).tolist(),
-        "steer_box_random_sets": np.round(random_boxes.mean(0), 4).tolist(),
-        "agreement_by_strips": done["agreement"],
-        "staircase_by_tokens_since_the_sentence_began": since,
-    }
-    ids = [sample.id for sample in (*test, *scenes)]
+    figures |= {f"steer_panel_by_{name}": mean_of(hit) for name, hit in results["rankings"].items()}
+    sweeps = sweeps_of(results, setup)
     name = type(model).__name__
-    told |= {"model": name, "strength": STRENGTH, "heads": [list(head) for head in kept.heads]}
-    told |= {"command": "evals.gaze_heads" + (" --model DIR" if model_folder else "")}
-    write(out, figures, quick, ids, folder, seed=SEED, **told)
-    draw(figures, told, len(kept.heads), name).savefig(out.with_suffix(".png"), dpi=100)
+    meta = {"model": name, "strength": STRENGTH, "heads": [list(head) for head in kept.heads]}
+    meta |= {"command": "evals.gaze_heads" + (" --model DIR" if model_folder else "")}
+    write(out, figures, quick, [sample.id for sample in (*test, *scenes)], folder, seed=SEED, **sweeps, **meta)
+    draw(sweeps, len(kept.heads), name).savefig(out.with_suffix(".png"), dpi=100)
     draw_heads(kept).savefig(out.with_name(f"{out.stem}_map.png"), dpi=80)
 
 
@@ -394,18 +435,18 @@ def unchanged(model: Any, processor: Any, kept: GazeHeads, samples: Sequence[lab
     return same / len(samples)
 
 
-def after_a_switch(steps: Sequence[Stairs], columns: Sequence[int]) -> dict[int, float]:
+def accuracy_by_tokens(staircases: Sequence[Staircase], columns: Sequence[int]) -> dict[int, float]:
     """Accuracy of the strongest panel by the number of tokens since the sentence about the panel began."""
-    hit = np.concatenate([step.looked[:, list(columns)].mean(1).argmax(-1) == step.named for step in steps])
-    named = np.concatenate([step.named for step in steps]) >= 0
-    since = np.concatenate([step.since for step in steps])
-    return {int(at): round(float(hit[named & (since == at)].mean()), 4) for at in np.unique(since[named]) if at < 16}
+    hit = np.concatenate([step.attention[:, list(columns)].mean(1).argmax(-1) == step.named for step in staircases])
+    named = np.concatenate([step.named for step in staircases]) >= 0
+    since = np.concatenate([step.since for step in staircases])
+    return {int(n): round(float(hit[named & (since == n)].mean()), 4) for n in np.unique(since[named]) if n < 16}
 
 
-def draw(figures: dict[str, Value], told: dict[str, Any], k: int, name: str) -> Figure:
+def draw(sweeps: dict[str, Any], k: int, name: str) -> Figure:
     """The sweeps and controls: heads, strength, the staircase after a switch, and stability."""
-    made = Figure(figsize=(16, 4), layout="constrained")
-    axes = made.subplots(1, 4, sharey=True)
+    plot = Figure(figsize=(16, 4), layout="constrained")
+    axes = plot.subplots(1, 4, sharey=True)
     plots = (
         ("steer_panel_by_k", "heads steered (validation)", k),
         ("steer_panel_by_strength", "strength (validation)", STRENGTH),
@@ -414,16 +455,16 @@ def draw(figures: dict[str, Value], told: dict[str, Any], k: int, name: str) -> 
     )
     titles = ("panel described = panel steered to", "the same", "strongest panel = panel described", "overlap of the top heads")
     for ax, (key, label, default), title in zip(axes, plots, titles, strict=True):
-        ax.plot(list(told[key]), list(told[key].values()), marker="o", color="#1f4e79")
+        ax.plot(list(sweeps[key]), list(sweeps[key].values()), marker="o", color="#1f4e79")
         if default is not None:
             ax.axvline(default, color="#d62728", linestyle="--", label=f"default: {default:g}")
-            band = told["steer_panel_random_sets"]
+            band = sweeps["steer_panel_random_sets"]
             ax.axhspan(min(band), max(band), color="0.85", label="random head sets (test)")
             ax.legend(fontsize=8, loc="lower right")
         ax.set(xlabel=label, title=title, ylim=(0, 1.03))
     axes[1].set_xscale("log")
-    made.suptitle(name, x=0.01, ha="left")
-    return made
+    plot.suptitle(name, x=0.01, ha="left")
+    return plot
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does a model say yes to what is not there? POPE on its own questions (Li et al. 2023).
+"""POPE: does a model say yes to objects that are not there? On its own questions (Li et al. 2023).
 
 Questions are POPE's files, JSON Lines of ``question_id, image, text, label``; answers are JSON Lines of
 ``question_id, answer`` and are joined by the id, each question answered once.
@@ -20,7 +20,7 @@ SHORTENED = 2910  # questions in POPE's random file until October 2023; LLaVA's 
 
 
 class Question(Row):
-    """Is there such a thing in the image?"""
+    """A question whether an object is in the image."""
 
     question_id: int
     image: Name
@@ -29,14 +29,14 @@ class Question(Row):
 
 
 class Answer(Row):
-    """What a model said to it, in its own words."""
+    """A model's answer to it, in its own words."""
 
     question_id: int
     answer: Text
 
 
-def said(answer: str) -> Literal["yes", "no"]:
-    """POPE's rule: "no" when the first sentence holds the word "No", "no" or "not", else "yes", whatever it says.
+def yes_or_no(answer: str) -> Literal["yes", "no"]:
+    """POPE's rule: "no" when the first sentence has the word "No", "no" or "not", else "yes".
 
     A sentence ends at a full stop, commas are dropped, and words are parted by single spaces: "No!" and "NO" are "yes".
     """
@@ -44,7 +44,7 @@ def said(answer: str) -> Literal["yes", "no"]:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def joined(questions: Path, answers: Path) -> tuple[list[Question], list[str]]:
+def join_answers(questions: Path, answers: Path) -> tuple[list[Question], list[str]]:
     """The questions of one file, and to each what the other file answers. Raises `InputError` unless they match."""
     asked, given = read_lines(questions, Question), read_lines(answers, Answer)
     if len(asked) == SHORTENED:
@@ -73,9 +73,9 @@ def main(
     out: Out,
 ) -> None:
     """POPE's figures of a model's answers."""
-    asked, given = joined(questions, answers)
+    asked, given = join_answers(questions, answers)
     images = [question.image for question in asked]
-    figures = pope_figures([question.label for question in asked], [said(answer) for answer in given], images)
+    figures = pope_figures([question.label for question in asked], [yes_or_no(answer) for answer in given], images)
     figures["questions"] = count(len(asked))
     write(out, figures, False, list(dict.fromkeys(images)), None, files=digests([questions, answers]), seed=0)
 

@@ -1,9 +1,10 @@
-"""What do the files of a benchmark say? Strict rows of bounded size; an error tells the file, the line and the way out."""
+"""Files of public benchmarks: strict rows of bounded size; an error names the file, the line and the remedy."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,14 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from gazeguard.errors import GazeGuardError, InputError
 
 MAX_FILE_BYTES = 64 * 2**20  # after unpacking; the largest file of the benchmarks has 8 MB
-DATA = Path(__file__).resolve().parents[2] / "shared" / "evaldata"
-Data = Annotated[Path, typer.Option("--data", help="The folder of public benchmark data: chair/, amber/.")]
+DATA_VARIABLE = "GAZEGUARD_EVALDATA"
+DATA = Path(os.environ.get(DATA_VARIABLE, "evaldata"))
+Data = Annotated[Path, typer.Option("--data", help=f"Folder of public data: chair/, amber/; or set {DATA_VARIABLE}.")]
 Text = Annotated[str, Field(max_length=100_000)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Row(BaseModel):
-    """A row of a file. Types are strict; keys that nobody asks for (the prompt, the model's name) are left alone."""
+    """A row of a file. Types are strict; unknown keys (the prompt, the model's name) are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -49,15 +51,15 @@ def read_lines(path: Path, kind: type[R]) -> list[R]:
 
 
 def read_json(path: Path, kind: Any, what: str) -> Any:
-    """A JSON file, plain or ``.gz``, as ``kind``; ``what`` says in words what that is.
+    """A JSON file, plain or ``.gz``, as ``kind``; ``what`` is its content in words.
 
-    Raises `InputError` with the place of the first thing that is wrong.
+    Raises `InputError` with the position of the first error.
     """
     try:
         return TypeAdapter(kind).validate_json(_content(path))
     except ValidationError as error:
-        at = error.errors(include_url=False)[0]["loc"]
-        item = f"item {at[0] + 1}" if at and isinstance(at[0], int) else "the file"
+        location = error.errors(include_url=False)[0]["loc"]
+        item = f"item {location[0] + 1}" if location and isinstance(location[0], int) else "the file"
         raise InputError(f"{path}, {item}: {_first(error)}. The file should hold {what}.") from error
 
 
@@ -66,11 +68,11 @@ def read_words(path: Path) -> list[str]:
     try:
         return _content(path).decode().split("\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text: {error}. It should hold one word a line.") from error
+        raise InputError(f"{path} is not UTF-8 text: {error}. It should hold one word a line.") from error
 
 
 def only_once(path: Path, name: str, ids: Iterable[int]) -> None:
-    """Raise `InputError` when an id comes twice: which of the two to count would be a guess."""
+    """Raise `InputError` when an id is repeated: which of the two rows to count would be a guess."""
     seen: set[int] = set()
     for each in ids:
         if each in seen:
@@ -85,7 +87,7 @@ def digests(paths: Sequence[Path]) -> dict[str, str]:
 
 @contextmanager
 def errors_told() -> Iterator[None]:
-    """What GazeGuard raises on purpose becomes one line on stderr and exit code 2."""
+    """An error that GazeGuard raises becomes one line on stderr and exit code 2."""
     try:
         yield
     except GazeGuardError as error:
@@ -99,7 +101,7 @@ def _content(path: Path) -> bytes:
             content = file.read(MAX_FILE_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
-            f"{path} cannot be read: {error}. Check the path; --data gives the folder of the benchmarks' own files."
+            f"{path} cannot be read: {error}. Check the path; --data or {DATA_VARIABLE} gives the benchmarks' own files."
         ) from error
     if len(content) > MAX_FILE_BYTES:
         raise InputError(f"{path} is larger than {MAX_FILE_BYTES} bytes, more than any file of these benchmarks. Split it.")
@@ -107,13 +109,13 @@ def _content(path: Path) -> bytes:
 
 
 def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, and in which key."""
+    """The first error, and its key."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = next((part for part in reversed(first["loc"]) if isinstance(part, str)), None)
-    return f"{where}: {first['msg']}" if where else first["msg"]
+    key = next((part for part in reversed(first["loc"]) if isinstance(part, str)), None)
+    return f"{key}: {first['msg']}" if key else first["msg"]
 
 
 def _keys(row: type[Row]) -> str:
-    """In words, what a row holds."""
+    """The keys of a row, in words."""
     nouns = {int: "a whole number", str: "text"}
     return ", ".join(f"{name} ({nouns.get(field.annotation, 'yes or no')})" for name, field in row.model_fields.items())

@@ -1,4 +1,4 @@
-"""What do the documents say? Rewrites their tables from the result files, and the README's demo: ``python -m evals.tables``.
+"""Tables of the documents, rewritten from the result files, and the README's demo: ``python -m evals.tables``.
 
 A table stands between ``<!-- table NAME: PATTERN... -->`` and ``<!-- end -->``: the figures of ``evals/results/NAME.json``
 whose keys match one of the patterns, in the order of the patterns. The demo's real output stands between

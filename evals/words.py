@@ -1,4 +1,4 @@
-"""Which words does a text hold? Tokens, tags and base forms, as the peers' metrics read them.
+"""Words of a text: tokens, tags and base forms, as the published metrics read them.
 
 Tokens are NLTK's (`nltk.word_tokenize` without Punkt: sentences end at ``.``, ``!`` or ``?`` before white space).
 Singulars and part-of-speech tags are TextBlob's, which are those of the `pattern` library.
@@ -26,7 +26,7 @@ _ENDINGS = {
         ("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"),
         ("ies", "y"),
     ),
-    # The last two are no rules of WordNet's: it lists these forms one by one.
+    # The last two are not rules of WordNet's: it lists these forms one by one.
     "verb": (
         ("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", ""), ("ied", "y"),
         (re.compile(r"([bdgmnpt])\1(ed|ing)$"), r"\1"),

@@ -1,6 +1,6 @@
 """CHAIR, POPE and AMBER give the figures that are known of public files, and refuse what they would count wrongly.
 
-The public files are not part of the project; where they are not beside it, those tests are skipped.
+The public files are not part of the project; where they are not at hand, those tests are skipped.
 """
 
 import gzip
@@ -8,7 +8,6 @@ import json
 import random
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +22,8 @@ from evals.counting import chair_figures, count, indexed, pope_figures
 from evals.words import lemma, lemmas, nouns, singulars
 from gazeguard.errors import InputError
 
-DATA = Path(__file__).parents[2] / "shared" / "evaldata"
-on_public_files = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public files are not at {DATA}")
+DATA = records.DATA
+on_public_files = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data at {DATA}; set {records.DATA_VARIABLE}")
 SPLITS = ("random", "popular", "adversarial")
 LISTS = WordLists(
     synonyms={
@@ -219,7 +218,7 @@ def test_any_file_is_read_or_refused(tmp_path_factory, content):
 
 def test_files_that_cannot_be_read_are_told(tmp_path, monkeypatch):
     """Absent, cut off, or larger than any benchmark's, also after unpacking."""
-    with pytest.raises(InputError, match=r"absent.json cannot be read: .* --data gives the folder"):
+    with pytest.raises(InputError, match=r"absent.json cannot be read: .* --data or GAZEGUARD_EVALDATA gives"):
         records.read_json(tmp_path / "absent.json", dict, "words")
     packed = gzip.compress(json.dumps({"a": ["b"] * 1000}).encode())
     for content in (packed[:-9], packed[:20], b"nothing", packed[:12] + b"\xff" * 20):
@@ -351,7 +350,7 @@ def test_chair_writes_its_figures_and_names_the_lineage(lineage, tmp_path):
     ],
 )
 def test_the_rule_of_the_first_sentence(answer, said):
-    assert pope.said(answer) == said
+    assert pope.yes_or_no(answer) == said
 
 
 def pope_files(split, folder, answer):
@@ -394,17 +393,17 @@ def test_pope_refuses_files_that_do_not_match(tmp_path):
     short = tmp_path / "coco_pope_random.json"
     short.write_text("".join(questions.read_text().splitlines(keepends=True)[:2910]))
     with pytest.raises(InputError, match=r"coco_pope_random.json has 2910 questions: it is the short file of random questions"):
-        pope.joined(short, answers)
+        pope.join_answers(short, answers)
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     few = lines(tmp_path / "few.jsonl", rows[:2910])
     with pytest.raises(InputError, match=r"few.jsonl has 2910 answers, but .*coco_pope_random.json has 3000 questions"):
-        pope.joined(questions, few)
+        pope.join_answers(questions, few)
     twice = lines(tmp_path / "twice.jsonl", [*rows[:-1], rows[0]])
     with pytest.raises(InputError, match=r"twice.jsonl has question_id 3000 more than once"):
-        pope.joined(questions, twice)
+        pope.join_answers(questions, twice)
     other = lines(tmp_path / "other.jsonl", [*rows[:-1], {"question_id": 9999, "answer": "Yes"}])
     with pytest.raises(InputError, match=r"other.jsonl has no answer to question_id 1 of .* Are they of the same split\?"):
-        pope.joined(questions, other)
+        pope.join_answers(questions, other)
 
 
 # ------------------------------------------------------------------------------------------------------- AMBER
@@ -429,16 +428,16 @@ def scene(truth, hallu=()):
     ],
 )
 def test_what_a_description_tells(kept, truth, hallu, counts):
-    assert amber.told(kept, scene(truth, hallu), VOCABULARY, {"sign"}) == amber.Told(*counts)
+    assert amber.count_description(kept, scene(truth, hallu), VOCABULARY, {"sign"}) == amber.DescriptionCounts(*counts)
 
 
 def test_figures_of_descriptions_by_hand():
-    made = values(amber.generative([amber.Told(4, 1, 2, 5, 1, 2), amber.Told(0, 0, 0, 5, 0, 2)]))
+    made = values(amber.generative([amber.DescriptionCounts(4, 1, 2, 5, 1, 2), amber.DescriptionCounts(0, 0, 0, 5, 0, 2)]))
     assert made == {"chair": 0.25, "cover": 0.2, "hal": 0.5, "cog": 0.25, "nouns": 4, "responses": 2}
 
 
 def test_only_yes_and_no_are_answers():
-    assert [amber.answered(said) for said in ("Yes", "No", "yes", "No.", "")] == ["yes", "no", *["neither"] * 3]
+    assert [amber.yes_or_no(said) for said in ("Yes", "No", "yes", "No.", "")] == ["yes", "no", *["neither"] * 3]
 
 
 @on_public_files
@@ -511,7 +510,7 @@ def test_amber_takes_whole_dimensions(tmp_path):
             amber.read_responses(path, benchmark.items)
 
     refused([{"id": n, "response": "No"} for n in relation[1:]], r"answers 1663 of the 1664 items of the dimension relation")
-    refused([{"id": 99999, "response": "No"}], r"has id 99999, which AMBER has not: its ids are 1 to 15220")
+    refused([{"id": 99999, "response": "No"}], r"has id 99999, which AMBER does not have; expected ids from 1 to 15220")
     refused([{"id": 1, "response": "No"}] * 2, r"has id 1 more than once")
     refused([], r"holds no responses")
     refused([{"id": 1, "response": "a"}, {"id": "2"}], r"item 2: id: Input should be a valid integer")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gazeguard.claims.parse import Phrase, Span, chunk, claims, parse
 
-EVALDATA = Path(os.environ.get("GAZEGUARD_EVALDATA", Path(__file__).parents[2] / "shared" / "evaldata"))
+EVALDATA = Path(os.environ.get("GAZEGUARD_EVALDATA", "evaldata"))
 
 COLOURS = ["red", "blue", "green", "yellow", "purple", "orange"]
 NAMES = """star moon sun cloud umbrella bolt snowman snowflake heart flower cup envelope phone pencil plane flag

@@ -16,7 +16,7 @@ from gazeguard.claims.cutting import LONGEST
 from gazeguard.claims.parse import Phrase, chunk
 from gazeguard.claims.removal import without
 
-DATA = Path(os.environ.get("GAZEGUARD_EVALDATA", Path(__file__).parents[2] / "shared" / "evaldata")) / "opera-llava-1.5"
+DATA = Path(os.environ.get("GAZEGUARD_EVALDATA", "evaldata")) / "opera-llava-1.5"
 BROKEN = {
     "two spaces": r"  ",
     "two commas": r",\s*,",

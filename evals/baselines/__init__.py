@@ -1,1 +1,1 @@
-"""What others do, in the same harness on the same captions."""
+"""Published methods as baselines, in the same harness on the same captions."""

@@ -1,16 +1,16 @@
-"""Published signals of hallucinated objects, from the attention of all heads: higher is more likely invented.
+"""Published signals of hallucinated objects, from the attention of all heads: higher is more likely false.
 
-Each takes the traces of captions with *all* heads heard, and the row of each claim's first token. Those that learn are
-fitted on captions of training pictures, as the detector is.
+Each takes the traces of captions with *all* heads recorded, and the index of each claim's first token. Those with parameters
+are fitted to captions of training drawings, as the detector is.
 
-svar:       minus the attention on the picture, summed over the layers 5 to 18 of 32 or the like, mean over their heads
+svar:       minus the attention on the image, summed over the layers 5 to 18 of 32 or the like, mean over their heads
             (Jiang et al. 2025, arXiv 2411.16724)
-preceding:  attention of the first layer on what was written before, mean over heads (PAS, arXiv 2511.11502)
-lookback:   per head, mean attention on a picture token over that plus the mean on a written token, in a logistic regression
-            (Chuang et al. 2024, arXiv 2407.07071, with the picture as the context)
-haloprobe:  mean and entropy of the 20 strongest looks of every head before and after the word, and the word's distribution;
+preceding:  attention of the first layer on the generated text, mean over heads (PAS, arXiv 2511.11502)
+lookback:   per head, mean attention on an image token over that plus the mean on a generated token, in a logistic regression
+            (Chuang et al. 2024, arXiv 2407.07071, with the image as the context)
+haloprobe:  mean and entropy of the 20 greatest weights of every head before and after the token, and its distribution;
             balanced given position and repetition, times that prior (arXiv 2604.06165; a linear probe, online repetition)
-confidence: minus the best probability of the word at any image token in any layer (Jiang et al. 2025, arXiv 2410.02762)
+confidence: minus the best probability of the token at any image token in any layer (Jiang et al. 2025, arXiv 2410.02762)
 """
 
 from __future__ import annotations
@@ -32,25 +32,31 @@ from gazeguard.vision.encoding import encode
 from gazeguard.vision.inputs import model_inputs
 
 F64 = NDArray[np.float64]
-STRONGEST = 20
+TOP_WEIGHTS = 20
 
 
 @dataclass(frozen=True)
-class Row:
-    """One claim: the trace of its caption with all heads heard, the first token of its noun, and what was said before."""
+class RecordedClaim:
+    """One claim.
+
+    trace:        the trace of its caption with all heads recorded
+    token:        index of the first token of its noun
+    object_index: log(1 + number of objects named before)
+    repeated:     1 when the same noun was named before
+    """
 
     trace: GazeTrace
-    at: int
-    mention: float
+    token: int
+    object_index: float
     repeated: float
 
 
-def _share(row: Row, name: str) -> F64:
+def _share(row: RecordedClaim, name: str) -> F64:
     """(all heads,) attention on one of `SEGMENTS`."""
-    return row.trace.segment_mass[row.at, :, SEGMENTS.index(name)].astype(np.float64)
+    return row.trace.segment_mass[row.token, :, SEGMENTS.index(name)].astype(np.float64)
 
 
-def svar(rows: Sequence[Row]) -> F64:
+def svar(rows: Sequence[RecordedClaim]) -> F64:
     """(claims,)"""
     layers = np.array([layer for layer, _ in rows[0].trace.heads])
     depth = layers.max() + 1
@@ -58,65 +64,65 @@ def svar(rows: Sequence[Row]) -> F64:
     return -np.array([_share(row, "image")[middle].sum() for row in rows])
 
 
-def preceding(rows: Sequence[Row]) -> F64:
+def preceding(rows: Sequence[RecordedClaim]) -> F64:
     """(claims,)"""
     first = np.array([layer == 0 for layer, _ in rows[0].trace.heads])
     return np.array([_share(row, "generated")[first].mean() for row in rows])
 
 
-def _lookback(row: Row) -> F64:
-    picture = _share(row, "image") / row.trace.gaze.shape[-1]
-    written = _share(row, "generated") / max(1, row.at)
-    return picture / np.maximum(picture + written, 1e-12)
+def _lookback(row: RecordedClaim) -> F64:
+    image = _share(row, "image") / row.trace.gaze.shape[-1]
+    generated = _share(row, "generated") / max(1, row.token)
+    return image / np.maximum(image + generated, 1e-12)
 
 
-def lookback(learnt: Sequence[Row], false: NDArray[np.bool_], rows: Sequence[Row]) -> F64:
+def lookback(train: Sequence[RecordedClaim], false: NDArray[np.bool_], rows: Sequence[RecordedClaim]) -> F64:
     """(claims,)"""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    model.fit(np.stack([_lookback(row) for row in learnt]), false)
+    model.fit(np.stack([_lookback(row) for row in train]), false)
     return model.decision_function(np.stack([_lookback(row) for row in rows]))
 
 
-def _strongest(gaze: F64) -> F64:
-    """Mean and entropy of each head's strongest looks, (2 * all heads,)."""
-    top = np.sort(gaze, axis=-1)[:, -STRONGEST:]
+def _top_weights(gaze: F64) -> F64:
+    """Mean and entropy of each head's greatest attention weights, (2 * all heads,)."""
+    top = np.sort(gaze, axis=-1)[:, -TOP_WEIGHTS:]
     share = top / np.maximum(top.sum(-1, keepdims=True), 1e-12)
     return np.concatenate((top.mean(-1), -(share * np.log(np.maximum(share, 1e-12))).sum(-1)))
 
 
-def haloprobe(learnt: Sequence[Row], false: NDArray[np.bool_], rows: Sequence[Row]) -> F64:
+def haloprobe(train: Sequence[RecordedClaim], false: NDArray[np.bool_], rows: Sequence[RecordedClaim]) -> F64:
     """(claims,) log-odds."""
 
-    def inside(row: Row) -> F64:
-        after = min(row.at + 1, len(row.trace) - 1)
-        looks = (_strongest(row.trace.gaze[at].astype(np.float64)) for at in (row.at, after))
-        return np.concatenate((*looks, [row.trace.entropy[row.at], row.trace.logprobs[row.at]]))
+    def inside(row: RecordedClaim) -> F64:
+        after = min(row.token + 1, len(row.trace) - 1)
+        weights = (_top_weights(row.trace.gaze[token].astype(np.float64)) for token in (row.token, after))
+        return np.concatenate((*weights, [row.trace.entropy[row.token], row.trace.logprobs[row.token]]))
 
-    def outside(row: Row) -> list[float]:
-        return [np.log1p(row.at), row.mention, row.repeated]
+    def outside(row: RecordedClaim) -> list[float]:
+        return [np.log1p(row.token), row.object_index, row.repeated]
 
-    prior = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)).fit([outside(row) for row in learnt], false)
-    chance = prior.predict_proba([outside(row) for row in learnt])[np.arange(len(learnt)), false.astype(int)]
+    prior = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)).fit([outside(row) for row in train], false)
+    chance = prior.predict_proba([outside(row) for row in train])[np.arange(len(train)), false.astype(int)]
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    model.fit(np.stack([inside(row) for row in learnt]), false, logisticregression__sample_weight=1 / chance)
+    model.fit(np.stack([inside(row) for row in train]), false, logisticregression__sample_weight=1 / chance)
     balanced = model.decision_function(np.stack([inside(row) for row in rows]))
     return balanced + prior.decision_function([outside(row) for row in rows])
 
 
 @torch.no_grad()
 def confidence(guard: GazeGuard, samples: Sequence[Sample], image: NDArray[np.int64], words: Sequence[str]) -> F64:
-    """(claims,): ``words[k]`` is said of the picture of ``samples[image[k]]``. Image tokens never see the caption."""
+    """(claims,): ``words[k]`` is claimed of the image of ``samples[image[k]]``. Image tokens never attend to the caption."""
     norm, unembed = guard.tracer.recorder.backbone.norm, guard.model.get_output_embeddings()
     pieces = [guard.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
-    found = np.zeros(len(words))
+    scores = np.zeros(len(words))
     for number in np.unique(image):
         sample = samples[number]
         batch = encode(guard.model, guard.processor, [sample.image], [sample.prompt])
-        made = guard.model(**model_inputs(guard.model, batch.inputs), output_hidden_states=True, use_cache=False)
+        output = guard.model(**model_inputs(guard.model, batch.inputs), output_hidden_states=True, use_cache=False)
         patches = batch.inputs["input_ids"][0] == guard.model.config.image_token_id
-        *lower, last = (state[0, patches] for state in made.hidden_states)  # the last one comes normed
+        *lower, last = (state[0, patches] for state in output.hidden_states)  # the last one is normalised already
         layers = [unembed(state).softmax(-1).amax(0) for state in (*map(norm, lower), last)]
         best = torch.stack(layers).amax(0)
         for k in np.flatnonzero(image == number):
-            found[k] = -best[pieces[k]].max().item()
-    return found
+            scores[k] = -best[pieces[k]].max().item()
+    return scores

@@ -1,6 +1,6 @@
 """Features of claims: named numbers from a trace, one row per claim.
 
-Pure functions. Nothing here looks ahead: the features of a claim depend only on the caption up to the end of its object and
+Pure functions that read no later token: the features of a claim depend only on the caption up to the end of its object and
 its location, so that they are available while the caption is being generated. Each gaze head keeps its own columns; a mean
 over heads would drown the few that carry the evidence.
 """

@@ -1,6 +1,6 @@
 """Training of the tiny lab models from nothing, on two cores: ``python -m gazeguard.lab.training.tiny_train --out DIR``.
 
-Encoder and language model are trained together from the first joint step to the last. Four things make that short:
+Encoder and language model are trained together from the first joint step to the last. Four measures make that short:
 
 * a *warm-up* in which the encoder alone is trained to predict the noun, the colour and the location of each patch, in the
   token embeddings of the language model; this loss stays on as an auxiliary term, so that the encoder stays accurate;

@@ -1,0 +1,138 @@
+"""Captions of lab drawings, and answers to questions about them, by several decoding methods in several processes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedModel
+
+from evals.common import DECODING
+from evals.decoding_methods import MAX_NEW_TOKENS, cutters, methods
+from evals.guards import lab_guard, text_only_guard
+from gazeguard import lab
+from gazeguard.lab.world import Turn, yes_no_question
+from gazeguard.report import Report
+from gazeguard.vision.encoding import encode
+
+SEED = 400  # of the drawings
+BATCH = 25  # prompts
+QUESTIONS = 3  # per image
+
+
+class Job(NamedTuple):
+    """Captions of the first ``count`` images of a split, or answers to questions about them, by one method and setting."""
+
+    method: str
+    setting: str
+    split: str
+    count: int
+    decoding: str
+    seed: int = 0
+    questions: bool = False
+
+
+class ObjectRisk(NamedTuple):
+    """An object of a caption: its characters, its risk, and its risk by the text alone."""
+
+    start: int
+    end: int
+    drop: float
+    text_only_drop: float
+
+
+class Result(NamedTuple):
+    """The result of a job.
+
+    captions: one per image, or one answer per question
+    passes:   rows that went through the decoder
+    cut:      of plain captions, what each method that cuts leaves of them
+    risks:    of plain captions, the risks of the objects of each
+    """
+
+    captions: list[str]
+    passes: int
+    cut: dict[tuple[str, str], list[str]]
+    risks: list[list[ObjectRisk]]
+
+
+@contextmanager
+def count_passes(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Inside, the list grows by the number of rows of every pass of the text decoder."""
+    rows: list[int] = []
+
+    def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(next(v for v in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if v is not None).shape[0])
+
+    hook = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+def prompts_of(job: Job) -> list[tuple[lab.Sample, str]]:
+    """The prompts of a job, each with its sample."""
+    samples = lab.samples(job.split, job.count, SEED)
+    if not job.questions:
+        return [(sample, sample.prompt) for sample in samples]
+    return [(sample, turn.prompt) for sample in samples for turn in questions(sample)]
+
+
+def questions(sample: lab.Sample) -> list[Turn]:
+    """`QUESTIONS` POPE-form questions on a drawing."""
+    rng = random.Random(sample.id)
+    return [yes_no_question(sample.drawing, rng) for _ in range(QUESTIONS)]
+
+
+@torch.no_grad()
+def run(job: Job) -> Result:
+    """Do a job; the same job gives the same captions in any process."""
+    torch.set_num_threads(1)
+    guard, write = lab_guard(), methods()[job.method][job.setting]
+    guarded = job.method == "plain" and not job.questions  # the ids are the same, and there are reports to cut
+    captions: list[str] = []
+    reports: list[Report] = []
+    prompts = prompts_of(job)
+    with count_passes(guard.model) as rows:
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            torch.manual_seed(1000 * job.seed + start)
+            inputs = encode(guard.model, guard.processor, [s.image for s, _ in batch], [prompt for _, prompt in batch]).inputs
+            if guarded:
+                guard.generate(**inputs, do_sample=DECODING[job.decoding], max_new_tokens=MAX_NEW_TOKENS)
+                reports += guard.reports
+            else:
+                captions += write(inputs, DECODING[job.decoding])
+    if not guarded:
+        return Result(captions, sum(rows), {}, [])
+    captions = [report.caption for report in reports]
+    cut = {
+        (method, setting): list(map(cutter, reports))
+        for method, settings in cutters().items()
+        for setting, cutter in settings.items()
+    }
+    return Result(captions, sum(rows), cut, [object_risks(report) for report in reports])
+
+
+def object_risks(report: Report) -> list[ObjectRisk]:
+    """The risks of the objects of a plain report."""
+    risks, text_only = (
+        {(f.claim.start, f.claim.end): f.risk for f in each.findings if f.claim.kind == "object"}
+        for each in (report, text_only_guard().judge(report.trace))
+    )
+    return [ObjectRisk(*span, risk, text_only[span]) for span, risk in risks.items()]
+
+
+def run_all(jobs: Sequence[Job], workers: int, description: str) -> dict[Job, Result]:
+    """The results of all jobs, which several processes share."""
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        results = track(pool.map(run, jobs), description, total=len(jobs), console=Console(stderr=True), transient=True)
+        return dict(zip(jobs, results, strict=True))
