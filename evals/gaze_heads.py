@@ -93,7 +93,7 @@ class SteeredModel:
     def write(
         self,
         samples: Sequence[lab.Sample],
-        prompt: str,
+        instruction: str,
         targets: Sequence[Target],
         heads: Sequence[Head],
         new: int,
@@ -104,7 +104,7 @@ class SteeredModel:
         reports = []
         for start in range(0, len(samples), 48):
             rows = samples[start : start + 48]
-            batch = encode(self.model, self.processor, [sample.image for sample in rows], [prompt] * len(rows))
+            batch = encode(self.model, self.processor, [sample.image for sample in rows], [instruction] * len(rows))
             with guard.steer(list(targets[start : start + 48]), **steering):
                 sizes = [[sample.image.size] for sample in rows]
                 guard.generate(**batch.inputs, max_new_tokens=new, do_sample=False, picture_sizes=sizes)
