@@ -96,7 +96,7 @@ def _of_order(found: Sequence[Sequence[Mention]], order: int) -> list[Mention]:
 
 
 def confusions(captioned: Sequence[Captioned], found: Sequence[Sequence[Mention]], most: int = 12) -> list[list[object]]:
-    """[drawn noun, named instead, count]: of images where one noun was missed and one hallucinated."""
+    """[drawn noun, named instead, count]: of images where one noun was left out and one hallucinated."""
     counts: Counter[tuple[str, str]] = Counter()
     for item, row in zip(captioned, found, strict=True):
         missed = {drawn.noun for drawn in item.sample.truth.objects} - {mention.noun for mention in row}
