@@ -213,7 +213,7 @@ def test_help_names_every_command_and_the_exit_codes():
     """--help is complete, and quick, since nothing heavy is imported for it."""
     text = run(app, ["--help"]).output
     assert {name for name, *_ in commands()} == {
-        "demo", "policy", "caption", "check", "filter", "replay", "doctor", "heads", "train"
+        "demo", "policy", "caption", "check", "filter", "replay", "doctor", "heads", "train", "lab"
     }  # fmt: skip
     assert all(name in text for name, *_ in commands())
     assert "Exit codes" in text
@@ -231,7 +231,7 @@ def test_help_imports_nothing_heavy():
 def test_every_command_can_be_quiet_and_says_how_a_model_is_loaded(command):
     options = {name for parameter in node(command).params for name in parameter.opts}
     assert {"--verbose", "-v", "--quiet", "-q"} <= options
-    if command[0] not in ("demo", "policy"):
+    if command[0] not in ("demo", "policy", "lab"):
         assert {"--device", "--dtype", "--device-map"} <= options
         assert "--model" in options or "model" in {parameter.name for parameter in node(command).params}
     if command[0] in ("caption", "check", "filter", "replay"):
