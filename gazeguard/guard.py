@@ -9,7 +9,7 @@ report = guard.check(image, "In panel one there is a red star.")
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +98,7 @@ class GazeGuard:
         grid: ImageGrid | None = None,
         nlp: Parser | None = None,
         artifacts: str | Path | None = None,
+        nouns: Iterable[str] = (),
     ) -> None:
         """Join a loaded model with its artifacts.
 
@@ -109,8 +110,9 @@ class GazeGuard:
             detector: `Detector`, or a file, folder or hub id of one; by default the one among the artifacts, if heads are
                 taken from there, too. Without one everything is traced, but every verdict is *unchecked*.
             grid: Where the image tokens of every prompt lie, for a model whose layout no rule of `gazeguard.vision` knows.
-            nlp: A spaCy pipeline that finds the phrases of a caption, in place of the rules for English.
+            nlp: A spaCy pipeline for the classes of a caption's words, in place of the package's own tagger.
             artifacts: Folder or hub id with ``heads.json`` and ``detector.json``; by default the model's own folder.
+            nouns: Nouns that are objects although the parser takes them for abstract ("radiation").
 
         Raises:
             InputError: An argument is not of its kind, or there are no gaze heads.
@@ -125,7 +127,7 @@ class GazeGuard:
         self.verification = SelfVerification.for_model(model, processor) if rules.verify is not None else None
         lens = judging is None or judging.uses("attended_logprob", "internal_confidence")
         self.tracer = Tracer(model, processor, gaze_heads, grid, lens)
-        self.judge = Judge(judging, rules, gaze_heads.model, nlp)
+        self.judge = Judge(judging, rules, gaze_heads.model, nlp, frozenset(nouns))
         self.reports: list[Report] = []
 
     @classmethod
@@ -147,7 +149,7 @@ class GazeGuard:
             device: Where the model goes; "auto" takes the GPU if there is one.
             dtype: Of the weights; "auto" takes the checkpoint's.
             device_map: transformers' distribution over several devices, in place of `device`.
-            **options: Of the constructor: ``policy``, ``heads``, ``detector``, ``grid``, ``nlp``.
+            **options: Of the constructor: ``policy``, ``heads``, ``detector``, ``grid``, ``nlp``, ``nouns``.
         """
         return cls(*load(model, device=device, dtype=dtype, device_map=device_map), artifacts=artifacts, **options)
 

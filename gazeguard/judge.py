@@ -66,16 +66,18 @@ class Judge:
         policy: Says from which risk a claim is flagged, and what becomes of flagged phrases.
         model: Fingerprint of the model whose traces are judged, for the reports.
         nlp: A spaCy pipeline for the parser of captions; by default the package's own tagger.
+        nouns: Nouns that are objects although the parser takes them for abstract ("radiation").
     """
 
     detector: Detector | None
     policy: Policy
     model: str
     nlp: Parser | None = None
+    nouns: frozenset[str] = frozenset()
 
     def parse(self, text: str) -> Caption:
         """Parse a caption: here and nowhere else between its trace and its report."""
-        return parse(text, self.nlp)
+        return parse(text, self.nlp, nouns=self.nouns)
 
     # ----------------------------------------------------------------------------------------------- whole captions
 
@@ -145,6 +147,8 @@ class Judge:
             verdict, reason = Verdict.FLAG, f"not supported by the image: {', '.join(doubtful)}"
         elif not trace.finished:
             verdict, reason = Verdict.UNCHECKED, "the caption was cut off by the length limit"
+        elif refused := assessment.caption.reading.refused:
+            verdict, reason = Verdict.UNCHECKED, f"a sentence cannot be read: {refused[0][2]}"
         filtered = self._filtered(trace.text, verdict)
         if any(flags) and self.policy.on_flag == "drop":
             filtered = without(assessment.caption, [(f.claim.start, f.claim.end) for f in findings if f.flagged])

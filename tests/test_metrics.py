@@ -514,3 +514,14 @@ def test_amber_takes_whole_dimensions(tmp_path):
     refused([{"id": 1, "response": "No"}] * 2, r"has id 1 more than once")
     refused([], r"holds no responses")
     refused([{"id": 1, "response": "a"}, {"id": "2"}], r"item 2: id: Input should be a valid integer")
+
+
+def test_colours_name_no_object_where_asked():
+    """An orange that is eaten counts, an orange kite does not; both lineages without the option stay as they are."""
+    lists = WordLists(synonyms={"orange": "orange", "kite": "kite", "male": "person"}, double_words={})
+    caption = "An orange kite hangs over an orange near a male dog. The kite is orange."
+    assert chair.without_colours(caption, lists) == "An red kite hangs over an orange near a male dog. The kite is red."
+    for lineage in Lineage:
+        assert chair.objects(chair.tokens(caption, lineage, lists), lists).count("orange") == 3
+        plain = chair.without_colours(caption, lists)
+        assert chair.objects(chair.tokens(plain, lineage, lists), lists).count("orange") == 1

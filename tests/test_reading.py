@@ -18,6 +18,8 @@ from gazeguard.claims.english import article, is_plural, listed, plural, singula
 from gazeguard.claims.language import unknown_share
 from gazeguard.claims.parse import parse
 from gazeguard.claims.removal import without
+from gazeguard.cli.options import read_nouns
+from gazeguard.errors import InputError
 
 DATA = evaldata(Path(os.environ.get("GAZEGUARD_EVALDATA", Path(__file__).parents[2] / "shared" / "evaldata")))
 
@@ -240,6 +242,17 @@ def test_nouns_can_be_added():
     parsed = parse("An orange radiation fills the room.", nouns=["Radiation"])
     assert [phrase.head.text for phrase in parsed.objects] == ["radiation", "room"]
     assert [c.text for c in parsed.claims if c.kind == "attribute"] == ["orange"]
+
+
+def test_nouns_come_from_a_file(tmp_path):
+    path = tmp_path / "nouns.txt"
+    path.write_text("Radiation\n\nmotion\n", encoding="utf-8")
+    assert read_nouns(path) == ("radiation", "motion")
+    path.write_text("two words", encoding="utf-8")
+    with pytest.raises(InputError, match="more than one word"):
+        read_nouns(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_nouns(tmp_path / "none.txt")
 
 
 # ------------------------------------------------------------------------------------------------------------- removal

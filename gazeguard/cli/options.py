@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gazeguard.cli.console import note
+from gazeguard.errors import InputError
 from gazeguard.policy import load_policy, policy_names
 from gazeguard.progress import status
 
@@ -119,11 +120,16 @@ class GuardOptions(ModelOptions):
             "--policy", help="Name of a policy (gazeguard policy list), or a .yaml file.", autocompletion=policy_names
         ),
     ] = "mark"
+    nouns: Annotated[
+        Path | None,
+        typer.Option("--nouns", metavar="FILE", help="Nouns, one per line, that count as objects although they seem abstract."),
+    ] = None
 
     def options(self) -> dict[str, Any]:
         """The options that were given, for a loader in another process."""
         names = ("artifacts", "heads", "detector", "device", "dtype", "device_map")
-        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, "auto")}
+        options = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, "auto")}
+        return options | ({"nouns": read_nouns(self.nouns)} if self.nouns is not None else {})
 
     def guard(self) -> GazeGuard:
         """Load the model and its guard."""
@@ -132,9 +138,27 @@ class GuardOptions(ModelOptions):
         from gazeguard.guard import GazeGuard
 
         given = {"artifacts": self.artifacts, "heads": self.heads, "detector": self.detector}
-        return GazeGuard(model, processor, policy=policy, **given)
+        nouns = () if self.nouns is None else read_nouns(self.nouns)
+        return GazeGuard(model, processor, policy=policy, nouns=nouns, **given)
 
     def arguments(self, **more: Any) -> str:
         """The options that another command needs for the same guard, as typed."""
-        own = {"artifacts": self.artifacts, "heads": self.heads, "detector": self.detector}
+        own = {"artifacts": self.artifacts, "heads": self.heads, "detector": self.detector, "nouns": self.nouns}
         return super().arguments(**own, **more)
+
+
+def read_nouns(path: Path) -> tuple[str, ...]:
+    """The nouns of a file, one per line, blank lines left out.
+
+    Raises:
+        InputError: The file cannot be read, or a line has more than one word.
+    """
+    try:
+        nouns = tuple(line.strip().lower() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} cannot be read as a list of nouns: {error}. It is plain text with one noun per line."
+        ) from error
+    if several := [noun for noun in nouns if " " in noun]:
+        raise InputError(f"{path}: {several[0]!r} is more than one word; a list of nouns has one per line.")
+    return nouns

@@ -204,6 +204,7 @@ class CaptionFilter:
             "batch size": self.batch_size,
             "chunk": chunk,
             "label-only": label_only,
+            **({"nouns": " ".join(sorted(guard.judge.nouns))} if guard.judge.nouns else {}),
             "gazeguard": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
