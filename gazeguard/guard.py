@@ -103,12 +103,10 @@ class GazeGuard:
         """Join a loaded model with its artifacts.
 
         Args:
-            model: A vision-language model of transformers.
-            processor: Its processor.
+            model, processor: A vision-language model of transformers and its processor.
             policy: The name of a policy, the path of one, or a `Policy`.
             heads: `GazeHeads`, or a file, folder or hub id of them; by default those among the artifacts.
-            detector: `Detector`, or a file, folder or hub id of one; by default the one among the artifacts, if heads are
-                taken from there, too. Without one everything is traced, but every verdict is *unchecked*.
+            detector: The same for a `Detector`, among the artifacts if the heads are; without one all is *unchecked*.
             grid: Where the image tokens of every prompt lie, for a model whose layout no rule of `gazeguard.vision` knows.
             nlp: A spaCy pipeline for the classes of a caption's words, in place of the package's own tagger.
             artifacts: Folder or hub id with ``heads.json`` and ``detector.json``; by default the model's own folder.
