@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,8 +40,9 @@ class Assessment:
 
     Attributes:
         trace: The caption's trace.
-        reason: Why it could not be assessed; "" if it could, and only then there is the rest.
+        reason: Why it could not be assessed; "" if it could, and only then there are claims.
         caption: The parsed caption.
+        not_judged: Kinds of claims that the caption makes and the detector does not know.
         claims: The claims that the detector judges.
         values: (claims, F) their features.
         risks: (claims,) the probability that each is false.
@@ -50,6 +51,7 @@ class Assessment:
     trace: GazeTrace
     reason: str = ""
     caption: Caption | None = None
+    not_judged: tuple[str, ...] = ()
     claims: Sequence[Claim] = ()
     values: F64 | None = None
     risks: F64 | None = None
@@ -103,14 +105,15 @@ class Judge:
             return Assessment(trace, _nothing_claimed(caption), caption)
         if self.detector is None:
             return Assessment(trace, "no detector is fitted for this model", caption)
+        not_judged = tuple(kind for kind in caption.kinds if kind not in self.detector.kinds)
         if not (claims := [claim for claim in claims if claim.kind in self.detector.kinds]):
-            return Assessment(trace, "the detector knows none of the kinds of claims in the caption", caption)
+            return Assessment(trace, "the detector knows none of the kinds of claims in the caption", caption, not_judged)
         if reason := _uncovered(trace, claims):
-            return Assessment(trace, reason, caption)
+            return Assessment(trace, reason, caption, not_judged)
         values, kinds = features.features(trace, claims), [claim.kind for claim in claims]
         if reason := self._not_finite(trace, values, kinds):
-            return Assessment(trace, reason, caption)
-        return Assessment(trace, "", caption, claims, values, self.detector.risk(values, kinds))
+            return Assessment(trace, reason, caption, not_judged)
+        return Assessment(trace, "", caption, not_judged, claims, values, self.detector.risk(values, kinds))
 
     def questions(self, assessment: Assessment) -> tuple[Phrase, ...]:
         """The phrases that the model is to be asked about under a policy that verifies, each once: those of doubtful claims."""
@@ -128,7 +131,8 @@ class Judge:
                 the risk of the doubtful claims about it.
         """
         if assessment.reason:
-            return self.unchecked(assessment.trace.text, assessment.reason, assessment.trace)
+            report = self.unchecked(assessment.trace.text, assessment.reason, assessment.trace)
+            return replace(report, not_judged=assessment.not_judged)
         claims, risks = assessment.claims, assessment.risks
         log_odds = np.full(len(claims), np.nan)
         if answers:
@@ -149,10 +153,15 @@ class Judge:
             verdict, reason = Verdict.UNCHECKED, "the caption was cut off by the length limit"
         elif refused := assessment.caption.reading.refused:
             verdict, reason = Verdict.UNCHECKED, f"a sentence cannot be read: {refused[0][2]}"
+        elif missing := [kind for kind in assessment.not_judged if kind in self.policy.require]:
+            known = ", ".join(f"{kind}s" for kind in self.detector.kinds)
+            verdict = Verdict.UNCHECKED
+            reason = f"{' and '.join(f'{kind}s' for kind in missing)} not judged: the detector knows only {known}"
         filtered = self._filtered(trace.text, verdict)
         if any(flags) and self.policy.on_flag == "drop":
             filtered = without(assessment.caption, [(f.claim.start, f.claim.end) for f in findings if f.flagged])
-        return self._report(trace.text, verdict, reason, findings, trace, filtered)
+        report = self._report(trace.text, verdict, reason, findings, trace, filtered)
+        return replace(report, not_judged=assessment.not_judged)
 
     def unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:
         """The report on a caption that could not be checked, with the reason; never a pass."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gazeguard.claims.parse import ClaimedKind
 from gazeguard.errors import PolicyError
 
 MAX_FILE_BYTES = 64 * 1024
@@ -77,6 +78,8 @@ class Policy(_Strict):
         verify: Once it is complete: self-verification.
         on_flag: Flagged phrases are only marked ("keep"), removed from the caption ("drop"), or the caption is withheld
             ("abstain").
+        require: Kinds of claims that have to be judged: a caption passes only if every claim of these kinds was. By default
+            those that detectors can be fitted on, so that a pass says something about all of them.
     """
 
     version: Literal[1]
@@ -86,6 +89,7 @@ class Policy(_Strict):
     rewind: Rewind | None = None
     verify: Verify | None = None
     on_flag: Literal["keep", "drop", "abstain"] = "keep"
+    require: tuple[ClaimedKind, ...] = Field(default=("object", "attribute", "location"), strict=False)
 
     @classmethod
     def load(cls, name: str | Path) -> Policy:

@@ -120,6 +120,7 @@ class Report:
         trace: The gaze behind the caption; None when none was recorded.
         filtered_caption: What the policy lets through: the caption itself; or the caption without its flagged phrases; or,
             where the policy abstains, "" for whatever did not pass.
+        not_judged: Kinds of claims that the caption makes and that nothing judged; the verdict says nothing about them.
 
     Raises:
         InputError: The trace belongs to another text.
@@ -134,6 +135,7 @@ class Report:
     version: str
     trace: GazeTrace | None = None
     filtered_caption: str = ""
+    not_judged: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.trace is not None and self.trace.text != self.caption:
@@ -173,8 +175,8 @@ class Report:
 
         Returns:
             At most `MAX_LINES` lines, without any character that could steer a terminal: the verdict, the caption with its
-            flagged phrases in ⟦ ⟧, each flagged claim with its reasons, why the caption is unchecked, and the filtered caption.
-            Where lines are left out, a line says how many.
+            flagged phrases in ⟦ ⟧, each flagged claim with its reasons, why the caption is unchecked, the kinds of claims that
+            were not judged, and the filtered caption. Where lines are left out, a line says how many.
         """
         verdict = Line("verdict", f"{self.verdict.upper():9} {safe_line(self._count() if title is None else title)}".rstrip())
         flags = [
@@ -184,6 +186,8 @@ class Report:
         tail = _shortened(flags, MAX_PRINTED_FLAGS, "flagged claims")
         if self.verdict == Verdict.UNCHECKED:
             tail.append(Line("reason", safe_line(self.reason)))
+        if self.not_judged:
+            tail.append(Line("reason", safe_line(f"not judged: {', '.join(f'{kind}s' for kind in self.not_judged)}")))
         room, filtered = MAX_LINES - 1 - len(tail), []
         if self.filtered_caption != self.caption:
             filtered = _text_lines("filtered", safe_text(self.filtered_caption)) or [Line("filtered", "nothing")]
@@ -229,6 +233,7 @@ class Report:
             "verdict": str(self.verdict),
             "reason": self.reason,
             "phrases": [finding.to_dict() for finding in self.findings],
+            "not_judged": list(self.not_judged),
             "policy": self.policy,
             "model": self.model,
             "version": self.version,
@@ -329,6 +334,7 @@ class _SavedReport(BaseModel):
     model: str
     version: str
     filtered_caption: str
+    not_judged: tuple[str, ...] = ()  # reports of 0.1 lack it
     trace: bool
 
 

@@ -96,6 +96,44 @@ def test_what_is_left_of_a_caption_is_as_the_policy_says(guard):
     assert GazeGuard(guard.model, guard.processor, "abstain").check(sample.image, "").filtered_caption == ""
 
 
+def only_objects(guard, **policy):
+    """A guard whose detector was fitted on objects alone."""
+    detector = guard.detector.model_copy(update={"kinds": {"object": guard.detector.kinds["object"]}})
+    rules = parse_policy({"version": 1, "name": "own", **policy})
+    return GazeGuard(guard.model, guard.processor, rules, heads=guard.heads, detector=detector)
+
+
+def test_a_kind_that_was_claimed_and_not_judged_is_said(guard):
+    """A detector of objects says nothing about a false colour: the caption passes only where the policy asks for objects."""
+    sample = next(s for s in lab.samples("test", 20, seed=7) if s.drawing.objects[0].colour != "green")
+    noun = sample.drawing.objects[0].noun
+    false_colour, bare = f"There is a green {noun}.", f"There is a {noun}."
+    report = only_objects(guard).check(sample.image, false_colour, sample.prompt)
+    assert (report.verdict, report.not_judged) == (Verdict.UNCHECKED, ("attribute",))
+    assert report.reason == "attributes not judged: the detector knows only objects"
+    assert [f.claim.kind for f in report.findings] == ["object"]
+    assert "    not judged: attributes" in str(report).splitlines()
+    assert report.to_dict()["not_judged"] == ["attribute"]
+    assert only_objects(guard, on_flag="abstain").check(sample.image, false_colour, sample.prompt).filtered_caption == ""
+    asked = only_objects(guard, require=["object"]).check(sample.image, false_colour, sample.prompt)
+    assert (asked.verdict, asked.not_judged) == (Verdict.PASS, ("attribute",))
+    complete = only_objects(guard, threshold=1.0).check(sample.image, bare, sample.prompt)
+    assert (complete.verdict, complete.not_judged) == (Verdict.PASS, ())
+
+
+def test_what_no_detector_judges_is_said_and_required_only_by_name(guard):
+    """Counts are listed; a policy that requires them never passes a caption that counts."""
+    sample = SAMPLES[1]
+    caption = f"There are two {sample.drawing.objects[0].noun}s."
+    by_default = guard.check(sample.image, caption, sample.prompt)
+    assert by_default.not_judged == ("count",)
+    assert "not judged" not in by_default.reason
+    policy = parse_policy({"version": 1, "name": "own", "threshold": 1.0, "require": ["object", "count"]})
+    strict = GazeGuard(guard.model, guard.processor, policy).check(sample.image, caption, sample.prompt)
+    assert strict.verdict is Verdict.UNCHECKED
+    assert strict.reason.startswith("counts not judged: ")
+
+
 # ---------------------------------------------------------------------------------------------------- the judge alone
 
 

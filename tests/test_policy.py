@@ -19,6 +19,7 @@ FULL = MINE | {
     "rewind": {"budget": 4, "threshold": "f1"},
     "verify": {"threshold": 0.125},
     "on_flag": "drop",
+    "require": ("object",),
 }
 
 
@@ -37,7 +38,7 @@ def test_everything_a_policy_can_do_is_in_one_that_comes_along():
 
 
 def test_what_a_file_says_is_what_the_policy_holds(tmp_path):
-    (tmp_path / "mine.yml").write_text(yaml.safe_dump(FULL))
+    (tmp_path / "mine.yml").write_text(yaml.safe_dump(FULL | {"require": ["object"]}))
     assert load_policy(tmp_path / "mine.yml").model_dump() == FULL
     least = parse_policy(MINE)
     assert (least.threshold, least.rerank, least.rewind, least.verify, least.on_flag) == ("f1", None, None, None, "keep")
@@ -60,7 +61,7 @@ def test_every_key_is_explained():
     assert [name for name in policy_names() if f"| `{name}` |" not in told] == []
 
 
-KEYS = "Known keys: version, name, threshold, rerank, rewind, verify, on_flag."
+KEYS = "Known keys: version, name, threshold, rerank, rewind, verify, on_flag, require."
 RERANK_KEYS = "Known keys: rerank.attribution, rerank.plausible, rerank.attended_logprob, rerank.end_bonus."
 REWIND_KEYS = "Known keys: rewind.budget, rewind.threshold."
 VERIFY_KEYS = "Known keys: verify.threshold."

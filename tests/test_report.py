@@ -71,7 +71,17 @@ def test_the_report_survives_json() -> None:
     report = moon_report()
     plain = json.loads(report.to_json())
     assert plain == report.to_dict()
-    assert list(plain) == ["caption", "filtered_caption", "verdict", "reason", "phrases", "policy", "model", "version"]
+    assert list(plain) == [
+        "caption",
+        "filtered_caption",
+        "verdict",
+        "reason",
+        "phrases",
+        "not_judged",
+        "policy",
+        "model",
+        "version",
+    ]
     assert plain["phrases"][1] == {
         "text": "a blue moon",
         "start": 35,

@@ -20,6 +20,7 @@ from gazeguard.claims.vocabulary import MEANINGS, TOPICS
 
 Kind = Literal["object", "attribute", "location"]  # what detectors are fitted on
 ClaimKind = Literal[Kind, "count", "relation"]
+ClaimedKind = Literal[ClaimKind, "action"]  # all that a caption can claim
 JUDGED: tuple[str, ...] = get_args(Kind)  # counts and relations are read, but no detector knows them yet
 Parser = Callable[[str], Any]  # a spaCy pipeline: text to Doc
 
@@ -94,6 +95,12 @@ class Caption:
     def objects(self) -> tuple[Phrase, ...]:
         """The object phrases."""
         return tuple(phrase for phrase in self.phrases if phrase.kind == "object")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of claims that the caption makes, in the order of `ClaimedKind`."""
+        claimed = {claim.kind for claim in self.claims} | ({"action"} if self.actions else set())
+        return tuple(kind for kind in get_args(ClaimedKind) if kind in claimed)
 
     @property
     def reason(self) -> str | None:
