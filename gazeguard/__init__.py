@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gazeguard.trace import GazeTrace
     from gazeguard.vision.grid import ImageGrid
 
-__version__ = version("gazeguard")
+__version__ = version("gazeguard-vlm")
 __all__ = [
     "CaptionFilter",
     "Detector",

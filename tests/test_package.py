@@ -102,7 +102,7 @@ def metadata_of(unpacked: Path) -> tuple[Path, Message]:
 
 def test_the_metadata_says_this_version_and_the_command(unpacked):
     info, metadata = metadata_of(unpacked)
-    assert (metadata["Name"], metadata["Version"]) == ("gazeguard", gazeguard.__version__)
+    assert (metadata["Name"], metadata["Version"]) == ("gazeguard-vlm", gazeguard.__version__)
     assert "gazeguard = gazeguard.cli:app" in (info / "entry_points.txt").read_text()
 
 
@@ -117,7 +117,7 @@ def test_the_licence_and_the_notices_travel_along(unpacked):
     assert all(part in licence for part in ("Version 2.0, January 2004", "END OF TERMS AND CONDITIONS", "limitations under"))
     notices = (REPO / "NOTICE").read_text()
     names = [re.match(r"[\w-]+", needed)[0] for needed in metadata.get_all("Requires-Dist")]
-    assert all(re.search(rf"^  {name} ", notices, re.M) for name in names if name != "gazeguard")
+    assert all(re.search(rf"^  {name} ", notices, re.M) for name in names if name != "gazeguard-vlm")
 
 
 def test_typing_and_extras_are_declared(unpacked):
@@ -125,7 +125,8 @@ def test_typing_and_extras_are_declared(unpacked):
     assert (unpacked / "gazeguard" / "py.typed").is_file()
     extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (everything,) = extras.pop("all")
-    assert set(extras) <= set(re.findall(r"\w+", everything)) - {"gazeguard"} == {"data", "ray", "scenes", "spacy"}
+    named = set(re.findall(r"\w+", everything.removeprefix("gazeguard-vlm")))
+    assert set(extras) == named == {"data", "evals", "ray", "scenes", "spacy"}
 
 
 def imported(folder: str) -> set[str]:

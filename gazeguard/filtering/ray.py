@@ -151,7 +151,7 @@ def _import_ray() -> ModuleType:
     try:
         import ray.data
     except ImportError as error:
-        raise InputError("Ray is not installed: pip install 'gazeguard[ray]'.") from error
+        raise InputError("Ray is not installed: pip install 'gazeguard-vlm[ray]'.") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)

@@ -392,7 +392,7 @@ def import_pyarrow() -> ModuleType:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError("Parquet needs pyarrow, which is not installed: pip install 'gazeguard[data]'.") from error
+        raise InputError("Parquet needs pyarrow, which is not installed: pip install 'gazeguard-vlm[data]'.") from error
     return pyarrow
 
 

