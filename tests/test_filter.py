@@ -20,7 +20,7 @@ from PIL import Image
 from gazeguard import __version__, lab
 from gazeguard.errors import InputError
 from gazeguard.filtering.batches import PREFETCHED, open_image
-from gazeguard.filtering.caption_filter import CaptionFilter, explain_failure
+from gazeguard.filtering.caption_filter import NO_CAPTION, CaptionFilter, explain_failure
 from gazeguard.filtering.columns import COLUMNS
 from gazeguard.filtering.ray import ArrowCaptionFilter
 from gazeguard.filtering.readers import FileSlice
@@ -43,10 +43,15 @@ def caption_filter(lab_vlm):
     return CaptionFilter(GazeGuard(*lab_vlm), batch_size=3)
 
 
+def writing(caption_filter: CaptionFilter, **options) -> CaptionFilter:
+    """The same filter, asked to write captions."""
+    return CaptionFilter(caption_filter.guard, batch_size=3, write_captions=True, **options)
+
+
 @pytest.fixture(scope="module")
 def captions(caption_filter):
     """Captions of the lab's own."""
-    return caption_filter({"image": IMAGES, "prompt": PROMPTS})["caption"]
+    return writing(caption_filter)({"image": IMAGES, "prompt": PROMPTS})["caption"]
 
 
 # ------------------------------------------------------------------------------------------------------------- rules
@@ -82,11 +87,35 @@ def test_the_same_batch_gives_the_same_columns(caption_filter, captions):
 def test_captions_that_are_missing_are_written_under_guard(caption_filter, captions):
     """What is written is what generate writes, greedily; the verdict is that of the live trace."""
     assert all(text.startswith(("There", "In panel")) for text in captions)
-    live = caption_filter({"image": IMAGES, "prompt": PROMPTS})
+    live = writing(caption_filter)({"image": IMAGES, "prompt": PROMPTS})
     replayed = caption_filter({"image": IMAGES, "prompt": PROMPTS, "caption": captions})
     assert live["gaze_verdict"] == replayed["gaze_verdict"]
-    short = CaptionFilter(caption_filter.guard, max_new_tokens=3)({"image": IMAGES[:1], "prompt": PROMPTS[:1]})
+    short = writing(caption_filter, max_new_tokens=3)({"image": IMAGES[:1], "prompt": PROMPTS[:1]})
     assert short["gaze_verdict"][0] == "unchecked"
+
+
+def test_captions_are_written_only_when_asked_and_never_over_a_rows_own(caption_filter, captions):
+    """Whatever row comes first: without the option a missing caption is a reason, with it the other captions stay."""
+    own = [None, captions[1], "", math.nan, 7, captions[5]]
+    batch = {"image": IMAGES, "caption": own, "prompt": PROMPTS}
+    checked, alone = caption_filter(batch), caption_filter({**batch, "caption": captions})
+    assert checked["caption"] is own
+    assert [checked["gaze_reason"][i] for i in (0, 2, 3, 4)] == [
+        NO_CAPTION, "the caption is empty", NO_CAPTION, "the caption is not text: int"
+    ]  # fmt: skip
+    written = writing(caption_filter)(batch)
+    assert written["caption"] == [captions[0], captions[1], captions[2], captions[3], 7, captions[5]]
+    for results, numbers in ((checked, (1, 5)), (written, (0, 1, 2, 3, 5))):
+        assert [results["gaze_verdict"][i] for i in numbers] == [alone["gaze_verdict"][i] for i in numbers]
+    assert written["gaze_verdict"][4] == "unchecked"
+    with pytest.raises(InputError, match=r"no column 'caption', only 'image'. Pass caption=NAME, or write_captions=True"):
+        caption_filter({"image": IMAGES})
+
+
+def test_nul_characters_are_never_judged(caption_filter):
+    results = caption_filter({"image": IMAGES[:1], "caption": ["A\0 \0r\0e\0d\0"]})
+    assert results["gaze_verdict"] == ["unchecked"]
+    assert results["gaze_reason"][0].startswith("the caption has NUL characters")
 
 
 def test_the_policy_says_what_is_let_through(caption_filter, captions):
@@ -150,6 +179,8 @@ def test_a_table_has_the_same_types_whatever_it_holds(caption_filter, captions):
     arrow = ArrowCaptionFilter(caption_filter.guard, batch_size=3)
     whole = pa.table({"image": [packed(image) for image in IMAGES], "caption": captions, "prompt": PROMPTS})
     results, none = arrow(whole), arrow(whole.slice(0, 0))
+    lacking = pa.table({**whole.to_pydict(), "caption": [None, *captions[1:]]})
+    assert ArrowCaptionFilter(caption_filter.guard, write_captions=True)(lacking)["caption"].to_pylist() == captions
     bad = arrow(pa.table({"image": [b"", b""], "caption": ["A star.", None], "prompt": [None, None]}))
     assert results.schema == none.schema
     assert [field.type for field in bad.schema if field.name in COLUMNS] == [
@@ -360,7 +391,7 @@ def test_numbers_that_are_not_finite_are_unchecked(lab_vlm, captions):
         with torch.no_grad():
             weight[0] = torch.nan
         results = caption_filter({"image": IMAGES, "caption": captions, "prompt": PROMPTS})
-        written = caption_filter({"image": IMAGES[:2], "prompt": PROMPTS[:2]})
+        written = writing(caption_filter)({"image": IMAGES[:2], "prompt": PROMPTS[:2]})
     finally:
         with torch.no_grad():
             weight.copy_(kept)
@@ -380,8 +411,8 @@ def test_pixels_that_do_not_reach_the_model_never_pass(caption_filter, captions,
         return results
 
     monkeypatch.setattr(type(processor), "apply_chat_template", without)
-    for batch in ({"image": IMAGES, "caption": captions, "prompt": PROMPTS}, {"image": IMAGES, "prompt": PROMPTS}):
-        results = caption_filter(batch)
+    batch = {"image": IMAGES, "caption": captions, "prompt": PROMPTS}
+    for results in (caption_filter(batch), writing(caption_filter)({"image": IMAGES, "prompt": PROMPTS})):
         assert results["gaze_verdict"] == ["unchecked"] * 6
         assert all("did not reach the model" in reason for reason in results["gaze_reason"])
 

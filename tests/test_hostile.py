@@ -462,7 +462,7 @@ def test_a_hostile_prompt_is_unchecked_and_costs_no_neighbour(watching, keep):
 
     asked_of_filter = {name: pair for name, pair in PROMPTS.items() if name != "no text"}  # there: the default one
     prompts = [prompt for prompt, _ in asked_of_filter.values()]
-    short = CaptionFilter(watching, batch_size=4, max_new_tokens=12)
+    short = CaptionFilter(watching, batch_size=4, max_new_tokens=12, write_captions=True)
     batch = {"image": [IMAGE] * (count - 1), "prompt": [*prompts, asked]}
     for made in (keep(batch | {"caption": [CAPTION] * (count - 1)}), short(batch)):
         assert made["gaze_verdict"][:-1] == ["unchecked"] * len(prompts)

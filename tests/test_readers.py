@@ -63,8 +63,6 @@ def test_lines_are_rows(tmp_path):
     assert one.fields == {"image": "x/y.png", "caption": "A star.", "id": 7}
     assert (two.caption, two.error) == (None, "")
     assert source.count() == 2
-    assert source.has_captions
-    assert not lines(tmp_path / "b.jsonl", b'{"image": "z.png"}').has_captions
 
 
 @pytest.mark.parametrize(
@@ -128,15 +126,9 @@ def test_a_folder_is_pictures_with_captions_beside_them(tmp_path):
         "", "", "the sidecar cannot be read: it is not UTF-8", "", "there is no image beside the caption"
     ]  # fmt: skip
     assert source.count() == 5
-    assert source.has_captions
     assert list(source.rows(3)) == rows[3:]
     (tmp_path / "c.txt").write_text("x" * 2**21, encoding="utf-8")
     assert "longer than" in list(open_source(tmp_path).rows())[3].error
-
-
-def test_a_folder_without_sidecars_has_no_captions(tmp_path):
-    (tmp_path / "a.png").write_bytes(PNG)
-    assert not open_source(tmp_path).has_captions
 
 
 # ----------------------------------------------------------------------------------------------------------- shards
@@ -261,7 +253,6 @@ def test_parquet_that_cannot_be_used_is_refused(tmp_path):
         open_source(tmp_path / "a.parquet")
     source = open_source(tmp_path / "a.parquet", image="photo")
     assert isinstance(source, ParquetTable)
-    assert not source.has_captions
     pq.write_table(pa.table({"photo": [1]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b.parquet has other columns than .*a.parquet"):
         open_source(tmp_path, image="photo")

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.errors import InputError, OutputError
-from gazeguard.filtering.caption_filter import CaptionFilter, ignore_rows
+from gazeguard.filtering.caption_filter import NO_CAPTION, CaptionFilter, ignore_rows
 from gazeguard.filtering.columns import COLUMNS
 from gazeguard.filtering.readers import open_source
 from gazeguard.filtering.run import filter_files
@@ -184,7 +184,8 @@ def test_captions_are_written_for_a_folder_without_any(caption_filter, tmp_path)
     (tmp_path / "in").mkdir()
     for i, sample in enumerate(lab.samples("test", 3, seed=7)):
         sample.image.save(tmp_path / f"in/{i}.png")
-    into(caption_filter, tmp_path / "in", tmp_path / "out", label_only=True)
+    writing = CaptionFilter(caption_filter.guard, batch_size=2, write_captions=True)
+    into(writing, tmp_path / "in", tmp_path / "out", label_only=True)
     lines = read_lines(tmp_path / "out/labelled.jsonl")
     assert [row["image"] for row in lines] == ["0.png", "1.png", "2.png"]
     for i, row in enumerate(lines):
@@ -204,7 +205,7 @@ def test_progress_is_shown_on_a_terminal_and_can_be_switched_off(caption_filter,
     def run_into(folder: Path) -> str:
         results = Results(folder, caption_filter.run_settings(source, empty_rows.parent, CHUNK, False))
         with results.open():
-            results.save(0, next(caption_filter.filter_chunks([list(source.rows())[:CHUNK]], True, ignore_rows)))
+            results.save(0, next(caption_filter.filter_chunks([list(source.rows())[:CHUNK]], ignore_rows)))
         filter_files(caption_filter, source, results, CHUNK, progress=True)
         text, _ = screen.getvalue(), screen.truncate(screen.seek(0))
         return text
@@ -430,6 +431,28 @@ def test_two_runs_do_not_write_into_one_folder(caption_filter, rows, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ the command
+
+
+def test_captions_are_not_written_because_the_first_row_has_none(rows, tmp_path):
+    """The rows' own texts stay in the output; the first line says what is done; --write-captions fills what is missing."""
+    lines = [json.loads(line) for line in rows.read_text().splitlines()[1:4]]
+    own = [None, *(line["caption"] for line in lines[1:])]
+    del lines[0]["caption"]
+    source = rows.parent / "first.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["filter", str(source), "--label-only", "--batch-size", "2"]
+    checked = run(app, [*arguments[:2], str(tmp_path / "out"), *arguments[2:]])
+    assert checked.exit_code == 0, checked.output
+    assert checked.stderr.splitlines()[0].startswith("note: captions are checked, none is written")
+    results = read_lines(tmp_path / "out/labelled.jsonl")
+    assert [row.get("caption") for row in results] == own
+    assert (results[0]["gaze_verdict"], results[0]["gaze_reason"]) == ("unchecked", NO_CAPTION)
+    written = run(app, [*arguments[:2], str(tmp_path / "written"), *arguments[2:], "--write-captions"])
+    assert written.stderr.splitlines()[0].startswith("note: captions are checked where rows have them, and written")
+    again = read_lines(tmp_path / "written/labelled.jsonl")
+    assert [row["caption"] for row in again[1:]] == own[1:]
+    assert again[0]["caption"]
+    assert [row["gaze_verdict"] for row in again[1:]] == [row["gaze_verdict"] for row in results[1:]]
 
 
 def test_the_command_prints_counts_and_reasons(rows, unbroken, tmp_path):

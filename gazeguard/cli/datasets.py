@@ -15,8 +15,8 @@ import typer
 from rich.markup import escape
 
 from gazeguard.cli.app import Outcome, app, command
-from gazeguard.cli.console import STOPPED, err, indented, one_line, out
-from gazeguard.cli.options import BatchOption, CaptionColumn, GuardOptions, ImageColumn, PromptOption
+from gazeguard.cli.console import STOPPED, err, indented, note, one_line, out
+from gazeguard.cli.options import BatchOption, CaptionColumn, GuardOptions, ImageColumn, PromptOption, WriteOption
 from gazeguard.errors import InputError
 from gazeguard.progress import status
 from gazeguard.prompts import DEFAULT_PROMPT
@@ -70,6 +70,7 @@ def filter_captions(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a caption that has to be written.")] = 256,
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
+    write_captions: WriteOption = False,
     ray: Annotated[
         bool, typer.Option("--ray", help="In Ray actors: of the cluster at RAY_ADDRESS, or on this machine.")
     ] = False,
@@ -80,15 +81,16 @@ def filter_captions(
 ) -> Outcome:
     """Sort many captions into kept, flagged and excluded (what could not be checked), each with its reason.
 
-    Where the input has no captions they are written first. The same command continues an interrupted run; every row is in the
-    results once, in the order of the input. summary.json counts the reasons.
+    The captions of the rows are checked; a row without one is excluded, or gets one with --write-captions. The same command
+    continues an interrupted run; every row is in the results once, in the order of the input. summary.json counts the reasons.
     """
     from gazeguard.filtering.readers import open_source
     from gazeguard.filtering.run import filter_files
     from gazeguard.filtering.writer import Results
 
     options = {"batch_size": batch_size, "workers": workers, "prompt": prompt, "max_new_tokens": max_new_tokens}
-    options |= {"image": image_column, "caption": caption_column}
+    options |= {"image": image_column, "caption": caption_column, "write_captions": write_captions}
+    _announce(write_captions)
     with _stoppable(), ExitStack() as stack:
         rows = open_source(source, image_column, caption_column)
         judge = stack.enter_context(_ray_pool(guarded, actors, options)) if ray else _local_filter(guarded, options)
@@ -99,6 +101,14 @@ def filter_captions(
     else:
         _show_summary(summary, folder)
     return Outcome(f"see them: gazeguard replay {shlex.quote(str(source))} PAGE.html --skip-passed{guarded.arguments()}")
+
+
+def _announce(write_captions: bool) -> None:
+    """Say first whether captions are checked alone or also written."""
+    if write_captions:
+        note("captions are checked where rows have them, and written for rows without one.")
+    else:
+        note("captions are checked, none is written; rows without one are excluded (--write-captions writes them).")
 
 
 def _local_filter(guarded: GuardOptions, options: dict[str, Any]) -> CaptionFilter:
@@ -137,10 +147,11 @@ def replay(
     batch_size: BatchOption = 16,
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
+    write_captions: WriteOption = False,
 ) -> Outcome:
     """Write one page that replays many captions token by token, with a list to search and to filter by verdict.
 
-    Captions that the input lacks are written first, as filter does.
+    A row without a caption is shown as not checked; with --write-captions it gets one, as filter does.
     """
     from gazeguard.filtering.readers import open_source
     from gazeguard.filtering.run import replay_entries, row_progress
@@ -149,7 +160,8 @@ def replay(
     if not html.parent.is_dir():  # before the work, not after it
         raise InputError(f"The folder of the page, {html.parent}, does not exist. Create it, or give another path.")
     rows = open_source(source, image_column, caption_column)
-    columns = {"image": image_column, "caption": caption_column}
+    columns = {"image": image_column, "caption": caption_column, "write_captions": write_captions}
+    _announce(write_captions)
     judge = _local_filter(guarded, {"batch_size": batch_size, "prompt": prompt, **columns})
     with row_progress("replaying", min(most, rows.count())) as advance:
         entries = islice(replay_entries(judge, rows, include_passed=not skip_passed), most)

@@ -12,6 +12,7 @@ the model) makes that row *unchecked*, with the reason; only a row whose image t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +35,7 @@ from gazeguard.vision.encoding import encode
 from gazeguard.vision.inputs import has_pixels
 
 MAX_REASON = 300  # characters of the model's own error in a reason
+NO_CAPTION = "there is no caption: add one, or have it written (--write-captions)"
 
 OnRows = Callable[[int], object]  # is told how many more rows are done
 
@@ -46,7 +48,8 @@ class CaptionFilter:
     """Judge batches of image-caption rows; with the same guard, policy and batches always with the same results.
 
     Call it with a mapping of columns. An image is a path, the bytes of a file, a PIL image, an array (height, width, 3) uint8,
-    or the mapping ``{"bytes", "path"}`` that Hugging Face datasets keep. Without a column of captions, captions are written.
+    or the mapping ``{"bytes", "path"}`` that Hugging Face datasets keep. Captions are written only with ``write_captions``, for
+    rows that have none; a row's own caption is never replaced.
 
     Args:
         guard: A `GazeGuard`; or leave it out and give ``model``.
@@ -61,6 +64,7 @@ class CaptionFilter:
         max_new_tokens: Of a caption that has to be written, greedily.
         image: Name of the column of images.
         caption: Name of the column of captions.
+        write_captions: Write the captions that rows lack, and judge them; by default such rows are *unchecked*.
         options: More for `GazeGuard.from_pretrained`, such as ``device_map``, ``heads`` and ``detector``.
 
     Raises:
@@ -82,6 +86,7 @@ class CaptionFilter:
         max_new_tokens: int = 256,
         image: str = "image",
         caption: str = "caption",
+        write_captions: bool = False,
         **options: Any,
     ) -> None:
         if batch_size < 1 or workers < 1 or max_new_tokens < 1:
@@ -98,6 +103,7 @@ class CaptionFilter:
             raise InputError("A guard has its own model, artifacts and policy. Pass the guard alone, or model=... without it.")
         self.guard, self.batch_size, self.workers, self.prompt = guard, batch_size, workers, prompt
         self.max_new_tokens, self.image, self.caption = max_new_tokens, image, caption
+        self.write_captions = write_captions
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Judge a batch.
@@ -106,21 +112,28 @@ class CaptionFilter:
             batch: Columns by name: images, and perhaps captions and ``prompt``; others are passed on.
 
         Returns:
-            The same columns, the captions that were written if there were none, and the result columns: ``gaze_verdict``,
+            The same columns, the captions with those that were written, and the result columns: ``gaze_verdict``,
             ``gaze_reason``, ``gaze_risk``, ``gaze_phrases``, ``gaze_caption``, ``gaze_policy`` and ``gaze_version``, as
             `gazeguard.filtering.columns.report_columns` describes them. Columns of the same names are replaced.
 
         Raises:
-            InputError: There is no column of images, or columns are not of one length. Nothing else raises.
+            InputError: There is no column of images; there is none of captions, and they are not to be written; or columns are
+                not of one length. Nothing else raises.
         """
         if self.image not in batch:
             raise InputError(f"The batch has no column {self.image!r}, only {', '.join(map(repr, batch))}. Pass image=NAME.")
+        if self.caption not in batch and not self.write_captions:
+            names = ", ".join(map(repr, batch))
+            raise InputError(
+                f"The batch has no column {self.caption!r}, only {names}. Pass caption=NAME, or write_captions=True to "
+                "have captions written."
+            )
         images = list(batch[self.image])
         captions, prompts = (list(batch[name]) if name in batch else None for name in (self.caption, "prompt"))
         if any(column is not None and len(column) != len(images) for column in (captions, prompts)):
             raise InputError("The columns of the batch are not of one length. Pass one caption and one prompt per image.")
         results = self.judge(images, captions, prompts)
-        added = COLUMNS if captions is not None else (self.caption, *COLUMNS)
+        added = (self.caption, *COLUMNS) if self.write_captions else COLUMNS
         return {**batch, **{name: [row[name] for row in results] for name in added}}
 
     def judge(
@@ -130,11 +143,12 @@ class CaptionFilter:
         prompts: Sequence[Any] | None = None,
         on_rows: OnRows = ignore_rows,
     ) -> list[dict[str, Any]]:
-        """Return what a call adds to each row; ``captions`` None: they are written."""
+        """Return what a call adds to each row; ``captions`` None: there are none."""
         results: dict[int, dict[str, Any]] = {}
         for number, report in self.iter_reports(images, captions, prompts):
-            written = {self.caption: report.caption} if captions is None else {}
-            results[number] = written | report_columns(report)  # without the trace, which is large
+            own = None if captions is None else captions[number]
+            # without the trace, which is large
+            results[number] = self._caption_column(own, report.caption) | report_columns(report)
             on_rows(1)
         return [results[number] for number in range(len(images))]
 
@@ -149,45 +163,50 @@ class CaptionFilter:
         self, images: Sequence[Any], captions: Sequence[Any] | None, prompts: Sequence[Any] | None = None
     ) -> Iterator[tuple[int, Report]]:
         """Iterate over the number of each row and the report on it, as the batches are judged, not in the order of the rows."""
-        rows: list[PendingRow] = []
+        to_check: list[PendingRow] = []
+        to_write: list[PendingRow] = []
         for number, image in enumerate(images):
             caption = None if captions is None else captions[number]
             prompt = None if prompts is None else prompts[number]
-            if captions is None or (isinstance(caption, str) and caption.strip()):
-                rows.append(PendingRow(number, image, caption, self.prompt if prompt is None else str(prompt)))
-            elif isinstance(caption, str):
-                yield number, self.guard.unchecked(caption, "the caption is empty")
+            prompt = self.prompt if prompt is None else str(prompt)
+            if lacks_caption(caption) and self.write_captions:
+                to_write.append(PendingRow(number, image, None, prompt))
+            elif reason := unusable_caption(caption):
+                yield number, self.guard.unchecked(caption if isinstance(caption, str) else "", reason)
             else:
-                yield number, self.guard.unchecked("", "there is no caption")
-        rows.sort(key=lambda row: len(row.caption or ""))  # stable: the order depends on nothing else
-        groups = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+                to_check.append(PendingRow(number, image, caption, prompt))
+        to_check.sort(key=lambda row: len(row.caption or ""))  # stable: the order depends on nothing else
+        size = self.batch_size
+        groups = [rows[start : start + size] for rows in (to_write, to_check) for start in range(0, len(rows), size)]
         for batch in prefetch(groups, self._prepare, self.workers):
             for row, reason in batch.refused:
                 yield row.number, self.guard.unchecked(row.caption or "", reason)
             for row, report in zip(batch.rows, self._judge_rows(batch.rows, batch.prepared), strict=True):
                 yield row.number, report
 
-    def filter_rows(self, rows: Sequence[Row], has_captions: bool, on_rows: OnRows = ignore_rows) -> list[dict[str, Any]]:
+    def filter_rows(self, rows: Sequence[Row], on_rows: OnRows = ignore_rows) -> list[dict[str, Any]]:
         """Return the results of rows of a dataset: the fields of each, and what `judge` says of it."""
         good = [row for row in rows if not row.error]
-        captions = [row.caption for row in good] if has_captions else None
-        judged = iter(self.judge([row.image for row in good], captions, [row.prompt for row in good], on_rows))
+        columns = [[getattr(row, name) for row in good] for name in ("image", "caption", "prompt")]
+        judged = iter(self.judge(*columns, on_rows))
         results = []
         for row in rows:
             if row.error:
                 on_rows(1)
                 report = self.guard.unchecked(row.caption if isinstance(row.caption, str) else "", row.error)
-                result = ({} if has_captions else {self.caption: ""}) | report_columns(report)
+                result = self._caption_column(row.caption, "") | report_columns(report)
             else:
                 result = next(judged)
             results.append({**row.fields, **result})
         return results
 
-    def filter_chunks(
-        self, chunks: Iterable[Sequence[Row]], has_captions: bool, on_rows: OnRows
-    ) -> Iterator[list[dict[str, Any]]]:
+    def filter_chunks(self, chunks: Iterable[Sequence[Row]], on_rows: OnRows) -> Iterator[list[dict[str, Any]]]:
         """Iterate over the results of `filter_rows` for each chunk of rows."""
-        return (self.filter_rows(chunk, has_captions, on_rows) for chunk in chunks)
+        return (self.filter_rows(chunk, on_rows) for chunk in chunks)
+
+    def _caption_column(self, own: Any, written: str) -> dict[str, Any]:
+        """The caption of a row where captions are written: its own, or the one that was written because it has none."""
+        return {self.caption: written if lacks_caption(own) else own} if self.write_captions else {}
 
     def run_settings(self, source: Source, root: str | Path, chunk: int, label_only: bool) -> dict[str, str]:
         """Return all that results depend on, by name: an interrupted run goes on only where all of it is the same."""
@@ -199,7 +218,7 @@ class CaptionFilter:
             "detector": "none" if guard.detector is None else _digest(guard.detector.model_dump_json()),
             "policy": guard.policy.model_dump_json(),
             "prompt": self.prompt,
-            "task": f"check with {self.caption}" if source.has_captions else f"write at most {self.max_new_tokens} tokens",
+            "task": f"check {self.caption}; {self._writing()}",
             "image column": self.image,
             "batch size": self.batch_size,
             "chunk": chunk,
@@ -210,6 +229,9 @@ class CaptionFilter:
             "transformers": transformers.__version__,
         }
         return {name: str(value) for name, value in settings.items()}
+
+    def _writing(self) -> str:
+        return f"write missing ones, at most {self.max_new_tokens} tokens" if self.write_captions else "write none"
 
     def _prepare(self, rows: Sequence[PendingRow]) -> Prepared:
         return self.guard.prepare(
@@ -247,6 +269,22 @@ class CaptionFilter:
             picture_sizes=[[image.size] for image in images],
         )
         return guard.reports
+
+
+def lacks_caption(caption: Any) -> bool:
+    """Return whether a row has no caption of its own: None, NaN (None in pandas), or nothing but blanks."""
+    return caption is None or (isinstance(caption, float) and math.isnan(caption)) or not str(caption).strip()
+
+
+def unusable_caption(caption: Any) -> str:
+    """Return why a caption cannot be judged, before any model; empty for one that can."""
+    if not isinstance(caption, str):
+        return NO_CAPTION if lacks_caption(caption) else f"the caption is not text: {type(caption).__name__}"
+    if not caption.strip():
+        return "the caption is empty"
+    if "\0" in caption:
+        return "the caption has NUL characters, as text read in a wrong encoding has: --encoding"
+    return ""
 
 
 def explain_failure(error: Exception) -> str:

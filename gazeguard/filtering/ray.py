@@ -28,7 +28,8 @@ class ArrowCaptionFilter(CaptionFilter):
         """Judge a ``pyarrow.Table``; the returned one has its columns, and behind them those of `CaptionFilter.__call__`."""
         columns = {name: batch[name].to_pylist() for name in (self.image, self.caption, "prompt") if name in batch.column_names}
         results = super().__call__(columns)
-        return append_columns(batch, {name: values for name, values in results.items() if name not in columns})
+        replaced = {self.caption} if self.write_captions else set()
+        return append_columns(batch, {name: values for name, values in results.items() if name not in {*columns} - replaced})
 
 
 def ray_filter(dataset: Any, model: str | Path, actors: int = 1, rows: int = 256, gpus: float = 0, **options: Any) -> Any:
@@ -114,9 +115,7 @@ class RayActorPool:
         """Return `CaptionFilter.run_settings` of the first actor."""
         return self._get(self.actors[0].run_settings.remote(source, Path(root).resolve(), chunk, label_only))
 
-    def filter_chunks(
-        self, chunks: Iterable[Sequence[Row]], has_captions: bool, on_rows: OnRows
-    ) -> Iterator[list[dict[str, Any]]]:
+    def filter_chunks(self, chunks: Iterable[Sequence[Row]], on_rows: OnRows) -> Iterator[list[dict[str, Any]]]:
         """Iterate over `CaptionFilter.filter_rows` for every chunk, in their order; at most `QUEUED` wait at every actor."""
         waiting: deque[Any] = deque()
 
@@ -126,7 +125,7 @@ class RayActorPool:
             return rows
 
         for chunk, actor in zip(chunks, cycle(self.actors), strict=False):
-            waiting.append(actor.filter_rows.remote(chunk, has_captions))
+            waiting.append(actor.filter_rows.remote(chunk))
             if len(waiting) >= QUEUED * len(self.actors):
                 yield next_result()
         while waiting:

@@ -76,11 +76,6 @@ class JsonLines:
     image: str = "image"
     caption: str = "caption"
 
-    @cached_property
-    def has_captions(self) -> bool:
-        """Whether there are captions: the first good row decides."""
-        return next((self.caption in row.fields for row in self.rows() if not row.error), True)
-
     def files(self) -> list[Path]:
         """Return the files that make up the dataset."""
         return [self.path]
@@ -141,11 +136,6 @@ class ImageFolder:
         orphans = [(stem, None) for stem in captions if stem not in stems]
         return sorted([*images, *orphans], key=lambda row: (row[0], row[1] or ""))
 
-    @cached_property
-    def has_captions(self) -> bool:
-        """Whether any image has a caption beside it."""
-        return any(suffix is None or (self.path / f"{stem}.txt").is_file() for stem, suffix in self._names)
-
     def files(self) -> list[Path]:
         """Return the files that make up the dataset."""
         paths = (self.path / f"{stem}{end}" for stem, suffix in self._names for end in (suffix, ".txt") if end)
@@ -180,11 +170,6 @@ class WebDataset:
     """
 
     paths: tuple[Path, ...]
-
-    @cached_property
-    def has_captions(self) -> bool:
-        """Whether the first good sample has a caption."""
-        return next(("caption" in row.fields for row in self.rows() if not row.error), True)
 
     def files(self) -> list[Path]:
         """Return the files that make up the dataset."""
@@ -274,11 +259,6 @@ class ParquetTable:
         for path in self.paths[1:]:
             if not self._open(path).schema_arrow.equals(schema):
                 raise InputError(f"{path} has other columns than {self.paths[0]}. Filter the two one after the other.")
-
-    @property
-    def has_captions(self) -> bool:
-        """Whether there is a column of captions."""
-        return self.caption in self._open(self.paths[0]).schema_arrow.names
 
     def files(self) -> list[Path]:
         """Return the files that make up the dataset."""

@@ -57,7 +57,7 @@ def filter_files(
                     on_rows(rows)
 
                 chunks = _chunks(source.rows(first * chunk), chunk)
-                for number, rows in enumerate(caption_filter.filter_chunks(chunks, source.has_captions, count), first):
+                for number, rows in enumerate(caption_filter.filter_chunks(chunks, count), first):
                     results.save(number, rows)
         return results.finish(source)
 
@@ -73,8 +73,8 @@ def replay_entries(caption_filter: CaptionFilter, source: Source, include_passed
     numbered = enumerate(source.rows(), 1)
     while rows := list(islice(numbered, caption_filter.batch_size * PREFETCHED)):
         good = [row for _, row in rows if not row.error]
-        captions = [row.caption for row in good] if source.has_captions else None
-        reports = iter(caption_filter.reports([row.image for row in good], captions, [row.prompt for row in good]))
+        columns = [[getattr(row, name) for row in good] for name in ("image", "caption", "prompt")]
+        reports = iter(caption_filter.reports(*columns))
         for number, row in rows:
             caption = row.caption if isinstance(row.caption, str) else ""
             report = caption_filter.guard.unchecked(caption, row.error) if row.error else next(reports)
