@@ -140,7 +140,9 @@ def yes_probability(guard: GazeGuard, images: Sequence[str], names: Sequence[str
         For each image the probability of yes against no.
     """
     questions = [_question(name.lower()) for name in names]
-    inputs = encode(guard.model, guard.processor, [load_image(image) for image in images], questions).inputs
+    inputs = encode(
+        guard.model, guard.processor, [load_image(image, guard.tracer.background) for image in images], questions
+    ).inputs
     logits = guard.model(**model_inputs(guard.model, inputs), use_cache=False).logits[:, -1]
     return AnswerTokens.from_tokenizer(guard.processor.tokenizer).log_odds(logits).sigmoid().tolist()
 
@@ -241,7 +243,7 @@ def _answers(guard: GazeGuard, examples: Sequence[_Example]) -> NDArray[np.float
             of_caption.setdefault(id(example.source), []).append(i)
     for indices in track(of_caption.values(), "self-verification"):
         row, phrases = examples[indices[0]].source, [examples[i].claim.phrase for i in indices]
-        image = load_image(row.image)
+        image = load_image(row.image, guard.tracer.background)
         log_odds = ask_about(guard.model, guard.processor, [image], [row.prompt], [0] * len(phrases), phrases)
         answers[indices] = log_odds.cpu().numpy()
     return answers

@@ -62,7 +62,7 @@ from gazeguard.vision.batch_grids import one_image_per_row
 from gazeguard.vision.encoding import check_processor, encode
 from gazeguard.vision.grid import ImageGrid
 from gazeguard.vision.image_tokens import image_token_id
-from gazeguard.vision.images import load_image
+from gazeguard.vision.images import BACKGROUND, load_image
 
 
 class GazeGuard:
@@ -99,6 +99,7 @@ class GazeGuard:
         nlp: Parser | None = None,
         artifacts: str | Path | None = None,
         nouns: Iterable[str] = (),
+        background: str = BACKGROUND,
     ) -> None:
         """Join a loaded model with its artifacts.
 
@@ -111,6 +112,7 @@ class GazeGuard:
             nlp: A spaCy pipeline for the classes of a caption's words, in place of the package's own tagger.
             artifacts: Folder or hub id with ``heads.json`` and ``detector.json``; by default the model's own folder.
             nouns: Nouns that are objects although the parser takes them for abstract ("radiation").
+            background: The colour on which transparent images are composed.
 
         Raises:
             InputError: An argument is not of its kind, or there are no gaze heads.
@@ -124,7 +126,7 @@ class GazeGuard:
         _check_fit(model, gaze_heads, judging, rules)
         self.verification = SelfVerification.for_model(model, processor) if rules.verify is not None else None
         lens = judging is None or judging.uses("attended_logprob", "internal_confidence")
-        self.tracer = Tracer(model, processor, gaze_heads, grid, lens)
+        self.tracer = Tracer(model, processor, gaze_heads, grid, lens, background=background)
         self.judge = Judge(judging, rules, gaze_heads.model, nlp, frozenset(nouns))
         self.reports: list[Report] = []
 
@@ -147,7 +149,7 @@ class GazeGuard:
             device: Where the model goes; "auto" takes the GPU if there is one.
             dtype: Of the weights; "auto" takes the checkpoint's.
             device_map: transformers' distribution over several devices, in place of `device`.
-            **options: Of the constructor: ``policy``, ``heads``, ``detector``, ``grid``, ``nlp``, ``nouns``.
+            **options: Of the constructor: ``policy``, ``heads``, ``detector``, ``grid``, ``nlp``, ``background``, ``nouns``.
         """
         return cls(*load(model, device=device, dtype=dtype, device_map=device_map), artifacts=artifacts, **options)
 
@@ -231,7 +233,7 @@ class GazeGuard:
 
     def caption(self, image: Any, prompt: str = DEFAULT_PROMPT, **arguments: Any) -> Report:
         """Generate and watch one caption of an image (a path or a PIL image); ``arguments`` go to `generate`."""
-        loaded = load_image(image)
+        loaded = load_image(image, self.tracer.background)
         inputs = encode(self.model, self.processor, [loaded], [prompt]).inputs
         self.generate(**inputs, **{"max_new_tokens": 256, "picture_sizes": [[loaded.size]], **arguments})
         return self.reports[0]
@@ -247,12 +249,10 @@ class GazeGuard:
         prompt: bool = True,
         image: int = 0,
     ) -> Iterator[GazeGuard]:
-        """Inside, attention of the gaze heads is steered to targets, in whatever this guard generates or checks.
+        """Inside, attention of the gaze heads is steered in what this guard does; arguments as of `SteeringTarget`.
 
         with guard.steer({0: left, 20: right}):  # two boxes, the other one from the 20th new token on
             guard.caption(image, "Describe a panel.")
-
-        The arguments are those of `SteeringTarget`.
         """
         with self.tracer.steer(SteeringTarget(targets, strength, mode, prompt, image)):
             yield self
@@ -277,7 +277,7 @@ class GazeGuard:
         Raises:
             InputError: The report has no trace of a caption that names objects.
         """
-        return _missed_objects(self, load_image(image), report, regions, prompt)
+        return _missed_objects(self, load_image(image, self.tracer.background), report, regions, prompt)
 
     # -------------------------------------------------------------------------------------------------------- check
 

@@ -34,7 +34,7 @@ from gazeguard.trace import GazeTrace
 from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.encoding import EncodedBatch, check_prompt, encode
 from gazeguard.vision.grid import ImageGrid
-from gazeguard.vision.images import load_image
+from gazeguard.vision.images import BACKGROUND, background_colour, load_image
 from gazeguard.vision.inputs import context_length, has_pixels, model_inputs
 from gazeguard.vision.text import check_text, decode
 
@@ -101,6 +101,7 @@ class Tracer:
         grid: Where the image tokens of every prompt lie, for a model whose layout no rule of `gazeguard.vision` knows.
         lens: Whether the logit lens on image tokens is read; it costs time, and the fields that need it are NaN without.
         steering: Where the gaze heads are made to attend, if anywhere.
+        background: The colour on which transparent images are composed: see `load_image`.
     """
 
     model: PreTrainedModel
@@ -109,9 +110,11 @@ class Tracer:
     grid: ImageGrid | None = None
     lens: bool = True
     steering: SteeringTarget | None = None
+    background: str = BACKGROUND
 
     def __post_init__(self) -> None:
         """Make the recorder; raises `UnsupportedError` for a model that cannot be recorded."""
+        background_colour(self.background)
         self.recorder = AttentionRecorder(self.model, self.heads.heads)
 
     # ---------------------------------------------------------------------------------------------------- recording
@@ -234,7 +237,7 @@ class Tracer:
                 if not caption.strip():
                     raise InputError("the caption is empty")
                 check_prompt(self.processor, prompts[i])
-                loaded[i] = load_image(image)
+                loaded[i] = load_image(image, self.background)
             except InputError as error:
                 unchecked[i] = caption if isinstance(caption, str) else "", str(error)
         rest = self._encode(list(loaded), loaded, captions, prompts)

@@ -435,7 +435,7 @@ def test_no_more_images_are_opened_than_are_needed_soon(caption_filter, monkeypa
         opened[0] -= rows
         return [caption_filter.guard.unchecked("A star.", "not judged")] * rows
 
-    def count(source):
+    def count(source, background):
         opened[0] += 1
         return Image.new("RGB", (4, 4))
 

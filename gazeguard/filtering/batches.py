@@ -18,7 +18,7 @@ from PIL import Image
 from gazeguard.errors import InputError
 from gazeguard.filtering.readers import FileSlice, describe_error
 from gazeguard.tracing import Prepared
-from gazeguard.vision.images import load_image
+from gazeguard.vision.images import BACKGROUND, load_image
 
 PREFETCHED = 2  # batches that are made ready while the model works on another one
 
@@ -55,7 +55,10 @@ class Batch(NamedTuple):
 
 
 def prefetch(
-    groups: Sequence[Sequence[PendingRow]], prepare: Callable[[Sequence[PendingRow]], Prepared], workers: int
+    groups: Sequence[Sequence[PendingRow]],
+    prepare: Callable[[Sequence[PendingRow]], Prepared],
+    workers: int,
+    background: str = BACKGROUND,
 ) -> Iterator[Batch]:
     """Make batches ready ahead of the model.
 
@@ -63,6 +66,7 @@ def prefetch(
         groups: The rows of each batch.
         prepare: Encodes rows whose images are open.
         workers: Threads that open images; one more encodes.
+        background: The colour on which transparent images are composed.
 
     Yields:
         The batches in their order, while at most `PREFETCHED` others wait.
@@ -81,7 +85,7 @@ def prefetch(
     try:
         waiting: deque[Future[Batch]] = deque()
         for group in groups:
-            images = [openers.submit(open_image, row.image) for row in group]
+            images = [openers.submit(open_image, row.image, background) for row in group]
             waiting.append(encoder.submit(make_ready, group, images))
             if len(waiting) > PREFETCHED:
                 yield waiting.popleft().result()
@@ -92,12 +96,13 @@ def prefetch(
             threads.shutdown(cancel_futures=True)
 
 
-def open_image(source: Any) -> Image.Image | str:
+def open_image(source: Any, background: str = BACKGROUND) -> Image.Image | str:
     """Open the image of a row.
 
     Args:
         source: A path, the bytes of a file, a `FileSlice`, a PIL image, an array (height, width, 3) uint8, or the mapping
             ``{"bytes", "path"}`` that Hugging Face datasets keep.
+        background: The colour on which transparent images are composed.
 
     Returns:
         The image, upright RGB; or the reason why there is none, in one line that does not depend on the path.
@@ -112,7 +117,7 @@ def open_image(source: Any) -> Image.Image | str:
             source = Image.fromarray(source)
         if source is None or (isinstance(source, float) and math.isnan(source)):  # None in pandas
             return "there is no image"
-        return load_image(source)
+        return load_image(source, background)
     except InputError as error:
         return re.sub(r"the given \w+", "the image", str(error).replace(name, "the image"))
     except Exception as error:  # of arrays that are no images, and of storage

@@ -178,7 +178,7 @@ class CaptionFilter:
         to_check.sort(key=lambda row: len(row.caption or ""))  # stable: the order depends on nothing else
         size = self.batch_size
         groups = [rows[start : start + size] for rows in (to_write, to_check) for start in range(0, len(rows), size)]
-        for batch in prefetch(groups, self._prepare, self.workers):
+        for batch in prefetch(groups, self._prepare, self.workers, self.guard.tracer.background):
             for row, reason in batch.refused:
                 yield row.number, self.guard.unchecked(row.caption or "", reason)
             for row, report in zip(batch.rows, self._judge_rows(batch.rows, batch.prepared), strict=True):
@@ -220,6 +220,7 @@ class CaptionFilter:
             "prompt": self.prompt,
             "task": f"check {self.caption}; {self._writing()}",
             "image column": self.image,
+            "background": guard.tracer.background,
             "batch size": self.batch_size,
             "chunk": chunk,
             "label-only": label_only,

@@ -79,7 +79,7 @@ def replay_entries(caption_filter: CaptionFilter, source: Source, include_passed
             caption = row.caption if isinstance(row.caption, str) else ""
             report = caption_filter.guard.unchecked(caption, row.error) if row.error else next(reports)
             if include_passed or report.verdict != "pass":
-                image = open_image(row.image)
+                image = open_image(row.image, caption_filter.guard.tracer.background)
                 name = row.fields.get(caption_filter.image) or row.fields.get("key") or f"row {number}"
                 yield Entry(str(name), image if isinstance(image, Image.Image) else None, report)
 

@@ -108,7 +108,7 @@ class GazeGuarded(lmms):
             visuals = to_visual(self.task_dict[task][split][number])
             if len(visuals) != 1:
                 raise InputError(f"Item {number} of {task} has {len(visuals)} images; GazeGuard answers to one.")
-            images.append(load_image(visuals[0]))
+            images.append(load_image(visuals[0], self.guard.tracer.background))
             questions.append(question.replace("<image>", "").strip())
         inputs = encode(self.guard.model, self.guard.processor, images, questions).inputs
         chosen = {name: options[name] for name in GENERATION_OPTIONS if name in options}

@@ -18,6 +18,7 @@ from gazeguard.claims.parse import Claim
 from gazeguard.report import Finding, Report, located_tokens
 from gazeguard.trace import GazeTrace
 from gazeguard.vision.geometry import Box
+from gazeguard.vision.images import load_image
 
 MAX_COLOURS = 4096  # of a drawing; an image of more is taken for a photograph, for which JPEG is smaller
 JPEG_QUALITY = 85
@@ -142,7 +143,7 @@ def _number(value: Any) -> float | None:
 
 def _data_url(image: Image.Image, edge: int) -> str:
     """The image in a data: URL, at most ``edge`` pixels long; its metadata stays behind."""
-    small = image.convert("RGB")
+    small = load_image(image)
     small.thumbnail((edge, edge))  # never enlarges
     small.info.clear()
     kind = "PNG" if small.getcolors(MAX_COLOURS) else "JPEG"

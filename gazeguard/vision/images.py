@@ -10,38 +10,42 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from gazeguard.errors import InputError
 
 MAX_IMAGE_BYTES = 64 * 2**20
 # What Pillow may read: images alone. For others it would start programs (EPS: Ghostscript).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+BACKGROUND = "white"  # what shows through transparency, as in viewers, browsers and inference engines
 NAMELESS = "the given image"  # what a message calls bytes or a PIL image
 OPEN_LOCK = threading.Lock()  # warnings.catch_warnings changes what all threads see
 
 
-def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def load_image(source: str | Path | bytes | Image.Image, background: str = BACKGROUND) -> Image.Image:
     """Load an image, upright and in RGB.
 
-    Of an animation it is the first frame; sixteen bits become eight; transparency is dropped, and the colour beneath it shows.
+    Of an animation it is the first frame; sixteen bits become eight; what is transparent lies on a background, so that colours
+    that a viewer never shows do not reach the model.
 
     Args:
         source: The path of a file of one of `FORMATS`, its content, or a PIL image.
+        background: A colour as Pillow names it (``"white"``, ``"#808080"``), on which transparent images are composed.
 
     Raises:
-        InputError: The source is none of these, or is damaged or too large.
+        InputError: The source is none of these, or is damaged or too large; or the background is no colour.
     """
+    colour = background_colour(background)
     if not isinstance(source, (str, Path, bytes, Image.Image)):
         raise InputError(f"Expected one image (a path, bytes or a PIL image), not {type(source).__name__}.")
     name = str(source) if isinstance(source, (str, Path)) else NAMELESS
     try:
         if isinstance(source, Image.Image):
-            return _upright_rgb(source, name)
+            return _upright_rgb(source, name, colour)
         if not isinstance(source, bytes):
             _check_file(Path(source), name)
         with _opened(source) as image:
-            return _upright_rgb(image, name)
+            return _upright_rgb(image, name, colour)
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not an image that Pillow can read. Give a PNG, JPEG or WebP file.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -53,6 +57,14 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
             raise InputError(f"{name} cannot be opened: {reason}. Give the path of an image.") from error
         # Pillow's many readers raise almost anything for a damaged file.
         raise InputError(f"{name} is damaged: {error}. Save the image again, or leave it out.") from error
+
+
+def background_colour(background: str) -> tuple[int, int, int]:
+    """Red, green and blue of a background; raises `InputError` for what is no colour."""
+    try:
+        return ImageColor.getrgb(background)[:3]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"Unknown background {background!r:.40}; expected a colour such as 'white' or '#808080'.") from error
 
 
 def _check_file(path: Path, name: str) -> None:
@@ -73,7 +85,7 @@ def _opened(source: str | Path | bytes) -> Image.Image:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> Image.Image:
     if not (image.width and image.height):
         raise InputError(f"{name} is {image.width} x {image.height} pixels: there is nothing in it. Leave it out.")
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # a PIL image may be of a file not unpacked yet
@@ -83,7 +95,18 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise InputError(f"{name} holds numbers of 32 bits, and nothing says which is white. Save it with 8 or 16 bits.")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits at 255: a white page
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:  # Pillow wants it so
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+        image = _eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)  # colours multiplied by alpha are divided again
+    layer = image.convert(straight).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of sixteen bits of grey in eight, with its transparent value, if a PNG names one, as transparency."""
+    values, clear = np.asarray(image), image.info.get("transparency")
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
