@@ -144,7 +144,8 @@ def yes_probability(guard: GazeGuard, images: Sequence[str], names: Sequence[str
         guard.model, guard.processor, [load_image(image, guard.tracer.background) for image in images], questions
     ).inputs
     logits = guard.model(**model_inputs(guard.model, inputs), use_cache=False).logits[:, -1]
-    return AnswerTokens.from_tokenizer(guard.processor.tokenizer).log_odds(logits).sigmoid().tolist()
+    tokens = AnswerTokens.from_tokenizer(guard.processor.tokenizer)._replace(min_mass=0)  # a baseline takes any answer
+    return tokens.log_odds(logits).sigmoid().tolist()
 
 
 def _question(name: str) -> str:

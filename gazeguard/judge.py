@@ -7,6 +7,7 @@ come from `gazeguard.tracing`, and the model's own answers of a self-verificatio
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from gazeguard import __version__
 from gazeguard.claims.parse import JUDGED, Caption, Claim, Parser, may_end_thing, parse
 from gazeguard.claims.phrases import Phrase
 from gazeguard.claims.removal import without
+from gazeguard.claims.repetition import find_repetition
 from gazeguard.detection import features
 from gazeguard.detection.calibration import logistic
 from gazeguard.policy import Policy
@@ -27,6 +29,8 @@ from gazeguard.trace import SEGMENTS, GazeTrace
 if TYPE_CHECKING:  # at run time it would bring torch along
     from gazeguard.detection.detector import Detector
 
+MAX_NAMED = 10  # doubtful claims in a reason
+MIN_ANSWER_EFFECT = 0.1  # nats of the risk's log-odds; an answer that moves it less is no reason
 MIN_IMAGE_MASS = 0.01  # attention mass; gaze heads that never reach it wrote the caption without the image
 _LAST_WORD = re.compile(r"[^\W_][\w'-]*$")
 _NOT_ASKED = "location"  # the kind of claim: a yes/no question about an object says nothing about its location
@@ -43,6 +47,8 @@ class Assessment:
         reason: Why it could not be assessed; "" if it could, and only then there are claims.
         caption: The parsed caption.
         not_judged: Kinds of claims that the caption makes and the detector does not know.
+        degenerate: What the caption repeats in a loop, in words; "" if nothing. Then each distinct claim is judged once, where
+            it stands first.
         claims: The claims that the detector judges.
         values: (claims, F) their features.
         risks: (claims,) the probability that each is false.
@@ -52,6 +58,7 @@ class Assessment:
     reason: str = ""
     caption: Caption | None = None
     not_judged: tuple[str, ...] = ()
+    degenerate: str = ""
     claims: Sequence[Claim] = ()
     values: F64 | None = None
     risks: F64 | None = None
@@ -110,10 +117,13 @@ class Judge:
             return Assessment(trace, "the detector knows none of the kinds of claims in the caption", caption, not_judged)
         if reason := _uncovered(trace, claims):
             return Assessment(trace, reason, caption, not_judged)
+        degenerate = ""
+        if loop := find_repetition(trace.text):
+            claims, degenerate = _distinct(claims), f"degenerate text: {loop}"
         values, kinds = features.features(trace, claims), [claim.kind for claim in claims]
         if reason := self._not_finite(trace, values, kinds):
             return Assessment(trace, reason, caption, not_judged)
-        return Assessment(trace, "", caption, not_judged, claims, values, self.detector.risk(values, kinds))
+        return Assessment(trace, "", caption, not_judged, degenerate, claims, values, self.detector.risk(values, kinds))
 
     def questions(self, assessment: Assessment) -> tuple[Phrase, ...]:
         """The phrases that the model is to be asked about under a policy that verifies, each once: those of doubtful claims."""
@@ -145,21 +155,11 @@ class Judge:
             return self.unchecked(trace.text, "the detector gave no finite risk", trace)
         flags = self._flags(claims, risks)
         findings = self._findings(assessment, risks, flags, log_odds)
-        verdict, reason = Verdict.PASS, ""
-        if any(flags):
-            doubtful = [str(claim) for claim, flag in zip(claims, flags, strict=True) if flag]
-            verdict, reason = Verdict.FLAG, f"not supported by the image: {', '.join(doubtful)}"
-        elif not trace.finished:
-            verdict, reason = Verdict.UNCHECKED, "the caption was cut off by the length limit"
-        elif refused := assessment.caption.reading.refused:
-            verdict, reason = Verdict.UNCHECKED, f"a sentence cannot be read: {refused[0][2]}"
-        elif missing := [kind for kind in assessment.not_judged if kind in self.policy.require]:
-            known = ", ".join(f"{kind}s" for kind in self.detector.kinds)
-            verdict = Verdict.UNCHECKED
-            reason = f"{' and '.join(f'{kind}s' for kind in missing)} not judged: the detector knows only {known}"
+        doubtful = [claim for claim, flag in zip(claims, flags, strict=True) if flag]
+        verdict, reason = self._verdict(assessment, doubtful)
         filtered = self._filtered(trace.text, verdict)
-        if any(flags) and self.policy.on_flag == "drop":
-            filtered = without(assessment.caption, [(f.claim.start, f.claim.end) for f in findings if f.flagged])
+        if doubtful and self.policy.on_flag == "drop":
+            filtered = without(assessment.caption, _cut_spans(assessment, doubtful))
         report = self._report(trace.text, verdict, reason, findings, trace, filtered)
         return replace(report, not_judged=assessment.not_judged)
 
@@ -189,6 +189,20 @@ class Judge:
         return claims[objects[int(np.argmax(over))]] if over.any() else None
 
     # ------------------------------------------------------------------------------------------------------- helpers
+
+    def _verdict(self, assessment: Assessment, doubtful: Sequence[Claim]) -> tuple[Verdict, str]:
+        """The verdict on a caption with these flagged claims, and why."""
+        why = [assessment.degenerate] * bool(assessment.degenerate)
+        if doubtful:
+            why.append(f"not supported by the image: {_enumerated(doubtful)}")
+        if not assessment.trace.finished:
+            why.append("the caption was cut off by the length limit")
+        if not why and (refused := assessment.caption.reading.refused):
+            why.append(f"a sentence cannot be read: {refused[0][2]}")
+        if not why and (missing := [kind for kind in assessment.not_judged if kind in self.policy.require]):
+            known = ", ".join(f"{kind}s" for kind in self.detector.kinds)
+            why.append(f"{' and '.join(f'{kind}s' for kind in missing)} not judged: the detector knows only {known}")
+        return Verdict.FLAG if doubtful else Verdict.UNCHECKED if why else Verdict.PASS, "; ".join(why)
 
     def _not_finite(self, trace: GazeTrace, values: F64, kinds: Sequence[str]) -> str:
         """Which of the model's numbers is not finite, or ""."""
@@ -228,12 +242,18 @@ class Judge:
                 claim=claim,
                 risk=float(risk),
                 flagged=flag,
-                reasons=(next(reasons) if flag else ()) + _answer_reason(answer),
+                reasons=(next(reasons) if flag else ()) + self._answer_reason(claim.kind, answer),
                 box=box,
                 answer=None if np.isnan(answer) else float(logistic(answer)),
             )
             for claim, risk, flag, box, answer in zip(claims, risks, flags, boxes, log_odds, strict=True)
         )
+
+    def _answer_reason(self, kind: str, log_odds: float) -> tuple[str, ...]:
+        """In words: what the model answered; nothing when it was not asked, or where its answer hardly moves the risk."""
+        if np.isnan(log_odds) or abs(self.detector.kinds[kind].answer[1] * log_odds) < MIN_ANSWER_EFFECT:
+            return ()
+        return (f"asked whether it is there, the model answers {'yes' if log_odds > 0 else 'no'}",)
 
     def _filtered(self, caption: str, verdict: Verdict) -> str:
         """What the policy lets through of a caption of which nothing is cut."""
@@ -322,14 +342,41 @@ class PrefixJudge:
         return doubtful
 
 
-def _answer_reason(log_odds: float) -> tuple[str, ...]:
-    """In words: what the model answered when it was asked; nothing when it was not."""
-    return () if np.isnan(log_odds) else (f"asked whether it is there, the model answers {'yes' if log_odds > 0 else 'no'}",)
-
-
 def _judged_claims(caption: Caption) -> list[Claim]:
     """The claims of the kinds that detectors are fitted on."""
     return [claim for claim in caption.claims if claim.kind in JUDGED]
+
+
+def _key(claim: Claim) -> tuple[str, str]:
+    """What a claim says, wherever it stands."""
+    return claim.kind, str(claim).lower()
+
+
+def _distinct(claims: Sequence[Claim]) -> list[Claim]:
+    """Each distinct claim where it stands first."""
+    return list({_key(claim): claim for claim in reversed(claims)}.values())[::-1]
+
+
+def _enumerated(claims: Sequence[Claim]) -> str:
+    """Distinct claims in words, at most `MAX_NAMED` of them."""
+    names = list(dict.fromkeys(str(claim) for claim in claims))
+    more = [f"{len(names) - MAX_NAMED} more"] * (len(names) > MAX_NAMED)
+    return ", ".join(names[:MAX_NAMED] + more)
+
+
+def _cut_spans(assessment: Assessment, doubtful: Sequence[Claim]) -> list[tuple[int, int]]:
+    """The characters to cut: flagged claims, and objects of which nothing but the name would be left.
+
+    The object was judged as part of its phrase. Where two or more of its attributes and locations are flagged, "a yellow star
+    at the top" is no star that the image shows: cut down to "a star" it would sound true, so it goes whole. In a
+    repetition loop every repeat of a flagged claim goes.
+    """
+    if assessment.degenerate:
+        keys = {_key(claim) for claim in doubtful}
+        doubtful = [claim for claim in assessment.caption.claims if _key(claim) in keys]
+    said = Counter(claim.phrase for claim in dict.fromkeys(doubtful) if claim.kind != "object")
+    spans = [(claim.start, claim.end) for claim in doubtful]
+    return spans + [(phrase.start, phrase.end) for phrase, false in said.items() if false > 1]
 
 
 def _no_evidence(trace: GazeTrace) -> str:

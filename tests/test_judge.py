@@ -13,7 +13,7 @@ from guardkit import SAMPLES
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
-from gazeguard.judge import PrefixJudge
+from gazeguard.judge import Judge, PrefixJudge
 from gazeguard.policy import parse_policy
 from gazeguard.report import Verdict
 
@@ -201,6 +201,100 @@ def test_an_answer_updates_only_claims_that_it_counts_for(judged):
             assert after.reasons[-1] == "asked whether it is there, the model answers no"
         else:
             assert (after.risk, after.answer) == (before.risk, None)
+
+
+@pytest.mark.parametrize(("weight", "log_odds"), [(-2.0, np.nan), (-2.0, 0.01), (-1e-3, -3.0)])
+def test_evidence_that_does_not_count_is_no_reason(judged, weight, log_odds):
+    """The model gave no answer, an undecided one, or one whose learnt weight is near zero."""
+    judge, report = judged
+    kinds = {k: r.model_copy(update={"answer": (1.0, weight, 0.0)}) for k, r in judge.detector.kinds.items()}
+    policy = parse_policy({"version": 1, "name": "v", "verify": {"threshold": 0.0}})
+    asking = replace(judge, detector=judge.detector.model_copy(update={"kinds": kinds}), policy=policy)
+    assessment = asking.assess(report.trace)
+    answered = asking.report(assessment, dict.fromkeys(asking.questions(assessment), log_odds))
+    assert not any("asked" in reason for finding in answered.findings for reason in finding.reasons)
+    if np.isnan(log_odds):
+        assert answered.findings == asking.report(assessment).findings
+
+
+# -------------------------------------------------------------------------------------------------- loops and cuts
+
+
+def judging(judge, threshold=0.5, false=(), **policy):
+    """A judge whose detector takes claims of these words for false, everything else for true."""
+    policy = parse_policy({"version": 1, "name": "own", "threshold": threshold, **policy})
+
+    class Oracle(Judge):
+        def assess(self, trace):
+            found = super().assess(trace)
+            return replace(found, risks=np.array([0.9 if str(c) in false else 0.1 for c in found.claims]))
+
+    return Oracle(judge.detector, policy, judge.model)
+
+
+@pytest.mark.parametrize(
+    ("caption", "false", "left"),
+    [
+        ("a yellow star at the top", {"yellow (a yellow star)", "at the top (a yellow star)"}, ""),
+        ("a yellow star at the top", {"yellow (a yellow star)"}, "A star at the top"),
+        ("a yellow star at the top", {"at the top (a yellow star)"}, "A yellow star"),
+        ("a yellow star at the top", {"a yellow star", "yellow (a yellow star)", "at the top (a yellow star)"}, ""),
+        (
+            "a blue moon and a yellow star at the top",
+            {"yellow (a yellow star)", "at the top (a yellow star)"},
+            "A blue moon",
+        ),
+        (
+            "There is a yellow star at the top and a red hat.",
+            {"a yellow star"},
+            "There is a red hat.",
+        ),
+        (
+            "There is a blue moon. The large star is yellow. It is bright.",
+            {"large (The large star)", "yellow (The large star)"},
+            "There is a blue moon.",
+        ),
+    ],
+)
+def test_no_cut_makes_a_false_claim_sound_true(guard, caption, false, left):
+    """What is said of an object goes with it, and an object of which everything said is false goes, too."""
+    trace = guard.check(SAMPLES[1].image, caption, SAMPLES[1].prompt).trace
+    report = judging(guard.judge, false=false, on_flag="drop")(trace)
+    assert report.verdict is Verdict.FLAG
+    assert report.filtered_caption == left
+
+
+@pytest.mark.parametrize("flagged", [True, False])
+def test_a_repetition_loop_is_said_once(guard, flagged):
+    """One finding per distinct claim, a bounded reason, never a pass; every repeat of what is flagged is cut."""
+    sample = SAMPLES[1]
+    caption = f"There is a blue moon, {', '.join(['a red horse'] * 80)}."
+    trace = guard.check(sample.image, caption, sample.prompt).trace
+    judge = judging(guard.judge, false={"a red horse"} if flagged else (), on_flag="drop")
+    report = judge(trace)
+    loop = "degenerate text: 'a red horse' repeated 80 times"
+    assert report.reason == loop + "; not supported by the image: a red horse" * flagged
+    assert report.verdict is (Verdict.FLAG if flagged else Verdict.UNCHECKED)
+    assert [str(f.claim) for f in report.findings if f.claim.kind != "location"] == [
+        "a blue moon", "blue (a blue moon)", "a red horse", "red (a red horse)"
+    ]  # fmt: skip
+    assert report.filtered_caption == ("There is a blue moon." if flagged else caption)
+
+
+def test_a_reason_names_at_most_ten_claims(guard):
+    """The others are counted; nothing is named twice."""
+    nouns = ["star", "moon", "hat", "cat", "dog", "tree", "boat", "fish", "bird", "cup", "key", "drum", "star"]
+    caption = " ".join(f"There is a {noun}." for noun in nouns)
+    trace = guard.check(SAMPLES[1].image, caption, SAMPLES[1].prompt).trace
+    report = judging(guard.judge, threshold=0.0)(trace)
+    assert report.reason.endswith("a bird, a cup, 1 more")
+    assert report.reason.count("a star") == 1
+
+
+def test_a_flagged_caption_that_was_cut_off_says_both(judged):
+    judge, report = judged
+    cut = judge(replace(report.trace, finished=False))
+    assert (cut.verdict, cut.reason) == (Verdict.FLAG, f"{report.reason}; the caption was cut off by the length limit")
 
 
 # ------------------------------------------------------------------------------------------------------------ prefixes

@@ -26,13 +26,14 @@ from gazeguard.decoding.verification import (
 from gazeguard.detection.detector import Detector
 from gazeguard.errors import MismatchError, UnsupportedError
 from gazeguard.guard import GazeGuard
+from gazeguard.judge import MIN_ANSWER_EFFECT
 from gazeguard.policy import parse_policy
 from gazeguard.report import Verdict
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.inputs import model_inputs
 
 SAMPLES = lab.samples("test", 8, seed=7)
-WORDS = AnswerTokens((5, 6), (7,))
+WORDS = AnswerTokens((5, 6), (7,), min_mass=0)  # random weights answer nothing
 
 
 def cache_of(made) -> Cache:
@@ -155,10 +156,19 @@ def plain_tokenizer(*words: str) -> PreTrainedTokenizerFast:
 
 
 def test_every_spelling_that_is_one_token_counts():
-    assert AnswerTokens.from_tokenizer(plain_tokenizer("yes", "no", " Yes", "YES", "not")) == ((1, 3, 4), (2,))
+    assert AnswerTokens.from_tokenizer(plain_tokenizer("yes", "no", " Yes", "YES", "not")) == AnswerTokens((1, 3, 4), (2,))
     logits = torch.tensor([[9.0, 1.0, 0.5, 2.0, -1.0, 7.0]])
     expected = math.log(math.e + math.e**2 + math.e**-1) - 0.5
-    assert AnswerTokens((1, 3, 4), (2,)).log_odds(logits).item() == pytest.approx(expected, abs=1e-6)
+    assert AnswerTokens((1, 3, 4), (2,), min_mass=0).log_odds(logits).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("mass", "counts"), [(0.9, True), (0.51, True), (0.49, False), (1e-8, False)])
+def test_an_answer_counts_only_where_the_model_answers(mass, counts):
+    """By hand: yes has two thirds of what yes and no have together; whatever is left goes to another token."""
+    logits = torch.tensor([mass / 3, mass / 3, mass / 3, 1 - mass]).log()
+    found = AnswerTokens((0, 1), (2,)).log_odds(logits).item()
+    assert math.isnan(found) is not counts
+    assert not counts or found == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize(("known", "missing"), [(("yes",), "no"), (("no",), "yes")])
@@ -265,7 +275,8 @@ def test_checked_captions_are_asked_about_in_one_pass_and_only_where_something_i
         assert new.answer == pytest.approx(1 / (1 + math.exp(-told)), abs=1e-4)
         logit = math.log(old.risk / (1 - old.risk)) - 2 * told + 0.5
         assert new.risk == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-4)
-        assert new.reasons[-1] == f"asked whether it is there, the model answers {'yes' if told > 0 else 'no'}"
+        reason = f"asked whether it is there, the model answers {'yes' if told > 0 else 'no'}"
+        assert (reason in new.reasons) == (abs(2 * told) >= MIN_ANSWER_EFFECT)
         assert after[b].to_dict()["phrases"][after[b].findings.index(new)]["answer"] == new.answer
     untouched = [b for b in range(len(images)) if b not in {b for b, _ in flagged}]
     assert [after[b].to_dict() | {"policy": "mark"} for b in untouched] == [before[b].to_dict() for b in untouched]

@@ -33,6 +33,7 @@ from gazeguard.vision.image_tokens import NO_TOKEN_ID, image_token_id
 from gazeguard.vision.inputs import PER_TOKEN, model_inputs
 
 YES, NO = ("yes", "Yes", "YES"), ("no", "No", "NO")
+MIN_MASS = 0.5  # P(yes) + P(no); below, the model does not answer the question (it thinks, or writes something else)
 BLANK = 64  # pixels; the edge of the image that stands in for one where only the tokens of a prompt are wanted
 # Families whose image keys do not serve: PaliGemma's prompt attends both ways, so that they depend on what it asks; generate of
 # HyperCLOVA X counts the padding of a batch among its positions, a pass of ours does not.
@@ -42,10 +43,17 @@ _SEVERAL = frozenset(["two", "three", "four", "five", "six", "seven", "eight", "
 
 
 class AnswerTokens(NamedTuple):
-    """The tokens that begin an answer: every spelling of yes, and of no, that is one token."""
+    """The tokens that begin an answer: every spelling of yes, and of no, that is one token.
+
+    Attributes:
+        yes: Of yes.
+        no: Of no.
+        min_mass: Least probability of yes and no together with which an answer counts.
+    """
 
     yes: tuple[int, ...]
     no: tuple[int, ...]
+    min_mass: float = MIN_MASS
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> AnswerTokens:
@@ -60,7 +68,7 @@ class AnswerTokens(NamedTuple):
             return tuple(sorted({ids[0] for ids in spellings if len(ids) == 1 and ids[0] != tokenizer.unk_token_id}))
 
         tokens = cls(single(YES), single(NO))
-        if missing := next((name for name, ids in tokens._asdict().items() if not ids), None):
+        if missing := next((name for name in ("yes", "no") if not getattr(tokens, name)), None):
             raise UnsupportedError(
                 f"The model cannot be asked: no spelling of {missing!r} is a single token of its tokenizer, so that no one "
                 "probability is that of the answer. Choose a policy without verify."
@@ -68,9 +76,15 @@ class AnswerTokens(NamedTuple):
         return tokens
 
     def log_odds(self, logits: Tensor) -> Tensor:
-        """The log-odds of yes against no in float32, from the logits (..., vocabulary) of an answer's first token."""
+        """The log-odds of yes against no in float32, from the logits (..., vocabulary) of an answer's first token.
+
+        NaN, that is not asked, where yes and no together have a probability below `min_mass`: what the model writes then is no
+        answer, and the odds of the two words are none.
+        """
         logits = logits.float()
-        return logits[..., list(self.yes)].logsumexp(-1) - logits[..., list(self.no)].logsumexp(-1)
+        yes, no = (logits[..., list(ids)].logsumexp(-1) for ids in (self.yes, self.no))
+        mass = (torch.logaddexp(yes, no) - logits.logsumexp(-1)).exp()
+        return torch.where(mass >= self.min_mass, yes - no, torch.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +108,7 @@ class SelfVerification:
     def log_odds(
         self, inputs: Mapping[str, Any], rows: Sequence[int], phrases: Sequence[Phrase], cache: Cache | None = None
     ) -> list[float]:
-        """The model's answers: for each phrase, log P(yes) - log P(no) to whether it is there.
+        """The model's answers: for each phrase, log P(yes) - log P(no) to whether it is there; NaN where it does not answer.
 
         Args:
             inputs: The prompts of the captions, as in `answer_log_odds`.
@@ -174,7 +188,7 @@ def answer_log_odds(
             (`can_reuse_cache`), they cost one pass over whole prompts for every question that the row with most of them has.
 
     Returns:
-        (questions,) float32, nats: log P(yes) - log P(no).
+        (questions,) float32, nats: log P(yes) - log P(no); NaN where the model does not answer.
     """
     if not len(rows):
         return torch.empty(0)
@@ -208,7 +222,7 @@ def ask(
     The images are read once, as part of the prompts (one per image) whose captions named the phrases.
 
     Returns:
-        (phrases,) float32, nats: log P(yes) - log P(no).
+        (phrases,) float32, nats: log P(yes) - log P(no); NaN where the model does not answer.
     """
     inputs = encode(model, processor, images, prompts).prompt
     cache = getattr(model(**model_inputs(model, inputs), use_cache=True), _compat.cache_argument_name())

@@ -1,0 +1,40 @@
+"""Repetition loops: degenerate text is found, lists and panels of real captions are none."""
+
+import pytest
+
+from gazeguard import lab
+from gazeguard.claims.repetition import LEAST, find_repetition
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase", "count"),
+    [
+        (", ".join(["a red horse"] * 80) + ".", "a red horse", 80),
+        ("A horse, " + ", ".join(["a red horse"] * 10), "a red horse", 10),
+        ("There is a red star. " * 12, "There is a red star", 12),
+        ("The horse is red.\n" * 7, "The horse is red", 7),
+        ("a dog and " * 40 + "a", "a dog and", 40),
+        ("It is very " + "very " * 9 + "red.", "very", 10),
+        ("A Dog, a dog, " * 5, "A Dog", 10),
+    ],
+)
+def test_a_loop_is_found_with_its_count(text, phrase, count):
+    assert find_repetition(text) == (phrase, count)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "...", "a red horse, " * (LEAST - 1), "A book, a book, a book and another book.", "! " * 100],
+)
+def test_what_is_no_loop_is_none(text):
+    assert find_repetition(text) is None
+
+
+def test_captions_of_the_lab_are_no_loops():
+    assert [t for s in lab.samples("test", 300, seed=3) for t in s.turns if find_repetition(t.answer)] == []
+
+
+def test_a_long_phrase_is_shown_short():
+    shown = str(find_repetition("a very large and very old red house behind a wide green lawn with trees, " * 9))
+    assert len(shown) < 90
+    assert shown.endswith("…' repeated 9 times")
