@@ -385,7 +385,7 @@ def _no_evidence(trace: GazeTrace) -> str:
         return "the caption is empty"
     if trace.segment_mass[..., SEGMENTS.index("image")].max() < MIN_IMAGE_MASS:  # False for NaN
         return "the gaze heads never attended to the image"
-    return ""
+    return trace.grid.illegible()
 
 
 def _nothing_claimed(caption: Caption) -> str:

@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 from gazeguard.errors import InputError
 from gazeguard.vision.geometry import WHOLE, Box, lattice
 
+MIN_SIDE = 8  # pixels: no vision encoder has smaller patches
+MAX_STRETCH = 8  # how many times wider than high, or higher than wide, the part of an image may be that is one square token
+MAX_RATIO = 200  # of the sides of an image: where Qwen's processors refuse it, whatever its tokens
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageGrid:
@@ -91,6 +95,31 @@ class ImageGrid:
         down = np.clip(np.minimum(y1, box[3]) - np.maximum(y0, box[1]), 0, None)
         share = across * down / np.maximum((x1 - x0) * (y1 - y0), 1e-9)
         return np.where(self.image == image, np.nan_to_num(share), 0).astype(np.float32)
+
+    def illegible(self) -> str:
+        """Why the model cannot have seen what an image shows, by its size and its image tokens; "" if it can.
+
+        Needs the original sizes. Those of the processed images, which stand for them where a caller gave none, are never
+        illegible.
+        """
+        reasons = (self._illegible(image, *size) for image, size in enumerate(self.sizes))
+        return next(filter(None, reasons), "")
+
+    def _illegible(self, image: int, width: int, height: int) -> str:
+        x0, y0, x1, y1 = self.boxes[(self.image == image) & ~np.isnan(self.boxes).any(1)].T
+        across, down = (x1 - x0) * width, (y1 - y0) * height
+        seen = (across > 0) & (down > 0)
+        across, down = across[seen], down[seen]
+        name = f"the image of {width} x {height} pixels"
+        if min(width, height) < MIN_SIDE or (seen.any() and min(across.max(), down.max()) < 1 - 1e-3):
+            return f"{name} is too small: a side has fewer pixels than the model has image tokens for, or fewer than {MIN_SIDE}"
+        stretch = float(np.maximum(across / down, down / across).min()) if seen.any() else 1.0
+        whole = seen.any() and across.min() >= width and down.min() >= height  # tokens of everything say nothing of its shape
+        if stretch > MAX_STRETCH and not whole:
+            return f"{name} is stretched {stretch:.0f} times by the processor, more than {MAX_STRETCH}: it is too narrow"
+        if max(width, height) > MAX_RATIO * min(width, height):
+            return f"{name} is more than {MAX_RATIO} times longer than wide"
+        return ""
 
     def pixels(self, token: int) -> Box:
         """The box of image token number ``token`` in pixels of its image."""
