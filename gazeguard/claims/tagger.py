@@ -134,10 +134,7 @@ def tag(words: Sequence[str], closed: Sequence[str]) -> list[str]:
             )
         tags.append(result)
         determiner = next_determiner(determiner, state, words[i])
-        if state in "vB":
-            finite = "1"
-        elif state in ".|c,w":
-            finite = "0" if state == "." else finite if state == "," else "2"
+        finite = next_finite(finite, state)
         second, first, previous = first, state, words[i]
     return tags
 
@@ -147,6 +144,15 @@ def next_determiner(current: str, state: str, word: str) -> str:
     if state == "D" or state == "d":
         return "a" if word in _SINGULAR else "t"
     return current if state[-1] in _IN_PHRASE else "0"
+
+
+def next_finite(current: str, state: str) -> str:
+    """Whether the clause at hand has a finite verb: "0" not yet, "1" it has, "2" a conjunction came after it."""
+    if state in "vB":
+        return "1"
+    if state == ".":
+        return "0"
+    return "2" if state in "|cw" else current
 
 
 def _decide(table: dict[str, tuple[int, ...]], choice: str, found: tuple[str, ...]) -> str:
