@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import io
 import json
 import os
@@ -15,16 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gazeguard.errors import InputError
-from gazeguard.filtering.readers import (
-    MAX_LINE_BYTES,
-    FileSlice,
-    ImageFolder,
-    JsonLines,
-    ParquetTable,
-    WebDataset,
-    fingerprint,
-    open_source,
-)
+from gazeguard.filtering import readers
+from gazeguard.filtering.batches import open_image
+from gazeguard.filtering.readers import ImageFolder, JsonLines, ParquetTable, check_columns, fingerprint, open_source
+from gazeguard.filtering.rows import FileSlice
+from gazeguard.filtering.shards import WebDataset
 
 PNG = io.BytesIO()
 Image.new("RGB", (9, 9), (255, 0, 0)).save(PNG, "PNG")
@@ -69,7 +66,7 @@ def test_lines_are_rows(tmp_path):
     ("line", "wrong"),
     [
         (b"{", "the line is not JSON"),
-        (b"\xff\xfe{}", "the line is not JSON"),
+        (b"\xff\xfe{}", "the line cannot be read: it is not UTF-8, perhaps cp1252: --encoding cp1252"),
         (b'{"image": "a", "x": NaN}', "the line is not JSON"),
         (b'{"image": "a", "x": 1e999}', "the line is not JSON"),
         (b"9" * 5000, "the line is not JSON"),
@@ -78,17 +75,26 @@ def test_lines_are_rows(tmp_path):
         (b"{}", "'image' is not the path of an image"),
         (b'{"image": 7}', "'image' is not the path of an image"),
         (b'{"image": "a", "prompt": 7}', "'prompt' is not text"),
-        (b'{"image": "' + b"a" * MAX_LINE_BYTES + b'"}', f"the line is longer than {MAX_LINE_BYTES} bytes"),
+        (b'{"caption": "caf\xe9"}', "the line cannot be read: it is not UTF-8, perhaps cp1252: --encoding cp1252"),
+        (
+            '{"a": 1}'.encode("utf-16-le"),
+            "the line cannot be read: it has NUL characters, perhaps utf-16-le without a byte order mark: --encoding utf-16-le",
+        ),
+        (b'{"image": "' + b"a" * 10**6 + b'"}', "the line is longer than 1000000 bytes"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
-def test_a_bad_line_is_a_row_that_says_so(tmp_path, line, wrong):
-    """And the lines before and after it are what they are."""
+def test_a_bad_line_is_a_row_that_says_so(tmp_path, line, wrong, monkeypatch):
+    """And the lines before and after it are what they are; the text of what is no JSON is kept."""
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 10**6)
     good = b'{"image": "a.png", "caption": "A star."}\n'
     rows = list(lines(tmp_path / "a.jsonl", good + line + b"\n" + good).rows())
     assert [row.error for row in rows] == ["", wrong, ""]
     assert rows[0] == rows[2]
     json.dumps(rows[1].fields, allow_nan=False)
+    if wrong.startswith("the line"):
+        assert rows[1].fields["line"] == 2
+        assert line.decode("utf-8", "backslashreplace").startswith(rows[1].fields["text"])
 
 
 @given(
@@ -103,6 +109,69 @@ def test_every_line_is_one_row_from_wherever_it_is_read(tmp_path_factory, parts)
     assert len(rows) == source.count() == sum(1 for line in data.split(b"\n") if line.strip())
     for start in range(len(rows) + 1):
         assert list(source.rows(start)) == rows[start:]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-8-sig", "cp1252"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL.gz", "a.ndjson.gz"])
+def test_lines_in_other_encodings_and_gzipped_are_the_same_rows(tmp_path, name, encoding):
+    """A byte order mark decides, as PowerShell writes it; without one --encoding; from anywhere."""
+    text = "".join(json.dumps({"image": "a.png", "caption": f"Caf\u00e9 {i}."}, ensure_ascii=False) + "\r\n" for i in range(3))
+    data = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    source = open_source(tmp_path / name, encoding=encoding if encoding in ("utf-16-be", "cp1252") else None)
+    rows = list(source.rows())
+    assert [(row.caption, row.error) for row in rows] == [(f"Caf\u00e9 {i}.", "") for i in range(3)]
+    assert source.count() == 3
+    assert list(source.rows(2)) == rows[2:]
+
+
+def test_a_gzip_that_breaks_off_says_so(tmp_path):
+    """What comes before is read; wherever it is cut."""
+    data = gzip.compress(b"".join(b'{"image": "%d.png"}\n' % i for i in range(200)))
+    for length in (1, 5, 15, 20, len(data) // 2, len(data) - 4):
+        rows = list(lines(tmp_path / "a.jsonl.gz", data[:length]).rows())
+        assert rows[-1].error == "the file is damaged or breaks off: rows may be missing from here on"
+        assert not any(row.error for row in rows[:-1])
+    assert lines(tmp_path / "a.jsonl.gz", data).columns({"caption"}) == ["image"]
+    with pytest.raises(InputError, match="Unknown encoding 'utf-9'; expected one such as utf-8, cp1252"):
+        open_source(tmp_path / "a.jsonl.gz", encoding="utf-9")
+
+
+def test_images_in_lines_are_read_and_urls_are_not_fetched(tmp_path):
+    """A line may be longer than a mebibyte; the limit is on the image."""
+    noise = io.BytesIO()
+    Image.frombytes("RGB", (800, 800), os.urandom(800 * 800 * 3)).save(noise, "PNG")
+    images = [PNG, noise.getvalue()]
+    assert len(images[1]) > 2**20
+    uris = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in images]
+    bad = ["https://example.org/a.png", "s3://bucket/a.png", "data:image/png,abc", "data:image/png;base64,%%%"]
+    text = "".join(json.dumps({"image": uri, "caption": "A star."}) + "\n" for uri in [*uris, *bad])
+    rows = list(lines(tmp_path / "a.jsonl", text.encode()).rows())
+    assert [row.error for row in rows] == [""] * 6
+    opened = [open_image(row.image) for row in rows]
+    assert [image.size for image in opened[:2]] == [(9, 9), (800, 800)]
+    assert [reason.partition(":")[0].partition(";")[0] for reason in opened[2:]] == [
+        "the image is a URL, which is not fetched",
+        "the image is a URL, which is not fetched",
+        "the image is a data",
+        "the image is a data",
+    ]
+    large = f"data:image/png;base64,{'A' * (readers.MAX_IMAGE_BYTES * 4 // 3 + 8)}"
+    assert open_image(large).startswith("the image is larger than ")
+
+
+def test_a_wrong_column_stops_before_the_work(tmp_path):
+    """With the columns that there are; no caption is needed where they are written."""
+    source = lines(tmp_path / "a.jsonl", b'nonsense\n{"image_path": "a.png", "text": "A star."}\n' * 3)
+    with pytest.raises(InputError, match=r"no row has 'image'; the columns are image_path, text. Name the .* --image-column"):
+        check_columns(source)
+    source = open_source(tmp_path / "a.jsonl", image="image_path")
+    with pytest.raises(InputError, match=r"no row has 'caption'; the columns are .* --caption-column, .* --write-captions"):
+        check_columns(source)
+    check_columns(source, write_captions=True)
+    check_columns(open_source(tmp_path / "a.jsonl", image="image_path", caption="text"))
+    check_columns(lines(tmp_path / "b.jsonl", b'{"image": "a.png"}\n{"caption": "A star."}'))
+    check_columns(lines(tmp_path / "c.jsonl", b"nonsense"))
 
 
 # ---------------------------------------------------------------------------------------------------------- folders
@@ -123,12 +192,68 @@ def test_a_folder_is_pictures_with_captions_beside_them(tmp_path):
     assert [row.fields["image"] for row in rows] == ["a.png", "a.webp", "b/d.JPG", "c.png", None]
     assert [row.caption for row in rows] == [None, None, None, "A red star.", None]
     assert [row.error for row in rows] == [
-        "", "", "the sidecar cannot be read: it is not UTF-8", "", "there is no image beside the caption"
+        "", "", "the sidecar cannot be read: it is not UTF-8, perhaps cp1252: --encoding cp1252", "",
+        "there is no image beside the caption",
     ]  # fmt: skip
     assert source.count() == 5
     assert list(source.rows(3)) == rows[3:]
     (tmp_path / "c.txt").write_text("x" * 2**21, encoding="utf-8")
     assert "longer than" in list(open_source(tmp_path).rows())[3].error
+
+
+TEXT = "A caf\u00e9 table."
+SIDECARS = {  # name and bytes beside a.png -> caption, or a part of the error
+    "UTF-8 with mark": ("a.txt", TEXT.encode("utf-8-sig"), TEXT),
+    "UTF-16": ("a.txt", TEXT.encode("utf-16"), TEXT),
+    "UTF-16 big": ("a.txt", b"\xfe\xff" + TEXT.encode("utf-16-be"), TEXT),
+    "upper case": ("A.TXT", TEXT.encode(), TEXT),
+    "whole name": ("a.png.txt", TEXT.encode(), TEXT),
+    "cp1252": ("a.txt", TEXT.encode("cp1252"), "!it is not UTF-8, perhaps cp1252: --encoding cp1252"),
+    "UTF-16 unmarked": ("a.txt", TEXT.encode("utf-16-le"), "!utf-16-le without a byte order mark: --encoding utf-16-le"),
+    "UTF-16 ASCII": ("a.txt", "A star.".encode("utf-16-be"), "!utf-16-be without a byte order mark: --encoding utf-16-be"),
+}
+
+
+@pytest.mark.parametrize("name", SIDECARS)
+def test_sidecars_are_decoded_where_it_is_certain(tmp_path, name):
+    """Else the reason names the likely encoding; with --encoding it is read."""
+    sidecar, data, expected = SIDECARS[name]
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / sidecar).write_bytes(data)
+    (row,) = open_source(tmp_path).rows()
+    if not expected.startswith("!"):
+        assert (row.caption, row.error) == (expected, "")
+        return
+    assert row.caption is None
+    assert row.error.startswith("the sidecar cannot be read: ")
+    assert row.error.endswith(expected[1:])
+    (row,) = open_source(tmp_path, encoding=row.error.rpartition(" ")[2]).rows()
+    assert row.caption in (TEXT, "A star.")
+
+
+def test_sidecars_that_are_not_read_are_counted_and_can_be_named(tmp_path):
+    """Files of an image's name alone; --caption-ext reads them, .json as an object with the caption."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(PNG)
+    for name in ("a.caption", "b.png.caption", "other.caption"):
+        (tmp_path / name).write_text("A star.")
+    (tmp_path / "a.json").write_text('{"caption": "A moon."}')
+    source = open_source(tmp_path)
+    assert source.unread() == {".caption": 2, ".json": 1}
+    assert [row.caption for row in source.rows()] == [None, None]
+    rows = list(open_source(tmp_path, caption_suffix="caption").rows())
+    assert [(row.caption, row.error) for row in rows] == [
+        ("A star.", ""), ("A star.", ""), (None, "there is no image beside the caption")
+    ]  # fmt: skip
+    assert [row.caption for row in open_source(tmp_path, caption_suffix=".json").rows()] == ["A moon.", None]
+    assert fingerprint(open_source(tmp_path), tmp_path) != fingerprint(open_source(tmp_path, encoding="cp1252"), tmp_path)
+
+
+def test_two_sidecars_of_one_image_are_a_reason(tmp_path):
+    for name in ("a.png", "a.txt", "a.png.txt"):
+        (tmp_path / name).write_bytes(PNG if name == "a.png" else b"A star.")
+    (row,) = open_source(tmp_path).rows()
+    assert row.error == "there are several captions beside the image: a.txt, a.png.txt"
 
 
 # ----------------------------------------------------------------------------------------------------------- shards
@@ -164,8 +289,62 @@ def test_captions_of_img2dataset_are_found(tmp_path):
     rows = {row.fields["key"]: row for row in open_source(tmp_path / "a.tar").rows()}
     assert rows["x/3"].caption == "A star."
     assert rows["x/4"].error.startswith("the caption cannot be read: ")
-    assert rows["x/5"].error == rows["x/1"].error == "there is no image in the row"
+    assert rows["x/5"].error == rows["x/1.2"].error == "there is no image in the row"
+    assert rows["x/3"].fields["json"] == {"caption": "A star.", "url": "..."}
     assert (rows["x/6"].caption, rows["x/6"].error) == (None, "")
+
+
+def test_keys_with_a_dot_are_rows_of_their_own(tmp_path):
+    """As version numbers and dates have them; a mask beside its image is no row, and what is ambiguous says so."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key in ("22.05", "22.06"):
+            add(tar, f"{key}.png", PNG)
+            add(tar, f"{key}.txt", f"A star of {key}.".encode())
+        add(tar, "23.png", PNG)
+        add(tar, "23.mask.png", PNG)
+        add(tar, "23.txt", b"A star.")
+        add(tar, "24.png", PNG)
+        add(tar, "24.jpg", PNG)
+        add(tar, "25.png", PNG)
+        add(tar, "25.txt", b"A star.")
+        add(tar, "25.txt", b"A moon.")
+    source = open_source(tmp_path / "a.tar")
+    rows = {row.fields["key"]: row for row in source.rows()}
+    assert list(rows) == ["22.05", "22.06", "23", "24", "25"]
+    assert [rows[key].caption for key in ("22.05", "22.06", "23")] == ["A star of 22.05.", "A star of 22.06.", "A star."]
+    assert [rows[key].error for key in ("22.05", "22.06", "23")] == [""] * 3
+    assert rows["24"].error == "the row has 2 images: which one the caption describes is not known"
+    assert rows["25"].error == "the shard has several files of one name: .txt"
+    assert source.unread() == {".mask.png": 1}
+
+
+@pytest.mark.parametrize("order", ["images first", "texts first", "shuffled"])
+def test_files_of_a_key_are_one_row_wherever_they_stand(tmp_path, order):
+    """Also when reading starts in the middle."""
+    names = [f"{i}.{suffix}" for suffix in ("png", "txt", "json") for i in range(5)]
+    names = {"images first": names, "texts first": names[::-1], "shuffled": names[::3] + names[1::3] + names[2::3]}[order]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            content = {"png": PNG, "txt": f"A star {name[0]}.".encode(), "json": b'{"url": "u%s"}' % name[:1].encode()}
+            add(tar, name, content[name[2:]])
+    source = open_source(tmp_path / "a.tar")
+    rows = sorted(source.rows(), key=lambda row: row.fields["key"])
+    assert [(row.caption, row.fields["json"], row.error) for row in rows] == [
+        (f"A star {i}.", {"url": f"u{i}"}, "") for i in range(5)
+    ]
+    assert all(row.image.read() == PNG for row in rows)
+    assert source.count() == 5
+    assert list(source.rows(2)) == list(source.rows())[2:]
+
+
+def test_a_caption_that_a_break_took_is_not_taken_for_none(tmp_path):
+    """Images first, and the texts cut off: none of the rows is one without a caption."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.png", "1.png", "0.txt", "1.txt"):
+            add(tar, name, PNG if name.endswith("png") else b"A star.")
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[: 2 * 1024 + 100])
+    assert all(row.error.startswith("the shard is damaged or breaks off") for row in open_source(tmp_path / "a.tar").rows())
 
 
 def test_links_and_devices_in_a_shard_are_not_followed(tmp_path):

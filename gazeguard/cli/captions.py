@@ -113,7 +113,7 @@ def caption(
 
 def _image_files(sources: Sequence[str]) -> list[str]:
     """The images that were named, with the images of a folder in place of the folder, by name."""
-    from gazeguard.filtering.readers import IMAGE_SUFFIXES
+    from gazeguard.filtering.rows import IMAGE_SUFFIXES
 
     files: list[str] = []
     for source in sources:

@@ -16,7 +16,16 @@ from rich.markup import escape
 
 from gazeguard.cli.app import Outcome, app, command
 from gazeguard.cli.console import STOPPED, err, indented, note, one_line, out
-from gazeguard.cli.options import BatchOption, CaptionColumn, GuardOptions, ImageColumn, PromptOption, WriteOption
+from gazeguard.cli.options import (
+    BatchOption,
+    CaptionColumn,
+    CaptionSuffix,
+    EncodingOption,
+    GuardOptions,
+    ImageColumn,
+    PromptOption,
+    WriteOption,
+)
 from gazeguard.errors import InputError
 from gazeguard.progress import status
 from gazeguard.prompts import DEFAULT_PROMPT
@@ -54,8 +63,8 @@ def filter_captions(
         Path,
         typer.Argument(
             metavar="IN",
-            help="A .jsonl (image: path relative to the file's folder, caption), .parquet or webdataset .tar; a folder of the "
-            "last two, or of images with captions beside them in .txt.",
+            help="A .jsonl or .jsonl.gz (image: path from its folder, caption), .parquet or webdataset .tar; a folder of "
+            "the last two, or of images with captions beside them in .txt.",
         ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or that of an interrupted run.")],
@@ -71,6 +80,8 @@ def filter_captions(
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
     write_captions: WriteOption = False,
+    caption_ext: CaptionSuffix = ".txt",
+    encoding: EncodingOption = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="In Ray actors: of the cluster at RAY_ADDRESS, or on this machine.")
     ] = False,
@@ -84,7 +95,7 @@ def filter_captions(
     The captions of the rows are checked; a row without one is excluded, or gets one with --write-captions. The same command
     continues an interrupted run; every row is in the results once, in the order of the input. summary.json counts the reasons.
     """
-    from gazeguard.filtering.readers import open_source
+    from gazeguard.filtering.readers import check_columns, open_source
     from gazeguard.filtering.run import filter_files
     from gazeguard.filtering.writer import Results
 
@@ -92,7 +103,8 @@ def filter_captions(
     options |= {"image": image_column, "caption": caption_column, "write_captions": write_captions}
     _announce(write_captions)
     with _stoppable(), ExitStack() as stack:
-        rows = open_source(source, image_column, caption_column)
+        rows = open_source(source, image_column, caption_column, caption_ext, encoding)
+        check_columns(rows, write_captions)
         judge = stack.enter_context(_ray_pool(guarded, actors, options)) if ray else _local_filter(guarded, options)
         settings = judge.run_settings(rows, source if source.is_dir() else source.parent, chunk, label_only)
         summary = filter_files(judge, rows, Results(folder, settings, label_only), chunk, progress=True)
@@ -132,6 +144,8 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
         out.print(f"[bold]{summary[part]}[/] {part}")
         for reason, number in summary["reasons"].get(verdict, {}).items():
             indented(f"{number}: {one_line(reason)}", 2, "dim")
+    for suffix, number in summary.get("unread", {}).items():
+        indented(f"{number} files with {one_line(suffix)} beside the images were not read: --caption-ext {one_line(suffix)}", 2)
     out.print(f"{summary['rows']} rows: [bold]{escape(str(folder))}[/]", soft_wrap=True)
 
 
@@ -148,18 +162,21 @@ def replay(
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
     write_captions: WriteOption = False,
+    caption_ext: CaptionSuffix = ".txt",
+    encoding: EncodingOption = None,
 ) -> Outcome:
     """Write one page that replays many captions token by token, with a list to search and to filter by verdict.
 
     A row without a caption is shown as not checked; with --write-captions it gets one, as filter does.
     """
-    from gazeguard.filtering.readers import open_source
+    from gazeguard.filtering.readers import check_columns, open_source
     from gazeguard.filtering.run import replay_entries, row_progress
     from gazeguard.replay.page import page
 
     if not html.parent.is_dir():  # before the work, not after it
         raise InputError(f"The folder of the page, {html.parent}, does not exist. Create it, or give another path.")
-    rows = open_source(source, image_column, caption_column)
+    rows = open_source(source, image_column, caption_column, caption_ext, encoding)
+    check_columns(rows, write_captions)
     columns = {"image": image_column, "caption": caption_column, "write_captions": write_captions}
     _announce(write_captions)
     judge = _local_filter(guarded, {"batch_size": batch_size, "prompt": prompt, **columns})

@@ -26,6 +26,11 @@ PageOption = Annotated[Path | None, typer.Option("--html", help="Also write a re
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images that the model processes at once.")]
 ImageColumn = Annotated[str, typer.Option(help="Name of the image column in JSONL and parquet.")]
 CaptionColumn = Annotated[str, typer.Option(help="Name of the caption column in JSONL and parquet.")]
+CaptionSuffix = Annotated[str, typer.Option("--caption-ext", help="Ending of caption files in folders and shards.")]
+EncodingOption = Annotated[
+    str | None,
+    typer.Option("--encoding", help="Of text without a byte order mark: cp1252, utf-16-le, ...", show_default="utf-8"),
+]
 WriteOption = Annotated[
     bool, typer.Option("--write-captions", help="Write a caption for each row that has none; a row's own is never replaced.")
 ]

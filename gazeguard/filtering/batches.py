@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections import deque
@@ -11,14 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image
 
 from gazeguard.errors import InputError
-from gazeguard.filtering.readers import FileSlice, describe_error
+from gazeguard.filtering.rows import URI, FileSlice
+from gazeguard.filtering.texts import describe_error
 from gazeguard.tracing import Prepared
-from gazeguard.vision.images import BACKGROUND, load_image
+from gazeguard.vision.images import BACKGROUND, MAX_IMAGE_BYTES, load_image
 
 PREFETCHED = 2  # batches that are made ready while the model works on another one
 
@@ -96,21 +99,43 @@ def prefetch(
             threads.shutdown(cancel_futures=True)
 
 
+def read_uri(uri: str) -> bytes:
+    """Return the bytes of a data: URI.
+
+    Raises:
+        InputError: It holds too much, or no base64; or it is a URL, which is not fetched.
+    """
+    header, comma, data = uri.partition(",")
+    if not header.lower().startswith("data:"):
+        raise InputError("the image is a URL, which is not fetched; download it first and give its path")
+    if not comma or not header.lower().endswith(";base64"):
+        raise InputError("the image is a data: URI without base64. Write data:image/png;base64,...")
+    if len(data) * 3 // 4 > MAX_IMAGE_BYTES:
+        raise InputError(f"the image is larger than {MAX_IMAGE_BYTES} bytes. Make it smaller first.")
+    try:
+        return base64.b64decode(unquote_to_bytes(data) if "%" in data else data, validate=True)
+    except ValueError as error:
+        raise InputError(f"the image is a data: URI with damaged base64: {error}") from error
+
+
 def open_image(source: Any, background: str = BACKGROUND) -> Image.Image | str:
     """Open the image of a row.
 
     Args:
-        source: A path, the bytes of a file, a `FileSlice`, a PIL image, an array (height, width, 3) uint8, or the mapping
-            ``{"bytes", "path"}`` that Hugging Face datasets keep.
+        source: A path, a data: URI, the bytes of a file, a `FileSlice`, a PIL image, an array (height, width, 3) uint8, or the
+            mapping ``{"bytes", "path"}`` that Hugging Face datasets keep.
         background: The colour on which transparent images are composed.
 
     Returns:
         The image, upright RGB; or the reason why there is none, in one line that does not depend on the path.
     """
-    name = str(source) if isinstance(source, (str, Path)) and str(source) else "the given image"
+    named = isinstance(source, Path) or (isinstance(source, str) and source and not URI.match(source))
+    name = str(source) if named else "the given image"
     try:
         if isinstance(source, Mapping):
             source = source.get("bytes") or source.get("path")
+        if isinstance(source, str) and URI.match(source):
+            source = read_uri(source)
         if isinstance(source, FileSlice):
             source = source.read()
         if isinstance(source, np.ndarray):

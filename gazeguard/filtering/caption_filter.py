@@ -25,7 +25,8 @@ from gazeguard import __version__
 from gazeguard.errors import GazeGuardError, InputError
 from gazeguard.filtering.batches import PendingRow, prefetch
 from gazeguard.filtering.columns import COLUMNS, report_columns
-from gazeguard.filtering.readers import Row, Source, fingerprint
+from gazeguard.filtering.readers import Source, fingerprint
+from gazeguard.filtering.rows import Row
 from gazeguard.guard import GazeGuard
 from gazeguard.policy import Policy
 from gazeguard.prompts import DEFAULT_PROMPT

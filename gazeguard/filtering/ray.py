@@ -15,7 +15,8 @@ from typing import Any
 from gazeguard.errors import InputError
 from gazeguard.filtering.caption_filter import MAX_REASON, CaptionFilter, OnRows, explain_failure
 from gazeguard.filtering.columns import append_columns
-from gazeguard.filtering.readers import Row, Source
+from gazeguard.filtering.readers import Source
+from gazeguard.filtering.rows import Row
 
 MAX_RETRIES = 3  # of a chunk over which an actor dies
 QUEUED = 2  # chunks that wait at each actor

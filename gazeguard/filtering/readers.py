@@ -6,75 +6,53 @@ unpacked to disk, followed as a link, or executed.
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import io
 import json
 import os
-import tarfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from gazeguard.errors import InputError
+from gazeguard.filtering.rows import IMAGE_SUFFIXES, Row, image_source
+from gazeguard.filtering.shards import WebDataset
+from gazeguard.filtering.texts import check_encoding, decode, describe_error, marked_encoding, read_text
 from gazeguard.vision.images import MAX_IMAGE_BYTES
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
-MAX_LINE_BYTES = 2**20
-MAX_TEXT_BYTES = 2**20  # of a caption's file
-TAR_BLOCK = 512  # bytes of a tar header
+# An image in a data: URI is a third longer than its bytes; the limit keeps a file without line ends from filling the memory.
+MAX_LINE_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 2**20
+MAX_KEPT_TEXT = 2**20  # characters of a line that is too long
+MAX_COLUMNS = 20  # that a message names
 TABLE_ROWS = 64  # of a parquet file that are decoded at once
-
-
-@dataclass(frozen=True)
-class FileSlice:
-    """Some bytes of a file, read when they are needed."""
-
-    path: Path
-    start: int
-    size: int
-
-    def read(self) -> bytes:
-        """Read the bytes; fewer where the file has become shorter.
-
-        Raises:
-            InputError: There are more than an image may have.
-        """
-        if self.size > MAX_IMAGE_BYTES:
-            raise InputError(f"the given image is larger than {MAX_IMAGE_BYTES} bytes. Make it smaller first.")
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a dataset.
-
-    Attributes:
-        fields: What the results repeat of the row, as JSON holds it.
-        image: What `gazeguard.filtering.batches.open_image` takes.
-        caption: The caption; None where there is none.
-        prompt: The prompt that the caption answers; None for the default.
-        error: Why the row cannot be used; empty for a good one.
-    """
-
-    fields: dict[str, Any]
-    image: Any = None
-    caption: Any = None
-    prompt: str | None = None
-    error: str = ""
+LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A JSONL file with ``image`` (a path from the file's folder), ``caption``, perhaps ``prompt``, and any other keys."""
+    """A JSONL file with ``image``, ``caption``, perhaps ``prompt``, and other keys; gzipped and UTF-16 files, too.
+
+    An image is a path from the file's folder, a data: URI, or the slice of a shard that a filter run has written.
+
+    Attributes:
+        path: The file.
+        image: Name of the images.
+        caption: Name of the captions.
+        encoding: Of a file without a byte order mark; None for UTF-8.
+    """
 
     path: Path
     image: str = "image"
     caption: str = "caption"
+    encoding: str | None = None
 
     def files(self) -> list[Path]:
         """Return the files that make up the dataset."""
@@ -87,159 +65,161 @@ class JsonLines:
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Iterate over the rows from number ``start`` on."""
         for number, line in islice(self._lines(), start, None):
-            yield self._row(number, line)
+            fields = self._fields(number, line)
+            yield fields if isinstance(fields, Row) else self._row(fields)
 
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Lines that are not blank, each with its number from 1; of one that is too long only the beginning."""
-        with self.path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                rest = line
-                while not rest.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
-                    pass
-                if line.strip():
-                    yield number, line
+    def columns(self, wanted: Collection[str]) -> list[str]:
+        """Return the keys of the rows, in the order in which they come, until all that are ``wanted`` have come."""
+        names: dict[str, None] = {}
+        for number, line in self._lines():
+            fields = self._fields(number, line)
+            if isinstance(fields, dict):
+                names |= dict.fromkeys(name for name in fields if len(names) < MAX_COLUMNS or name in wanted)
+                if names.keys() >= {*wanted}:
+                    break
+        return list(names)
 
-    def _row(self, number: int, line: bytes) -> Row:
-        if len(line) > MAX_LINE_BYTES:
-            return Row({"line": number}, error=f"the line is longer than {MAX_LINE_BYTES} bytes")
+    def _lines(self) -> Iterator[tuple[int, bytes | None]]:
+        """Lines that are not blank, each with its number from 1; of one that is too long the beginning; None for a break."""
+        number = 0
         try:
-            fields = json.loads(line)
+            with self._open() as file:
+                while line := file.readline(MAX_LINE_BYTES + 1):
+                    number += 1
+                    end = "\n" if isinstance(line, str) else b"\n"
+                    rest = line
+                    while not rest.endswith(end) and (rest := file.readline(MAX_LINE_BYTES)):
+                        pass
+                    if line.strip():
+                        yield number, line.encode("utf-8", "surrogatepass") if isinstance(line, str) else line
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            yield number + 1, None
+
+    def _open(self) -> IO[Any]:
+        """The file: binary where it is UTF-8, else text, in which bytes that cannot be decoded are escaped, so no JSON."""
+        opened = gzip.open if self.path.suffix.lower() == ".gz" else open
+        with opened(self.path, "rb") as beginning:
+            encoding = marked_encoding(beginning.read(4)) or self.encoding or "utf-8"
+        file: IO[bytes] = opened(self.path, "rb")
+        if encoding in ("utf-8", "utf-8-sig"):
+            return file
+        return io.TextIOWrapper(file, encoding, errors="backslashreplace", newline="\n")
+
+    def _fields(self, number: int, line: bytes | None) -> dict[str, Any] | Row:
+        """What a line holds; or a row that says why it cannot be read, with the text."""
+        if line is None:
+            return Row({"line": number}, error="the file is damaged or breaks off: rows may be missing from here on")
+        kept = {"line": number, "text": line.decode("utf-8", "backslashreplace").strip()}
+        if len(line) > MAX_LINE_BYTES:
+            return Row(kept | {"text": kept["text"][:MAX_KEPT_TEXT]}, error=f"the line is longer than {MAX_LINE_BYTES} bytes")
+        try:
+            text = decode(line.removeprefix(codecs.BOM_UTF8), marked=False)
+        except ValueError as problem:
+            return Row(kept, error=f"the line cannot be read: {problem}")
+        try:
+            fields = json.loads(text)
             json.dumps(fields, allow_nan=False)  # NaN and 1e999 are read, but are no JSON
         except (ValueError, RecursionError):
-            return Row({"line": number}, error="the line is not JSON")
-        if not isinstance(fields, dict):
-            return Row({"line": number}, error="the line is not a JSON object")
-        image, prompt = fields.get(self.image), fields.get("prompt")
-        if not isinstance(image, str) or not image:
-            return Row(fields, error=f"{self.image!r} is not the path of an image")
+            return Row(kept, error="the line is not JSON")
+        return fields if isinstance(fields, dict) else Row(kept, error="the line is not a JSON object")
+
+    def _row(self, fields: dict[str, Any]) -> Row:
+        image, prompt = image_source(fields.get(self.image), self.path.parent), fields.get("prompt")
+        caption = fields.get(self.caption)
+        if image is None:
+            return Row(fields, None, caption, error=f"{self.image!r} is not the path of an image")
         if prompt is not None and not isinstance(prompt, str):
-            return Row(fields, error="'prompt' is not text")
-        return Row(fields, self.path.parent / image, fields.get(self.caption), prompt)
+            return Row(fields, image, caption, error="'prompt' is not text")
+        return Row(fields, image, caption, prompt)
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images in a folder and below; the caption of ``a/b.jpg`` is in ``a/b.txt``."""
+    """Images in a folder and below; the caption of ``a/b.jpg`` is in ``a/b.txt`` or ``a/b.jpg.txt``, in whatever case.
 
-    path: Path
-
-    @cached_property
-    def _names(self) -> list[tuple[str, str | None]]:
-        """For each row its name without suffix, and the suffix of its image; None for a caption without an image."""
-        candidates = (path for path in self.path.rglob("*") if path.suffix.lower() in (*IMAGE_SUFFIXES, ".txt"))
-        names = [name for name in sorted(path.relative_to(self.path) for path in candidates) if (self.path / name).is_file()]
-        images = [(name.with_suffix("").as_posix(), name.suffix) for name in names if name.suffix.lower() in IMAGE_SUFFIXES]
-        stems = {stem for stem, _ in images}
-        captions = [name.with_suffix("").as_posix() for name in names if name.suffix == ".txt"]
-        orphans = [(stem, None) for stem in captions if stem not in stems]
-        return sorted([*images, *orphans], key=lambda row: (row[0], row[1] or ""))
-
-    def files(self) -> list[Path]:
-        """Return the files that make up the dataset."""
-        paths = (self.path / f"{stem}{end}" for stem, suffix in self._names for end in (suffix, ".txt") if end)
-        return [path for path in dict.fromkeys(paths) if path.is_file()]
-
-    def count(self) -> int:
-        """Return the number of rows."""
-        return len(self._names)
-
-    def rows(self, start: int = 0) -> Iterator[Row]:
-        """Iterate over the rows from number ``start`` on."""
-        for stem, suffix in islice(self._names, start, None):
-            if suffix is None:
-                yield Row({"image": None, "sidecar": f"{stem}.txt"}, error="there is no image beside the caption")
-                continue
-            fields: dict[str, Any] = {"image": stem + suffix}
-            error, sidecar = "", self.path / f"{stem}.txt"
-            try:
-                if sidecar.is_file():
-                    fields["caption"] = _read_text(sidecar.stat().st_size, sidecar.read_bytes)
-            except (OSError, ValueError) as problem:
-                error = f"the sidecar cannot be read: {describe_error(problem)}"
-            yield Row(fields, self.path / fields["image"], fields.get("caption"), error=error)
-
-
-@dataclass(frozen=True)
-class WebDataset:
-    """Webdataset shards (tar files): files of one name before the first dot are a row, as ``img2dataset`` writes them.
-
-    The caption is in ``.txt``, or in ``.json`` as ``caption``. Links and devices are not followed, and a shard that breaks off
-    gives a row whose error says so.
+    Attributes:
+        path: The folder.
+        caption_suffix: Of the files with captions; those of ``.json`` have it as ``caption``.
+        encoding: Of captions without a byte order mark; None for UTF-8.
     """
 
-    paths: tuple[Path, ...]
+    path: Path
+    caption_suffix: str = ".txt"
+    encoding: str | None = None
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        """The files in the folder, relative to it, in the order of their names."""
+        return sorted(path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file())
+
+    @cached_property
+    def _rows(self) -> list[tuple[Path | None, list[Path]]]:
+        """The image of each row, and the files beside it that may hold its caption; captions without an image, too."""
+        images = [name for name in self._files if name.suffix.lower() in IMAGE_SUFFIXES]
+        names_of_images = {name for image in images for name in _names_of(image)}
+        sidecars: dict[str, list[Path]] = {}  # by exact name, and by name in whatever case where no image has that name
+        for sidecar in self._files:
+            if sidecar.suffix.lower() == self.caption_suffix:
+                name = sidecar.with_suffix("").as_posix()
+                sidecars.setdefault(name if name in names_of_images else name.casefold(), []).append(sidecar)
+        rows: list[tuple[Path | None, list[Path]]] = []
+        for image in images:
+            beside = (sidecars.get(name) or sidecars.get(name.casefold(), []) for name in _names_of(image))
+            rows.append((image, list(chain.from_iterable(beside))))
+        used = {sidecar for _, beside in rows for sidecar in beside}
+        orphans = [(None, [sidecar]) for names in sidecars.values() for sidecar in names if sidecar not in used]
+        return sorted([*rows, *orphans], key=_row_order)
 
     def files(self) -> list[Path]:
         """Return the files that make up the dataset."""
-        return list(self.paths)
+        paths = (self.path / name for image, beside in self._rows for name in (image, *beside) if name)
+        return list(dict.fromkeys(paths))
 
     def count(self) -> int:
         """Return the number of rows."""
-        return sum(1 for path in self.paths for _ in _samples(path))
+        return len(self._rows)
+
+    def unread(self) -> Counter[str]:
+        """Count the files of an image's name that are not read, by suffix."""
+        names = {name.casefold() for image, _ in self._rows if image for name in _names_of(image)}
+        others = (path for path in self._files if path.suffix.lower() not in (*IMAGE_SUFFIXES, self.caption_suffix))
+        return Counter(path.suffix for path in others if path.with_suffix("").as_posix().casefold() in names)
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Iterate over the rows from number ``start`` on."""
-        samples = ((path, sample) for path in self.paths for sample in _samples(path))
-        for path, sample in islice(samples, start, None):
-            yield self._row(path, *sample)
+        for image, beside in islice(self._rows, start, None):
+            if image is None:
+                fields: dict[str, Any] = {"image": None, "sidecar": beside[0].as_posix()}
+                yield Row(fields, error="there is no image beside the caption")
+                continue
+            fields, error = {"image": image.as_posix()}, ""
+            try:
+                if beside and (caption := self._caption(self.path / beside[0])) is not None:
+                    fields["caption"] = caption
+            except (OSError, ValueError, RecursionError) as problem:
+                error = f"the sidecar cannot be read: {describe_error(problem)}"
+            if len(beside) > 1:
+                error = f"there are several captions beside the image: {', '.join(name.name for name in beside)}"
+            yield Row(fields, self.path / image, fields.get("caption"), error=error)
 
-    def _row(self, path: Path, key: str, parts: Mapping[str, FileSlice], error: str) -> Row:
-        fields: dict[str, Any] = {"shard": path.name, "key": key or None}
-        if error:
-            return Row(fields, error=error)
-        image = next((part for suffix, part in parts.items() if suffix in IMAGE_SUFFIXES), None)
-        try:
-            if ".txt" in parts:
-                fields["caption"] = _read_text(parts[".txt"].size, parts[".txt"].read)
-            elif ".json" in parts:
-                meta = json.loads(_read_text(parts[".json"].size, parts[".json"].read))
-                if isinstance(meta, dict) and isinstance(meta.get("caption"), str):
-                    fields["caption"] = meta["caption"]
-        except (OSError, ValueError, RecursionError) as problem:
-            return Row(fields, error=f"the caption cannot be read: {describe_error(problem)}")
-        return Row(fields, image, fields.get("caption"), error="" if image else "there is no image in the row")
-
-
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, FileSlice], str]]:
-    """The samples of a shard: key, its files by suffix, and what is wrong with the shard there."""
-    key, parts, error = None, {}, ""
-    with path.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for name, part in _members(path, tar):
-                    folder, _, base = name.rpartition("/")
-                    stem, _, suffix = base.partition(".")
-                    if not stem:
-                        continue
-                    if (sample := f"{folder}/{stem}".lstrip("/")) != key:
-                        if parts:
-                            yield key, parts, ""
-                        key, parts = sample, {}
-                    parts[f".{suffix.lower()}"] = part
-                file.seek(tar.offset)
-                # tarfile takes a damaged header for the end
-                if file.read(TAR_BLOCK) != bytes(TAR_BLOCK):
-                    error = "the shard is damaged or breaks off: rows may be missing from here on"
-        except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as problem:
-            error = f"the shard is damaged or breaks off: {describe_error(problem)}"
-    if parts:
-        yield key, parts, error and "the shard is damaged or breaks off in this row"
-    if error:
-        yield "", {}, error
+    def _caption(self, path: Path) -> str | None:
+        text = read_text(path.stat().st_size, path.read_bytes, self.encoding)
+        if self.caption_suffix != ".json":
+            return text
+        content = json.loads(text)
+        caption = content.get("caption") if isinstance(content, dict) else None
+        return caption if isinstance(caption, str) else None
 
 
-def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, FileSlice]]:
-    """Names and bytes of the regular files in a tar file."""
-    before = -1
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # or it would remember every member
-        if tar.offset <= before:  # a size below zero would lead in a circle
-            raise tarfile.ReadError("a size in it is below zero")
-        before = tar.offset
-        if member.isreg() and not member.issparse():
-            yield member.name, FileSlice(path, member.offset_data, member.size)
+def _names_of(image: Path) -> tuple[str, str]:
+    """The names that a sidecar of an image may have before its own suffix."""
+    return image.with_suffix("").as_posix(), image.as_posix()
+
+
+def _row_order(row: tuple[Path | None, list[Path]]) -> tuple[str, str]:
+    image, beside = row
+    name = image or beside[0]
+    return name.with_suffix("").as_posix(), name.suffix if image else ""
 
 
 @dataclass(frozen=True)
@@ -259,6 +239,10 @@ class ParquetTable:
         for path in self.paths[1:]:
             if not self._open(path).schema_arrow.equals(schema):
                 raise InputError(f"{path} has other columns than {self.paths[0]}. Filter the two one after the other.")
+
+    def columns(self, _: Collection[str] = ()) -> list[str]:
+        """Return the names of the columns."""
+        return list(self._open(self.paths[0]).schema_arrow.names)
 
     def files(self) -> list[Path]:
         """Return the files that make up the dataset."""
@@ -283,7 +267,7 @@ class ParquetTable:
                     continue
                 for row in batch.slice(start).to_pylist():
                     image, prompt = row[self.image], row.get("prompt")
-                    image = path.parent / image if isinstance(image, str) else image
+                    image = image_source(image, path.parent) if isinstance(image, str) else image
                     yield Row({}, image, row.get(self.caption), prompt if isinstance(prompt, str) else None)
                 start = 0
 
@@ -302,21 +286,28 @@ class ParquetTable:
 Source = JsonLines | ImageFolder | WebDataset | ParquetTable
 
 
-def open_source(path: str | Path, image: str = "image", caption: str = "caption") -> Source:
+def open_source(
+    path: str | Path, image: str = "image", caption: str = "caption", caption_suffix: str = ".txt", encoding: str | None = None
+) -> Source:
     """Open a dataset with the reader that fits it.
 
     Args:
-        path: A ``.jsonl``, ``.parquet`` or ``.tar`` file, or a folder of parquet files, of tar files or of images.
+        path: A ``.jsonl`` (also ``.jsonl.gz``), ``.parquet`` or ``.tar`` file, or a folder of parquet files, of tar files or of
+            images.
         image: Name of the images in JSONL and parquet.
         caption: Name of the captions there.
+        caption_suffix: Of the files with captions in folders and shards.
+        encoding: Of text without a byte order mark; None for UTF-8.
 
     Returns:
         The reader.
 
     Raises:
-        InputError: There is nothing that can be read.
+        InputError: There is nothing that can be read; or the encoding is unknown.
     """
-    source = _choose_reader(Path(path), image, caption)
+    check_encoding(encoding)
+    names, texts = (image, caption), (f".{caption_suffix.lstrip('.').lower()}", encoding)
+    source = _choose_reader(Path(path).absolute(), names, texts)
     if not isinstance(source, ImageFolder):
         for file in source.files():
             try:
@@ -327,26 +318,48 @@ def open_source(path: str | Path, image: str = "image", caption: str = "caption"
     return source
 
 
-def _choose_reader(path: Path, image: str, caption: str) -> Source:
+def _choose_reader(path: Path, names: tuple[str, str], texts: tuple[str, str | None]) -> Source:
     if path.is_file():
-        if path.suffix in (".jsonl", ".ndjson"):
-            return JsonLines(path, image, caption)
+        if path.name.lower().endswith(LINE_SUFFIXES):
+            return JsonLines(path, *names, texts[1])
         if path.suffix == ".parquet":
-            return ParquetTable((path,), image, caption)
+            return ParquetTable((path,), *names)
         if path.suffix == ".tar":
-            return WebDataset((path,))
+            return WebDataset((path,), *texts)
         raise InputError(f"{path} is none of .jsonl, .parquet and .tar. Give one of these, or a folder.")
     if not path.is_dir():
         raise InputError(f"{path} does not exist. Give a .jsonl, .parquet or .tar file, or a folder.")
     if tables := sorted(path.glob("*.parquet")):
-        return ParquetTable(tuple(tables), image, caption)
+        return ParquetTable(tuple(tables), *names)
     if shards := sorted(path.glob("*.tar")):
-        return WebDataset(tuple(shards))
-    folder = ImageFolder(path)
+        return WebDataset(tuple(shards), *texts)
+    folder = ImageFolder(path, *texts)
     if not folder.count():
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise InputError(f"{path} holds no images, no .parquet and no .tar files. Images end in {suffixes}.")
     return folder
+
+
+def check_columns(source: Source, write_captions: bool = False) -> None:
+    """Stop before the work where a table lacks a column.
+
+    Args:
+        source: The dataset.
+        write_captions: Whether captions are written, so that none need be there.
+
+    Raises:
+        InputError: No row has an image, or a caption, of that name.
+    """
+    if not isinstance(source, JsonLines | ParquetTable):
+        return
+    wanted = {source.image: "Name the images with --image-column."}
+    if not write_captions:
+        wanted[source.caption] = "Name the captions with --caption-column, or have them written with --write-captions."
+    columns = source.columns(wanted)
+    for name, advice in wanted.items():
+        if columns and name not in columns:
+            shown = ", ".join(columns[:MAX_COLUMNS])
+            raise InputError(f"{source.files()[0]}: no row has {name!r}; the columns are {shown}. {advice}")
 
 
 def fingerprint(source: Source, root: Path) -> str:
@@ -361,6 +374,9 @@ def fingerprint(source: Source, root: Path) -> str:
         names are not among them.
     """
     digest = sha256()
+    for name, default in (("caption_suffix", ".txt"), ("encoding", None)):
+        if (value := getattr(source, name, default)) != default:
+            digest.update(f"{name}\0{value}\n".encode())
     for path in source.files():
         stat = path.stat()
         digest.update(f"{os.path.relpath(path, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
@@ -374,18 +390,3 @@ def import_pyarrow() -> ModuleType:
     except ImportError as error:
         raise InputError("Parquet needs pyarrow, which is not installed: pip install 'gazeguard-vlm[data]'.") from error
     return pyarrow
-
-
-def _read_text(size: int, read: Callable[[], bytes]) -> str:
-    """The text of a caption's file; raises ValueError."""
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(f"it is longer than {MAX_TEXT_BYTES} bytes")
-    return read().decode("utf-8-sig").strip()
-
-
-def describe_error(error: Exception) -> str:
-    """Return an error in one line, without the path, which the caller names."""
-    if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8"
-    text = str(getattr(error, "strerror", None) or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -15,7 +15,8 @@ from gazeguard.errors import InputError
 from gazeguard.filtering.batches import PREFETCHED, open_image
 from gazeguard.filtering.caption_filter import CaptionFilter, OnRows, ignore_rows
 from gazeguard.filtering.ray import RayActorPool
-from gazeguard.filtering.readers import Row, Source
+from gazeguard.filtering.readers import Source
+from gazeguard.filtering.rows import Row
 from gazeguard.filtering.writer import Results
 from gazeguard.progress import bar
 from gazeguard.replay.page import Entry

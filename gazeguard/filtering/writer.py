@@ -21,7 +21,8 @@ from typing import IO, Any, NamedTuple
 
 from gazeguard.errors import InputError, OutputError
 from gazeguard.filtering.columns import append_columns
-from gazeguard.filtering.readers import ParquetTable, Source, describe_error, import_pyarrow
+from gazeguard.filtering.readers import ImageFolder, ParquetTable, Source, WebDataset, import_pyarrow
+from gazeguard.filtering.texts import describe_error
 
 try:
     import fcntl
@@ -179,7 +180,9 @@ class Results:
                 for result in results:
                     files[LABELLED if self.label_only else FILE_NAMES[result.verdict]].write(result.line)
             stack.close()
-            summary = {**counts.summary(), "files": [path.name for path in paths.values()], "run": self.run}
+            unread = source.unread() if isinstance(source, ImageFolder | WebDataset) else {}
+            summary = {**counts.summary(), **({"unread": dict(sorted(unread.items()))} if unread else {})}
+            summary |= {"files": [path.name for path in paths.values()], "run": self.run}
             replace_file(self.summary, json.dumps(summary, indent=1).encode() + b"\n")
         shutil.rmtree(self.parts, ignore_errors=True)
         return summary
