@@ -48,6 +48,11 @@ def load(
         loaded = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # of a folder that is no model transformers raises almost anything
+        if isinstance(error, ImportError) and "torchvision" in str(error).lower():
+            raise InputError(
+                f"The processor of {model} needs torchvision, which is not installed. Install it: pip install "
+                "'gazeguard-vlm[vision]'"
+            ) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
             f"{model} cannot be loaded as a vision-language model: {reason} "

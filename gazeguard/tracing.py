@@ -35,7 +35,7 @@ from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.encoding import EncodedBatch, check_prompt, encode
 from gazeguard.vision.grid import ImageGrid
 from gazeguard.vision.images import BACKGROUND, background_colour, load_image
-from gazeguard.vision.inputs import context_length, has_pixels, model_inputs
+from gazeguard.vision.inputs import check_inputs, context_length, has_pixels, model_inputs
 from gazeguard.vision.text import check_text, decode
 
 MAX_REASON = 300  # characters of a processor's error that a reason repeats
@@ -132,6 +132,7 @@ class Tracer:
             InputError: The image did not reach a prompt.
             UnsupportedError: No rule knows the layout of the image tokens.
         """
+        check_inputs(self.model, inputs)
         keys = visual_keys(self.model, inputs, ids, mask)
         grids = image_grids(self.model, self.processor, inputs, keys.ids, keys.mask, sizes, self.grid)
         return Prompts(keys, grids, self._lengths(keys, mask))

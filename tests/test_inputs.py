@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from families import family
 from hypothesis import example, given
 from hypothesis import strategies as st
 from labkit import processor, untrained
@@ -25,7 +26,7 @@ from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.encoding import check_processor, encode
 from gazeguard.vision.image_tokens import image_token_id
 from gazeguard.vision.images import MAX_IMAGE_BYTES, load_image
-from gazeguard.vision.inputs import model_inputs
+from gazeguard.vision.inputs import check_inputs, model_inputs
 from gazeguard.vision.text import decode, tokenize
 
 RED, GREY = (255, 0, 0), (128, 128, 128)
@@ -294,6 +295,53 @@ def test_a_row_without_an_image_is_named(sample_images):
         image_grids(model, used, made.inputs, ids, made.prompt_mask)
 
 
+def own_processor(leave_out="", change=lambda output: output, **parts):
+    """A processor that is no class of transformers: the parts and methods of the lab's, with changes."""
+    whole = processor()
+    names = ("tokenizer", "image_processor", "chat_template")
+    made = SimpleNamespace(**{name: getattr(whole, name) for name in names if name != leave_out} | parts)
+    if leave_out != "apply_chat_template":
+        made.apply_chat_template = lambda *talks, **options: change(dict(whole.apply_chat_template(*talks, **options)))
+    return made
+
+
+def test_a_processor_of_ones_own_without_image_token_and_with_a_plain_dict_is_read_alike(sample_images):
+    """What the protocol lists is enough."""
+    one, other = (encode(untrained(), each, sample_images[:2], PROMPTS[:2]).inputs for each in (processor(), own_processor()))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (list, "returns a list; expected a mapping of tensors"),
+        (lambda output: {"attention_mask": output["attention_mask"]}, "has no input_ids; expected a tensor of shape"),
+        (lambda output: {**output, "attention_mask": None}, "has no attention_mask; expected a tensor"),
+        (lambda output: {**output, "input_ids": output["input_ids"].tolist()}, "has input_ids of list; expected a tensor"),
+        (
+            lambda output: {**output, "input_ids": output["input_ids"][:1]},
+            r"has input_ids of \(1, \d+\); expected .* \(2, tokens\)",
+        ),
+    ],
+    ids=["list", "no ids", "no mask", "lists", "one row"],
+)
+def test_an_output_that_no_model_reads_is_named(sample_images, change, message):
+    with pytest.raises(InputError, match=message):
+        encode(untrained(), own_processor(change=change), sample_images[:2], PROMPTS[:2])
+
+
+@pytest.mark.parametrize("name", ["image_grid_thw", "mm_token_type_ids"])
+def test_inputs_of_qwen_without_sizes_or_types_are_refused_by_name(name):
+    """Without them image tokens would have the positions of words."""
+    kind = family("Qwen2.5-VL")
+    inputs = {"image_grid_thw": torch.ones(1, 3), "mm_token_type_ids": torch.ones(1, 4)}
+    check_inputs(kind.model, inputs)
+    with pytest.raises(InputError, match=rf"The inputs of Qwen2_5_VL\w+ have no {name}, which say where its image tokens lie"):
+        check_inputs(kind.model, {**inputs, name: None})
+    check_inputs(untrained(), {})
+
+
 def test_a_tokenizer_is_no_processor(sample_images):
     """And what lacks a part of a processor is told which."""
     kind = type(processor().tokenizer).__name__
@@ -307,6 +355,10 @@ def test_a_tokenizer_is_no_processor(sample_images):
     for part, missing in (
         (processor().image_processor, "no tokenizer and no image_processor and no chat_template"),
         (SimpleNamespace(tokenizer=1, image_processor=2), "no chat_template"),
+        (own_processor(leave_out="apply_chat_template"), "no apply_chat_template"),
+        (own_processor(leave_out="tokenizer"), "no tokenizer"),
+        (own_processor(tokenizer=SimpleNamespace(decode=1)), "no tokenizer.__call__ and no tokenizer.is_fast and no .*"),
+        (SimpleNamespace(tokenizer=1, image_processor=2, chat_template=None), "no __call__"),
     ):
         with pytest.raises(InputError, match=rf"is not a vision-language processor: it has {missing}\. Pass AutoProcessor"):
             check_processor(part)

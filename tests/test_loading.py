@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from gazeguard import lab
 from gazeguard.artifacts import HEADS_FILE, find_file, push_folder
@@ -60,6 +60,21 @@ def test_dtypes_by_name():
 def test_what_cannot_be_loaded_is_said(options, message):
     with pytest.raises(InputError, match=message):
         load(options.pop("model", "lab"), **options)
+
+
+def test_a_missing_torchvision_is_said_with_what_to_install(monkeypatch):
+    """Qwen-VL's processors need it, which transformers says in five lines of its inside."""
+    inner = "\nQwen2VLVideoProcessor requires the Torchvision library but it was not found in your environment. Check out\n"
+
+    def refuse(*_, **__):
+        raise ImportError(inner)
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
+    with pytest.raises(InputError) as caught:
+        load("lab", device="cpu")
+    assert str(caught.value) == (
+        "The processor of lab needs torchvision, which is not installed. Install it: pip install 'gazeguard-vlm[vision]'"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

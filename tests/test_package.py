@@ -126,7 +126,7 @@ def test_typing_and_extras_are_declared(unpacked):
     extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (everything,) = extras.pop("all")
     named = set(re.findall(r"\w+", everything.removeprefix("gazeguard-vlm")))
-    assert set(extras) == named == {"data", "evals", "ray", "scenes", "spacy"}
+    assert set(extras) == named == {"data", "evals", "ray", "scenes", "spacy", "vision"}
 
 
 def imported(folder: str) -> set[str]:

@@ -7,24 +7,61 @@ encoder's, padded on the right, and captions follow the decoder's own start.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from gazeguard.errors import InputError
-from gazeguard.vision.inputs import append_tokens, context_length, decoder_prompt
+from gazeguard.vision.inputs import append_tokens, check_inputs, context_length, decoder_prompt
 from gazeguard.vision.text import TOKENIZER_LOCK, check_text, tokenize
 
 # Processors that put the image before every prompt themselves, where others want a token in the text.
 INSERTS_IMAGE_TOKEN = ("Florence2Processor",)
 PROCESSOR_PARTS = ("tokenizer", "image_processor", "chat_template")  # chat_template may be None
+TOKENIZER_PARTS = (
+    "__call__",
+    "decode",
+    "is_fast",
+    "all_special_ids",
+    "all_special_tokens",
+    "added_tokens_decoder",
+    "unk_token",
+)
+PER_PROMPT_TOKEN = ("input_ids", "attention_mask")  # what every processor's output has for each token of the prompt
+
+
+class Processor(Protocol):
+    """What a processor must have; those of transformers have it, and one's own may be any class.
+
+    Its output, of either method, is a mapping (a plain dict will do) with ``input_ids`` and ``attention_mask``, (rows, P) int64
+    tensors, the pixels, and what the model's ``forward`` needs besides: ``image_grid_thw`` and ``mm_token_type_ids`` for models
+    with M-RoPE. Rows are padded on the side that the call asks for.
+
+    Attributes:
+        tokenizer: A tokenizer of transformers, or an object with the same methods.
+        image_processor: What prepares the images; some layouts of image tokens are read from its settings.
+        chat_template: The template that `apply_chat_template` fills in; None for a model without chat, whose prompt is
+            ``image_token`` (if there is such an attribute, else "<image>") and then the text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Any
+    chat_template: str | None
+
+    def __call__(self, *, images: Any, text: Any, padding: bool, padding_side: str, return_tensors: str) -> Mapping[str, Any]:
+        """Encode images and texts; called where there is no chat template."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Mapping[str, Any]:
+        """Encode conversations whose content holds images; called where there is a chat template."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,11 +100,33 @@ def check_processor(processor: Any) -> None:
             f"{type(processor).__name__} is a tokenizer; expected the model's whole processor, with its image_processor. "
             "Pass AutoProcessor.from_pretrained(...) of the model."
         )
-    if missing := [part for part in PROCESSOR_PARTS if not hasattr(processor, part)]:
+    missing = [part for part in PROCESSOR_PARTS if not hasattr(processor, part)]
+    if "chat_template" not in missing:
+        method = "__call__" if processor.chat_template is None else "apply_chat_template"
+        missing += [] if hasattr(processor, method) else [method]
+    if not missing:
+        missing = [f"tokenizer.{part}" for part in TOKENIZER_PARTS if not hasattr(processor.tokenizer, part)]
+    if missing:
         raise InputError(
             f"{type(processor).__name__} is not a vision-language processor: it has no {' and no '.join(missing)}. "
-            "Pass AutoProcessor.from_pretrained(...) of the model."
+            "Pass AutoProcessor.from_pretrained(...) of the model, or one of your own that has what "
+            "gazeguard.vision.encoding.Processor lists."
         )
+
+
+def check_output(processor: Any, output: Any, rows: int) -> None:
+    """Raise `InputError` for what no model could read as the batch of ``rows`` prompts, and say what is missing."""
+    name = type(processor).__name__
+    if not isinstance(output, Mapping):
+        raise InputError(
+            f"{name} returns a {type(output).__name__}; expected a mapping of tensors, as transformers' processors do."
+        )
+    for part in PER_PROMPT_TOKEN:
+        value = output.get(part)
+        if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != rows:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            given = f"no {part}" if value is None else f"{part} of {shape}"
+            raise InputError(f"The output of {name} has {given}; expected a tensor of shape ({rows}, tokens) under {part!r}.")
 
 
 def check_prompt(processor: ProcessorMixin, prompt: Any) -> None:
@@ -108,10 +167,12 @@ def encode(
     encoder_decoder = model.config.is_encoder_decoder
     with TOKENIZER_LOCK:
         output = _processed(processor, images, prompts, "right" if encoder_decoder else "left")
+    check_output(processor, output, len(prompts))
+    check_inputs(model, output)
     length, limit = int(output["attention_mask"].sum(1).max()), context_length(model)
     if not captions and not encoder_decoder and length > limit:
         raise InputError(f"The prompt has {length} tokens, more than the model's context of {limit}. Make it shorter.")
-    batch = dict(output.to(model.device))
+    batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in output.items()}
     forced = getattr(model.generation_config, "forced_bos_token_id", None)
     if encoder_decoder and forced is not None:  # BART: generate would put it before every caption
         batch["decoder_input_ids"] = F.pad(decoder_prompt(model, batch), (0, 1), value=forced)
@@ -123,7 +184,7 @@ def encode(
 
 def _processed(
     processor: ProcessorMixin, images: Sequence[Image.Image], prompts: Sequence[str], padding_side: str
-) -> BatchFeature:
+) -> Mapping[str, Any]:
     """What the processor makes of one image and one prompt per row."""
     if processor.chat_template is None:
         inserts = type(processor).__name__ in INSERTS_IMAGE_TOKEN

@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from gazeguard.errors import InputError
+
 # What processors say of each token of the prompt in more than one number; generated tokens have that of the last one.
 PER_TOKEN = ("cross_attention_mask", "image_attention_mask")
+GRIDS = ("image_grid_thw", "video_grid_thw")  # sizes of images and videos, for M-RoPE
 # The token type of generated text. In PaliGemma type 0 is the prompt, which attends both ways.
 TEXT_TYPE = {"paligemma": 1}
 
@@ -28,6 +31,25 @@ def context_length(model: PreTrainedModel) -> float:
 def has_pixels(inputs: Mapping[str, Any]) -> bool:
     """Whether an image is among the inputs of a forward pass: only pixels are not whole numbers."""
     return any(isinstance(value, Tensor) and value.is_floating_point() and value.numel() for value in inputs.values())
+
+
+def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Raise `InputError` where a model with M-RoPE lacks what it computes the positions of image tokens from.
+
+    Without the sizes it would count image tokens like words, in silence.
+    """
+    rope_index = getattr(getattr(model, "model", model), "get_rope_index", None)
+    if rope_index is None:
+        return
+    needed = set(inspect.signature(rope_index).parameters)
+    missing = [] if "image_grid_thw" not in needed or any(inputs.get(name) is not None for name in GRIDS) else GRIDS[:1]
+    if "mm_token_type_ids" in needed and inputs.get("mm_token_type_ids") is None:
+        missing = (*missing, "mm_token_type_ids")
+    if missing:
+        raise InputError(
+            f"The inputs of {type(model).__name__} have no {' and no '.join(missing)}, which say where its image tokens lie. "
+            "Pass all that the processor of the model returns."
+        )
 
 
 def append_tokens(model: PreTrainedModel, inputs: Mapping[str, Any], token_ids: Sequence[NDArray[np.int64]]) -> dict[str, Any]:
