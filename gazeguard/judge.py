@@ -104,9 +104,11 @@ class Judge:
 
     def assess(self, trace: GazeTrace) -> Assessment:
         """Parse a caption and give each of its claims a risk, or the reason why that is impossible."""
-        if reason := _no_evidence(trace):
-            return Assessment(trace, reason)
         caption = self.parse(trace.text)
+        if caption.response is not None:  # before the evidence: whoever writes a refusal need not attend to the image
+            return Assessment(trace, f"{caption.response}: the text is no caption", caption)
+        if reason := _no_evidence(trace):
+            return Assessment(trace, reason, caption)
         claims = _judged_claims(caption)
         if not claims:
             return Assessment(trace, _nothing_claimed(caption), caption)

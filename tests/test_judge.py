@@ -49,6 +49,12 @@ def test_a_number_that_is_not_finite_leaves_the_caption_unchecked(lab_vlm):
         ("", "the caption is empty"),
         ("  \n", "the caption is empty"),
         ("It is very nice here.", "names nothing that could be checked"),
+        ("I'm sorry, I can't help with that.", "refusal: the text is no caption"),
+        ("As an AI language model, I cannot see images.", "refusal: the text is no caption"),
+        ("N/A", "placeholder: the text is no caption"),
+        ("null", "placeholder: the text is no caption"),
+        ("error: 429 Too Many Requests", "error text: the text is no caption"),
+        ("<|endoftext|>", "special token: the text is no caption"),
         ("There is a red star. " * 600, "more than the model's context of 2048"),
     ],
 )

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from gazeguard.claims import tagger
+from gazeguard.claims import responses, tagger
 from gazeguard.claims.phrases import Phrase, Reading, Span, Tagger, Token, read
 from gazeguard.claims.statements import Action, Predicate, Relation, Statements, unjudged
-from gazeguard.claims.structure import REASONS, Mask, Part, mask
+from gazeguard.claims.structure import REASONS, STOP, Mask, Part, mask
 from gazeguard.claims.vocabulary import MEANINGS, TOPICS
 
 Kind = Literal["object", "attribute", "location"]  # what detectors are fitted on
@@ -24,9 +24,8 @@ ClaimedKind = Literal[ClaimKind, "action"]  # all that a caption can claim
 JUDGED: tuple[str, ...] = get_args(Kind)  # counts and relations are read, but no detector knows them yet
 Parser = Callable[[str], Any]  # a spaCy pipeline: text to Doc
 
-_WHOLE = frozenset(
-    ("reasoning", "code", "table", "heading", "offer", "language", "json")
-)  # parts that are no part of a sentence
+# Parts that are no part of a sentence.
+_WHOLE = frozenset(("reasoning", "code", "table", "heading", "offer", "language", "json", *responses.REASONS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,13 @@ class Caption:
     def reason(self) -> str | None:
         """Why nothing of the caption is judged; None if something is, or if it has no words."""
         judged = any(sentence.reason is None for sentence in self.sentences)
-        return None if judged or not self.sentences else self.sentences[0].reason
+        return None if judged or not self.sentences else self.response or self.sentences[0].reason
+
+    @property
+    def response(self) -> str | None:
+        """What the text is in place of a caption, a value of `responses.REASONS` ("refusal"); None if it is one."""
+        reasons = [sentence.reason for sentence in self.sentences]
+        return None if None in reasons else next((r for r in reasons if r in responses.REASONS.values()), None)
 
 
 def parse(text: str, nlp: Parser | None = None, *, nouns: Iterable[str] = ()) -> Caption:
@@ -168,6 +173,8 @@ def _sentences(reading: Reading, parts: Sequence[Part]) -> tuple[Sentence, ...]:
     """The sentences that have words, and those that are not judged as a whole."""
     bounds: dict[int, tuple[int, int]] = {}
     for token, number, letter in zip(reading.tokens, reading.sentences, reading.letters, strict=True):
+        if token.word == STOP and number not in bounds:
+            continue  # it ends what is blanked, and begins no sentence
         start, end = bounds.get(number, (token.start, token.start))
         if letter not in ".," or (letter == "." and token.start - end < 2):
             bounds[number] = (start, token.end)

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gazeguard.claims import responses
+
 STOP, QUOTE = "\x01", "\x02"  # in a masked text: the end of a sentence; a character of quoted text
 
 REASONS = {
@@ -28,6 +30,7 @@ REASONS = {
     "label": "label of a topic",
     "hedge": "hedged: the caption does not assert it",
     "negation": "said to be absent",
+    **responses.REASONS,
 }
 
 _REASONING = re.compile(
@@ -130,10 +133,15 @@ class Mask:
 def mask(text: str) -> Mask:
     """The caption with everything blanked that states nothing about the image."""
     result = Mask(text)
+    if kind := responses.whole_response(text):
+        result.blank(0, len(text), kind, STOP)
+        return result
     plain = text.isascii() and not _SPECIAL.search(text)
     if not plain:
         for step in (_reasoning, _json, _blocks, _inline, _quotes):
             step(result)
+    for start, end in responses.refusals(str(result)):
+        result.blank(start, end, "refusal", STOP)
     if plain is False or "?" in text or _OFFER_WORD.search(text):
         _offers(result)
     return result
