@@ -2,8 +2,8 @@
 
 The lexicon joins the NIH SPECIALIST lexicon (as LemmInflect distributes it) and Brill's (as TextBlob does). The weights are the
 mean of averaged perceptrons over two sources: sentences of a small grammar of captions, whose classes are exact by construction
-and whose words come from the whole lexicon, and real captions with the classes of a spaCy pipeline, but for those of images from
-which a labelled test sentence was drawn. ``pip install lemminflect textblob spacy`` and a pipeline of spaCy.
+and whose words come from the whole lexicon, and real captions with the classes of a spaCy pipeline, but for captions of images
+from which a labelled test sentence was drawn. ``pip install lemminflect textblob spacy`` and a pipeline of spaCy.
 """
 
 from __future__ import annotations
@@ -117,16 +117,11 @@ def write_lexicon(known: Sources) -> int:
 # ------------------------------------------------------------------------------------------------------------- grammar
 
 
-@dataclass
-class Grammar:
-    """Random sentences of captions with the class of every open-class word."""
+class Pools:
+    """The words that the grammar draws from, by class; verbs by their forms: "v" the base, "s", "g", "e"."""
 
-    known: Sources
-    seed: int = 1
-    words: list[tuple[str, str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
+    def __init__(self, known: Sources) -> None:
+        self.known = known
         likely, forms = self.known.likely, self.known.forms
         open_words = sorted(word for word in forms if word not in MEANINGS and len(word) > 2)
         self.singular = [
@@ -166,6 +161,18 @@ class Grammar:
             return "g"
         return "e" if word.endswith("ed") or self.known.likely.get(word) == "VBN" else "x"
 
+
+@dataclass
+class Grammar:
+    """Random sentences of captions with the class of every open-class word."""
+
+    pools: Pools
+    seed: int = 1
+    words: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
     def sentence(self) -> list[tuple[str, str]]:
         """A sentence: words with their classes, "" for function words and signs."""
         self.words = []
@@ -187,18 +194,18 @@ class Grammar:
 
     def _noun(self, plural: bool) -> None:
         if self._chance(0.22):
-            self._add(self.random.choice(self.singular), "N")
-        self._add(self.random.choice(self.plural if plural else self.singular), "N")
+            self._add(self.random.choice(self.pools.singular), "N")
+        self._add(self.random.choice(self.pools.plural if plural else self.pools.singular), "N")
 
     def _modifier(self) -> None:
         if self._chance(0.1):
-            self._add(self.random.choice(self.adverbs), "r")
+            self._add(self.random.choice(self.pools.adverbs), "r")
         if self._chance(0.18):
-            self._add(self.random.choice(self.verbs)["e"], "e")
+            self._add(self.random.choice(self.pools.verbs)["e"], "e")
         elif self._chance(0.1):
-            self._add(self.random.choice(self.verbs)["g"], "g")
+            self._add(self.random.choice(self.pools.verbs)["g"], "g")
         else:
-            self._add(self.random.choice(self.adjectives), "a")
+            self._add(self.random.choice(self.pools.adjectives), "a")
 
     def _phrase(self, deep: bool = False, plural: bool | None = None) -> bool:
         """A noun phrase; returns whether its verb is plural."""
@@ -247,7 +254,7 @@ class Grammar:
         self._phrase(deep=True)
 
     def _participle(self) -> None:
-        verb = self.random.choice(self.verbs)
+        verb = self.random.choice(self.pools.verbs)
         if self._chance(0.5):
             self._add(verb["g"], "g")
             if self._chance(0.5):
@@ -259,11 +266,11 @@ class Grammar:
             self._prepositional()
 
     def _predicate(self, plural: bool) -> None:
-        verb, be = self.random.choice(self.verbs), "are" if plural else "is"
+        verb, be = self.random.choice(self.pools.verbs), "are" if plural else "is"
         kind = self.random.choices("vgeas", [50, 12, 12, 16, 10])[0]
         if kind == "v":
             if self._chance(0.12):
-                self._add(self.random.choice(self.adverbs), "r")
+                self._add(self.random.choice(self.pools.adverbs), "r")
             self._add(verb["v" if plural else "s"], "v")
             self._complement()
         elif kind in "ge":
@@ -293,17 +300,17 @@ class Grammar:
         elif kind == "p":
             self._prepositional()
         elif kind == "r":
-            self._add(self.random.choice(self.adverbs), "r")
+            self._add(self.random.choice(self.pools.adverbs), "r")
         if self._chance(0.2):
             self._prepositional()
 
     def _adjectives(self) -> None:
         if self._chance(0.2):
             self._any("very", "quite", "slightly")
-        self._add(self.random.choice(self.adjectives), "a")
+        self._add(self.random.choice(self.pools.adjectives), "a")
         if self._chance(0.4):
             self._any("and", ",")
-            self._add(self.random.choice(self.adjectives), "a")
+            self._add(self.random.choice(self.pools.adjectives), "a")
         if self._chance(0.2):
             self._prepositional()
 
@@ -326,7 +333,7 @@ class Grammar:
         elif self._chance(0.1):  # "..., its tail wagging"
             self._any(", its", ", her", ", his", ", their")
             self._noun(self._chance(0.4))
-            self._add(self.random.choice(self.verbs)["g"], "g")
+            self._add(self.random.choice(self.pools.verbs)["g"], "g")
         self._add(".")
 
     def _apposition(self) -> None:
@@ -393,7 +400,7 @@ class Grammar:
 
     def _request(self) -> None:
         self._any("do you want me to", "would you like me to", "let me", "i can", "you can")
-        self._add(self.random.choice(self.verbs)["v"], "v")
+        self._add(self.random.choice(self.pools.verbs)["v"], "v")
         self._phrase()
         self._add("?")
 
@@ -401,7 +408,7 @@ class Grammar:
         self._noun(self._chance(0.5))
         for sign in ":,":
             self._add(sign)
-            self._add(self.random.choice(self.adjectives), "a")
+            self._add(self.random.choice(self.pools.adjectives), "a")
         self._add(",")
         self._participle()
         self._add(".")
@@ -523,7 +530,7 @@ def main(
     """Write the lexicon and the weights of the tagger into the package."""
     known = sources()
     typer.echo(f"{write_lexicon(known)} words", err=True)
-    grammar = Grammar(known)
+    grammar = Grammar(Pools(known))
     examples = [example(grammar.sentence()) for _ in range(GRAMMAR_SENTENCES)] + silver(spacy, data) * SILVER_WEIGHT
     models = []
     for seed in range(MODELS):  # their mean depends less on the order of the sentences than one alone

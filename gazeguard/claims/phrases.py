@@ -325,6 +325,8 @@ def _of_open(words: Sequence[str], letters: Sequence[str], i: int, nouns: frozen
     if letter == "N" and after == "a" and words[i + 1] in COLOURS and before in "Dab,cr.":
         following = letters[i + 2] if i + 2 < len(letters) else "."
         return letter if following in "NxwYMaeIS" or (before == "." and word not in SHADES) else "a"  # "mint green"
+    if before == "T" and classes_of(word)[0] == "v" and after in "p,.DdrT":
+        return "v"  # a sign that reads STOP stands
     if after not in "NxwSI" and _may_act(words, letters, i):
         return _verb_after_noun(words, letters, i)
     return letter
