@@ -21,9 +21,8 @@ from gazeguard import __version__, lab
 from gazeguard.errors import InputError
 from gazeguard.filtering.batches import PREFETCHED, open_image
 from gazeguard.filtering.caption_filter import NO_CAPTION, CaptionFilter, explain_failure
-from gazeguard.filtering.columns import COLUMNS
 from gazeguard.filtering.ray import ArrowCaptionFilter
-from gazeguard.filtering.rows import FileSlice
+from gazeguard.filtering.rows import COLUMNS, FileSlice
 from gazeguard.guard import GazeGuard
 
 SAMPLES = lab.samples("test", 6, seed=7)

@@ -17,9 +17,9 @@ from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.errors import InputError
 from gazeguard.filtering.caption_filter import CaptionFilter
-from gazeguard.filtering.columns import COLUMNS
 from gazeguard.filtering.ray import ArrowCaptionFilter, RayActorPool, ray_filter
 from gazeguard.filtering.readers import open_source
+from gazeguard.filtering.rows import COLUMNS
 from gazeguard.filtering.run import filter_files
 from gazeguard.filtering.writer import Results
 from gazeguard.guard import GazeGuard

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import tarfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +25,12 @@ from typer.testing import CliRunner
 from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.errors import InputError, OutputError
+from gazeguard.filtering.batches import open_image
 from gazeguard.filtering.caption_filter import NO_CAPTION, CaptionFilter, ignore_rows
-from gazeguard.filtering.columns import COLUMNS
 from gazeguard.filtering.readers import open_source
+from gazeguard.filtering.rows import COLUMNS
 from gazeguard.filtering.run import filter_files
+from gazeguard.filtering.verdicts import saved_report
 from gazeguard.filtering.writer import Results, reason_category
 from gazeguard.guard import GazeGuard
 from gazeguard.progress import show_progress
@@ -187,7 +192,7 @@ def test_captions_are_written_for_a_folder_without_any(caption_filter, tmp_path)
     writing = CaptionFilter(caption_filter.guard, batch_size=2, write_captions=True)
     into(writing, tmp_path / "in", tmp_path / "out", label_only=True)
     lines = read_lines(tmp_path / "out/labelled.jsonl")
-    assert [row["image"] for row in lines] == ["0.png", "1.png", "2.png"]
+    assert [row["image"] for row in lines] == [str(tmp_path / f"in/{i}.png") for i in range(3)]
     for i, row in enumerate(lines):
         assert (
             row["caption"]
@@ -428,6 +433,96 @@ def test_two_runs_do_not_write_into_one_folder(caption_filter, rows, tmp_path):
     with results.open(), pytest.raises(InputError, match="Another run is writing into"):
         into(caption_filter, rows, tmp_path / "out")
     into(caption_filter, rows, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------- read back and shown
+
+
+@pytest.fixture(scope="module")
+def filtered(caption_filter, tmp_path_factory):
+    """The same five rows as lines, as a table and as a shard, filtered: rows with a false caption and one without an image."""
+    folder = tmp_path_factory.mktemp("filtered")
+    samples = lab.samples("test", 5, seed=7)
+    lines = []
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for i, sample in enumerate(samples):
+            sample.image.save(folder / f"{i}.png")
+            kind = sample.drawing.objects[0]
+            caption = "There is a pink castle." if i == 3 else f"There is a {kind.colour} {kind.noun}."
+            lines.append({"image": f"{i}.png" if i else "gone.png", "caption": caption, "prompt": sample.prompt})
+            (folder / f"{i}.txt").write_text(caption)
+            for suffix in ("png", "txt")[0 if i else 1 :]:
+                tar.add(folder / f"{i}.{suffix}", f"{i}.{suffix}")
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = ["a.jsonl", "a.tar"]
+    if importlib.util.find_spec("pyarrow"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(lines), folder / "a.parquet")
+        names.append("a.parquet")
+    for name in names:
+        into(caption_filter, folder / name, folder / f"deep/out/{name}", label_only=True)
+    return {name: next((folder / f"deep/out/{name}").glob("labelled.*")) for name in names}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.tar", "a.parquet"])
+def test_what_filter_writes_is_read_back_from_where_it_lies(filtered, name, monkeypatch, tmp_path):
+    """From another working directory: every image opens; the verdicts that are there are shown, and no model runs."""
+    if name not in filtered:
+        pytest.skip("pyarrow is not installed")
+    monkeypatch.chdir(tmp_path)
+    rows = list(open_source(filtered[name]).rows())
+    assert [isinstance(open_image(row.image), Image.Image) for row in rows] == [False, *[True] * 4]
+    monkeypatch.setattr("gazeguard.cli.options.GuardOptions.guard", None)
+    result = run(app, ["replay", str(filtered[name]), str(tmp_path / "page.html")])
+    assert result.exit_code == 0, result.output
+    assert "the verdicts in the input are shown as they are" in result.stderr
+    shown = json.loads(re.search(r'"captions":(\[.*\])}', (tmp_path / "page.html").read_text())[1])
+    assert [entry["report"]["verdict"] for entry in shown] == [row.fields["gaze_verdict"] for row in rows]
+    assert [entry["report"]["reason"] for entry in shown] == [row.fields["gaze_reason"] for row in rows]
+    assert {entry["report"]["verdict"] for entry in shown} >= {"unchecked", "flag"}
+    assert [entry["image"] is None for entry in shown] == [True, *[False] * 4]
+    for entry, row in zip(shown, rows, strict=True):
+        assert entry["report"]["caption"] == (row.caption or "")
+        told = [(p["text"], [p["start"], p["end"]], p["kind"], p["flagged"]) for p in entry["report"]["phrases"]]
+        assert told == [(p["text"], p["span"], p["kind"], p["flagged"]) for p in row.fields["gaze_phrases"]]
+
+
+def test_filtered_rows_can_be_filtered_again(caption_filter, filtered, tmp_path):
+    """With the same verdicts, whatever they were read from."""
+    first = read_lines(filtered["a.jsonl"])
+    into(caption_filter, filtered["a.jsonl"], tmp_path / "again", label_only=True)
+    assert read_lines(tmp_path / "again/labelled.jsonl") == first
+
+
+def test_verdicts_that_cannot_be_read_are_unchecked_and_say_so(filtered):
+    row = next(row for row in open_source(filtered["a.jsonl"]).rows() if row.fields["gaze_phrases"])
+    assert saved_report(row).verdict == row.fields["gaze_verdict"]
+    phrase = row.fields["gaze_phrases"][0]
+    for change in (
+        {"gaze_verdict": "fine"}, {"gaze_phrases": [{}]}, {"gaze_phrases": 7}, {"gaze_phrases": [{**phrase, "risk": 2}]},
+        {"gaze_phrases": [{**phrase, "text": "another"}]}, {"gaze_phrases": [{**phrase, "box": "no"}]},
+    ):  # fmt: skip
+        report = saved_report(replace(row, fields={**row.fields, **change}))
+        assert (report.verdict, report.reason) == ("unchecked", "the row has no verdict that can be read")
+    bare = replace(row, fields={**row.fields, "gaze_phrases": [{**phrase, "kind": "relation"}]})
+    assert saved_report(bare).findings[0].claim.text == phrase["text"]
+
+
+def test_a_run_in_which_nothing_could_be_checked_says_so(empty_rows, tmp_path):
+    """Exit code 2 and the commonest reason, of filter and of replay."""
+    told = "error: no caption could be checked; 10 of 10: the caption is empty."
+    for arguments in (
+        ["filter", str(empty_rows), str(tmp_path / "out")],
+        ["replay", str(empty_rows), str(tmp_path / "a.html")],
+    ):
+        result = run(app, arguments)
+        assert result.exit_code == 2, result.output
+        assert told in result.stderr.splitlines()
+    again = run(app, ["replay", str(tmp_path / "out/excluded.jsonl"), str(tmp_path / "a.html")])
+    assert again.exit_code == 2
+    assert told in again.stderr.splitlines()
 
 
 # ------------------------------------------------------------------------------------------------------ the command

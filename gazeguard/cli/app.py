@@ -17,7 +17,7 @@ from gazeguard.cli.options import ModelOptions
 EXIT_CODES = """\
 Exit codes:
 
-* 0: nothing was flagged; demo, filter and replay: the work is complete, whatever the verdicts
+* 0: nothing was flagged; demo, filter and replay: the work is complete, whatever the verdicts, and something could be checked
 
 * 1: something was flagged; heads: no usable gaze heads; doctor: a check failed
 

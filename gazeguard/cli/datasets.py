@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -33,7 +34,9 @@ from gazeguard.prompts import DEFAULT_PROMPT
 if TYPE_CHECKING:
     from gazeguard.filtering.caption_filter import CaptionFilter
     from gazeguard.filtering.ray import RayActorPool
+    from gazeguard.filtering.rows import Row
     from gazeguard.replay.page import Entry
+    from gazeguard.report import Report
 
 DATASETS = "Filter data sets"
 
@@ -112,6 +115,10 @@ def filter_captions(
         typer.echo(json.dumps(summary))
     else:
         _show_summary(summary, folder)
+    if summary["rows"] and summary["excluded"] == summary["rows"]:
+        reasons = summary["reasons"].get("unchecked", {})
+        _say_none_was_checked(Counter(reasons))
+        return Outcome(f"see {folder / 'summary.json'} for every reason.", 2)
     return Outcome(f"see them: gazeguard replay {shlex.quote(str(source))} PAGE.html --skip-passed{guarded.arguments()}")
 
 
@@ -139,6 +146,11 @@ def _ray_pool(guarded: GuardOptions, actors: int | None, options: dict[str, Any]
         return RayActorPool(source, actors, **options)
 
 
+def _say_none_was_checked(reasons: Counter[str]) -> None:
+    (reason, number), total = reasons.most_common(1)[0], reasons.total()
+    err.print(f"error: no caption could be checked; {number} of {total}: {one_line(reason)}.", markup=False, soft_wrap=True)
+
+
 def _show_summary(summary: dict[str, Any], folder: Path) -> None:
     for part, verdict in (("kept", "pass"), ("flagged", "flag"), ("excluded", "unchecked")):
         out.print(f"[bold]{summary[part]}[/] {part}")
@@ -164,28 +176,53 @@ def replay(
     write_captions: WriteOption = False,
     caption_ext: CaptionSuffix = ".txt",
     encoding: EncodingOption = None,
+    judge_again: Annotated[
+        bool, typer.Option("--judge-again", help="Run the model also over what filter has judged, for the gaze.")
+    ] = False,
 ) -> Outcome:
     """Write one page that replays many captions token by token, with a list to search and to filter by verdict.
 
-    A row without a caption is shown as not checked; with --write-captions it gets one, as filter does.
+    What filter has written is shown with the verdicts that it has, unless --judge-again is given. A row without a caption is
+    shown as not checked; with --write-captions it gets one, as filter does.
     """
     from gazeguard.filtering.readers import check_columns, open_source
-    from gazeguard.filtering.run import replay_entries, row_progress
+    from gazeguard.filtering.run import judged_rows, replay_entries, row_progress
+    from gazeguard.filtering.verdicts import has_verdicts, saved_report
     from gazeguard.replay.page import page
+    from gazeguard.vision.images import BACKGROUND
 
     if not html.parent.is_dir():  # before the work, not after it
         raise InputError(f"The folder of the page, {html.parent}, does not exist. Create it, or give another path.")
     rows = open_source(source, image_column, caption_column, caption_ext, encoding)
     check_columns(rows, write_captions)
-    columns = {"image": image_column, "caption": caption_column, "write_captions": write_captions}
-    _announce(write_captions)
-    judge = _local_filter(guarded, {"batch_size": batch_size, "prompt": prompt, **columns})
+    if has_verdicts(rows) and not judge_again:
+        note("the verdicts in the input are shown as they are, without gaze; --judge-again runs the model for it.")
+        judged, background = ((row, saved_report(row)) for row in rows.rows()), BACKGROUND
+    else:
+        columns = {"image": image_column, "caption": caption_column, "write_captions": write_captions}
+        _announce(write_captions)
+        judge = _local_filter(guarded, {"batch_size": batch_size, "prompt": prompt, **columns})
+        judged, background = judged_rows(judge, rows), judge.guard.tracer.background
+    reasons: Counter[str] = Counter()  # of what is unchecked; "" for every other caption
     with row_progress("replaying", min(most, rows.count())) as advance:
-        entries = islice(replay_entries(judge, rows, include_passed=not skip_passed), most)
+        with_reasons = _with_reasons(judged, reasons)
+        entries = islice(replay_entries(with_reasons, image_column, not skip_passed, background), most)
         text = page(_counted(entries, advance), title=f"GazeGuard: {source.name}", edge=edge)
     html.write_text(text, encoding="utf-8")
     out.print(f"Replay page: [bold]{escape(str(html))}[/]", soft_wrap=True)
+    if not reasons[""]:
+        _say_none_was_checked(+reasons)
+        return Outcome(f"open {html} in a browser for the reasons.", 2)
     return Outcome(f"open {html} in a browser.")
+
+
+def _with_reasons(judged: Iterable[tuple[Row, Report]], reasons: Counter[str]) -> Iterator[tuple[Row, Report]]:
+    """The rows as they come, and why what is unchecked is so, counted."""
+    from gazeguard.filtering.writer import reason_category
+
+    for row, report in judged:
+        reasons[reason_category(report.reason) if report.verdict == "unchecked" else ""] += 1
+        yield row, report
 
 
 def _counted(entries: Iterable[Entry], advance: Callable[[int], None]) -> Iterator[Entry]:

@@ -24,9 +24,9 @@ import transformers
 from gazeguard import __version__
 from gazeguard.errors import GazeGuardError, InputError
 from gazeguard.filtering.batches import PendingRow, prefetch
-from gazeguard.filtering.columns import COLUMNS, report_columns
+from gazeguard.filtering.columns import report_columns
 from gazeguard.filtering.readers import Source, fingerprint
-from gazeguard.filtering.rows import Row
+from gazeguard.filtering.rows import COLUMNS, Row
 from gazeguard.guard import GazeGuard
 from gazeguard.policy import Policy
 from gazeguard.prompts import DEFAULT_PROMPT
@@ -198,12 +198,17 @@ class CaptionFilter:
                 result = self._caption_column(row.caption, "") | report_columns(report)
             else:
                 result = next(judged)
-            results.append({**row.fields, **result})
+            results.append({**row.fields, **self._image_column(row), **result})
         return results
 
     def filter_chunks(self, chunks: Iterable[Sequence[Row]], on_rows: OnRows) -> Iterator[list[dict[str, Any]]]:
         """Iterate over the results of `filter_rows` for each chunk of rows."""
         return (self.filter_rows(chunk, on_rows) for chunk in chunks)
+
+    def _image_column(self, row: Row) -> dict[str, Any]:
+        """The path of a row's image, absolute, so that the results can be read from where they lie."""
+        named = isinstance(row.image, Path) and isinstance(row.fields.get(self.image), str)
+        return {self.image: str(row.image.absolute())} if named else {}
 
     def _caption_column(self, own: Any, written: str) -> dict[str, Any]:
         """The caption of a row where captions are written: its own, or the one that was written because it has none."""

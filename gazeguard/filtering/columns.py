@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gazeguard.filtering.readers import import_pyarrow
+from gazeguard.filtering.rows import COLUMNS
 from gazeguard.report import Report
-
-COLUMNS = (
-    "gaze_verdict", "gaze_reason", "gaze_risk", "gaze_phrases", "gaze_caption", "gaze_policy", "gaze_version"
-)  # fmt: skip
 
 
 def report_columns(report: Report) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from gazeguard.errors import InputError
-from gazeguard.filtering.rows import IMAGE_SUFFIXES, Row, image_source
+from gazeguard.filtering.rows import COLUMNS, IMAGE_SUFFIXES, Row, image_source
 from gazeguard.filtering.shards import WebDataset
 from gazeguard.filtering.texts import check_encoding, decode, describe_error, marked_encoding, read_text
 from gazeguard.vision.images import MAX_IMAGE_BYTES
@@ -254,7 +254,7 @@ class ParquetTable:
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Iterate over the rows from number ``start`` on."""
-        columns = {self.image, self.caption, "prompt"}
+        columns = {self.image, self.caption, "prompt", *COLUMNS}
         for path in self.paths:
             file = self._open(path)
             if start >= file.metadata.num_rows:
@@ -267,13 +267,32 @@ class ParquetTable:
                     continue
                 for row in batch.slice(start).to_pylist():
                     image, prompt = row[self.image], row.get("prompt")
-                    image = image_source(image, path.parent) if isinstance(image, str) else image
-                    yield Row({}, image, row.get(self.caption), prompt if isinstance(prompt, str) else None)
+                    fields = {name: row[name] for name in COLUMNS} if row.keys() >= {*COLUMNS} else {}
+                    yield Row(
+                        fields,
+                        _from_folder(image, path.parent),
+                        row.get(self.caption),
+                        prompt if isinstance(prompt, str) else None,
+                    )
                 start = 0
 
     def batches(self, size: int) -> Iterator[Any]:
-        """Iterate over the whole table, all of its columns, as record batches of at most ``size`` rows."""
-        return chain.from_iterable(self._open(path).iter_batches(batch_size=size) for path in self.paths)
+        """Iterate over the whole table, all of its columns, as record batches of at most ``size`` rows; paths are absolute."""
+        for path in self.paths:
+            for batch in self._open(path).iter_batches(batch_size=size):
+                yield self._with_absolute_paths(batch, path.parent)
+
+    def _with_absolute_paths(self, batch: Any, folder: Path) -> Any:
+        types, index = import_pyarrow().types, batch.schema.get_field_index(self.image)
+        column = batch.column(index)
+        whole = types.is_struct(column.type) and {"bytes", "path"} <= {column.type.field(i).name for i in range(2)}
+        if whole and not column.field("bytes").null_count:
+            return batch
+        if not whole and not (types.is_string(column.type) or types.is_large_string(column.type)):
+            return batch
+        images = [_from_folder(image, folder) for image in column.to_pylist()]
+        images = [str(image) if isinstance(image, Path) else image for image in images]
+        return batch.set_column(index, batch.schema.field(index), import_pyarrow().array(images, column.type))
 
     def _open(self, path: Path) -> Any:
         pa = import_pyarrow()
@@ -281,6 +300,15 @@ class ParquetTable:
             return pa.parquet.ParquetFile(path)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path} cannot be read as parquet: {describe_error(error)}") from error
+
+
+def _from_folder(image: Any, folder: Path) -> Any:
+    """An image of a table whose path, if it has nothing else, begins at a folder."""
+    if isinstance(image, str):
+        return image_source(image, folder)
+    if isinstance(image, Mapping) and image.get("bytes") is None and (path := image.get("path")):
+        return {**image, "path": str(image_source(path, folder))}
+    return image
 
 
 Source = JsonLines | ImageFolder | WebDataset | ParquetTable

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -16,10 +17,12 @@ from gazeguard.filtering.batches import PREFETCHED, open_image
 from gazeguard.filtering.caption_filter import CaptionFilter, OnRows, ignore_rows
 from gazeguard.filtering.ray import RayActorPool
 from gazeguard.filtering.readers import Source
-from gazeguard.filtering.rows import Row
+from gazeguard.filtering.rows import URI, Row
 from gazeguard.filtering.writer import Results
 from gazeguard.progress import bar
 from gazeguard.replay.page import Entry
+from gazeguard.report import Report
+from gazeguard.vision.images import BACKGROUND
 
 
 def filter_files(
@@ -63,26 +66,38 @@ def filter_files(
         return results.finish(source)
 
 
-def replay_entries(caption_filter: CaptionFilter, source: Source, include_passed: bool = True) -> Iterator[Entry]:
-    """Iterate over the rows of a dataset in their order, judged, as entries of a replay page.
-
-    Args:
-        caption_filter: Judges the rows.
-        source: The dataset.
-        include_passed: Whether captions that passed are among them.
-    """
-    numbered = enumerate(source.rows(), 1)
-    while rows := list(islice(numbered, caption_filter.batch_size * PREFETCHED)):
-        good = [row for _, row in rows if not row.error]
+def judged_rows(caption_filter: CaptionFilter, source: Source) -> Iterator[tuple[Row, Report]]:
+    """Iterate over the rows of a dataset in their order, each with the report of a filter."""
+    every = source.rows()
+    while rows := list(islice(every, caption_filter.batch_size * PREFETCHED)):
+        good = [row for row in rows if not row.error]
         columns = [[getattr(row, name) for row in good] for name in ("image", "caption", "prompt")]
         reports = iter(caption_filter.reports(*columns))
-        for number, row in rows:
+        for row in rows:
             caption = row.caption if isinstance(row.caption, str) else ""
-            report = caption_filter.guard.unchecked(caption, row.error) if row.error else next(reports)
-            if include_passed or report.verdict != "pass":
-                image = open_image(row.image, caption_filter.guard.tracer.background)
-                name = row.fields.get(caption_filter.image) or row.fields.get("key") or f"row {number}"
-                yield Entry(str(name), image if isinstance(image, Image.Image) else None, report)
+            yield row, caption_filter.guard.unchecked(caption, row.error) if row.error else next(reports)
+
+
+def replay_entries(
+    judged: Iterable[tuple[Row, Report]], image: str, include_passed: bool = True, background: str = BACKGROUND
+) -> Iterator[Entry]:
+    """Iterate over rows with their reports as entries of a replay page.
+
+    Args:
+        judged: The rows, such as those of `judged_rows`.
+        image: Name of the images.
+        include_passed: Whether captions that passed are among them.
+        background: The colour on which transparent images are composed.
+    """
+    for number, (row, report) in enumerate(judged, 1):
+        if include_passed or report.verdict != "pass":
+            name = row.fields.get(image)
+            if not isinstance(name, str) or URI.match(name):
+                name = row.fields.get("key")
+            elif Path(name).is_absolute():
+                name = Path(name).name
+            opened = open_image(row.image, background)
+            yield Entry(str(name or f"row {number}"), opened if isinstance(opened, Image.Image) else None, report)
 
 
 class _Rate(ProgressColumn):
