@@ -47,15 +47,38 @@ def test_answers_are_the_guards_own(answering, guard):
     assert all(row["verdict"] in ("pass", "flag", "unchecked") for row in rows)
 
 
+def test_an_item_without_an_image_costs_no_other(answering, caplog):
+    """The other answers stand; the odd ones are answered without an image, unwatched, and named in report and log."""
+    model, reports = answering
+    requests = [request(i, "Describe the picture.", max_new_tokens=30) for i in range(5)]
+    plain = model.generate_until(requests)
+    odd = {
+        1: (lambda _: [], "item 1 of lab has 0 images, not one: answered from the question alone, unwatched"),
+        2: (lambda _: None, "item 2 of lab has 0 images, not one: answered"),
+        3: (lambda document: [document["image"]] * 2, "item 3 of lab has 2 images, not one: answered"),
+        4: (lambda _: [b"no image"], "item 4 of lab is answered from the question alone, unwatched: the given image"),
+    }
+    for number, (to_visual, reason) in odd.items():
+        question, options, *_ = requests[number].args
+        changed = [*requests]
+        changed[number] = SimpleNamespace(args=(question, options, to_visual, number, "lab", "test"))
+        answers = model.generate_until(changed)
+        assert [answer for i, answer in enumerate(answers) if i != number] == plain[:number] + plain[number + 1 :]
+        assert isinstance(answers[number], str)
+        report = [json.loads(line) for line in reports.read_text().splitlines()[-5:]][number]
+        assert report["verdict"] == "unchecked"
+        assert report["reason"].startswith(reason)
+        assert reason in caplog.text
+    blind = [SimpleNamespace(args=("Hello?", {"max_new_tokens": 5}, lambda _: [], 0, "lab", "test"))] * 2
+    assert len(model.generate_until(blind)) == 2
+
+
 def test_what_it_cannot_do_is_said(answering):
     model, _ = answering
     with pytest.raises(InputError, match="watches what is generated: choose tasks with output_type"):
         model.loglikelihood([])
     with pytest.raises(InputError, match="answers in one round"):
         model.generate_until_multi_round([])
-    blind = SimpleNamespace(args=("Hello?", {}, lambda _: [], 0, "lab", "test"))
-    with pytest.raises(InputError, match="Item 0 of lab has 0 images; GazeGuard answers to one"):
-        model.generate_until([blind])
     with pytest.raises(InputError, match="model_args mood are not known to GazeGuard"):
         GazeGuarded(str(lab.checkpoint_path()), mood="good")
 

@@ -5,17 +5,19 @@ lmms-eval finds this module by its entry point when both are installed; GazeGuar
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from gazeguard.errors import InputError
 from gazeguard.guard import GazeGuard
 from gazeguard.progress import track
 from gazeguard.report import Report
-from gazeguard.vision.encoding import encode
+from gazeguard.vision.encoding import check_prompt, encode
 from gazeguard.vision.images import load_image
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ else:
         from lmms_eval.api.model import lmms
     except ImportError:  # the class below is of use without it, too: its requests are plain tuples
         lmms = object
+
+logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 128  # of an answer, where the task does not say
 GENERATION_OPTIONS = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")  # of a task, handed to generate
@@ -85,11 +89,11 @@ class GazeGuarded(lmms):
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the guarded answers, in order.
 
+        An item that has not just one image, or one that cannot be opened, is answered from its question alone, unwatched; its
+        report is *unchecked* and names it, as a warning in the log does.
+
         Args:
             requests: Objects whose ``args`` are (question, options, doc_to_visual, id, task, split).
-
-        Raises:
-            InputError: An item has not just one image.
         """
         answers: list[str] = []
         groups = list(_group_by_options(requests, self.batch_size))
@@ -103,19 +107,49 @@ class GazeGuarded(lmms):
         return answers
 
     def _answer(self, group: Sequence[Any], options: dict[str, Any]) -> list[Report]:
-        images, questions = [], []
-        for question, _, to_visual, number, task, split in (request.args for request in group):
-            visuals = to_visual(self.task_dict[task][split][number])
-            if len(visuals) != 1:
-                raise InputError(f"Item {number} of {task} has {len(visuals)} images; GazeGuard answers to one.")
-            images.append(load_image(visuals[0], self.guard.tracer.background))
-            questions.append(question.replace("<image>", "").strip())
-        inputs = encode(self.guard.model, self.guard.processor, images, questions).inputs
         chosen = {name: options[name] for name in GENERATION_OPTIONS if name in options}
         chosen = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False} | chosen
+        questions = [request.args[0].replace("<image>", "").strip() for request in group]
+        images = [self._image(request) for request in group]
+        seen = {i: image for i, image in enumerate(images) if not isinstance(image, str)}
+        reports: dict[int, Report] = {}
         with torch.no_grad():
-            self.guard.generate(**inputs, **chosen, picture_sizes=[[image.size] for image in images])
-        return self.guard.reports
+            if seen:
+                asked = [questions[i] for i in seen]
+                inputs = encode(self.guard.model, self.guard.processor, list(seen.values()), asked).inputs
+                self.guard.generate(**inputs, **chosen, picture_sizes=[[image.size] for image in seen.values()])
+                reports |= zip(seen, self.guard.reports, strict=True)
+            for i, reason in enumerate(images):
+                if isinstance(reason, str):
+                    logger.warning("%s", reason)
+                    reports[i] = self.guard.unchecked(self._answer_unwatched(questions[i], chosen), reason)
+        return [reports[i] for i in range(len(group))]
+
+    def _image(self, request: Any) -> Image.Image | str:
+        """The image of an item, or why it is answered without one."""
+        _, _, to_visual, number, task, split = request.args
+        visuals = to_visual(self.task_dict[task][split][number]) or []
+        if len(visuals) != 1:
+            return f"item {number} of {task} has {len(visuals)} images, not one: answered from the question alone, unwatched"
+        try:
+            return load_image(visuals[0], self.guard.tracer.background)
+        except InputError as error:
+            return f"item {number} of {task} is answered from the question alone, unwatched: {error}"
+
+    def _answer_unwatched(self, question: str, options: dict[str, Any]) -> str:
+        """The model's answer to a question without an image."""
+        model, processor = self.guard.model, self.guard.processor
+        check_prompt(processor, question)
+        if processor.chat_template is None:
+            inputs = processor.tokenizer([question], return_tensors="pt")
+        else:
+            conversation = [[{"role": "user", "content": [{"type": "text", "text": question}]}]]
+            inputs = processor.apply_chat_template(
+                conversation, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+            )
+        ids = model.generate(**inputs.to(model.device), **options)
+        start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        return processor.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Refuse: nothing is generated. Raises `InputError`."""
