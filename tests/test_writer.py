@@ -116,6 +116,23 @@ def test_each_row_is_in_one_file_in_the_order_of_the_input(caption_filter, rows,
     assert sorted(path.name for path in unbroken.iterdir()) == ["excluded.jsonl", "flagged.jsonl", "kept.jsonl", "summary.json"]
 
 
+@pytest.mark.parametrize("chunk", [1, 7, ROWS])
+def test_the_chunk_changes_no_verdict_and_is_in_the_summary(caption_filter, rows, unbroken, tmp_path, chunk):
+    """Batches lie within a chunk: a risk may differ in its last digits, nothing else; the summary records both sizes."""
+    source = open_source(rows)
+    settings = caption_filter.run_settings(source, rows.parent, chunk, False)
+    summary = filter_files(caption_filter, source, Results(tmp_path / "out", settings), chunk)
+    assert (summary["run"]["chunk"], summary["run"]["batch size"]) == (str(chunk), "2")
+    for place in ("kept", "flagged", "excluded"):
+        results, expected = (read_lines(folder / f"{place}.jsonl") for folder in (tmp_path / "out", unbroken))
+        for row in (*results, *expected):
+            row["risks"] = [row.pop("gaze_risk"), *(phrase.pop("risk") for phrase in row["gaze_phrases"])]
+        for row, other in zip(results, expected, strict=True):
+            for risk, before in zip(row.pop("risks"), other.pop("risks"), strict=True):
+                assert risk == (before if before is None else pytest.approx(before, abs=1e-4))
+        assert results == expected
+
+
 def test_label_only_is_one_file_in_the_order_of_the_input(caption_filter, rows, unbroken, tmp_path):
     summary = into(caption_filter, rows, tmp_path / "out", label_only=True)
     assert ids(tmp_path / "out") == {"labelled": list(range(ROWS))}
