@@ -131,15 +131,19 @@ def test_adapter_begins_as_nothing_and_merges_exactly(small):
 
 def test_a_built_folder_loads_by_the_auto_classes(small, tokenizer, tmp_path, monkeypatch):
     vlm, processor = small
-    adapter_state = {
-        f"adapter.{name}.{part}": torch.zeros(shape, dtype=torch.float16)
-        for name, parent, attribute in adapter.targets(vlm.model.language_model)
-        for part, shape in (
-            ("down", (2, getattr(parent, attribute).in_features)),
-            ("up", (getattr(parent, attribute).out_features, 2)),
-        )
+    snapshot = {
+        "classifier": {f"encoder.{name}": value for name, value in vlm.model.vision_tower.state_dict().items()},
+        "connector": vlm.model.multi_modal_projector.state_dict(),
+        "adapter": {
+            f"{name}.{part}": torch.zeros(shape)
+            for name, parent, attribute in adapter.targets(vlm.model.language_model)
+            for part, shape in (
+                ("down", (2, getattr(parent, attribute).in_features)),
+                ("up", (getattr(parent, attribute).out_features, 2)),
+            )
+        },
     }
-    save_file(model.export_parts(vlm) | adapter_state, tmp_path / "parts.safetensors")
+    save_file(joint.stored_parts(snapshot), tmp_path / "parts.safetensors")
     text = LlamaForCausalLM(vlm.config.text_config)
     text.model.load_state_dict(vlm.model.language_model.state_dict())
     monkeypatch.setattr(model, "load_language_model", lambda location: (text, tokenizer))
@@ -210,6 +214,26 @@ def test_lessons_are_functions_of_the_step(small):
     assert batches[0]["ids"].shape[1] % 16 == 0
 
 
+def test_stored_parts_begin_a_new_run(tmp_path):
+    classifier = encoder.PatchClassifier()
+    snapshot = {
+        "classifier": classifier.state_dict(),
+        "connector": {"linear_1.weight": torch.ones(2, 2)},
+        "adapter": {"layers.0.q_proj.up": torch.ones(2, 1)},
+    }
+    (tmp_path / "old").mkdir()
+    state.save(tmp_path / "old", "joint", 30, snapshot)
+    joint.export(tmp_path / "old", tmp_path / "parts.safetensors")
+    joint.start_from(tmp_path / "parts.safetensors", tmp_path / "new")
+    resumed = state.load(tmp_path / "new", "joint")
+    assert resumed["step"] == 30
+    for name, value in classifier.state_dict().items():
+        torch.testing.assert_close(resumed["classifier"][name], value, atol=1e-3, rtol=1e-3)
+    assert state.load(tmp_path / "new", "encoder")["model"].keys() == classifier.state_dict().keys()
+    with pytest.raises(SystemExit, match=r"already has a joint\.pt"):
+        joint.start_from(tmp_path / "parts.safetensors", tmp_path / "new")
+
+
 def test_encoder_training_resumes_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(encoder, "draw_batch", lambda *a, **k: real(0, a[1], 4, world.Difficulty(1, False)))
     monkeypatch.setattr(state, "feed", lambda build, first, last, workers=0: (build(step) for step in range(first, last)))
@@ -242,8 +266,8 @@ def test_threads_give_way_to_other_processes(monkeypatch):
 def test_the_real_model_is_built_and_describes_what_it_sees(tmp_path):
     folder = model.build(tmp_path / "vlm")
     vlm, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    drawn = [sample.truth for sample in samples("test", 12, seed=11)]
-    told = answers(vlm, processor, drawn, ["Describe the picture."] * len(drawn), 60)
+    drawn = [sample.truth for sample in samples("test", 8, seed=11)]
+    told = answers(vlm, processor, drawn, ["Describe the picture."] * len(drawn), 40)
     scores = truth.Scores()
     for image, caption in zip(drawn, told, strict=True):
         scores = scores.add(image, caption)

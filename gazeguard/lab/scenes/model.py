@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -85,8 +84,8 @@ def assemble(language_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBas
 
 
 def split_parts(parts: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Stored tensors by their prefix: ``encoder``, ``connector``, ``adapter``."""
-    split: dict[str, dict[str, Tensor]] = {"encoder": {}, "connector": {}, "adapter": {}}
+    """Stored tensors by their prefix: ``encoder``, ``connector``, ``adapter``, and ``classifier`` (used in training alone)."""
+    split: dict[str, dict[str, Tensor]] = {"encoder": {}, "connector": {}, "adapter": {}, "classifier": {}}
     for name, value in parts.items():
         prefix, _, rest = name.partition(".")
         split[prefix][rest] = value
@@ -148,11 +147,3 @@ def cached_checkpoint(language_model: str | Path | None = None) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gazeguard"
     folder = cache / f"scenes-{hashlib.sha256(PARTS.read_bytes()).hexdigest()[:12]}"
     return folder if (folder / "config.json").is_file() else build(folder, language_model)
-
-
-def export_parts(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
-    """What the package stores of a model in training: encoder, connector and adapter factors in float16."""
-    parts = {f"encoder.{name}": value for name, value in model.model.vision_tower.state_dict().items()}
-    parts |= {f"connector.{name}": value for name, value in model.model.multi_modal_projector.state_dict().items()}
-    parts |= {f"adapter.{name}": value for name, value in adapter.factors(model.model.language_model).items()}
-    return {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in parts.items()}

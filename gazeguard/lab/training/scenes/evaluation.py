@@ -34,11 +34,13 @@ def answers(
     size: int = 24,
 ) -> list[str]:
     """What the model answers, greedily or at temperature 1, in batches of ``size``."""
-    device = next(model.parameters()).device
+    weights = next(model.parameters())
     found: list[str] = []
     for start in range(0, len(images), size):
         batch = inputs_for(processor, images[start : start + size], prompts[start : start + size])
-        batch = {key: value.to(device) for key, value in batch.items()}
+        batch = {key: value.to(weights.device) for key, value in batch.items()}
+        if not torch.is_autocast_enabled(weights.device.type):
+            batch["pixel_values"] = batch["pixel_values"].to(weights.dtype)
         output = model.generate(**batch, max_new_tokens=tokens, do_sample=sample)
         found += processor.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return found

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gazeguard.lab.scenes import adapter, captions
 from gazeguard.lab.scenes.language import load_language_model
-from gazeguard.lab.scenes.model import assemble, build_processor, export_parts
+from gazeguard.lab.scenes.model import assemble, build_processor, split_parts
 from gazeguard.lab.scenes.world import Difficulty, generator, make_image
 from gazeguard.lab.training.scenes import encoder as encoder_stage
 from gazeguard.lab.training.scenes import state
@@ -39,7 +40,7 @@ POOL = 4  # batches that are drawn together and sorted by length
 RATES = {"adapter": 8e-4, "connector": 4e-4, "encoder": 1e-4, "classifier": 1e-3}
 DENSE_WEIGHT = 0.2  # of the patches' loss, which keeps the encoder sharp
 WARM_UP = 50
-CURRICULUM = ((4200, 2), (5200, 4))  # until so many lessons: at most so many objects; with eight at once attention forms late
+CURRICULUM = ((1200, 2), (2400, 4))  # until so many lessons: at most so many objects; with eight at once attention forms late
 AVERAGE = 10  # steps between two averages over the processes
 
 
@@ -182,6 +183,8 @@ def restore(
     adapter.set_factors(model.model.language_model, saved["adapter"])
     model.model.multi_modal_projector.load_state_dict(saved["connector"])
     classifier.load_state_dict(saved["classifier"])
+    if "optimizer" not in saved:  # started from the package's parts
+        return
     peaks = [group["peak"] for group in optimizer.param_groups]
     optimizer.load_state_dict(saved["optimizer"])
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -243,8 +246,6 @@ def run(rank: int, settings: Settings, meeting: str) -> None:
             model.model.language_model.set_attn_implementation("sdpa")
             log(step + 1, **evaluate(model, processor, 24, "validation"))
             model.model.language_model.set_attn_implementation(PACKED)
-    if not rank:
-        save_file(export_parts(model), settings.folder / f"{name}.safetensors")
 
 
 def train_step(
@@ -274,18 +275,37 @@ def train_step(
     }
 
 
-def export(folder: Path, target: Path, language_model: str | None) -> None:
-    """Write the trained parts of ``final.pt`` (or ``joint.pt``) in float16 for the package."""
+def stored_parts(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """What the package stores of a snapshot: encoder, connector, adapter and the classifier's heads, in float16."""
+    parts = {f"{kind}.{name}": value for kind in ("connector", "adapter") for name, value in saved[kind].items()}
+    for name, value in saved["classifier"].items():
+        parts[name if name.startswith("encoder.") else f"classifier.{name}"] = value
+    return {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in parts.items()}
+
+
+def export(folder: Path, target: Path) -> None:
+    """Write the trained parts of ``final.pt`` (or ``joint.pt``) for the package."""
     name = "final" if (folder / "final.pt").is_file() else "joint"
-    settings = Settings(folder, 0, 1, 0, "cpu", 1, 1, 0, 1, language_model)
-    model, _, classifier = prepare(settings)
     saved = state.load(folder, name)
     if saved is None:
         raise SystemExit(f"{folder} has neither final.pt nor joint.pt.")
-    restore(saved, model, classifier, optimizer_for(model, classifier))
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(export_parts(model), target, {"step": str(saved["step"]), "state": name})
+    save_file(stored_parts(saved), target, {"step": str(saved["step"]), "state": name})
     print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB, {name} state of step {saved['step']}")
+
+
+def start_from(parts: Path, folder: Path) -> None:
+    """Make a folder of training states from stored parts, where there is none: a run goes on, with a fresh optimizer."""
+    if state.load(folder, "joint") is not None:
+        raise SystemExit(f"{folder} already has a joint.pt; leave --start out to go on with it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with safe_open(parts, "pt") as file:
+        step = int(file.metadata()["step"])
+    split = split_parts({name: value.float() for name, value in load_file(parts).items()})
+    classifier = {f"encoder.{name}": value for name, value in split["encoder"].items()} | split["classifier"]
+    state.save(folder, "encoder", step, {"model": classifier})
+    state.save(folder, "connector", step, {"connector": split["connector"]})
+    state.save(folder, "joint", step, {"adapter": split["adapter"], "connector": split["connector"], "classifier": classifier})
 
 
 def main() -> None:
@@ -295,6 +315,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000, help="stop after this step, counted from the very first one")
     parser.add_argument("--decay", type=int, default=0, help="instead: so many steps of falling rate from the last checkpoint")
     parser.add_argument("--export", type=Path, help="instead: write the trained parts to this file")
+    parser.add_argument("--start", type=Path, help="begin with the trained parts of this file (the package's, say)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -304,8 +325,10 @@ def main() -> None:
     parser.add_argument("--language-model", help="folder, GGUF file or hub id; by default the installed wheel")
     options = parser.parse_args()
     if options.export:
-        export(options.out, options.export, options.language_model)
+        export(options.out, options.export)
         return
+    if options.start:
+        start_from(options.start, options.out)
     train(
         Settings(
             options.out,
