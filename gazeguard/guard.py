@@ -9,6 +9,7 @@ report = guard.check(image, "In panel one there is a red star.")
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ from gazeguard.decoding.call import (
     ImageSizes,
     cache_of,
     check_loop_supported,
+    check_streamable,
     check_supported,
     end_tokens,
 )
@@ -64,19 +66,20 @@ from gazeguard.vision.grid import ImageGrid
 from gazeguard.vision.image_tokens import image_token_id
 from gazeguard.vision.images import BACKGROUND, load_image
 
+LOGGER = logging.getLogger("gazeguard")
+
 
 class GazeGuard:
     """Watches a model's gaze heads while it writes, and says which phrases the image does not support.
 
     ``generate`` returns what the model wrote, whatever the policy: no policy alters the ids after the fact. What a policy lets
-    through of a caption is ``report.filtered_caption``:
+    through of a caption is ``report.filtered_caption``; a streamer is refused where that is not the caption as it is:
 
     * ``on_flag: keep``: the caption as it is;
     * ``on_flag: drop``: the caption without its flagged phrases; an *unchecked* caption passes whole, since nothing is flagged;
     * ``on_flag: abstain``: the caption if its verdict is *pass*, else "", so *flag* and *unchecked* are withheld.
 
-    One guard serves one thread at a time. Two guards on one model may be used from two threads, but not at the same moment: the
-    second is refused with an `UnsupportedError`, so that results never mix.
+    One guard serves one thread at a time. Of two guards on one model, used at the same moment, the second is refused by name.
 
     Attributes:
         model: The model.
@@ -84,8 +87,7 @@ class GazeGuard:
         tracer: Records its gaze heads.
         judge: Judges the traces; ``guard.judge(trace)`` is the report on one.
         verification: Asks the model about what is doubtful; None under a policy that does not verify.
-        reports: One report per caption of the last ``generate``, watched ``model.generate`` or ``caption`` of this guard;
-            ``generate_with_reports`` and ``check`` return theirs and leave it alone.
+        reports: One per caption of the last ``generate``, watched ``model.generate`` or ``caption``; others return theirs.
     """
 
     def __init__(
@@ -199,6 +201,7 @@ class GazeGuard:
 
     def generate_with_reports(self, inputs: Tensor | None = None, **arguments: Any) -> tuple[Any, list[Report]]:
         """`generate` with the reports as part of the result: what it returns, and one report per caption."""
+        check_streamable(self.policy, arguments.get("streamer"))
         return _watched(self, GenerateCall.from_generate(self.model, inputs, arguments))
 
     @contextmanager
@@ -225,8 +228,9 @@ class GazeGuard:
         """The decode loop that ``generate(custom_generate=guard)`` runs: transformers' own, watched. Streamers are served."""
         streamer, assistant = (_compat.argument_of_generate(name, self) for name in ("streamer", "assistant_model"))
         in_order = self.tracer.grid is not None or one_image_per_row(model_kwargs, len(input_ids))
-        encoder_decoder = model.config.is_encoder_decoder
-        check_loop_supported(generation_config, encoder_decoder, in_order, assistant is not None, streamer is not None)
+        check_streamable(self.policy, streamer)
+        kind = (model.config.is_encoder_decoder, in_order, assistant is not None, streamer is not None)
+        check_loop_supported(generation_config, *kind)
         loop = (input_ids, logits_processor, stopping_criteria, generation_config, picture_sizes, model_kwargs, streamer)
         output, self.reports = _watched(self, GenerateCall.from_loop(model, *loop))
         return output
@@ -325,6 +329,12 @@ def _watched(guard: GazeGuard, call: GenerateCall) -> tuple[Any, list[Report]]:
     """Run a call of generate: what the caller gets, and the reports."""
     tracer = guard.tracer
     check_supported(call.config, guard.policy, guard.model.config.is_encoder_decoder)
+    if not end_tokens(call.config):
+        LOGGER.warning(
+            "The generation config of %s has no eos_token_id: every caption runs to the length limit, and what is written "
+            "behind its end is judged, too. Set model.generation_config.eos_token_id, or pass eos_token_id=...",
+            type(guard.model).__name__,
+        )
     prompts = tracer.prompts(call.inputs, call.ids, call.mask, call.image_sizes)
     decoded = _decode(guard, call, prompts) if guard.policy.rewind is None else _decode_with_rewind(guard, call, prompts)
     traces = tracer.traces(decoded.batch, decoded.captions, prompts, decoded.passes)

@@ -17,6 +17,7 @@ from gazeguard.detection.detector import Detector
 from gazeguard.errors import ArtifactError, GazeGuardError, InputError, MismatchError, UnsupportedError
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
+from gazeguard.report import Verdict
 
 
 class Collected(BaseStreamer):
@@ -181,6 +182,38 @@ def test_what_a_handed_loop_cannot_do_is_refused(guard, how, message):
     how = {name: guard.model if name == "assistant_model" else value for name, value in how.items()}
     with pytest.raises(UnsupportedError, match=message):
         guard.model.generate(**batch_of(guard, SAMPLES[:1]), custom_generate=guard, **how)
+
+
+@pytest.mark.parametrize("policy", ["drop", "abstain", "strict"])
+def test_nothing_is_streamed_that_the_policy_may_withhold(guard, policy):
+    """A streamer shows a caption before it is judged: refused by name, on both ways in, before anything is shown."""
+    withholding, shown = GazeGuard(guard.model, guard.processor, policy), Collected()
+    inputs = batch_of(guard, SAMPLES[:1])
+    with pytest.raises(UnsupportedError, match=r"lets through only what is left.*show report\.filtered_caption"):
+        withholding.generate(**inputs, streamer=shown)
+    with pytest.raises(UnsupportedError, match=r"lets through only what is left.*show report\.filtered_caption"):
+        guard.model.generate(**inputs, streamer=Collected(), custom_generate=withholding)
+    assert shown.ids == []
+
+
+def test_generation_without_an_end_token_warns(guard, caplog):
+    """The caption runs to its limit, is cut off, and never passes; the log says what to set."""
+    inputs = batch_of(guard, SAMPLES[:1], max_new_tokens=12)
+    guard.generate(**inputs)
+    assert not caplog.records
+    config = copy.deepcopy(guard.model.generation_config)
+    config.update(eos_token_id=None, max_new_tokens=12, do_sample=False)
+    before, guard.model.generation_config = guard.model.generation_config, config
+    eos, guard.model.config.text_config.eos_token_id = guard.model.config.text_config.eos_token_id, None
+    try:
+        guard.generate(**inputs)
+    finally:
+        guard.model.generation_config, guard.model.config.text_config.eos_token_id = before, eos
+    (record,) = caplog.records
+    assert record.name == "gazeguard"
+    assert "has no eos_token_id" in record.message
+    assert guard.reports[0].verdict is not Verdict.PASS
+    assert guard.reports[0].reason.endswith("the caption was cut off by the length limit")
 
 
 def test_reports_come_as_a_result_too(guard):

@@ -232,6 +232,16 @@ def check_supported(config: GenerationConfig, policy: Policy, encoder_decoder: b
         )
 
 
+def check_streamable(policy: Policy, streamer: Any) -> None:
+    """Raise `UnsupportedError` for a streamer under a policy that may withhold what the streamer has shown already."""
+    if streamer is not None and policy.on_flag != "keep":
+        raise UnsupportedError(
+            f"A streamer shows a caption before it is judged, and policy {policy.name!r} lets through only what is left of it "
+            f"(on_flag: {policy.on_flag}). Leave the streamer out and show report.filtered_caption, or choose a policy with "
+            "on_flag: keep."
+        )
+
+
 def check_loop_supported(
     config: GenerationConfig, encoder_decoder: bool, images_in_order: bool, assisted: bool, streams: bool
 ) -> None:

@@ -87,7 +87,7 @@ class GazeGuarded(lmms):
         self.progress = progress
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Return the guarded answers, in order.
+        """Return what the policy lets through of the answers, in order.
 
         An item that has not just one image, or one that cannot be opened, is answered from its question alone, unwatched; its
         report is *unchecked* and names it, as a warning in the log does.
@@ -100,7 +100,7 @@ class GazeGuarded(lmms):
         for group in track(groups, "answering") if self.progress else groups:
             options = group[0].args[1]
             for report in self._answer(group, options):
-                answers.append(_cut(report.caption, options.get("until", ())))
+                answers.append(_cut(report.filtered_caption, options.get("until", ())))
                 if self.reports is not None:
                     with self.reports.open("a", encoding="utf-8") as file:
                         file.write(report.to_json() + "\n")
