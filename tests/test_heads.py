@@ -440,3 +440,30 @@ def test_a_missing_or_huge_file_is_refused(tmp_path):
         file.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(ArtifactError, match=f"is larger than {MAX_FILE_BYTES} bytes, more than any file of gaze heads"):
         GazeHeads.from_pretrained(tmp_path / "huge.json")
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head", "connector", "vision_model"])
+def test_noise_on_any_part_that_decides_the_gaze_is_another_model(part):
+    """A merged fine-tune, say: LoRA's usual targets are queries and values."""
+    changed = copy.deepcopy(untrained())
+    weights = [value for name, value in changed.named_parameters() if part in name and value.ndim > 1]
+    if part == "lm_head":
+        weights = [changed.get_output_embeddings().weight]
+    assert weights
+    with torch.no_grad():
+        for weight in weights:
+            weight += 0.02 * torch.randn_like(weight)
+    own = fingerprint(untrained())
+    assert fingerprint(changed) != own
+    found = HEADS.model_copy(update={"model": own})
+    found.check_model(untrained())
+    with pytest.raises(MismatchError, match="belong to another model"):
+        found.check_model(changed)
+
+
+def test_a_file_with_the_first_half_of_a_fingerprint_is_still_read():
+    own = fingerprint(untrained())
+    HEADS.model_copy(update={"model": own[:16]}).check_model(untrained())
+    for other in (own[:15], "", "0" * 16, own[:16] + "0" * 16):
+        with pytest.raises(MismatchError):
+            HEADS.model_copy(update={"model": other}).check_model(untrained())

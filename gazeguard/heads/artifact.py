@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gazeguard.artifacts import HEADS_FILE, find_file, push_folder, read_json
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MAX_INDEX = 4096  # of a layer, and of a head in it, that a file may name
-FINGERPRINT_SAMPLES = 64  # weights of each layer
+FINGERPRINT_SAMPLES = 64  # weights of each matrix
+SHORT_FINGERPRINT = 16  # digits of fingerprints of before 0.1, and of each half of today's
 REPR_HEADS = 6
 
 Probe = Literal["narration", "query"]
@@ -30,18 +32,48 @@ Figure = Literal["contrast", "mass", "selectivity"]
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen hex digits that tell models apart: the class, and a sample of each layer's output projection.
+    """Thirty-two hex digits that tell models apart, by a sample of their weights.
 
-    The sample is rounded to bfloat16, so that the same weights loaded as fp32, fp16 or bf16 have one fingerprint.
+    The first half is of the class and each layer's output projection, the second of all that decides where the model attends:
+    queries, keys, values and outputs of every layer, the unembedding, and what lies outside of the decoder (vision encoder and
+    connector). Samples are rounded to bfloat16, so that weights stored in half precision have one fingerprint however they are
+    loaded.
     """
+    backbone = find_backbone(model)
+    text_decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = {id(module) for module in text_decoder.modules()}
+    parts = [*backbone.attention.values(), *filter(None, [model.get_output_embeddings()])]
+    inner = {id(module) for part in parts for module in part.modules()}
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim < 2 or (id(module) in decoder and id(module) not in inner):
+            continue
+        # an adapter changes something once it was trained: until then its second factor is zero
+        if ".lora_" not in name or (".lora_B" in name and weight_of(module).any()):
+            digest.update(_sample(weight_of(module)))
+    return _output_fingerprint(model) + digest.hexdigest()[:SHORT_FINGERPRINT]
+
+
+def _output_fingerprint(model: PreTrainedModel) -> str:
+    """The first half of a `fingerprint`."""
     backbone = find_backbone(model)
     digest = hashlib.sha256(f"{type(model).__name__}/{len(backbone.attention)}".encode())
     for layer in backbone.attention:
-        weight = weight_of(backbone.projection(layer))
-        step = max(1, weight.numel() // FINGERPRINT_SAMPLES)
-        sample = weight.detach().flatten()[::step].to(torch.bfloat16).float()
-        digest.update(f"{tuple(weight.shape)}".encode() + sample.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        digest.update(_sample(weight_of(backbone.projection(layer))))
+    return digest.hexdigest()[:SHORT_FINGERPRINT]
+
+
+def _sample(weight: Tensor) -> bytes:
+    step = max(1, weight.numel() // FINGERPRINT_SAMPLES)
+    sample = weight.detach().flatten()[::step].to(torch.bfloat16).float()
+    return f"{tuple(weight.shape)}".encode() + sample.cpu().numpy().tobytes()
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one model; those of files of before 0.1 have only the first half."""
+    length = min(len(one), len(other))
+    return length >= SHORT_FINGERPRINT and one[:length] == other[:length]
 
 
 class Score(BaseModel):
@@ -224,7 +256,7 @@ class GazeHeads(BaseModel):
     def check_model(self, model: PreTrainedModel) -> None:
         """Raise `MismatchError` unless these are the heads of this very model."""
         actual = fingerprint(model)
-        if self.model != actual:
+        if not same_model(self.model, actual):
             raise MismatchError(
                 f"These gaze heads belong to another model ({self.model_class}, fingerprint {self.model}); this one is "
                 f"{type(model).__name__}, fingerprint {actual}. Find its own with find_heads(model, processor)."
