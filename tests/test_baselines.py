@@ -148,7 +148,7 @@ def test_a_bias_turns_the_look_to_the_picture_or_away(lab_vlm, prompts):
 
 
 def test_beams_are_refused(lab_vlm, prompts):
-    with pytest.raises(ValueError, match=r"^4 rows are written to 2 prompts\. A second branch follows no beams\.$"):
+    with pytest.raises(ValueError, match=r"^4 rows for 2 prompts; a second branch cannot follow beams\.$"):
         baselines.vcd(lab_vlm[0], prompts(0, 1), num_beams=2, do_sample=False, max_new_tokens=4)
 
 
