@@ -215,3 +215,17 @@ def test_lists_are_joined_as_one_says_them(items):
 )
 def test_articles(words, said):
     assert a_phrase(*words) == said
+
+
+def test_the_json_of_ones_own_comics_sets_prompt_leads_and_questions(tmp_path):
+    Image.new("RGB", (100, 50)).save(tmp_path / "page.png")
+    panels = [
+        {"box": [0, 0, 50, 50], "text": "A red star.", "lead": "First, ", "question": "What comes first?"},
+        {"box": [50, 0, 100, 50], "text": "a moon"},
+    ]
+    (tmp_path / "page.json").write_text(json.dumps({"image": "page.png", "prompt": "Tell the story.", "panels": panels}))
+    (strip,) = load_strips(tmp_path)
+    assert (strip.prompt, strip.narration) == ("Tell the story.", "First, A red star. Panel 2: a moon.")
+    assert strip.questions[0] == "What comes first?"
+    assert strip.questions[1].startswith("The picture has 2 panels. What is in panel 2 of 2")
+    assert [strip.narration[start:end] for start, end in strip.spans] == ["A red star", "a moon"]

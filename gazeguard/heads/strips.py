@@ -171,6 +171,8 @@ class _Panel(BaseModel):
 
     box: tuple[int, int, int, int]
     text: str = Field(default="", max_length=2000)
+    lead: str | None = Field(default=None, max_length=2000)
+    question: str | None = Field(default=None, max_length=2000)
 
 
 class _Page(BaseModel):
@@ -179,6 +181,7 @@ class _Page(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     image: str = Field(max_length=255)
+    prompt: str | None = Field(default=None, max_length=2000)
     panels: tuple[_Panel, ...] = Field(min_length=2, max_length=MAX_PANEL_FILES)
 
 
@@ -187,7 +190,11 @@ def load_strips(folder: str | Path) -> list[Strip]:
 
     A folder's images are put side by side in the order of their names, with a thin gap; ``NAME.txt`` beside ``NAME.png``
     says what is in the panel. A JSON file is ``{"image": "page.png", "panels": [{"box": [x0, y0, x1, y1], "text": "..."}]}``;
-    the image lies in the same folder. A strip whose panels all have texts can be narrated; others are only asked about.
+    the image lies in the same folder. ``prompt`` beside ``panels``, and ``lead`` and ``question`` in a panel, are words that
+    the model is used to, in the place of the default ones: what asks for the narration, what comes before the text of a panel
+    ("Panel 1: "), and what asks for the panel alone.
+
+    A strip whose panels all have texts can be narrated; others are only asked about.
 
     Raises:
         InputError: With the file and what is wrong with it.
@@ -260,18 +267,23 @@ def _from_json(path: Path) -> Strip:
                 f"{path}: panel {number} is {panel.box}, which is no box of a {image.width} x {image.height} image. Give x0, "
                 "y0, x1, y1 in pixels."
             )
-    return _strip(image, [panel.box for panel in page.panels], [panel.text.strip() for panel in page.panels], "in order")
+    return _strip(image, [panel.box for panel in page.panels], [panel.text.strip() for panel in page.panels], "in order", page)
 
 
-def _strip(image: Image.Image, boxes: Sequence[Box], descriptions: Sequence[str], order: str) -> Strip:
-    """A strip of one's own; ``order`` says in words how its panels are counted."""
+def _strip(
+    image: Image.Image, boxes: Sequence[Box], descriptions: Sequence[str], order: str, words: _Page | None = None
+) -> Strip:
+    """A strip of one's own; ``order`` says in words how its panels are counted, ``words`` may set its words."""
     count = len(boxes)
+    own = [(None, None)] * count if words is None else [(panel.lead, panel.question) for panel in words.panels]
     questions = tuple(
-        f"The picture has {count} panels. What is in panel {number} of {count}, counted {order}? Answer briefly."
+        own[number - 1][1]
+        or f"The picture has {count} panels. What is in panel {number} of {count}, counted {order}? Answer briefly."
         for number in range(1, count + 1)
     )
     narration, spans = "", ()
     if all(descriptions):
-        leads = [f"Panel {number}: " for number in range(1, count + 1)]
+        leads = [f"Panel {i + 1}: " if lead is None else lead for i, (lead, _) in enumerate(own)]
         narration, spans = _narrated(leads, [text.rstrip(".") for text in descriptions], ".")
-    return Strip(image, tuple(boxes), narration, spans, f"Describe every panel of the picture {order}.", questions)
+    prompt = (words and words.prompt) or f"Describe every panel of the picture {order}."
+    return Strip(image, tuple(boxes), narration, spans, prompt, questions)
