@@ -119,7 +119,15 @@ def filter_captions(
         reasons = summary["reasons"].get("unchecked", {})
         _say_none_was_checked(Counter(reasons))
         return Outcome(f"see {folder / 'summary.json'} for every reason.", 2)
-    return Outcome(f"see them: gazeguard replay {shlex.quote(str(source))} PAGE.html --skip-passed{guarded.arguments()}")
+    given = _input_options(image_column, caption_column, caption_ext, encoding) + guarded.arguments()
+    return Outcome(f"see them: gazeguard replay {shlex.quote(str(source))} PAGE.html --skip-passed{given}")
+
+
+def _input_options(*values: str | None) -> str:
+    """The options of an input that differ from their defaults, as typed."""
+    defaults = {"image-column": "image", "caption-column": "caption", "caption-ext": ".txt", "encoding": None}
+    pairs = zip(defaults.items(), values, strict=True)
+    return "".join(f" --{name} {shlex.quote(str(value))}" for (name, default), value in pairs if value != default)
 
 
 def _announce(write_captions: bool) -> None:
