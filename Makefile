@@ -11,6 +11,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --group dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2 -m "not slow"
 
 # The same tests with the oldest transformers that pyproject.toml admits.

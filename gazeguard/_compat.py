@@ -85,7 +85,7 @@ def layer_keeps_prompt(cache: Any, layer: int) -> bool:
     return layer < len(layers) and hasattr(layers[layer], "prefill_length")
 
 
-def attention_kernel(module: nn.Module) -> str:
+def attention_kernel(module: Any) -> str:
     """The name of the attention kernel that an attention module runs now, such as "sdpa"."""
     return module.config._attn_implementation
 

@@ -7,9 +7,9 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from gazeguard.errors import ArtifactError
 
@@ -20,8 +20,10 @@ HEADS_FILE = "heads.json"
 DETECTOR_FILE = "detector.json"
 MAX_FILE_BYTES = 16 * 2**20
 
+Model = TypeVar("Model", bound=BaseModel)
 
-def read_json(kind: type[Any], path: str | Path, what: str, maker: str) -> Any:
+
+def read_json(kind: type[Model], path: str | Path, what: str, maker: str) -> Model:
     """Read a pydantic model from a JSON file of bounded size.
 
     Args:

@@ -10,6 +10,12 @@ GazeGuardError
 └── PolicyError           a policy lacks a key, or has an unknown key or value
 """
 
+from __future__ import annotations
+
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class GazeGuardError(Exception):
     """Base class of everything that GazeGuard raises on purpose."""
@@ -41,3 +47,10 @@ class MismatchError(ArtifactError):
 
 class PolicyError(GazeGuardError, ValueError):
     """A policy lacks a key, or has an unknown key or value."""
+
+
+def given(value: T | None) -> T:
+    """A value that is None elsewhere and cannot be None here; a `TypeError` where it is, after all."""
+    if value is None:
+        raise TypeError("A value is missing that has been checked before. Please report this as a bug.")
+    return value

@@ -34,7 +34,7 @@ from gazeguard.decoding.verification import AnswerTokens
 from gazeguard.decoding.verification import ask as ask_about
 from gazeguard.detection import features
 from gazeguard.detection.detector import Detector
-from gazeguard.errors import InputError
+from gazeguard.errors import InputError, given
 from gazeguard.guard import GazeGuard
 from gazeguard.progress import track
 from gazeguard.prompts import DEFAULT_PROMPT
@@ -230,7 +230,7 @@ def _claims_by_asking(guard: GazeGuard, row: LabelledCaption) -> list[tuple[Clai
 
 def _with_features(row: LabelledCaption, report: Report, labelled: Sequence[tuple[Claim, bool]]) -> Iterator[_Example]:
     every = claims(row.caption)
-    x = features.features(report.trace, every) if labelled else None
+    x = features.features(given(report.trace), every) if labelled else np.zeros((0, 0))
     for claim, false in labelled:
         yield _Example(x[every.index(claim)], false, claim, row)
 

@@ -51,7 +51,7 @@ from gazeguard.decoding.rerank import RerankProcessor
 from gazeguard.decoding.rewind import CommittedPrefix, Draft, RewindLoop, list_delimiters, rollback_span
 from gazeguard.decoding.verification import SelfVerification
 from gazeguard.detection.detector import Detector
-from gazeguard.errors import ArtifactError, InputError, MismatchError, PolicyError, UnsupportedError
+from gazeguard.errors import ArtifactError, InputError, MismatchError, PolicyError, UnsupportedError, given
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.judge import Assessment, Judge, PrefixJudge
 from gazeguard.loading import load
@@ -122,7 +122,8 @@ class GazeGuard:
             MismatchError: Heads or detector belong to another model, or the policy needs what the detector has not learnt.
         """
         _check_kinds(model, processor)
-        self.model, self.processor = model, processor
+        self.model = model
+        self.processor: Any = processor
         rules = _as_policy(policy)
         gaze_heads, judging = _find_artifacts(model, heads, detector, artifacts)
         _check_fit(model, gaze_heads, judging, rules)
@@ -405,7 +406,7 @@ class _Reviewer:
 
     def _text(self, ids: Sequence[int]) -> str:
         tokenizer = self.drafts.tracer.processor.tokenizer
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _reranker(guard: GazeGuard, recorder: AttentionRecorder) -> RerankProcessor | None:
@@ -430,11 +431,11 @@ def _decode_with_rewind(guard: GazeGuard, call: GenerateCall, prompts: Prompts) 
         drafts = DraftTraces(guard.tracer, prompts)
         reviewer = _Reviewer(guard.judge, drafts, end_tokens(call.config))
         delimiters = list_delimiters(guard.processor.tokenizer)
-        loop = RewindLoop(reviewer, guard.policy.rewind.budget, delimiters, _reranker(guard, recorder))
+        loop = RewindLoop(reviewer, given(guard.policy.rewind).budget, delimiters, _reranker(guard, recorder))
         output = call.run([], loop)
         batch = drafts.trace_batch()
     captions = call.captions(output, prompts.start)
-    passes = [row[: len(caption.ids)] for row, caption in zip(loop.passes.tolist(), captions, strict=True)]
+    passes = [row[: len(caption.ids)] for row, caption in zip(given(loop.passes).tolist(), captions, strict=True)]
     return _Decoded(output, captions, batch, passes, loop.cache)
 
 
@@ -445,7 +446,7 @@ def _missed_objects(guard: GazeGuard, image: Image.Image, report: Report, region
     trace, named = report.trace, [f.claim.phrase.head for f in report.findings if f.claim.kind == "object"]
     gaze = np.array([trace.gaze[trace.tokens(head.start, head.end).start].mean(0) for head in named])
     inputs = encode(guard.model, guard.processor, [image] * regions, [prompt] * regions).inputs
-    options = {"max_new_tokens": 24, "do_sample": False, "picture_sizes": [[image.size]] * regions}
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "picture_sizes": [[image.size]] * regions}
     with guard.steer(undescribed_regions(trace.grid, gaze, regions)):
         _, answers = guard.generate_with_reports(**inputs, **options)
     known, new = {head.text.lower() for head in named}, []

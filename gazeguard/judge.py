@@ -10,18 +10,19 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gazeguard import __version__
-from gazeguard.claims.parse import JUDGED, Caption, Claim, Parser, may_end_thing, parse
+from gazeguard.claims.parse import JUDGED, Caption, Claim, Kind, Parser, may_end_thing, parse
 from gazeguard.claims.phrases import Phrase
 from gazeguard.claims.removal import without
 from gazeguard.claims.repetition import find_repetition
 from gazeguard.detection import features
 from gazeguard.detection.calibration import logistic
+from gazeguard.errors import given
 from gazeguard.policy import Policy
 from gazeguard.report import Finding, Report, Verdict, gaze_boxes
 from gazeguard.trace import SEGMENTS, GazeTrace
@@ -60,8 +61,8 @@ class Assessment:
     not_judged: tuple[str, ...] = ()
     degenerate: str = ""
     claims: Sequence[Claim] = ()
-    values: F64 | None = None
-    risks: F64 | None = None
+    values: F64 = field(default_factory=lambda: np.zeros((0, 0)))
+    risks: F64 = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,11 @@ class Judge:
     model: str
     nlp: Parser | None = None
     nouns: frozenset[str] = frozenset()
+
+    @property
+    def fitted(self) -> Detector:
+        """The detector, for what is reached only with one."""
+        return given(self.detector)
 
     def parse(self, text: str) -> Caption:
         """Parse a caption: here and nowhere else between its trace and its report."""
@@ -151,7 +157,7 @@ class Judge:
             for i, (claim, risk) in enumerate(zip(claims, risks, strict=True)):
                 if claim.phrase in answers and self._counts_answers(claim.kind, risk):
                     log_odds[i] = answers[claim.phrase]
-            risks = self.detector.update_with_answers(risks, log_odds, [claim.kind for claim in claims])
+            risks = self.fitted.update_with_answers(risks, log_odds, [claim.kind for claim in claims])
         trace = assessment.trace
         if not np.isfinite(risks).all():
             return self.unchecked(trace.text, "the detector gave no finite risk", trace)
@@ -185,9 +191,9 @@ class Judge:
         """
         kinds = [claims[i].kind for i in objects]
         values = features.features(trace, claims, objects)
-        if self.detector.unknown(values, kinds):
+        if self.fitted.unknown(values, kinds):
             return None  # the whole caption will be unchecked
-        over = self.detector.risk(values, kinds) >= self._threshold("object", self.policy.rewind.threshold)
+        over = self.fitted.risk(values, kinds) >= self._threshold("object", given(self.policy.rewind).threshold)
         return claims[objects[int(np.argmax(over))]] if over.any() else None
 
     # ------------------------------------------------------------------------------------------------------- helpers
@@ -208,7 +214,7 @@ class Judge:
 
     def _not_finite(self, trace: GazeTrace, values: F64, kinds: Sequence[str]) -> str:
         """Which of the model's numbers is not finite, or ""."""
-        if unknown := self.detector.unknown(values, kinds):
+        if unknown := self.fitted.unknown(values, kinds):
             return f"the model gave no finite number for {unknown}"
         if not (np.isfinite(trace.logprobs).all() and np.isfinite(trace.segment_mass).all()):  # also what no feature reads
             return "the model gave no finite number for the caption's own tokens"
@@ -216,13 +222,13 @@ class Judge:
 
     def _threshold(self, kind: str, rule: str | float | None = None) -> float:
         """The risk from which claims of a kind count as doubtful; by default the policy's own threshold."""
-        return self.detector.threshold(kind, self.policy.threshold if rule is None else rule)
+        return self.fitted.threshold(kind, self.policy.threshold if rule is None else rule)
 
     def _counts_answers(self, kind: str, risk: float) -> bool:
         """Whether the model's answer counts for a claim of this kind and risk."""
-        if self.detector.kinds[kind].answer is None or kind == _NOT_ASKED:
+        if self.fitted.kinds[cast(Kind, kind)].answer is None or kind == _NOT_ASKED:
             return False
-        return risk >= self._threshold(kind, self.policy.verify.threshold)
+        return risk >= self._threshold(kind, given(self.policy.verify).threshold)
 
     def _flags(self, claims: Sequence[Claim], risks: F64) -> list[bool]:
         """Which claims are flagged. Of an absent object only the object is: nobody asks for its colour or location."""
@@ -237,7 +243,7 @@ class Judge:
         """One finding per claim; reasons are given for flagged claims and for answers that count."""
         trace, claims = assessment.trace, assessment.claims
         kinds = [claim.kind for claim, flag in zip(claims, flags, strict=True) if flag]
-        reasons = iter(self.detector.reasons(assessment.values[list(flags)], kinds))
+        reasons = iter(self.fitted.reasons(assessment.values[list(flags)], kinds))
         boxes = gaze_boxes(trace, [trace.tokens(claim.span.start, claim.span.end) for claim in claims])
         return tuple(
             Finding(

@@ -400,7 +400,8 @@ def located_tokens(trace: GazeTrace) -> NDArray[np.int64]:
 
 def pixel_boxes(trace: GazeTrace, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the boxes, (len(tokens), 4), of image tokens of the first image, in its pixels."""
-    return trace.grid.boxes[tokens].astype(np.float64) * np.tile(np.array(trace.grid.sizes[0], float), 2)
+    scale = np.tile(np.array(trace.grid.sizes[0], np.float64), 2)
+    return np.asarray(trace.grid.boxes[tokens].astype(np.float64) * scale)
 
 
 def _draw(image: Image.Image, trace: GazeTrace, tokens: Sequence[int], label: str) -> Figure:

@@ -185,7 +185,7 @@ class GazeTrace:
             x0, y0, x1, y1 = (self.grid.boxes[located] * np.tile((width, height), 2)).T
             colours = to_rgba_array([HEAT] * len(mass), 0.7 * np.sqrt(mass / mass.max()))  # the root shows faint attention, too
             corners = np.stack(((x0, y0), (x1, y0), (x1, y1), (x0, y1)), axis=0).transpose(2, 0, 1)
-            axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0))
+            axes.add_collection(PolyCollection(list(corners), facecolors=colours, linewidths=0))
         axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal", xticks=(), yticks=())
         axes.set_frame_on(image is None)  # without an image its edges are drawn
         if title is None:

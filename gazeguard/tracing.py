@@ -28,7 +28,7 @@ from gazeguard.attention.trace_batch import TraceBatch, trace_batch
 from gazeguard.attention.visual_keys import VisualKeys, visual_keys
 from gazeguard.decoding.call import GeneratedIds, cache_of
 from gazeguard.decoding.rewind import Draft
-from gazeguard.errors import GazeGuardError, InputError
+from gazeguard.errors import GazeGuardError, InputError, given
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.trace import GazeTrace
 from gazeguard.vision.batch_grids import image_grids
@@ -189,8 +189,7 @@ class Tracer:
 
     def trace(self, batch: TraceBatch, row: int, steps: Sequence[int] | slice, *caption: Any, finished: bool) -> GazeTrace:
         """One trace out of a batch; ``caption`` is its ids, text, offsets and grid."""
-        about = {"heads": self.recorder.heads, "model": self.heads.model, "finished": finished}
-        return batch.trace(row, steps, *caption, **about)
+        return batch.trace(row, steps, *caption, heads=self.recorder.heads, model=self.heads.model, finished=finished)
 
     def traces(
         self,
@@ -242,7 +241,7 @@ class Tracer:
             except InputError as error:
                 unchecked[i] = caption if isinstance(caption, str) else "", str(error)
         rest = self._encode(list(loaded), loaded, captions, prompts)
-        return Prepared(unchecked | rest.unchecked, rest.parts)
+        return Prepared({**unchecked, **rest.unchecked}, rest.parts)
 
     def _encode(
         self, rows: Sequence[int], images: Mapping[int, Image.Image], captions: Sequence[str], prompts: Sequence[str]
@@ -325,7 +324,7 @@ class DraftTraces:
             recorder = tracer.recorder
             new = trace_batch(recorder.backbone, recorder.heads, recorder.collect(start=done), tokens, None)
             self._batch = new if self._batch is None else self._batch.concatenate(new)
-        return self._batch
+        return given(self._batch)
 
     def trace_batch(self) -> TraceBatch:
         """The numbers of all passes, (batch, passes)."""

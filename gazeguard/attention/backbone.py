@@ -47,7 +47,7 @@ class Backbone:
     decoder: nn.Module
     attention: dict[int, nn.Module]
     norm: nn.Module
-    unembedding: nn.Module
+    unembedding: Any
     causal_lm: nn.Module
     config: Any
     logit_changes: tuple[LogitChange, ...] = ()
@@ -85,7 +85,9 @@ class Backbone:
         """What a unit of the heads' outputs adds to the residual stream, shaped as in `output_weight`."""
         projection, per_head = self.projection(layer), self.width(self.attention[layer])[1]
         columns = [head * per_head + i for head in heads for i in range(per_head)]
-        gate = weight_of(self.gated[layer], self.key_source.gate).float().tanh().view(-1, 1) if layer in self.gated else 1
+        gate: Tensor | int = 1
+        if self.key_source is not None and layer in self.gated:
+            gate = weight_of(self.gated[layer], self.key_source.gate).float().tanh().view(-1, 1)
         if type(projection) is nn.Linear:
             return weight_of(projection)[:, columns].float() * gate
         # An adapter or a quantised layer is measured, unit by unit.
@@ -233,7 +235,7 @@ def _attention_of(
     return modules, in_code
 
 
-def _by_layer(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[int, nn.Module]:
+def _by_layer(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[int, nn.Module]:
     """Layer -> attention module. Raises `UnsupportedError` when a layer has several."""
     attention = {module.layer_idx: module for module in modules.values()}
     if len(attention) < len(modules):
@@ -250,9 +252,10 @@ def _final_norm_of(
     """The module that runs the layers, its final norm, and the norms before that one that attention outputs go through."""
     above = re.match(r"(?:(.*)\.)?(?:\w*layers|block)\.\d", next(iter(modules)))
     decoder = text_decoder.get_submodule((above and above[1]) or "")
-    norm, norms = _first_attribute(decoder, FINAL_NORMS), {}
+    norm: nn.Module | None = _first_attribute(decoder, FINAL_NORMS)
+    norms: Norms = {}
     if norm is None and source is not None:
-        norm, norms = _norms_after(decoder.layers, source.modules)
+        norm, norms = _norms_after(decoder.get_submodule("layers"), source.modules)
     if norm is None:
         raise UnsupportedError(
             f"{type(model).__name__}'s text decoder {type(decoder).__name__} has no final norm that GazeGuard can find."
@@ -260,7 +263,7 @@ def _final_norm_of(
     return decoder, norm, norms
 
 
-def _norms_after(layers: nn.ModuleList, attention: str) -> tuple[nn.Module | None, Norms]:
+def _norms_after(layers: Any, attention: str) -> tuple[nn.Module | None, Norms]:
     """The last norm of all, and for each layer those between its ``attention`` module and that one.
 
     BART norms the sum after each part, and names the parts of a layer in the order in which they run.
@@ -276,7 +279,7 @@ def _norms_after(layers: nn.ModuleList, attention: str) -> tuple[nn.Module | Non
     return last, {number: after[:-1] for number, after in norms.items()}
 
 
-def _unembedding_of(model: PreTrainedModel, text_decoder: nn.Module) -> nn.Module:
+def _unembedding_of(model: PreTrainedModel, text_decoder: Any) -> nn.Module:
     unembedding = model.get_output_embeddings() or text_decoder.get_output_embeddings()
     if unembedding is None:
         raise UnsupportedError(
@@ -286,7 +289,7 @@ def _unembedding_of(model: PreTrainedModel, text_decoder: nn.Module) -> nn.Modul
     return unembedding
 
 
-def _gates(text_decoder: nn.Module, modules: Mapping[str, nn.Module], source: VisualKeySource | None) -> dict[int, nn.Module]:
+def _gates(text_decoder: nn.Module, modules: Mapping[str, Any], source: VisualKeySource | None) -> dict[int, nn.Module]:
     """Layer -> the module that holds the gate of its attention, where a key source has one."""
     if source is None or not source.gate:
         return {}

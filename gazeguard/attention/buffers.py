@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gazeguard.attention.kernels import additive_mask
+from gazeguard.errors import given
 
 BLOCK = 64  # rows that are kept in one piece of memory
 MASK_WIDTH = 256  # the width of kept masks is a multiple of this, so that many rows share a block
@@ -48,7 +49,7 @@ def concatenate_padded(parts: Sequence[Tensor], dim: int) -> Tensor:
     widest = max(widths)
     if min(widths) < widest:
         parts = [F.pad(part, (0, widest - width)) for part, width in zip(parts, widths, strict=True)]
-    return torch.cat(parts, dim=dim)
+    return torch.cat(list(parts), dim=dim)
 
 
 class RowBuffer:
@@ -77,12 +78,13 @@ class RowBuffer:
     def put(self, start: int, rows: Tensor) -> None:
         """Copy rows (batch, r, ...) in from step ``start`` on, in place of the rows from there on."""
         self.cut(start)
-        count, shape = rows.shape[1], self.block.shape if self.block is not None else ()
-        if shape[:1] + shape[2:] != rows.shape[:1] + rows.shape[2:] or shape[1] < self.used + count:
+        count, block = rows.shape[1], self.block
+        same = block is not None and block.shape[:1] + block.shape[2:] == rows.shape[:1] + rows.shape[2:]
+        if block is None or not same or block.shape[1] < self.used + count:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
-                self.block = rows.new_empty((rows.shape[0], max(BLOCK, count), *rows.shape[2:]))
+                self.block = block = rows.new_empty((rows.shape[0], max(BLOCK, count), *rows.shape[2:]))
             self.used = 0
-        kept = self.block[:, self.used : self.used + count]
+        kept = block[:, self.used : self.used + count]
         self.parts.append((start, kept.copy_(rows.detach())))
         self.used += count
 
@@ -160,7 +162,7 @@ class LayerBuffers:
     def deferred_attention(self, start: int) -> Tensor:
         """Attention (batch, K, r, S) of the deferred queries from step ``start`` on."""
         query = self.queries.joined(start).transpose(1, 2).float()  # (batch, K, r, d)
-        key = self.key.index_select(1, self.heads // self.group).float()
+        key = given(self.key).index_select(1, self.heads // self.group).float()
         scores = query @ key.transpose(2, 3) * self.scaling
         keys = scores.shape[3]
         lengths = [length for step, length in self.deferred if step >= start]

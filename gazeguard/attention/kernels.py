@@ -43,7 +43,7 @@ def recorded_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
             return result
         return recorder.on_attention(Call(module, query, key, attention_mask, kwargs), value, result)
 
-    recorded.gazeguard_kernel = kernel
+    vars(recorded)["gazeguard_kernel"] = kernel
     return recorded
 
 
@@ -127,7 +127,7 @@ class Call:
         options: The kernel's keyword arguments.
     """
 
-    module: nn.Module
+    module: Any
     query: Tensor
     key: Tensor
     mask: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ class KeyLayout:
     def repeated(self, times: int) -> KeyLayout:
         """Each prompt ``times`` over, as ``generate`` does for beams and for several captions per prompt."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.repeat_interleave(times, dim=0) for name, tensor in tensors.items()})
+        repeated: dict[str, Any] = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in tensors.items()}
+        return replace(self, **repeated)
 
     def image_columns(self, offset: int = 0) -> tuple[Tensor, Tensor]:
         """``columns`` and ``valid`` when the first ``offset`` keys have left the cache; negative when others stand in front."""

@@ -74,8 +74,11 @@ def attended_logprobs(lens: LogitLens, gaze: Tensor, token_ids: Tensor) -> tuple
     attention = attention / attention.sum(-1, keepdim=True).clamp(min=1e-9)
     logprobs = lens.log_probs(token_ids)
     captured = lens.known.any(-1, keepdim=True)
-    figures = ((attention * logprobs.exp()).sum(-1).log(), logprobs.amax(-1))
-    return tuple(value.clamp(min=MIN_LOGPROB).where(captured, torch.nan) for value in figures)
+    attended, best = (
+        value.clamp(min=MIN_LOGPROB).where(captured, torch.nan)
+        for value in ((attention * logprobs.exp()).sum(-1).log(), logprobs.amax(-1))
+    )
+    return attended, best
 
 
 class ImageStates:

@@ -16,7 +16,7 @@ from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.logit_lens import ImageStates
 from gazeguard.attention.passes import PassTracker
 from gazeguard.attention.scores import SteeredRows, SteeringSchedule, alters_scores, attention_weights, steered_result
-from gazeguard.errors import NoAttentionError, UnsupportedError
+from gazeguard.errors import NoAttentionError, UnsupportedError, given
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -102,7 +102,7 @@ class Recording:
             return result
         self._compute_deferred(layer)
         if self.kernel == "eager" and not steered:  # it returns its weights
-            weights = result[1][:, layer.heads, -rows:].float()
+            weights = given(result[1])[:, layer.heads, -rows:].float()
         else:
             weights = attention_weights(call, query, layer.heads, mask, steered)
         if steered:
@@ -126,7 +126,7 @@ class Recording:
         mask = self.mask_rule(call, rows)
         if mask is None:
             return None
-        with_prompt = self.passes.current.past <= self.passes.first  # a replay: generated tokens come with their prompt
+        with_prompt = given(self.passes.current).past <= self.passes.first  # a replay: generated tokens come with their prompt
         if steps > 1 and with_prompt:
             keys = call.key.shape[2] - (0 if self.backbone.key_source is None else self.passes.layout.keys)
             if attends_ahead(mask[:, :, -steps:, :keys]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -72,8 +72,9 @@ class SteeringTarget:
 
     def _schedules(self) -> list[Mapping[int, Box | None]]:
         """The targets of every row, or of all, each as a schedule."""
-        several = isinstance(self.targets, Sequence) and not (self.targets and np.isscalar(self.targets[0]))
-        targets = self.targets if several else [self.targets]
+        targets: Any = self.targets
+        if not isinstance(targets, Sequence) or (targets and np.isscalar(targets[0])):
+            targets = [targets]
         return [target if isinstance(target, Mapping) else {0: target} for target in targets]
 
     def steer(self, recorder: AttentionRecorder, grids: Sequence[ImageGrid]) -> None:

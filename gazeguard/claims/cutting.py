@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from gazeguard.claims.english import is_plural
 from gazeguard.claims.phrases import Phrase
+from gazeguard.errors import given
 
 LONGEST = 400  # words of a sentence; the work grows faster than its length, so a longer one goes whole
 
@@ -117,7 +118,7 @@ def _joined(before: list[Unit], after: list[Unit]) -> list[Unit]:
     if joint:
         before = before[: joint.start()]
     else:
-        after = after[re.match(r"(?:;|,?[sc]|,)?", _codes(after)).end() :]
+        after = after[given(re.match(r"(?:;|,?[sc]|,)?", _codes(after))).end() :]
     return [*before, *after]
 
 
@@ -128,7 +129,7 @@ def _cut(units: list[Unit], i: int) -> list[Unit] | None:
 
 def _cut_location(units: list[Unit], i: int) -> list[Unit] | None:
     codes = _codes(units)
-    j = i + 1 + len(re.match(r"(?:o[KX])?", codes[i + 1 :])[0])
+    j = i + 1 + len(given(re.match(r"(?:o[KX])?", codes[i + 1 :]))[0])
     if codes[:i].endswith(("B", "s")) or re.search(r"[ptoq]$", codes[:i]):
         return None
     if i == 0:
@@ -150,10 +151,8 @@ def _cut_predicate(units: list[Unit], i: int) -> list[Unit] | None:
         first -= 1
     joint = re.search(r"[aeZ](,?c|,)$", codes[:first])
     further = re.match(r"(,?c|,)r*[aeZ]", codes[i + 1 :])
-    if joint is None and further is None:
-        return None
     if joint is None:
-        return [*units[:first], *units[i + 1 + further.end(1) :]]
+        return None if further is None else [*units[:first], *units[i + 1 + further.end(1) :]]
     rest = [*units[: joint.start(1)], *units[i + 1 :]]
     before = re.search(r"[aeZ](,)r*[aeZ]$", codes[: joint.start(1)])
     if "c" in joint[1] and before:  # "red, white and blue" without its end is "red and white"
@@ -169,8 +168,8 @@ def _cut_object(units: list[Unit], i: int) -> list[Unit] | None:
         return [*units[:i], Unit("D", units[i].gap, the), *units[i + 2 :]]
     if codes[:i].endswith("G"):
         return None
-    j = i + 1 + _HANGS.match(codes[i + 1 :]).end()
-    hangs, i = codes[i + 1 : j], _LOOSE.search(codes[:i]).start()
+    j = i + 1 + given(_HANGS.match(codes[i + 1 :])).end()
+    hangs, i = codes[i + 1 : j], given(_LOOSE.search(codes[:i])).start()
     left = codes[:i]
     front = not re.search(r"[Bvbhi]", left) and not re.match(r"[rPs]*,?[KX]", left.replace("P,", "P"))
     if (joint := _LEFT.search(left)) and not (front and joint[0] == ",") and _LISTED.search(left[: joint.start()]):
@@ -259,7 +258,7 @@ def _cut_preposition(units: list[Unit], k: int, i: int, j: int) -> list[Unit] | 
     if left == "" or re.fullmatch(r"r,?", left):
         if codes[j : j + 1] in ("", ".") or not re.search(r"[Bv]", codes[j:]):
             return None
-        comma = re.match(r"[^,;]*,|", codes[j:])  # "In addition to the food and drinks, ..."
+        comma = given(re.match(r"[^,;]*,|", codes[j:]))  # "In addition to the food and drinks, ..."
         return [*units[:k], *units[j + comma.end() :]]
     if joint := re.search(r",?[c|]$", left):
         k = joint.start()

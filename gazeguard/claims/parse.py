@@ -54,7 +54,7 @@ class Claim:
         """The object phrase for an object; for the others "red (a red star)", "in panel two (a red star)"."""
         if self.kind == "object":
             return self.text
-        words = self.related if self.kind == "location" and self.span == self.phrase.head else self.span
+        words = self.related if self.kind == "location" and self.span == self.phrase.head and self.related else self.span
         return f"{self.text if self.kind == 'relation' else words.text} ({self.phrase.text})"
 
 

@@ -154,8 +154,8 @@ _OFFER_WORD = re.compile(r"\b(?:you|me|I|[Ss]ure|[Oo]kay|Here)\b")
 def _reasoning(result: Mask) -> None:
     for match in _REASONING.finditer(result.text):
         result.blank(*match.span(), "reasoning", STOP)
-    if match := _REASONING_END.search(str(result)):
-        result.blank(*match.span(), "reasoning", STOP)
+    if end := _REASONING_END.search(str(result)):
+        result.blank(*end.span(), "reasoning", STOP)
 
 
 def _json(result: Mask) -> None:

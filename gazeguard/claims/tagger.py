@@ -67,7 +67,9 @@ def _guess(word: str) -> str:
     return next((classes for ending, classes in _GUESSES if word.endswith(ending) and len(word) > len(ending) + 1), "N")
 
 
-def features(word: str, choice: str, before: tuple[str, str, str], after: tuple[str, str], clause: str) -> tuple[str, ...]:
+def features(
+    word: str, choice: str, before: tuple[str, str, str], after: tuple[str, str], clause: Sequence[str]
+) -> tuple[str, ...]:
     """What the model sees of a word.
 
     Args:

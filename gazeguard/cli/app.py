@@ -101,7 +101,7 @@ def command(
             next_step(outcome.next)
             raise typer.Exit(outcome.code)
 
-        wrapper.__signature__ = inspect.Signature(list(shown.values()))
+        vars(wrapper)["__signature__"] = inspect.Signature(list(shown.values()))
         wrapper.__annotations__ = {key: p.annotation for key, p in shown.items()}
         del wrapper.__wrapped__  # typer would read its signature
         return target.command(name, rich_help_panel=panel)(wrapper)

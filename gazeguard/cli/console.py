@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -40,7 +41,8 @@ def configure(verbose: bool = False, quiet: bool = False) -> None:
     global _quiet
     _quiet = quiet
     for stream in (sys.stdout, sys.stderr):  # a character that the terminal cannot write is escaped
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     for console in (out, err):
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = UNWRAPPED
@@ -106,6 +108,6 @@ def show_report(title: str, report: Report, truth: Sequence[str] = ()) -> None:
     out.print(Text.assemble((verdict.text[:9], STYLES[report.verdict]), (verdict.text[9:], "bold")))
     for line in lines:
         indented(line.text, 2 if line.role == "caption" else 4, LINE_STYLES.get(line.role, ""))
-    for line in truth:
-        indented(f"truth: {line}", 4, "dim")
+    for fact in truth:
+        indented(f"truth: {fact}", 4, "dim")
     out.print()

@@ -145,7 +145,7 @@ class GuardOptions(ModelOptions):
         model, processor = self.load()
         from gazeguard.guard import GazeGuard
 
-        given = {"artifacts": self.artifacts, "heads": self.heads, "detector": self.detector}
+        given: dict[str, Any] = {"artifacts": self.artifacts, "heads": self.heads, "detector": self.detector}
         nouns = () if self.nouns is None else read_nouns(self.nouns)
         return GazeGuard(model, processor, policy=policy, nouns=nouns, **given)
 

@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from gazeguard.attention.attribution import NUM_CONTRAST_TOKENS, direct_logit_attribution
 from gazeguard.attention.logit_lens import attended_logprobs
 from gazeguard.attention.recorder import AttentionRecorder
+from gazeguard.errors import given
 from gazeguard.policy import Rerank
 
 MIN_LOGPROB = -10.0  # nats; a token less probable than this where the heads attend is absent, how much less says nothing
@@ -93,14 +94,15 @@ class RerankProcessor(LogitsProcessor):
 
     def _object_gain(self, gaze: Tensor, tokens: Tensor, plausible: Tensor, objects: Tensor) -> Tensor:
         """(batch, candidates): relative log-probability where the heads attend, 0 for rows without an object to choose."""
-        attended, _ = attended_logprobs(self.recorder.logit_lens(), gaze.mean(1)[:, None, None].square(), tokens)
+        attended, _ = attended_logprobs(given(self.recorder.logit_lens()), gaze.mean(1)[:, None, None].square(), tokens)
         gain = _relative(attended.clamp(min=MIN_LOGPROB), plausible)
         return gain.where(objects.any(-1, keepdim=True), 0)  # NaN for a row without an image
 
     def _novelty(self, gaze: Tensor, input_ids: Tensor) -> Tensor:
         """(batch,): the heads' mean attention on image tokens that show a token which is not among those generated."""
         generated = input_ids[:, self._prompt_length :]
-        new = (self._shown >= 0) & (self._shown[:, :, None] != generated[:, None]).all(-1)  # (batch, N)
+        shown = given(self._shown)
+        new = (shown >= 0) & (shown[:, :, None] != generated[:, None]).all(-1)  # (batch, N)
         return (gaze.mean(1) * new).sum(-1)
 
     def _tokens_shown(self, rows: int) -> Tensor:

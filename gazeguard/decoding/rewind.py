@@ -31,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from gazeguard import _compat
 from gazeguard.claims.parse import Claim
 from gazeguard.decoding.rerank import RerankProcessor, tokens_spelling
-from gazeguard.errors import UnsupportedError
+from gazeguard.errors import UnsupportedError, given
 
 MIN_PROBABILITY = 0.01  # a continuation that the model itself gives less than this is no alternative
 PASSES_PER_ROLLBACK = 12  # forward passes that one rollback may cost, on average over a caption's budget
@@ -75,7 +75,7 @@ def rollback_span(claim: Claim, text: str) -> tuple[int, int]:
     They reach from the list delimiter that leads to the object, or else from its article, to the first character of its head
     noun.
     """
-    return _DELIMITER.search(text[: claim.phrase.start]).start(), claim.phrase.head.start + 1
+    return given(_DELIMITER.search(text[: claim.phrase.start])).start(), claim.phrase.head.start + 1
 
 
 def list_delimiters(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -119,9 +119,9 @@ class _Row:
 
 
 class _Alternative(NamedTuple):
-    """Another continuation: from token number ``index`` on, one of ``tokens`` (log-probabilities, nats), none ``banned``."""
+    """Another continuation: from token number ``start`` on, one of ``tokens`` (log-probabilities, nats), none ``banned``."""
 
-    index: int
+    start: int
     banned: list[int]
     tokens: list[int]
     logprobs: list[float]
@@ -290,7 +290,7 @@ class _Run:
 
     def _roll_back(self, b: int, alternative: _Alternative) -> None:
         """Continue row ``b`` with the alternative; the keys of what it discards are masked."""
-        row, index = self.rows[b], alternative.index
+        row, index = self.rows[b], alternative.start
         if "scores" in self.kept:
             scores = self.kept["scores"][row.passes[index]].clone()
             scores[b, row.banned.get(index, []) + alternative.banned] = -math.inf

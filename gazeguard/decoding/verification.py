@@ -194,7 +194,8 @@ def answer_log_odds(
         return torch.empty(0)
     if can_reuse_cache(model, cache):
         return answer_tokens.log_odds(_logits_from_cache(model, inputs, rows, suffixes, cache))
-    turns, asked_before = [], Counter()
+    turns: list[int] = []
+    asked_before: Counter[int] = Counter()
     for row in rows:
         turns.append(asked_before[row])
         asked_before[row] += 1

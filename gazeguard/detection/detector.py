@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +100,7 @@ class Detector(BaseModel):
                 f"{MIN_CLAIMS} false and {MIN_CLAIMS} true ones. Add more captions."
             )
         fitted = {str(k): Regression.fit(chosen[kinds == k], false[kinds == k], names, regularisation) for k in enough}
-        return cls(model=heads.model, heads=heads.heads, kinds=fitted)
+        return cls(model=heads.model, heads=heads.heads, kinds=cast(dict[Kind, Regression], fitted))
 
     def calibrated(
         self, x: NDArray[np.float64], false: NDArray[np.bool_], kinds: NDArray[np.str_], image: NDArray[np.int64]
@@ -171,16 +171,16 @@ class Detector(BaseModel):
         if np.isfinite(x).all():
             return ""
         for row, kind in zip(x, kinds, strict=True):
-            names = self.kinds[kind].names
+            names = self.kinds[cast(Kind, kind)].names
             if not (finite := np.isfinite(features.pick(row[None], self.heads, names)[0])).all():
                 return names[int(np.argmin(finite))]
         return ""
 
     def risk(self, x: NDArray[np.float64], kinds: Sequence[str]) -> NDArray[np.float64]:
         """(claims,): the probability that each claim is false, from `features` (claims, F); NaN for unknown kinds."""
-        kinds, risk = np.asarray(kinds, str), np.full(len(x), np.nan)
+        each_kind, risk = np.asarray(kinds, str), np.full(len(x), np.nan)
         for kind, regression in self.kinds.items():
-            rows = kinds == kind
+            rows = each_kind == kind
             risk[rows] = regression.risk(features.pick(x[rows], self.heads, regression.names))
         return risk
 
@@ -188,10 +188,10 @@ class Detector(BaseModel):
         self, risk: NDArray[np.float64], answer: NDArray[np.float64], kinds: Sequence[str]
     ) -> NDArray[np.float64]:
         """(claims,): the risk given the self-verification answers (log-odds of yes), where these are not NaN."""
-        kinds, risk = np.asarray(kinds, str), risk.copy()
+        each_kind, risk = np.asarray(kinds, str), risk.copy()
         for kind, regression in self.kinds.items():
             if regression.answer is not None:
-                rows = (kinds == kind) & ~np.isnan(answer)
+                rows = (each_kind == kind) & ~np.isnan(answer)
                 risk[rows] = regression.update_with_answers(risk[rows], answer[rows])
         return risk
 
@@ -203,7 +203,7 @@ class Detector(BaseModel):
             kinds: (claims,) kind of each claim.
             most: Number of reasons at most.
         """
-        rows = zip(x, (self.kinds[kind] for kind in kinds), strict=True)
+        rows = zip(x, (self.kinds[cast(Kind, kind)] for kind in kinds), strict=True)
         return [each.reasons(features.pick(row[None], self.heads, each.names), most) for row, each in rows]
 
     def threshold(self, kind: str, rule: str | float) -> float:
@@ -218,7 +218,7 @@ class Detector(BaseModel):
         """
         if not isinstance(rule, str):
             return rule
-        known = self.kinds[kind].thresholds
+        known = self.kinds[cast(Kind, kind)].thresholds
         if rule not in known:
             raise MismatchError(
                 f"This detector has no threshold {rule!r} for claims of kind {kind!r}; it has {', '.join(known)}. Name one of "
@@ -244,7 +244,7 @@ class Detector(BaseModel):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DETECTOR_FILE).write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
-        bins = {kind: each.validation.bins for kind, each in self.kinds.items() if each.validation}
+        bins = {str(kind): each.validation.bins for kind, each in self.kinds.items() if each.validation}
         draw_reliability(bins).savefig(folder / DIAGRAM_FILE, dpi=90, metadata={"Software": None})
         if not (folder / CARD_FILE).exists():
             (folder / CARD_FILE).write_text(self.card(), encoding="utf-8")
@@ -274,4 +274,4 @@ class Detector(BaseModel):
 
     def card(self) -> str:
         """What to know of this detector before relying on it, in Markdown."""
-        return write_card(self.model, self.heads, self.kinds)
+        return write_card(self.model, self.heads, {str(kind): each for kind, each in self.kinds.items()})

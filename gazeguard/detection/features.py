@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,7 +173,7 @@ def _context(trace: GazeTrace, claims: Sequence[Claim], wanted: Sequence[int]) -
     return _Context(tuple(objects), object_index, repeated, background)
 
 
-def _tokens(trace: GazeTrace, span: Span) -> range:
+def _tokens(trace: GazeTrace, span: Span | Phrase) -> range:
     return trace.tokens(span.start, span.end)
 
 
@@ -219,7 +220,9 @@ def _gaze_features(trace: GazeTrace, claims: Sequence[Claim], first: Sequence[in
     return np.stack(columns, axis=1)
 
 
-def _head_features(trace: GazeTrace, first: Sequence[int], attention: F64, context: _Context) -> tuple[F64, ...]:
+def _head_features(
+    trace: GazeTrace, first: Sequence[int], attention: F64, context: _Context
+) -> tuple[NDArray[np.floating[Any]], ...]:
     """`HEAD_FEATURES`, each (claims, H)."""
     image_mass = trace.segment_mass[:, :, SEGMENTS.index("image")].astype(np.float64)
     count = context.background.sum(1)[:, None]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gazeguard.detection.calibration import calibration_error, log_odds, logistic, reliability
 from gazeguard.detection.features import meaning
-from gazeguard.errors import InputError
+from gazeguard.errors import InputError, given
 
 MIN_CLAIMS = 20  # false claims of a kind, and true ones, from which a regression on them is fitted
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -143,7 +143,7 @@ class Regression(BaseModel):
 
     def update_with_answers(self, risk: NDArray[np.float64], answer: NDArray[np.float64]) -> NDArray[np.float64]:
         """(claims,): the risk given the self-verification answer, from the risk before and the answer's log-odds (claims,)."""
-        risk_weight, answer_weight, bias = self.answer
+        risk_weight, answer_weight, bias = given(self.answer)
         return logistic(risk_weight * log_odds(risk) + answer_weight * answer + bias)
 
     def fit_answers(self, risk: NDArray[np.float64], answer: NDArray[np.float64], false: NDArray[np.bool_]) -> Regression:

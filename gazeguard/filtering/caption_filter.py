@@ -188,8 +188,8 @@ class CaptionFilter:
     def filter_rows(self, rows: Sequence[Row], on_rows: OnRows = ignore_rows) -> list[dict[str, Any]]:
         """Return the results of rows of a dataset: the fields of each, and what `judge` says of it."""
         good = [row for row in rows if not row.error]
-        columns = [[getattr(row, name) for row in good] for name in ("image", "caption", "prompt")]
-        judged = iter(self.judge(*columns, on_rows))
+        images, captions, prompts = ([getattr(row, name) for row in good] for name in ("image", "caption", "prompt"))
+        judged = iter(self.judge(images, captions, prompts, on_rows))
         results = []
         for row in rows:
             if row.error:

@@ -34,7 +34,7 @@ def report_columns(report: Report) -> dict[str, Any]:
     values = (
         str(report.verdict),
         report.reason,
-        max((phrase["risk"] for phrase in phrases), default=None),
+        max((round(float(finding.risk), 6) for finding in report.findings), default=None),
         phrases,
         report.filtered_caption,
         report.policy,

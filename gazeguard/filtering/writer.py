@@ -27,7 +27,9 @@ from gazeguard.filtering.texts import describe_error
 try:
     import fcntl
 except ImportError:  # Windows: there two runs into one folder are not kept apart
-    fcntl = None
+    CAN_LOCK = False
+else:
+    CAN_LOCK = True
 
 FILE_NAMES = {"pass": "kept", "flag": "flagged", "unchecked": "excluded"}  # of each verdict
 LABELLED = "labelled"  # the name of the only file with label_only
@@ -115,7 +117,7 @@ class Results:
             return
         self.parts.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context((self.parts / "lock").open("w"))
-        if fcntl is not None:
+        if CAN_LOCK:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -169,7 +169,7 @@ class GazeHeads(BaseModel):
         Raises:
             InputError: The heads were found without this probe.
         """
-        score = getattr(self, probe or self.ranked_by)
+        score: Score | None = getattr(self, probe or self.ranked_by)
         if score is None:
             raise InputError(
                 "These heads were found with strips without narrations, so they have no narration score. Ask for the score "

@@ -173,7 +173,7 @@ def _queries(shown: _ShownStrips) -> Matrices:
     panels = len(shown.strips[0].panels)
 
     def reduce(gaze: Tensor, regions: Tensor) -> Tensor:
-        asked = gaze[:, :, 0].unflatten(0, (-1, panels)).transpose(1, 2)  # (strips, K, asked, N)
+        asked = torch.unflatten(gaze[:, :, 0], 0, (-1, panels)).transpose(1, 2)  # (strips, K, asked, N)
         return panel_mass(asked, regions[::panels])
 
     few = max(1, len(shown.strips) // panels)  # strips at once, so that the batch is no larger than that of the narrations
@@ -231,7 +231,7 @@ def panel_shares(grid: ImageGrid, strip: Strip) -> NDArray[np.float32]:
         InputError: The processor cuts panels away, or leaves them fewer than `MIN_TOKENS` image tokens.
     """
     width, height = grid.sizes[0]
-    shares = np.stack([grid.overlap(tuple(map(float, box))) for box in strip.panels], axis=1)
+    shares = np.stack([grid.overlap((float(a), float(b), float(c), float(d))) for a, b, c, d in strip.panels], axis=1)
     x0, y0, x1, y1 = np.nan_to_num(grid.boxes * np.array([width, height] * 2, np.float32)).T
     for number, box in enumerate(strip.panels):
         x, y = (np.linspace(box[i], box[i + 2], 2 * LATTICE + 1)[1::2, None] for i in (0, 1))

@@ -49,8 +49,8 @@ def _matrix(axes: Axes, heads: GazeHeads) -> None:
     if len(matrix) <= MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(matrix):
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="w" if value < matrix.max() / 2 else "k")
-    axes.set_xticks(range(len(matrix)), range(1, len(matrix) + 1))
-    axes.set_yticks(range(len(matrix)), range(1, len(matrix) + 1))
+    axes.set_xticks(range(len(matrix)), [str(panel) for panel in range(1, len(matrix) + 1)])
+    axes.set_yticks(range(len(matrix)), [str(panel) for panel in range(1, len(matrix) + 1)])
     axes.set(xlabel="attended panel", ylabel="described panel", title="attention mass of the gaze heads")
 
 
@@ -69,5 +69,5 @@ def _staircase(axes: Axes, heads: GazeHeads) -> None:
     texts = [step.text for step in heads.staircase[::every]]
     axes.set_xticks(range(0, len(heads.staircase), every), texts, rotation=90, fontsize=7, parse_math=False)
     panels = len(heads.staircase[0].panel_mass)
-    axes.set_yticks(range(panels), range(1, panels + 1))
+    axes.set_yticks(range(panels), [str(panel) for panel in range(1, panels + 1)])
     axes.set(ylabel="panel", title="one narration: attention mass (shade) and described panel (frame)")

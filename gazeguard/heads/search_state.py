@@ -29,7 +29,7 @@ class SearchState:
     path: Path
     source: str
 
-    def save(self, matrices: Mapping[Probe, NDArray[np.float32]]) -> None:
+    def save(self, matrices: Mapping[str, NDArray[np.float32]]) -> None:
         """Replace the file; a process that is killed meanwhile leaves the old one."""
         new = self.path.with_name(self.path.name + ".new")
         # safetensors writes the memory of an array as it lies, whatever its strides say.

@@ -281,7 +281,7 @@ def _strip(
         or f"The picture has {count} panels. What is in panel {number} of {count}, counted {order}? Answer briefly."
         for number in range(1, count + 1)
     )
-    narration, spans = "", ()
+    narration, spans = "", tuple[tuple[int, int], ...]()
     if all(descriptions):
         leads = [f"Panel {i + 1}: " if lead is None else lead for i, (lead, _) in enumerate(own)]
         narration, spans = _narrated(leads, [text.rstrip(".") for text in descriptions], ".")

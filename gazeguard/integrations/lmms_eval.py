@@ -61,6 +61,8 @@ class GazeGuarded(lmms):
         InputError: There is another argument; or the model cannot be loaded.
     """
 
+    task_dict: dict[str, Any]  # of the base class: the data of every task
+
     def __init__(
         self,
         pretrained: str,

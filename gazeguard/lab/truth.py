@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gazeguard.claims.parse import Claim, Phrase, chunk, claims
+from gazeguard.errors import given
 from gazeguard.heads.pictographs import COLOURS
 from gazeguard.heads.strips import ORDINALS
 from gazeguard.lab.world import NOUNS, Drawing, DrawnObject
@@ -39,12 +40,13 @@ class Mention:
         """The truth in words."""
         if not self.present:
             return "not in the image"
+        item = given(self.object)
         if not self.located:
-            return f"not there: it is {self.object.location or f'in panel {ORDINALS[self.object.panel]}'}"
+            return f"not there: it is {item.location or f'in panel {ORDINALS[given(item.panel)]}'}"
         if self.colour is False:
-            return f"it is {self.object.colour}"
+            return f"it is {item.colour}"
         called_small = any(part.text.lower() == "small" for part in self.phrase.attributes)
-        return "it is not small" if called_small and not self.object.small else "true"
+        return "it is not small" if called_small and not item.small else "true"
 
 
 def mentions(drawing: Drawing, caption: str) -> list[Mention]:
@@ -83,7 +85,7 @@ def decided_claims(drawing: Drawing, caption: str) -> list[tuple[Claim, Mention,
         elif claim.kind == "attribute" and mention.located and word in COLOURS:
             found.append((claim, mention, not mention.colour))
         elif claim.kind == "attribute" and mention.located and word == "small":
-            found.append((claim, mention, not mention.object.small))
+            found.append((claim, mention, not given(mention.object).small))
     return found
 
 
@@ -91,6 +93,6 @@ def _is_at_named_location(each: DrawnObject, drawing: Drawing, caption: str, phr
     """Whether a drawn object is at the location that the caption names for phrase ``i``; True if it names none."""
     if drawing.panels:
         named = _PANEL.findall(caption[: phrases[i].start])
-        return not named or ORDINALS[each.panel] == named[-1]
+        return not named or ORDINALS[given(each.panel)] == named[-1]
     location = phrases[i + 1] if i + 1 < len(phrases) and phrases[i + 1].kind == "location" else None
     return location is None or location.text.lower() == each.location

@@ -20,7 +20,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image, ImageDraw
 
@@ -155,7 +155,7 @@ def _nouns(rng: random.Random, count: int, paired: bool) -> list[str]:
     return chosen
 
 
-def _appearance(rng: random.Random, noun: str, paired: bool) -> dict[str, object]:
+def _appearance(rng: random.Random, noun: str, paired: bool) -> dict[str, Any]:
     colour = USUAL_COLOUR[noun] if paired and rng.random() < 0.5 else rng.choice(list(COLOURS))
     return {
         "colour": colour,
@@ -207,13 +207,14 @@ def _scene(rng: random.Random, count: int, paired: bool) -> list[DrawnObject]:
                 location = LOCATION_PHRASES[row * 3 // PATCHES][column * 3 // PATCHES]
                 objects.append(DrawnObject(noun, box=box, panel=None, location=location, **appearance))
                 break
-    rows = {location: y for y, row in enumerate(LOCATION_PHRASES) for location in row}
+    rows: dict[str | None, int] = {location: y for y, row in enumerate(LOCATION_PHRASES) for location in row}
     return sorted(objects, key=lambda each: (rows[each.location], each.box[0] + each.box[2]))
 
 
-def random_drawing(rng: random.Random, kind: Literal["strip", "scene"], paired: bool, most: int = 8) -> Drawing:
-    """A random drawing; ``most`` bounds the panels of a strip and the objects of a scene."""
-    paper = tuple(rng.randint(232, 255) for _ in range(3))
+def random_drawing(rng: random.Random, kind: str, paired: bool, most: int = 8) -> Drawing:
+    """A random drawing of kind "strip" or "scene"; ``most`` bounds the panels of a strip and the objects of a scene."""
+    red, green, blue = (rng.randint(232, 255) for _ in range(3))
+    paper = (red, green, blue)
     if kind == "strip":
         panels = rng.randint(1, min(most, MAX_PANELS))
         return Drawing(tuple(_strip(rng, panels, paired)), panels, paper)

@@ -173,9 +173,9 @@ def _check_video(model: PreTrainedModel, number: int, token_ids: NDArray[np.int6
 
 def _of_images(reported: Mapping[str, NDArray[Any]], images: Sequence[ReportedImage]) -> dict[str, NDArray[Any]]:
     """What was reported of these images and videos."""
-    part = {}
+    part: dict[str, NDArray[Any]] = {}
     for kind, names in (("image", PER_IMAGE), ("video", PER_VIDEO)):
-        if indices := [image.index for image in images if image.kind == kind]:
+        if indices := [image.number for image in images if image.kind == kind]:
             part |= {name: reported[name][indices] for name in names if name in reported}
     return part
 

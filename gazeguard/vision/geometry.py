@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ def nowhere(count: int) -> NDArray[np.float32]:
     return np.full((count, 4), np.nan, np.float32)
 
 
-def inside(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+def inside(boxes: NDArray[Any]) -> NDArray[np.float32]:
     """The part of each box (N, 4) that lies in the image; a box that lies beside it, on padding, becomes NaN."""
     clipped = np.clip(boxes, 0, 1)
     clipped[(clipped[:, 0] >= clipped[:, 2]) | (clipped[:, 1] >= clipped[:, 3])] = np.nan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class LowRank(nn.Module):
         return self.layer(inputs) + SCALE * low
 
 
-def targets(language_model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def targets(language_model: Any) -> Iterator[tuple[str, nn.Module, str]]:
     """(name, parent, attribute) of every linear layer that takes an adapter, in order."""
     for index, block in enumerate(language_model.layers):
         for parent in (block.self_attn, block.mlp):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image, ImageDraw
 
@@ -126,8 +126,8 @@ def make_image(rng: random.Random, kind: Kind, split: Split = "train", difficult
     if split != "line" and rng.random() < (0.15 if kind == "scene" else 0.4):
         style = "pictograph"
     theme = rng.choice(list(THEMES))
-    paper = tuple(rng.randint(225, 255) for _ in range(3))
-    other = tuple(rng.randint(170, 255) for _ in range(3)) if kind == "scene" and style != "pictograph" else paper
+    paper = _shade(rng, 225)
+    other = _shade(rng, 170) if kind == "scene" and style != "pictograph" else paper
     panels: tuple[Box, ...] = ()
     if kind == "page":
         panels = _panels(rng, rng.randint(2, max(2, min(6, difficulty.most))))
@@ -135,6 +135,12 @@ def make_image(rng: random.Random, kind: Kind, split: Split = "train", difficult
     else:
         objects = _scene_objects(rng, style, theme, split, difficulty)
     return DrawnImage(tuple(objects), panels, style, theme, (paper, other), rng.randrange(2**31))
+
+
+def _shade(rng: random.Random, darkest: int) -> tuple[int, int, int]:
+    """A light colour."""
+    red, green, blue = (rng.randint(darkest, 255) for _ in range(3))
+    return red, green, blue
 
 
 def _panels(rng: random.Random, count: int) -> tuple[Box, ...]:
@@ -159,7 +165,7 @@ def draw_nouns(rng: random.Random, count: int, style: str, theme: str, split: st
     return chosen
 
 
-def _traits(rng: random.Random, style: str, hard: bool) -> dict[str, bool | str | None]:
+def _traits(rng: random.Random, style: str, hard: bool) -> dict[str, Any]:
     coloured = style == "pictograph" or (style == "colour" and rng.random() < RECOLOURED)
     colour = rng.choice(COLOUR_NAMES)
     small, faint, blurred = rng.random() < SMALL, rng.random() < FAINT, rng.random() < BLURRED
@@ -207,7 +213,7 @@ def _scene_objects(
         item = _placed(rng, noun, style, traits, objects, limit, count)
         if item is not None:
             objects.append(item)
-    rows = {name: number for number, row in enumerate(LOCATION_PHRASES) for name in row}
+    rows: dict[str | None, int] = {name: number for number, row in enumerate(LOCATION_PHRASES) for name in row}
     return sorted(objects, key=lambda item: (rows[item.location], item.centre[0]))
 
 
@@ -215,7 +221,7 @@ def _placed(
     rng: random.Random,
     noun: str,
     style: drawing.DrawingStyle,
-    traits: dict[str, bool | str | None],
+    traits: dict[str, Any],
     others: list[DrawnObject],
     limit: float,
     count: int,

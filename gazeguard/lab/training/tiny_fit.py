@@ -24,6 +24,7 @@ from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.discovery import find_heads
 from gazeguard.lab.truth import Mention, decided_claims
+from gazeguard.lab.world import Split
 from gazeguard.progress import track
 from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
@@ -64,8 +65,8 @@ class LabelledClaims:
     def select(self, chosen: NDArray[np.bool_]) -> LabelledClaims:
         """Some of the claims: ``chosen`` (claims,)."""
         rows = np.flatnonzero(chosen)
-        picked = (tuple(each[i] for i in rows) for each in (self.claims, self.mentions))
-        return LabelledClaims(self.x[rows], self.false[rows], self.kind[rows], self.image[rows], *picked)
+        claims, mentions = tuple(self.claims[i] for i in rows), tuple(self.mentions[i] for i in rows)
+        return LabelledClaims(self.x[rows], self.false[rows], self.kind[rows], self.image[rows], claims, mentions)
 
 
 def label_claims(samples: Sequence[lab.Sample], reports: Sequence[Report]) -> LabelledClaims:
@@ -84,7 +85,7 @@ def label_claims(samples: Sequence[lab.Sample], reports: Sequence[Report]) -> La
     return LabelledClaims(np.concatenate(rows), np.array(false), kinds, np.array(image), chosen, mentions)
 
 
-def caption_and_label(guard: GazeGuard, split: str, n: int, seed: int) -> LabelledClaims:
+def caption_and_label(guard: GazeGuard, split: Split, n: int, seed: int) -> LabelledClaims:
     """The labelled claims of ``n`` greedy and ``n`` sampled captions of different drawings of a split."""
     torch.manual_seed(seed)
     samples = lab.samples(split, 2 * n, seed)
@@ -120,14 +121,13 @@ def fit(
     heads = find_heads(model, processor)
     heads.save_pretrained(checkpoint)
     guard = GazeGuard(model, processor, heads=heads)
-    train, held_out = (
-        caption_and_label(guard, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2))
-    )
+    train = caption_and_label(guard, "train", captions, seed)
+    held_out = caption_and_label(guard, "validation", captions // 2, seed)
     answers = self_verification_answers(guard, lab.samples("validation", captions // 2 * 2, seed), held_out)
     for names, folder in ((features.names(heads.heads), checkpoint), (features.TEXT_FEATURES, checkpoint / TEXT_ONLY)):
         detector = Detector.fit(train.x, train.false, train.kind, heads, names)
         detector = detector.calibrated(held_out.x, held_out.false, held_out.kind, held_out.image)
-        risk = detector.risk(held_out.x, held_out.kind)
+        risk = detector.risk(held_out.x, held_out.kind.tolist())
         detector.fit_answers(risk, answers, held_out.false, held_out.kind).save_pretrained(folder)
 
 

@@ -236,7 +236,7 @@ class FrozenLearner(nn.Module):
         return *token_losses(self.model.lm_head, hidden, batch), torch.zeros((), device=device)
 
 
-LEARNERS = {"idefics3": Learner, "llava": FrozenLearner}
+LEARNERS: dict[str, type[Learner] | type[FrozenLearner]] = {"idefics3": Learner, "llava": FrozenLearner}
 
 
 def patch_loss(predictions: Sequence[tuple[Tensor, Tensor]], full: Tensor) -> Tensor:
@@ -245,7 +245,8 @@ def patch_loss(predictions: Sequence[tuple[Tensor, Tensor]], full: Tensor) -> Te
     Most are empty, and would hide that the full ones are not yet predicted.
     """
     parts = (full, ~full)
-    return sum(F.cross_entropy(logits[part].float(), labels[part]) / 2 for logits, labels in predictions for part in parts)
+    losses = (F.cross_entropy(logits[part].float(), labels[part]) / 2 for logits, labels in predictions for part in parts)
+    return sum(losses, torch.zeros((), device=full.device))
 
 
 def token_losses(unembedding: nn.Module, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -266,7 +267,7 @@ def rate(step: int, steps: int, start: int = 0) -> float:
     return ramp * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def save_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_state(path: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Write weights, moments and step as one safetensors file, atomically."""
     tensors = {f"weight/{name}": value.detach().contiguous() for name, value in learner.named_parameters()}
     for name, parameter in learner.named_parameters():
@@ -276,7 +277,7 @@ def save_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, s
     path.with_suffix(".new").replace(path)
 
 
-def load_state(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> int:
+def load_state(path: Path, learner: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Read what `save_state` wrote; returns the step."""
     tensors = load_file(path)
     for name, parameter in learner.named_parameters():
@@ -385,7 +386,9 @@ def train(
     learner, processor, optimizer, step = prepare(architecture, out, start, done, width, layers, device)
     schedule = learning_rates(optimizer, learning_rate, steps, joint, step)
     if compile_layers:
-        for layer in (layer for path, layer in learner.model.named_modules() if re.fullmatch(r".*\.layers\.\d+", path)):
+        for layer in (
+            layer for path, layer in learner.get_submodule("model").named_modules() if re.fullmatch(r".*\.layers\.\d+", path)
+        ):
             layer.compile(dynamic=True)
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gazeguard.errors import given
 from gazeguard.vision.geometry import Layout, between, inside, lattice, nowhere, one_after_another, with_newlines
 from gazeguard.vision.image_tokens import video_token_id
 from gazeguard.vision.layouts.prompt import Prompt
@@ -58,12 +59,12 @@ class ReportedImage(NamedTuple):
 
     Attributes:
         kind: Image or video.
-        index: Its number among those of its kind in the batch.
+        number: Its number among those of its kind in the batch.
         boxes: (N, 4) float32, the boxes of its tokens; those of a video frame after frame.
     """
 
     kind: Kind
-    index: int
+    number: int
     boxes: NDArray[np.float32]
 
 
@@ -156,9 +157,9 @@ def next_images(
 def processed_size(model: Any, inputs: Mapping[str, Any], image: ReportedImage) -> tuple[int, int]:
     """(width, height) in pixels of what the processor made of an image or video, padding included."""
     if image.kind == "image" and inputs.get("image_grids") is not None:
-        height, width = np.asarray(inputs["image_grids"])[image.index, 2:].tolist()
+        height, width = np.asarray(inputs["image_grids"])[image.number, 2:].tolist()
         return width, height
-    height, width = _reported_grids(inputs, image.kind)[image.index, -2:].tolist()
+    height, width = given(_reported_grids(inputs, image.kind))[image.number, -2:].tolist()
     edge = model.config.vision_config.patch_size * (_merge_side(model) if _facts(model).counts_tokens else 1)
     return width * edge, height * edge
 

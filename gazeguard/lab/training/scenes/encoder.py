@@ -20,7 +20,7 @@ from transformers import AutoModel, SegformerConfig
 
 from gazeguard.lab.scenes.architecture import VISION_WIDTH, vision_config
 from gazeguard.lab.scenes.vocabulary import COLOUR_NAMES, NOUNS
-from gazeguard.lab.scenes.world import GRID, PATCH, Difficulty, DrawnImage, generator, make_image
+from gazeguard.lab.scenes.world import GRID, PATCH, Difficulty, DrawnImage, Split, generator, make_image
 from gazeguard.lab.training.scenes import state
 
 CURRICULUM = ((0.10, Difficulty(2, False)), (0.25, Difficulty(4, False)), (1.0, Difficulty()))
@@ -54,7 +54,7 @@ def patch_labels(image: DrawnImage) -> tuple[np.ndarray, np.ndarray]:
     return objects / objects.sum(-1, keepdims=True), colours
 
 
-def draw_batch(seed: int, step: int, size: int, difficulty: Difficulty, split: str = "train") -> dict[str, Tensor]:
+def draw_batch(seed: int, step: int, size: int, difficulty: Difficulty, split: Split = "train") -> dict[str, Tensor]:
     """One batch: ``pixels`` (batch, 3, SIZE, SIZE) uint8, ``objects`` and ``colours`` of `patch_labels`."""
     pixels, objects, colours = [], [], []
     for position in range(size):

@@ -73,7 +73,7 @@ class Lessons:
         return next((Difficulty(most) for until, most in CURRICULUM if lessons < until), Difficulty())
 
     def _pool(self, number: int) -> list[list[tuple[PackedLesson, tuple[np.ndarray, ...]]]]:
-        drawn = []
+        drawn: list[tuple[PackedLesson, tuple[np.ndarray, ...]]] = []
         for position in range(POOL * self.size):
             rng = generator("train", self.seed, f"joint/{number}/{position}")
             image = make_image(rng, "page" if rng.random() < PAGE_SHARE else "scene", "train", self.difficulty(number))
