@@ -14,6 +14,11 @@ test: $(VENV)/installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2 -m "not slow"
 
+# The documents as a site, build/site; any warning is an error.
+docs: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --group docs
+	$(VENV)/bin/mkdocs build --quiet
+
 # The same tests with the oldest transformers that pyproject.toml admits.
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -29,4 +34,4 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
-.PHONY: demo test test-oldest
+.PHONY: demo test docs test-oldest
