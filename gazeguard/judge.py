@@ -167,7 +167,7 @@ class Judge:
         verdict, reason = self._verdict(assessment, doubtful)
         filtered = self._filtered(trace.text, verdict)
         if doubtful and self.policy.on_flag == "drop":
-            filtered = without(assessment.caption, _cut_spans(assessment, doubtful))
+            filtered = without(given(assessment.caption), _cut_spans(assessment, doubtful))
         report = self._report(trace.text, verdict, reason, findings, trace, filtered)
         return replace(report, not_judged=assessment.not_judged)
 
@@ -205,10 +205,10 @@ class Judge:
             why.append(f"not supported by the image: {_enumerated(doubtful)}")
         if not assessment.trace.finished:
             why.append("the caption was cut off by the length limit")
-        if not why and (refused := assessment.caption.reading.refused):
+        if not why and (refused := given(assessment.caption).reading.refused):
             why.append(f"a sentence cannot be read: {refused[0][2]}")
         if not why and (missing := [kind for kind in assessment.not_judged if kind in self.policy.require]):
-            known = ", ".join(f"{kind}s" for kind in self.detector.kinds)
+            known = ", ".join(f"{kind}s" for kind in self.fitted.kinds)
             why.append(f"{' and '.join(f'{kind}s' for kind in missing)} not judged: the detector knows only {known}")
         return Verdict.FLAG if doubtful else Verdict.UNCHECKED if why else Verdict.PASS, "; ".join(why)
 
@@ -259,7 +259,7 @@ class Judge:
 
     def _answer_reason(self, kind: str, log_odds: float) -> tuple[str, ...]:
         """In words: what the model answered; nothing when it was not asked, or where its answer hardly moves the risk."""
-        if np.isnan(log_odds) or abs(self.detector.kinds[kind].answer[1] * log_odds) < MIN_ANSWER_EFFECT:
+        if np.isnan(log_odds) or abs(given(self.fitted.kinds[cast(Kind, kind)].answer)[1] * log_odds) < MIN_ANSWER_EFFECT:
             return ()
         return (f"asked whether it is there, the model answers {'yes' if log_odds > 0 else 'no'}",)
 
@@ -381,7 +381,7 @@ def _cut_spans(assessment: Assessment, doubtful: Sequence[Claim]) -> list[tuple[
     """
     if assessment.degenerate:
         keys = {_key(claim) for claim in doubtful}
-        doubtful = [claim for claim in assessment.caption.claims if _key(claim) in keys]
+        doubtful = [claim for claim in given(assessment.caption).claims if _key(claim) in keys]
     said = Counter(claim.phrase for claim in dict.fromkeys(doubtful) if claim.kind != "object")
     spans = [(claim.start, claim.end) for claim in doubtful]
     return spans + [(phrase.start, phrase.end) for phrase, false in said.items() if false > 1]

@@ -16,16 +16,16 @@ class Repetition(NamedTuple):
 
     Attributes:
         text: The words, as they stand there first.
-        count: How often they stand there, the first time included.
+        times: How often they stand there, the first time included.
     """
 
     text: str
-    count: int
+    times: int
 
     def __str__(self) -> str:
         """The loop in words: "'a red horse' repeated 80 times"."""
         shown = self.text if len(self.text) <= MAX_SHOWN else self.text[: MAX_SHOWN - 1] + "\u2026"
-        return f"{shown!r} repeated {self.count} times"
+        return f"{shown!r} repeated {self.times} times"
 
 
 def find_repetition(text: str) -> Repetition | None:
