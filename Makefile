@@ -17,7 +17,7 @@ test: $(VENV)/installed
 # The documents as a site, build/site; any warning is an error.
 docs: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --group docs
-	$(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 # The same tests with the oldest transformers that pyproject.toml admits.
 test-oldest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -103,3 +104,8 @@ def test_an_upward_import_is_found(module, line, said):
     found = violations(read | {module: f"{read.get(module, '')}\n{line}\n"})
     assert len(found) == 1
     assert found[0].startswith(said)
+
+
+def test_the_architecture_shows_this_order():
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert tuple(re.findall(r"^\| `(\w+)` \|", page, re.M)) == ORDER

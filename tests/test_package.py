@@ -156,8 +156,9 @@ def test_every_library_that_is_imported_is_declared():
         assert {names.get(name, name) for name in imported(folder)} - local <= declared | dev
 
 
-def test_the_changelog_begins_with_this_version():
+def test_the_changelog_begins_with_this_version_and_the_citation_has_it():
     assert re.search(r"^## (\S+)", (REPO / "CHANGELOG.md").read_text(), re.M)[1] == gazeguard.__version__
+    assert re.search(r"^version: (\S+)", (REPO / "CITATION.cff").read_text(), re.M)[1] == gazeguard.__version__
 
 
 def test_an_sdist_makes_the_same_wheel(sdist, unpacked, tmp_path):

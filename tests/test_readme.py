@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import gazeguard
 from gazeguard.cli.app import EXIT_CODES
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:```text\n(?P<shown>.*?)```\n)?", re.S)
 BLOCKS = [
     pytest.param(path, match["code"], match["shown"], id=f"{path.name}-{number}")
@@ -44,6 +45,15 @@ def test_the_readme_has_a_block_with_its_output():
 def test_links_within_the_repository_lead_somewhere(path):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+def test_the_api_reference_has_every_public_name():
+    """The errors stand there by their module."""
+    shown = re.findall(r"^::: gazeguard\.(\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    named = [getattr(gazeguard, name) for name in gazeguard.__all__ if name not in ("__version__", "GazeGuardError")]
+    assert sorted(shown) == sorted(
+        ["errors", *(f"{each.__module__}.{each.__qualname__}"[len("gazeguard.") :] for each in named)]
+    )
 
 
 def test_exit_codes_are_those_of_the_help():
