@@ -13,7 +13,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -97,7 +97,7 @@ class JsonLines:
 
     def _open(self) -> IO[Any]:
         """The file: binary where it is UTF-8, else text, in which bytes that cannot be decoded are escaped, so no JSON."""
-        opened = gzip.open if self.path.suffix.lower() == ".gz" else open
+        opened: Callable[..., Any] = gzip.open if self.path.suffix.lower() == ".gz" else open
         with opened(self.path, "rb") as beginning:
             encoding = marked_encoding(beginning.read(4)) or self.encoding or "utf-8"
         file: IO[bytes] = opened(self.path, "rb")
@@ -109,7 +109,7 @@ class JsonLines:
         """What a line holds; or a row that says why it cannot be read, with the text."""
         if line is None:
             return Row({"line": number}, error="the file is damaged or breaks off: rows may be missing from here on")
-        kept = {"line": number, "text": line.decode("utf-8", "backslashreplace").strip()}
+        kept: dict[str, Any] = {"line": number, "text": line.decode("utf-8", "backslashreplace").strip()}
         if len(line) > MAX_LINE_BYTES:
             return Row(kept | {"text": kept["text"][:MAX_KEPT_TEXT]}, error=f"the line is longer than {MAX_LINE_BYTES} bytes")
         try:

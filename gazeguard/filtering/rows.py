@@ -76,6 +76,6 @@ def image_source(value: Any, folder: Path) -> Any:
         return value if URI.match(value) else folder / value
     if isinstance(value, Mapping):
         path, start, size = (value.get(name) for name in ("path", "offset", "size"))
-        if isinstance(path, str) and all(isinstance(number, int) and number >= 0 for number in (start, size)):
+        if isinstance(path, str) and isinstance(start, int) and isinstance(size, int) and min(start, size) >= 0:
             return FileSlice(folder / path, start, size)
     return None

@@ -174,7 +174,7 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, FileSlice]
     """Names and bytes of the regular files in a tar file."""
     before = -1
     while (member := tar.next()) is not None:
-        tar.members.clear()  # or it would remember every member
+        vars(tar)["members"].clear()  # or it would remember every member
         if tar.offset <= before:  # a size below zero would lead in a circle
             raise tarfile.ReadError("a size in it is below zero")
         before = tar.offset
