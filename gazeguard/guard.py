@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -122,8 +122,7 @@ class GazeGuard:
             MismatchError: Heads or detector belong to another model, or the policy needs what the detector has not learnt.
         """
         _check_kinds(model, processor)
-        self.model = model
-        self.processor: Any = processor
+        self.model, self.processor = model, cast(Any, processor)
         rules = _as_policy(policy)
         gaze_heads, judging = _find_artifacts(model, heads, detector, artifacts)
         _check_fit(model, gaze_heads, judging, rules)
