@@ -205,7 +205,8 @@ def replay(
     check_columns(rows, write_captions)
     if has_verdicts(rows) and not judge_again:
         note("the verdicts in the input are shown as they are, without gaze; --judge-again runs the model for it.")
-        judged, background = ((row, saved_report(row)) for row in rows.rows()), BACKGROUND
+        judged: Iterator[tuple[Row, Report]] = ((row, saved_report(row)) for row in rows.rows())
+        background = BACKGROUND
     else:
         columns = {"image": image_column, "caption": caption_column, "write_captions": write_captions}
         _announce(write_captions)

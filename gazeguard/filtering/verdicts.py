@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gazeguard import __version__
-from gazeguard.claims.parse import Claim, claims
+from gazeguard.claims.parse import Claim, ClaimKind, claims
 from gazeguard.claims.phrases import Phrase, Span
 from gazeguard.errors import InputError
 from gazeguard.filtering.readers import Source
@@ -39,7 +39,10 @@ def _report(caption: str, columns: Mapping[str, Any]) -> Report:
         if caption[start:end] != text:
             raise ValueError("a phrase is not in the caption")
         claim = known.get((kind, start, end)) or _bare_claim(kind, start, end, text)
-        box = None if phrase["box"] is None else tuple(float(edge) for edge in phrase["box"])
+        box = None
+        if phrase["box"] is not None:
+            x0, y0, x1, y1 = map(float, phrase["box"])
+            box = (x0, y0, x1, y1)
         findings.append(Finding(claim, float(phrase["risk"]), bool(phrase["flagged"]), box=box))
     texts = (str(columns[name]) for name in ("gaze_policy", "gaze_version"))
     policy, version = texts
@@ -56,7 +59,7 @@ def _report(caption: str, columns: Mapping[str, Any]) -> Report:
     )
 
 
-def _bare_claim(kind: str, start: int, end: int, text: str) -> Claim:
+def _bare_claim(kind: ClaimKind, start: int, end: int, text: str) -> Claim:
     """A claim whose caption another version has parsed: the words alone."""
     span = Span(start, end, text)
     return Claim(kind, start, end, text, Phrase(start, end, text, "object", span, (), 0), span, None)
