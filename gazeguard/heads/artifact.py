@@ -46,7 +46,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     inner = {id(module) for part in parts for module in part.modules()}
     digest = hashlib.sha256()
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is None or weight.ndim < 2 or (id(module) in decoder and id(module) not in inner):
             continue
         # an adapter changes something once it was trained: until then its second factor is zero
