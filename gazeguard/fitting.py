@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gazeguard.claims.english import article, is_plural, singular
 from gazeguard.claims.parse import Claim, Kind, claims
 from gazeguard.decoding.verification import AnswerTokens
 from gazeguard.decoding.verification import ask as ask_about
@@ -110,7 +111,7 @@ def read_captions(path: str | Path) -> list[LabelledCaption]:
 
 def labelled_claims(row: LabelledCaption) -> Iterator[tuple[Claim, bool]]:
     """The claims of a caption that its labels or objects decide, each with whether it is false."""
-    objects = None if row.objects is None else {_singular(name) for name in row.objects}
+    objects = None if row.objects is None else {_noun(name) for name in row.objects}
     for claim in claims(row.caption):
         for label in row.labels or ():
             if label.kind == claim.kind and label.start < claim.end and claim.start < label.end:
@@ -118,13 +119,12 @@ def labelled_claims(row: LabelledCaption) -> Iterator[tuple[Claim, bool]]:
                 break
         else:
             if row.labels is None and objects is not None and claim.kind == "object":
-                yield claim, _singular(claim.phrase.head.text) not in objects
+                yield claim, _noun(claim.phrase.head.text) not in objects
 
 
-def _singular(name: str) -> str:
-    """The name in lower case without a plural's "s"; used alike for the words of captions and lists."""
-    name = name.strip().lower()
-    return name if name.endswith("ss") else name.removesuffix("s")
+def _noun(name: str) -> str:
+    """The name in lower case and in the singular; used alike for the words of captions and of lists."""
+    return singular(name.strip().lower())
 
 
 @torch.no_grad()
@@ -149,9 +149,9 @@ def yes_probability(guard: GazeGuard, images: Sequence[str], names: Sequence[str
 
 
 def _question(name: str) -> str:
-    if name != _singular(name):
+    if is_plural(name):
         return f"Are there {name} in the picture?"
-    return f"Is there a{'n' * name.startswith(tuple('aeiou'))} {name} in the picture?"
+    return f"Is there {article(name)} {name} in the picture?"
 
 
 def fit_detector(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 from unicodedata import combining, normalize
 
@@ -76,6 +76,7 @@ def _identifier() -> Any:
     return identifier
 
 
+@lru_cache(maxsize=1 << 16)
 def is_known(word: str) -> bool:
     """Whether a lower-case word is English as far as the lexicon knows; a compound is if its last part is."""
     word = word.partition("'")[0] or word

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 from gazeguard.claims.english import is_plural, singular
 from gazeguard.claims.language import refusal
@@ -113,8 +114,7 @@ class Span:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A word or sign of a caption; ``letter`` is its class where no neighbour can change it, else ""."""
 
     start: int
@@ -145,8 +145,7 @@ class Phrase:
     count: Span | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """A phrase or a single word of a caption.
 
     Attributes:
@@ -211,7 +210,7 @@ def _refuse(masked: str, tokens: list[Token]) -> tuple[tuple[int, int, str], ...
             reason := refusal(masked[inside[0].start : inside[-1].end], [t.word for t in inside if t.letter != "T"])
         ):
             refused.append((inside[0].start, inside[-1].end, reason))
-            tokens[first:last] = [replace(token, letter=",") for token in inside]
+            tokens[first:last] = [token._replace(letter=",") for token in inside]
         first = last + 1
     return tuple(refused)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gazeguard.claims.english import DIRECTIONS
 from gazeguard.claims.parse import Claim, Phrase, Span
 from gazeguard.trace import SEGMENTS, GazeTrace
 
@@ -34,11 +35,6 @@ GAZE_FEATURES = (
     "related_overlap",
     "location_agreement",
 )
-# The image location that a word denotes: x and y from 0 (left, top) to 1; None leaves the axis open.
-DIRECTIONS: dict[str, tuple[float | None, float | None]] = {
-    "left": (0, None), "right": (1, None), "top": (None, 0), "upper": (None, 0), "bottom": (None, 1), "lower": (None, 1),
-    "middle": (0.5, 0.5), "center": (0.5, 0.5), "centre": (0.5, 0.5),
-}  # fmt: skip
 # The reason in a report when a low, or a high, value of a feature raises the risk. Contributions are summed per text.
 MEANING = {
     "attribution": ("low logit attribution from the gaze heads", "unusually high logit attribution from the gaze heads"),
