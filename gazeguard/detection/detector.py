@@ -19,7 +19,7 @@ from gazeguard.detection.card import write_card
 from gazeguard.detection.plots import draw_reliability
 from gazeguard.detection.regression import MIN_CLAIMS, Regression, ValidationMetrics
 from gazeguard.errors import InputError, MismatchError
-from gazeguard.heads.artifact import GazeHeads, same_model
+from gazeguard.heads.artifact import GazeHeads
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -228,7 +228,7 @@ class Detector(BaseModel):
 
     def check_heads(self, heads: GazeHeads) -> None:
         """Raise `MismatchError` unless the detector was fitted on traces of these heads of this model."""
-        if not same_model(self.model, heads.model) or self.heads != heads.heads:
+        if (self.model, self.heads) != (heads.model, heads.heads):
             raise MismatchError(
                 f"This detector was fitted for model {self.model} with heads {list(self.heads)}; the guard has model "
                 f"{heads.model} with heads {list(heads.heads)}. Fit a detector on traces of these heads."

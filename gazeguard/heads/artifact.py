@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_INDEX = 4096  # of a layer, and of a head in it, that a file may name
 FINGERPRINT_SAMPLES = 64  # weights of each matrix
-SHORT_FINGERPRINT = 16  # digits of fingerprints of before 0.1, and of each half of today's
+HALF_FINGERPRINT = 16  # hex digits
 REPR_HEADS = 6
 
 Probe = Literal["narration", "query"]
@@ -52,7 +52,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         # an adapter changes something once it was trained: until then its second factor is zero
         if ".lora_" not in name or (".lora_B" in name and weight_of(module).any()):
             digest.update(_sample(weight_of(module)))
-    return _output_fingerprint(model) + digest.hexdigest()[:SHORT_FINGERPRINT]
+    return _output_fingerprint(model) + digest.hexdigest()[:HALF_FINGERPRINT]
 
 
 def _output_fingerprint(model: PreTrainedModel) -> str:
@@ -61,19 +61,13 @@ def _output_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(f"{type(model).__name__}/{len(backbone.attention)}".encode())
     for layer in backbone.attention:
         digest.update(_sample(weight_of(backbone.projection(layer))))
-    return digest.hexdigest()[:SHORT_FINGERPRINT]
+    return digest.hexdigest()[:HALF_FINGERPRINT]
 
 
 def _sample(weight: Tensor) -> bytes:
     step = max(1, weight.numel() // FINGERPRINT_SAMPLES)
     sample = weight.detach().flatten()[::step].to(torch.bfloat16).float()
     return f"{tuple(weight.shape)}".encode() + sample.cpu().numpy().tobytes()
-
-
-def same_model(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one model; those of files of before 0.1 have only the first half."""
-    length = min(len(one), len(other))
-    return length >= SHORT_FINGERPRINT and one[:length] == other[:length]
 
 
 class Score(BaseModel):
@@ -256,7 +250,7 @@ class GazeHeads(BaseModel):
     def check_model(self, model: PreTrainedModel) -> None:
         """Raise `MismatchError` unless these are the heads of this very model."""
         actual = fingerprint(model)
-        if not same_model(self.model, actual):
+        if self.model != actual:
             raise MismatchError(
                 f"These gaze heads belong to another model ({self.model_class}, fingerprint {self.model}); this one is "
                 f"{type(model).__name__}, fingerprint {actual}. Find its own with find_heads(model, processor)."
