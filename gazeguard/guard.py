@@ -340,7 +340,8 @@ def _watched(guard: GazeGuard, call: GenerateCall) -> tuple[Any, list[Report]]:
     traces = tracer.traces(decoded.batch, decoded.captions, prompts, decoded.passes)
     assessments = []
     for row, trace in enumerate(traces):
-        reason = tracer.too_long(prompts.lengths[row * len(prompts.lengths) // len(traces)] + len(trace))
+        prompt = row * len(prompts.lengths) // len(traces)
+        reason = tracer.unreadable(prompts.lengths[prompt], prompts.unknown_shares[prompt], trace.token_ids)
         assessments.append(Assessment(trace, reason) if reason else guard.judge.assess(trace))
     return call.result(decoded.output), _reports(guard, assessments, call.prompts(), decoded.cache)
 

@@ -26,6 +26,7 @@ from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.steering import SteeringTarget
 from gazeguard.attention.trace_batch import TraceBatch, trace_batch
 from gazeguard.attention.visual_keys import VisualKeys, visual_keys
+from gazeguard.claims.language import unknown_share
 from gazeguard.decoding.call import GeneratedIds, cache_of
 from gazeguard.decoding.rewind import Draft
 from gazeguard.errors import GazeGuardError, InputError, given
@@ -34,10 +35,12 @@ from gazeguard.trace import GazeTrace
 from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.encoding import EncodedBatch, check_prompt, encode
 from gazeguard.vision.grid import ImageGrid
+from gazeguard.vision.image_tokens import image_token_ids
 from gazeguard.vision.images import BACKGROUND, background_colour, load_image
 from gazeguard.vision.inputs import check_inputs, context_length, has_pixels, model_inputs
 from gazeguard.vision.text import check_text, decode
 
+MAX_UNKNOWN_SHARE = 0.1  # of a prompt's or caption's tokens; above it the model did not read what was written
 MAX_REASON = 300  # characters of a processor's error that a reason repeats
 
 ImageSizes = Sequence[Sequence[tuple[int, int]]]
@@ -50,11 +53,13 @@ class Prompts(NamedTuple):
         keys: The keys that generated tokens attend to.
         grids: The image grid of each prompt.
         lengths: For each prompt the tokens, without padding, that the decoder reads before a caption.
+        unknown_shares: For each prompt the share of its text tokens that the tokenizer does not know.
     """
 
     keys: VisualKeys
     grids: Sequence[ImageGrid]
     lengths: Sequence[int]
+    unknown_shares: Sequence[float]
 
     @property
     def start(self) -> int:
@@ -135,7 +140,7 @@ class Tracer:
         check_inputs(self.model, inputs)
         keys = visual_keys(self.model, inputs, ids, mask)
         grids = image_grids(self.model, self.processor, inputs, keys.ids, keys.mask, sizes, self.grid)
-        return Prompts(keys, grids, self._lengths(keys, mask))
+        return Prompts(keys, grids, self._lengths(keys, mask), self._unknown_shares(ids, mask))
 
     def _lengths(self, keys: VisualKeys, mask: Tensor | None) -> list[int]:
         if self.model.config.is_encoder_decoder or mask is None or mask.ndim != 2:
@@ -214,10 +219,34 @@ class Tracer:
             traces.append(self.trace(batch, row, steps, caption.ids, text, offsets, grid, finished=caption.finished))
         return traces
 
-    def too_long(self, tokens: int) -> str:
-        """Why so many tokens cannot be traced; empty when the model's context holds them."""
-        limit = context_length(self.model)
-        return f"prompt and caption have {tokens} tokens, more than the model's context of {limit}" if tokens > limit else ""
+    def unreadable(self, length: int, unknown: float, caption: NDArray[np.int64]) -> str:
+        """Why a caption cannot be traced; empty when it can.
+
+        Args:
+            length: Number of tokens of its prompt.
+            unknown: The share of the prompt's tokens that the tokenizer does not know.
+            caption: (T,) token ids.
+        """
+        limit, tokens = context_length(self.model), length + len(caption)
+        if tokens > limit:
+            return f"prompt and caption have {tokens} tokens, more than the model's context of {limit}"
+        shares = {"prompt": unknown, "caption": unknown_share(caption.tolist(), self._unknown_token())}
+        found = next((text for text, share in shares.items() if share > MAX_UNKNOWN_SHARE), None)
+        return f"the tokenizer does not know {shares[found]:.0%} of the {found}'s tokens" if found else ""
+
+    def _unknown_token(self) -> int | None:
+        """The id that stands for what the tokenizer does not know; None where it has none of its own."""
+        tokenizer = self.processor.tokenizer
+        others = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+        return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
+
+    def _unknown_shares(self, ids: Tensor, mask: Tensor | None) -> list[float]:
+        """For each prompt (batch, P) the share of its text tokens that the tokenizer does not know."""
+        unknown, image = self._unknown_token(), torch.tensor(image_token_ids(self.model), device=ids.device)
+        text = ~torch.isin(ids, image)
+        if mask is not None and mask.ndim == 2:
+            text &= mask[:, : ids.shape[1]].bool()
+        return [unknown_share(row[real].tolist(), unknown) for row, real in zip(ids, text, strict=True)]
 
     # ------------------------------------------------------------------------------------------------------- replay
 
@@ -262,17 +291,18 @@ class Tracer:
             return Prepared({**first.unchecked, **second.unchecked}, [*first.parts, *second.parts])
         keys = visual_keys(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
         lengths = self._lengths(keys, batch.prompt_mask)
-        long = {
+        unknown = self._unknown_shares(batch.prompt_ids, batch.prompt_mask)
+        unreadable = {
             i: (captions[i], reason)
-            for i, before, ids in zip(rows, lengths, batch.caption_ids, strict=True)
-            if (reason := self.too_long(before + len(ids)))
+            for i, length, share, ids in zip(rows, lengths, unknown, batch.caption_ids, strict=True)
+            if (reason := self.unreadable(length, share, ids))
         }
-        if long:
-            rest = self._encode([i for i in rows if i not in long], images, captions, prompts)
-            return Prepared({**long, **rest.unchecked}, rest.parts)
+        if unreadable:
+            rest = self._encode([i for i in rows if i not in unreadable], images, captions, prompts)
+            return Prepared({**unreadable, **rest.unchecked}, rest.parts)
         sizes = [[images[i].size] for i in rows]
         grids = image_grids(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.grid)
-        return Prepared({}, [ReplayPart(rows, texts, batch, Prompts(keys, grids, lengths))])
+        return Prepared({}, [ReplayPart(rows, texts, batch, Prompts(keys, grids, lengths, unknown))])
 
     @torch.no_grad()
     def replay(self, part: ReplayPart, use_cache: bool = False) -> tuple[list[GazeTrace], Cache | None]:

@@ -1,6 +1,7 @@
 """The tracer: live and replayed traces are the same, row by row, in the pixels of the given image."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -162,3 +163,18 @@ def test_steering_ends_with_its_context(guard):
             guard.caption([SAMPLES[0].image, SAMPLES[1].image])
         assert tracer.steering is outer
     assert tracer.steering is None
+
+
+def test_tokens_that_the_tokenizer_does_not_know_leave_a_caption_unchecked(guard, monkeypatch):
+    """Invariant (g): what the model could not read is not judged, live and replayed. Here "red" stands for the unknown."""
+    tokenizer = guard.processor.tokenizer
+    red = tokenizer(" red", add_special_tokens=False).input_ids[0]
+    monkeypatch.setattr(type(tokenizer), "unk_token_id", red, raising=False)
+    image, known = SAMPLES[0].image, "There is a blue star."
+    assert "tokenizer" not in guard.check(image, known).reason
+    replayed = guard.check(image, "There is a red star and a red red moon.")
+    asked = guard.check(image, known, prompt="Describe the red red picture.")
+    live = guard.caption(image, "Describe the red red picture.", max_new_tokens=8)
+    for report, what in ((replayed, "caption"), (asked, "prompt"), (live, "prompt")):
+        assert report.verdict is Verdict.UNCHECKED
+        assert re.fullmatch(rf"the tokenizer does not know \d\d% of the {what}'s tokens", report.reason)
