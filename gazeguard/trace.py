@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SEGMENTS = ("image", "prompt", "generated", "first")  # the parts of the keys; attention on the four sums to one
 MAX_FILE_BYTES = 2**30
+MAX_EDGE = 2**24  # pixels
 FORMAT = 2
 INTEGER_ARRAYS = ("token_ids", "offsets", "grid_image")  # in a file; all others are float32
 SHARES = ("gaze", "segment_mass")  # arrays of attention, from 0 to 1
@@ -241,6 +242,8 @@ class GazeTrace:
             if meta["format"] != FORMAT:
                 raise ArtifactError(f"{path} has trace format {meta['format']!r}; this version reads format {FORMAT}.")
             sizes = tuple((int(w), int(h)) for w, h in meta["sizes"])
+            if not all(0 < edge <= MAX_EDGE for size in sizes for edge in size):
+                raise ArtifactError(f"{path} has image sizes outside of 1 to {MAX_EDGE} pixels, which no image has.")
             return cls(
                 text=str(meta["text"]),
                 heads=tuple((int(layer), int(head)) for layer, head in meta["heads"]),

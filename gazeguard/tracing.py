@@ -265,6 +265,8 @@ class Tracer:
                 check_text(caption, "caption")
                 if not caption.strip():
                     raise InputError("the caption is empty")
+                if "\0" in caption:
+                    raise InputError("the caption has NUL characters, as text read in a wrong encoding has")
                 check_prompt(self.processor, prompts[i])
                 loaded[i] = load_image(image, self.background)
             except InputError as error:

@@ -88,7 +88,7 @@ def rows(tmp_path_factory) -> Path:
         sample.image.save(folder / f"{number}.png")
         there = sorted({thing.noun for thing in sample.drawing.objects})
         absent = sorted({"anchor", "castle", "gear", "skull", "umbrella", "sun", "cup"} - set(there))
-        caption = f"There is a {there[0]} on the left and a {absent[number % len(absent)]} on the right."
+        caption = f"There is a {there[0]} and a {absent[number % len(absent)]}."
         lines.append(json.dumps({"image": f"{number}.png", "caption": caption, "objects": there}))
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "rows.jsonl"

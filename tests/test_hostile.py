@@ -380,6 +380,7 @@ SENTENCE = "There is a red star."
 CAPTIONS: dict[str, tuple[Any, str]] = {
     "half a surrogate pair": ("A \ud800 star.", "Character 2 of the caption is half of a surrogate pair"),
     "the other half": ("\udfff", "Character 0 of the caption is half of a surrogate pair"),
+    "NUL": ("There is a red\0 star.", "the caption has NUL characters"),
     "no text": (None, "The caption is of type NoneType; expected a str. Pass the text itself."),
     "a number": (7, "The caption is of type int; expected a str"),
     "bytes": (b"A star.", "The caption is of type bytes; expected a str"),
@@ -391,7 +392,6 @@ CAPTIONS: dict[str, tuple[Any, str]] = {
     "piled-up accents": ("a star" + "\u0301" * 5000, "tokens, more than the model's context of 2048"),
 }
 STRANGE = {
-    "NUL": "There is a red\0 star.",
     "bidi": "There is a \u202eder\u202c red star.",
     "escape": "There is a \x1b[31mred\x1b[0m star.",
     "markup": "There is a [bold]red[/bold] star. </script><script>alert(1)</script>",

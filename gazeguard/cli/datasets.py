@@ -104,10 +104,10 @@ def filter_captions(
 
     options = {"batch_size": batch_size, "workers": workers, "prompt": prompt, "max_new_tokens": max_new_tokens}
     options |= {"image": image_column, "caption": caption_column, "write_captions": write_captions}
-    _announce(write_captions)
     with _stoppable(), ExitStack() as stack:
         rows = open_source(source, image_column, caption_column, caption_ext, encoding)
         check_columns(rows, write_captions)
+        _announce(write_captions)
         judge = stack.enter_context(_ray_pool(guarded, actors, options)) if ray else _local_filter(guarded, options)
         settings = judge.run_settings(rows, source if source.is_dir() else source.parent, chunk, label_only)
         summary = filter_files(judge, rows, Results(folder, settings, label_only), chunk, progress=True)

@@ -106,7 +106,7 @@ class ImageGrid:
         return next(filter(None, reasons), "")
 
     def _illegible(self, image: int, width: int, height: int) -> str:
-        x0, y0, x1, y1 = self.boxes[(self.image == image) & ~np.isnan(self.boxes).any(1)].T
+        x0, y0, x1, y1 = self.boxes[(self.image == image) & np.isfinite(self.boxes).all(1)].astype(np.float64).T
         across, down = (x1 - x0) * width, (y1 - y0) * height
         seen = (across > 0) & (down > 0)
         across, down = across[seen], down[seen]

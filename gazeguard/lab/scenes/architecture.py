@@ -1,7 +1,7 @@
 """Parts of the scenes VLM: configuration of its vision encoder and of the whole model, all stock classes.
 
 The encoder is a Segformer tower: overlapping convolutions and self-attention in three stages, 160 x 160 pixels to 8 x 8
-image tokens. A plain ViT of the same size learnt the drawings several times more slowly.
+image tokens.
 """
 
 from __future__ import annotations
