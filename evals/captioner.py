@@ -16,7 +16,7 @@ from evals.common import DECODING, Figure, Out, Quick, rate, write
 from evals.counting import chair_figures, pope_figures
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
-from gazeguard.lab.training.tiny_fit import write_captions
+from gazeguard.lab.labels import write_captions
 from gazeguard.lab.truth import mentions
 from gazeguard.lab.world import Sample, yes_no_question
 from gazeguard.vision.encoding import encode

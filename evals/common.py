@@ -29,6 +29,9 @@ from gazeguard import lab
 RESAMPLES, FEW_RESAMPLES, FEW_IMAGES = 1000, 300, 100  # fewer images than the last need no finer percentiles
 Out = Annotated[Path, typer.Option("--out", help="The JSON file to write.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few images: under 45 seconds, wide intervals.")]
+Lab = Annotated[str, typer.Option("--lab", help="tiny or scenes: whose images, and, without --model, whose model.")]
+Model = Annotated[str | None, typer.Option("--model", help="Folder or hub id of another model, shown the lab's images.")]
+Artifacts = Annotated[str | None, typer.Option("--artifacts", help="Its gaze heads and detector; by default in its folder.")]
 
 Figure = dict[str, Any]
 DECODING = {"greedy": False, "sampled": True}  # do_sample of each
@@ -139,7 +142,8 @@ def write(
 
     ``checkpoint`` is the folder of the model that was measured, None where captions or answers of other models were.
     """
-    weights = checkpoint and hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:16]
+    file = checkpoint and checkpoint / "model.safetensors"
+    weights = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file and file.is_file() else None
     described = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "quick": quick,

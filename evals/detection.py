@@ -35,9 +35,11 @@ from gazeguard.detection.calibration import calibration_error, conformal, least_
 from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
-from gazeguard.lab.training.tiny_fit import TEXT_ONLY, LabelledClaims, label_claims, write_captions
+from gazeguard.lab.labels import LabelledClaims, label_claims, write_captions
+from gazeguard.lab.training.tiny_fit import TEXT_ONLY
 from gazeguard.lab.truth import decided_claims
 from gazeguard.lab.world import COLOURS, describe
+from gazeguard.lab.worlds import world
 from gazeguard.report import Report
 from gazeguard.trace import GazeTrace
 
@@ -92,7 +94,9 @@ class RecordedCaptions:
             )
             for t in self.traces
         ]
-        return label_claims(self.samples, [replace(r, trace=t) for r, t in zip(self.reports, traces, strict=True)])
+        return label_claims(
+            world().decided, self.samples, [replace(r, trace=t) for r, t in zip(self.reports, traces, strict=True)]
+        )
 
 
 def replay(
@@ -120,7 +124,9 @@ def record(guard: GazeGuard, samples: Sequence[lab.Sample], do_sample: bool) -> 
     """Captions of samples, with everything that is measured on them."""
     reports = write_captions(guard, samples, do_sample)
     replays = replay(all_heads_guard(guard), samples, [report.caption for report in reports])
-    return RecordedCaptions(samples, reports, label_claims(samples, reports), [report.trace for report in replays])
+    return RecordedCaptions(
+        samples, reports, label_claims(world().decided, samples, reports), [report.trace for report in replays]
+    )
 
 
 def object_scores(
@@ -184,7 +190,7 @@ def other_kinds(guard: GazeGuard, text_only: Detector, test: RecordedCaptions) -
     """Other claims: colours, and locations in strips (the panel) and in scenes; beside text alone and the best baseline."""
     table = test.labelled
     is_colour = np.array([claim.text.lower() in COLOURS for claim in table.claims])
-    in_strip = np.array([mention.object is not None and mention.object.panel is not None for mention in table.mentions])
+    in_strip = np.array(["panel" in f"{claim.related and claim.related.text}{claim.text}".lower() for claim in table.claims])
     found = {}
     for name, of in (
         ("colour", (table.kind == "attribute") & is_colour),
@@ -300,7 +306,8 @@ def wrong_image(guard: GazeGuard, samples: Sequence[lab.Sample], held_out: Seque
 def blank_image(guard: GazeGuard, test: RecordedCaptions) -> dict[str, Figure]:
     """The same captions replayed with white images, which leaves the text alone."""
     white = [Image.new("RGB", sample.image.size, (255, 255, 255)) for sample in test.samples]
-    blind = label_claims(test.samples, replay(guard, test.samples, [report.caption for report in test.reports], white))
+    captions = [report.caption for report in test.reports]
+    blind = label_claims(world().decided, test.samples, replay(guard, test.samples, captions, white))
     objects = blind.select(blind.kind == "object")
     risk = guard.detector.risk(objects.x, objects.kind)
     return {
@@ -350,13 +357,15 @@ def train_captions(guard: GazeGuard, n: int) -> RecordedCaptions:
     samples = lab.samples("train", 2 * n, FIT_SEED)
     greedy, sampled = record(guard, samples[:n], False), record(guard, samples[n:], True)
     reports = [*greedy.reports, *sampled.reports]
-    return RecordedCaptions(samples, reports, label_claims(samples, reports), [*greedy.traces, *sampled.traces])
+    return RecordedCaptions(
+        samples, reports, label_claims(world().decided, samples, reports), [*greedy.traces, *sampled.traces]
+    )
 
 
 def shifted_split(guard: GazeGuard, n: int, do_sample: bool) -> Figure:
     """AUROC of the detector on drawings without pairs and usual colours."""
     samples = lab.samples("shifted", n, SEED)
-    labelled = label_claims(samples, write_captions(guard, samples, do_sample))
+    labelled = label_claims(world().decided, samples, write_captions(guard, samples, do_sample))
     objects = labelled.select(labelled.kind == "object")
     return auroc(objects.false, guard.detector.risk(objects.x, objects.kind), objects.image)
 

@@ -11,7 +11,9 @@ from gazeguard import lab
 from gazeguard.detection import features
 from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
-from gazeguard.lab.training.tiny_fit import TEXT_ONLY, caption_and_label
+from gazeguard.lab.labels import caption_and_label
+from gazeguard.lab.training.tiny_fit import TEXT_ONLY
+from gazeguard.lab.worlds import world
 from gazeguard.policy import Policy
 
 SEED = 400  # of the random heads
@@ -69,7 +71,7 @@ def fit_random_guard(guard: GazeGuard, captions: int, seed: int, policy: str | P
     heads = guard.heads.with_heads(guard.heads.matched(np.random.default_rng(seed)))
     plain = GazeGuard(guard.model, guard.processor, heads=heads)
     train, held_out = (
-        caption_and_label(plain, split, n, seed) for split, n in (("train", captions), ("validation", captions // 2))
+        caption_and_label(plain, world(), split, n, seed) for split, n in (("train", captions), ("validation", captions // 2))
     )
     detector = Detector.fit(train.x, train.false, train.kind, heads, without_logit_lens(heads.heads))
     detector = detector.calibrated(held_out.x, held_out.false, held_out.kind, held_out.image)

@@ -21,7 +21,7 @@ from evals.common import DECODING, Figure, Out, Quick, over_images, rate, write
 from evals.guards import lab_guard, random_detector_guard
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
-from gazeguard.lab.training.tiny_fit import write_captions
+from gazeguard.lab.labels import write_captions
 from gazeguard.report import Report
 
 SEED = 420  # of the images

@@ -18,8 +18,9 @@ from gazeguard.detection.detector import Detector
 from gazeguard.errors import InputError
 from gazeguard.fitting import Label, LabelledCaption, fit_detector, labelled_claims, read_captions, yes_probability
 from gazeguard.guard import GazeGuard
-from gazeguard.lab.training.tiny_fit import label_claims, write_captions
+from gazeguard.lab.labels import label_claims, write_captions
 from gazeguard.lab.truth import decided_claims
+from gazeguard.lab.worlds import world
 
 
 def brief(row: LabelledCaption) -> list[tuple[str, str, bool]]:
@@ -119,7 +120,7 @@ def test_train_makes_a_detector_from_labels(written, guard):
     assert detector.kinds["object"].answer is not None
     assert GazeGuard(guard.model, guard.processor, "verify", heads=guard.heads, detector=detector)
     fresh = lab.samples("test", 40, seed=3)
-    table = label_claims(fresh, write_captions(guard, fresh, do_sample=True))
+    table = label_claims(world().decided, fresh, write_captions(guard, fresh, do_sample=True))
     objects = table.select(table.kind == "object")
     assert roc_auc_score(objects.false, detector.risk(objects.x, objects.kind)) > 0.95
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from gazeguard.claims.parse import parse
+from gazeguard.claims.parse import claims, parse
 from gazeguard.filtering.writer import reason_category
 
 REFUSALS = [
@@ -160,3 +160,9 @@ def test_any_long_text_is_read_in_linear_time(text):
     whole_response(text * 5000)
     list(refusals(text * 5000))
     assert time.process_time() - begin < 1
+
+
+def test_what_the_model_says_it_can_see_is_judged():
+    """ "I can see" states what is in the image; "I can describe" is an offer."""
+    assert [str(claim) for claim in claims("I can see a crab. I can also see a cup.")] == ["a crab", "a cup"]
+    assert claims("I can describe a crab.") == []

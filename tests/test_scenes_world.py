@@ -12,6 +12,7 @@ from gazeguard.errors import InputError
 from gazeguard.heads.strips import LOCATION_PHRASES
 from gazeguard.lab.scenes import captions, drawing, truth, vocabulary, world
 from gazeguard.lab.scenes.samples import samples
+from gazeguard.lab.worlds import world as lab_world
 
 REFERENCE = [("watch", "on the right"), ("shoe", "at the bottom"), ("tractor", "at the bottom right")]
 
@@ -215,3 +216,22 @@ def test_compound_nouns_are_one_mention():
     scene = images("test", 1, "scene")[0]
     nouns = [mention.noun for mention in truth.mentions(scene, "Two teddy bears, a palm tree, a top hat and three mice.")]
     assert nouns == ["teddy bear", "palm tree", "top hat", "mouse"]
+
+
+def test_decided_claims_of_true_captions_are_true_and_of_others_false():
+    scenes = lab_world("scenes")
+    for sample in scenes.samples("test", 20, 5):
+        caption = scenes.true_caption(sample)
+        decided = scenes.decided(sample, caption)
+        assert decided
+        assert not any(false for _, false in decided)
+        assert {named.noun for named in scenes.named(sample, caption)} <= scenes.nouns(sample)
+        absent = next(noun for noun in vocabulary.NOUNS if noun not in scenes.nouns(sample))
+        (claim, false), *_ = scenes.decided(sample, f"There is a {absent} in the middle.")
+        assert (claim.kind, false) == ("object", True)
+
+
+def test_a_location_or_panel_that_is_not_the_drawn_one_is_false():
+    scene = images("test", 2, "scene")[1]
+    decided = truth.decided_claims(scene, "A watch is on the left. A shoe lies at the bottom.")
+    assert [(claim.kind, false) for claim, _, false in decided] == [("location", True), ("object", False), ("location", False)]

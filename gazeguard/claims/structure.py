@@ -78,7 +78,7 @@ _OFFER = re.compile(
     r"|(?:sure|certainly|of\s+course|absolutely|okay|ok|alright|great|hello|hi|thanks|thank\s+you|sorry|i'?m\s+sorry)\b\s*[,!.:]"
     r"|here(?:'s|\u2019s|\s+is|\s+are)\s+(?:an?|the|my|some|your)\b[^.\n]*\b(?:description|caption|breakdown|summary|analysis|overview|list"
     r"|details?|explanation|interpretation|answer|response|translation|version|observations?)\b"
-    r"|i(?:\s+can|\s+could|\s+will|'ll|\u2019ll|'d|\u2019d|\s+would|\s+am|'m|\u2019m|\s+hope|\s+think|\s+believe|\s+cannot|\s+can'?t)\b"
+    r"|i(?:\s+can(?!\s+(?:(?:also|clearly|only)\s+)?(?:see|spot|make\s+out)\b)|\s+could|\s+will|'ll|\u2019ll|'d|\u2019d|\s+would|\s+am|'m|\u2019m|\s+hope|\s+think|\s+believe|\s+cannot|\s+can'?t)\b"
     r"|(?:if\s+you(?:'d|\u2019d)?\b|to\s+help\s+(?:me|you)\b|hope\s+this\b)"
     r"|(?:note|disclaimer)\s*:"
     r")",

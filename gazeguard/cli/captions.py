@@ -43,7 +43,7 @@ def demo(
     """
     from gazeguard import lab
     from gazeguard.guard import GazeGuard
-    from gazeguard.lab.training.tiny_fit import write_captions
+    from gazeguard.lab.labels import write_captions
     from gazeguard.replay.page import page
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gazeguard.claims.parse import Claim, claims
 from gazeguard.heads.strips import ORDINALS
 from gazeguard.lab.scenes.captions import LOCATIONS, NUMBERS, RANKS
 from gazeguard.lab.scenes.vocabulary import COLOUR_NAMES, NOUNS, plural
@@ -150,3 +151,33 @@ class Scores:
             "wrong_colour": self.wrong_colour / max(1, self.coloured),
             "wrong_location": self.wrong_location / max(1, self.located),
         }
+
+
+def decided_claims(image: DrawnImage, caption: str) -> list[tuple[Claim, Mention, bool]]:
+    """The claims of a caption that the drawing decides, each with its mention and whether it is false.
+
+    Left out, since they are neither clearly true nor false: that an object exists when it is at another location than named,
+    attributes of such an object, the location of an object that does not exist, colours of drawings that have their own, and
+    relations to other objects.
+    """
+    by_noun_end = {mention.end: mention for mention in mentions(image, caption)}
+    found = []
+    for claim in claims(caption):
+        mention, word = by_noun_end.get(claim.phrase.head.end), claim.text.lower()
+        if mention is None:
+            continue
+        if claim.kind == "object" and (mention.placed or not mention.present):
+            found.append((claim, mention, not mention.present))
+        elif claim.kind == "location" and mention.present and _says_location(claim, mention):
+            found.append((claim, mention, not mention.placed))
+        elif claim.kind == "attribute" and mention.placed and word in COLOUR_NAMES and mention.colour_right is not None:
+            found.append((claim, mention, not mention.colour_right))
+        elif claim.kind == "attribute" and mention.placed and mention.item is not None and word == "small":
+            found.append((claim, mention, not mention.item.small))
+    return found
+
+
+def _says_location(claim: Claim, mention: Mention) -> bool:
+    """Whether a claim of kind "location" is about the location that `mentions` has compared: a ninth of a scene, or a panel."""
+    words = f"{claim.text} {claim.related.text if claim.related else ''}".lower()
+    return mention.location in words if mention.location is not None else mention.panel is not None and "panel" in words
