@@ -120,6 +120,8 @@ class Judge:
             return Assessment(trace, _nothing_claimed(caption), caption)
         if self.detector is None:
             return Assessment(trace, "no detector is fitted for this model", caption)
+        if reason := self._refused():
+            return Assessment(trace, reason, caption)
         not_judged = tuple(kind for kind in caption.kinds if kind not in self.detector.kinds)
         if not (claims := [claim for claim in claims if claim.kind in self.detector.kinds]):
             return Assessment(trace, "the detector knows none of the kinds of claims in the caption", caption, not_judged)
@@ -191,7 +193,7 @@ class Judge:
         """
         kinds = [claims[i].kind for i in objects]
         values = features.features(trace, claims, objects)
-        if self.fitted.unknown(values, kinds):
+        if self._refused() or self.fitted.unknown(values, kinds):
             return None  # the whole caption will be unchecked
         over = self.fitted.risk(values, kinds) >= self._threshold("object", given(self.policy.rewind).threshold)
         return claims[objects[int(np.argmax(over))]] if over.any() else None
@@ -211,6 +213,11 @@ class Judge:
             known = ", ".join(f"{kind}s" for kind in self.fitted.kinds)
             why.append(f"{' and '.join(f'{kind}s' for kind in missing)} not judged: the detector knows only {known}")
         return Verdict.FLAG if doubtful else Verdict.UNCHECKED if why else Verdict.PASS, "; ".join(why)
+
+    def _refused(self) -> str:
+        """Why the detector may judge nothing at all, or ""."""
+        gate = self.fitted.gate
+        return "" if gate is None or gate.usable else f"the detector is not usable for this model: {gate.reason}"
 
     def _not_finite(self, trace: GazeTrace, values: F64, kinds: Sequence[str]) -> str:
         """Which of the model's numbers is not finite, or ""."""

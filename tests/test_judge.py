@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from guardkit import SAMPLES
+from pydantic import ValidationError
 
 from gazeguard import lab
+from gazeguard.detection.detector import Detector
+from gazeguard.detection.gate import Gate
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.judge import Judge, PrefixJudge
@@ -333,3 +336,26 @@ def test_a_decided_prefix_is_committed_up_to_its_last_object(judged):
     prefix = PrefixJudge(sure)
     assert prefix.decide(trace, parsed, objects) is None
     assert trace.offsets[prefix.committed - 1, 1] == parsed[objects[-1]].end
+
+
+def test_a_detector_that_its_gate_refuses_judges_nothing(guard):
+    """Every verdict is unchecked with the gate's reason, nothing is rolled back, and the file keeps the figures."""
+    sample = next(s for s in lab.samples("test", 20, seed=7) if not s.drawing.panels)
+    gate = Gate(usable=False, reason="no lift over text alone", figures={"lift": 0.01, "lift_low": -0.02})
+    refused = guard.detector.model_copy(update={"gate": gate})
+    report = GazeGuard(guard.model, guard.processor, detector=refused).check(sample.image, "There is a skull.", sample.prompt)
+    assert (report.verdict, report.findings) == (Verdict.UNCHECKED, ())
+    assert report.reason == "the detector is not usable for this model: no lift over text alone"
+    rolling = Judge(refused, parse_policy(REWIND), guard.heads.model)
+    claims = rolling.parse(report.caption).claims
+    assert Judge(guard.detector, parse_policy(REWIND), guard.heads.model).doubtful(report.trace, claims, [0]) is not None
+    assert rolling.doubtful(report.trace, claims, [0]) is None
+    assert Detector.model_validate_json(refused.model_dump_json()).gate == gate
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"usable": True, "reason": "none"}, {"usable": False}, {"usable": True, "figures": {"a": np.nan}}]
+)
+def test_a_gate_says_why_and_in_numbers(wrong):
+    with pytest.raises(ValidationError):
+        Gate(**wrong)

@@ -14,11 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from gazeguard.artifacts import DETECTOR_FILE, find_file, push_folder, read_json
 from gazeguard.claims.parse import Kind
 from gazeguard.detection import features
-from gazeguard.detection.calibration import thresholds
 from gazeguard.detection.card import write_card
+from gazeguard.detection.domain import Domain
+from gazeguard.detection.gate import Gate
 from gazeguard.detection.plots import draw_reliability
-from gazeguard.detection.regression import MIN_CLAIMS, Regression, ValidationMetrics
-from gazeguard.errors import InputError, MismatchError
+from gazeguard.detection.regression import Regression
+from gazeguard.detection.rerank_evidence import RerankEvidence
+from gazeguard.detection.training import calibrate_regressions, fit_regressions, known_features
+from gazeguard.errors import MismatchError
 from gazeguard.heads.artifact import GazeHeads
 
 if TYPE_CHECKING:
@@ -31,6 +34,11 @@ class Detector(BaseModel):
     """The probability that a claim of a caption is false, from its features. Immutable.
 
     A detector belongs to one model and one set of gaze heads, and refuses others.
+
+    Attributes:
+        gate: Whether it is worth its verdicts; None where nobody measured that.
+        domain: What the captions that it was fitted on are like; others stay *unchecked*. None in files of earlier versions.
+        rerank: What the rerank decoder may use for this model; None where it was not measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,15 +47,21 @@ class Detector(BaseModel):
     model: str = Field(description="fingerprint of the model whose traces it was fitted on")
     heads: tuple[tuple[int, int], ...]
     kinds: dict[Kind, Regression]
+    gate: Gate | None = None
+    domain: Domain | None = None
+    rerank: RerankEvidence | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Detector:
         if "object" not in self.kinds:
             raise ValueError("kinds lack 'object'")
         known = set(features.names(self.heads))
-        for kind, regression in self.kinds.items():
-            if unknown := sorted(set(regression.names) - known):
-                raise ValueError(f"kinds.{kind}: these heads have no feature {unknown[0]!r}")
+        used = {f"kinds.{kind}": regression.names for kind, regression in self.kinds.items()}
+        if self.domain is not None:
+            used["domain"] = self.domain.names
+        for where, names in used.items():
+            if unknown := sorted(set(names) - known):
+                raise ValueError(f"{where}: these heads have no feature {unknown[0]!r}")
         return self
 
     def __repr__(self) -> str:
@@ -71,6 +85,7 @@ class Detector(BaseModel):
         heads: GazeHeads,
         names: Sequence[str] | None = None,
         regularisation: float = 1.0,
+        weights: NDArray[np.float64] | None = None,
     ) -> Detector:
         """Fit one regression per kind of claim.
 
@@ -82,28 +97,25 @@ class Detector(BaseModel):
             names: The features to use; by default all that are finite in every claim (a model that reads its images by
                 cross-attention has no logit lens on image tokens).
             regularisation: Inverse strength of the L2 penalty, scikit-learn's ``C``.
+            weights: (claims,) how much each claim counts; by default all alike.
 
         Returns:
-            The detector; a kind with fewer than `MIN_CLAIMS` true or false claims gets no regression.
+            The detector; a kind with fewer than `regression.MIN_CLAIMS` true or false claims gets no regression.
 
         Raises:
             InputError: There are too few true or false claims of kind "object".
         """
-        if names is None:
-            names = [name for name, column in zip(features.names(heads.heads), x.T, strict=True) if np.isfinite(column).all()]
-        chosen = features.pick(x, heads.heads, names)
-        enough = [k for k in np.unique(kinds) if MIN_CLAIMS <= false[kinds == k].sum() <= (kinds == k).sum() - MIN_CLAIMS]
-        if "object" not in enough:
-            objects = kinds == "object"
-            raise InputError(
-                f"{int(false[objects].sum())} of {int(objects.sum())} object claims are false; a detector needs at least "
-                f"{MIN_CLAIMS} false and {MIN_CLAIMS} true ones. Add more captions."
-            )
-        fitted = {str(k): Regression.fit(chosen[kinds == k], false[kinds == k], names, regularisation) for k in enough}
+        names = known_features(x, heads.heads) if names is None else names
+        fitted = fit_regressions(x, false, kinds, heads.heads, names, regularisation, weights)
         return cls(model=heads.model, heads=heads.heads, kinds=cast(dict[Kind, Regression], fitted))
 
     def calibrated(
-        self, x: NDArray[np.float64], false: NDArray[np.bool_], kinds: NDArray[np.str_], image: NDArray[np.int64]
+        self,
+        x: NDArray[np.float64],
+        false: NDArray[np.bool_],
+        kinds: NDArray[np.str_],
+        image: NDArray[np.int64],
+        weights: NDArray[np.float64] | None = None,
     ) -> Detector:
         """A copy with probabilities and thresholds from validation data.
 
@@ -112,27 +124,14 @@ class Detector(BaseModel):
             false: (claims,) labels.
             kinds: (claims,) kind of each claim.
             image: (claims,) index of the image of each claim; see `thresholds`.
+            weights: (claims,) how much each claim counts for the probabilities; thresholds and metrics count all alike.
 
         Raises:
             InputError: All claims of a kind have the same label, or the labels contradict the risks.
         """
-        calibrated = {}
-        for kind, regression in self.kinds.items():
-            rows = kinds == kind
-            if false[rows].all() or not false[rows].any():
-                raise InputError(
-                    f"{int(false[rows].sum())} of {int(rows.sum())} validation claims of kind {kind!r} are false; thresholds "
-                    "need both true and false ones. Add more captions."
-                )
-            columns = features.pick(x[rows], self.heads, regression.names)
-            regression = regression.calibrated(columns, false[rows])
-            risk = regression.risk(columns)
-            update = {
-                "thresholds": thresholds(risk, false[rows], image[rows]),
-                "validation": ValidationMetrics.measure(columns, risk, false[rows], image[rows]),
-            }
-            calibrated[kind] = regression.model_copy(update=update)
-        return self.model_copy(update={"kinds": calibrated})
+        own = {str(kind): regression for kind, regression in self.kinds.items()}
+        kinds_calibrated = calibrate_regressions(own, self.heads, x, false, kinds, image, weights)
+        return self.model_copy(update={"kinds": kinds_calibrated})
 
     def fit_answers(
         self, risk: NDArray[np.float64], answer: NDArray[np.float64], false: NDArray[np.bool_], kinds: NDArray[np.str_]
@@ -147,7 +146,7 @@ class Detector(BaseModel):
             kinds: (claims,) kind of each claim.
 
         Returns:
-            The copy; a kind with fewer than `MIN_CLAIMS` true or false answered claims stays as it is.
+            The copy; a kind with fewer than `regression.MIN_CLAIMS` true or false answered claims stays as it is.
         """
         fitted = {}
         for kind, regression in self.kinds.items():

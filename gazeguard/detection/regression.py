@@ -95,13 +95,23 @@ class Regression(BaseModel):
         return self
 
     @classmethod
-    def fit(cls, x: NDArray[np.float64], false: NDArray[np.bool_], names: Sequence[str], regularisation: float) -> Regression:
-        """Fit to features (claims, F) and labels (claims,); the threshold is 0.5 until validation data set it."""
+    def fit(
+        cls,
+        x: NDArray[np.float64],
+        false: NDArray[np.bool_],
+        names: Sequence[str],
+        regularisation: float,
+        weights: NDArray[np.float64] | None = None,
+    ) -> Regression:
+        """Fit to features (claims, F), labels (claims,) and weights of claims (claims,), by default all alike.
+
+        The threshold is 0.5 until validation data set it.
+        """
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
 
-        scaler = StandardScaler().fit(x)
-        model = LogisticRegression(C=regularisation, max_iter=5000).fit(scaler.transform(x), false)
+        scaler = StandardScaler().fit(x, sample_weight=weights)
+        model = LogisticRegression(C=regularisation, max_iter=5000).fit(scaler.transform(x), false, sample_weight=weights)
         return cls(
             names=tuple(names),
             mean=tuple(scaler.mean_.tolist()),
@@ -155,19 +165,21 @@ class Regression(BaseModel):
         model = LogisticRegression(max_iter=5000).fit(np.stack((log_odds(risk), answer), axis=1), false)
         return self.model_copy(update={"answer": (*model.coef_[0].tolist(), float(model.intercept_[0]))})
 
-    def calibrated(self, x: NDArray[np.float64], false: NDArray[np.bool_]) -> Regression:
+    def calibrated(
+        self, x: NDArray[np.float64], false: NDArray[np.bool_], weights: NDArray[np.float64] | None = None
+    ) -> Regression:
         """A copy with the same ranking and probabilities fitted to validation data (Platt 1999): logit * slope + shift."""
         from sklearn.linear_model import LogisticRegression
 
-        platt = LogisticRegression(C=np.inf, max_iter=5000).fit(self.logit(x)[:, None], false)
+        platt = LogisticRegression(C=np.inf, max_iter=5000).fit(self.logit(x)[:, None], false, sample_weight=weights)
         slope, shift = float(platt.coef_[0, 0]), float(platt.intercept_[0])
         if slope <= 0:
             raise InputError(
                 "On the validation data, claims with a high risk are not the false ones. Check that false=true marks claims "
                 "that are wrong, not those that are right."
             )
-        weights = tuple(weight * slope for weight in self.weights)
-        return self.model_copy(update={"weights": weights, "bias": self.bias * slope + shift})
+        steeper = tuple(weight * slope for weight in self.weights)
+        return self.model_copy(update={"weights": steeper, "bias": self.bias * slope + shift})
 
 
 def fingerprint(x: NDArray[np.float64], false: NDArray[np.bool_]) -> str:
