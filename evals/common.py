@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +21,13 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import bootstrap, quantile_test
+from scipy.stats import quantile_test
 
 import gazeguard
 from gazeguard import lab
+from gazeguard.detection import metrics
+from gazeguard.detection.metrics import Statistic, bootstrap_images
 
-RESAMPLES, FEW_RESAMPLES, FEW_IMAGES = 1000, 300, 100  # fewer images than the last need no finer percentiles
 Out = Annotated[Path, typer.Option("--out", help="The JSON file to write.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few images: under 45 seconds, wide intervals.")]
 Lab = Annotated[str, typer.Option("--lab", help="tiny or scenes: whose images, and, without --model, whose model.")]
@@ -43,26 +44,9 @@ def figure(value: float, interval: tuple[float, float] | None = None) -> Figure:
     return {"value": float(f"{value:.4g}"), "ci": ci}
 
 
-def over_images(count: int, statistic: Callable[[NDArray[np.int64]], float], seed: int = 0) -> Figure:
-    """A figure over ``count`` images. ``statistic`` gets how often each image is drawn, (count,) int64, all ones at first.
-
-    One image alone gives no interval.
-    """
-    if count < 2:
-        return figure(statistic(np.ones(count, np.int64)))
-
-    def of_images(images: NDArray[np.int64]) -> float:
-        return statistic(np.bincount(images, minlength=count))
-
-    interval = bootstrap(
-        (np.arange(count),),
-        of_images,
-        vectorized=False,
-        n_resamples=FEW_RESAMPLES if count < FEW_IMAGES else RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return figure(of_images(np.arange(count)), tuple(interval.confidence_interval))
+def over_images(count: int, statistic: Statistic, seed: int = 0) -> Figure:
+    """`bootstrap_images` as a figure."""
+    return figure(*bootstrap_images(count, statistic, seed))
 
 
 def median(values: Sequence[float]) -> Figure:
@@ -77,47 +61,14 @@ def rate(events: Sequence[float], trials: Sequence[float]) -> Figure:
     return over_images(len(events), lambda drawn: (events * drawn).sum() / max(1e-12, (trials * drawn).sum()))
 
 
-def ranking(
-    false: NDArray[np.bool_],
-    score: NDArray[np.float64],
-    image: NDArray[np.int64],
-    bins: NDArray[np.int64] | None = None,
-) -> Callable[[NDArray[np.int64]], float]:
-    """The area under the ROC curve with *false* as the positive class, as a function of how often each image is drawn.
-
-    image: (claims,) index of the image of each claim; bins: (claims,) the mean of the areas within them, weighted by their
-    size; bins of one class only have none. Pairs are counted per pair of images once, so that a resample costs a product.
-    """
-    bins = np.zeros(len(score), np.int64) if bins is None else bins
-    count = int(image.max()) + 1
-    tables = []
-    for b in np.unique(bins):
-        bad, good = (np.flatnonzero((bins == b) & (false == is_bad)) for is_bad in (True, False))
-        if len(bad) and len(good):
-            higher = (score[bad][:, None] > score[good]) + 0.5 * (score[bad][:, None] == score[good])
-            of_bad, of_good = (np.eye(count)[image[at]] for at in (bad, good))
-            tables.append((of_bad.T @ higher @ of_good, of_bad.sum(0), of_good.sum(0)))
-
-    def area(drawn: NDArray[np.int64]) -> float:
-        areas, sizes = [], []
-        for won, bad, good in tables:
-            pairs = (drawn @ bad) * (drawn @ good)
-            if pairs:
-                areas.append(drawn @ won @ drawn / pairs)
-                sizes.append(drawn @ (bad + good))
-        return float(np.average(areas, weights=sizes)) if areas else float("nan")
-
-    return area
-
-
 def auroc(
     false: NDArray[np.bool_],
     score: NDArray[np.float64],
     image: NDArray[np.int64],
     bins: NDArray[np.int64] | None = None,
 ) -> Figure:
-    """`ranking` with its interval."""
-    return over_images(int(image.max()) + 1, ranking(false, score, image, bins))
+    """The area under the ROC curve, over images, as a figure."""
+    return figure(*metrics.auroc(false, score, image, bins))
 
 
 def with_issue_keys(figures: dict[str, Figure], issue_keys: Mapping[str, str]) -> dict[str, Figure]:

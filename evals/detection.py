@@ -27,12 +27,13 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, precision_score, recall_score
 
 from evals.baselines import detection as baselines
-from evals.common import Figure, Out, Quick, auroc, figure, over_images, ranking, with_issue_keys, write
+from evals.common import Figure, Out, Quick, auroc, figure, over_images, with_issue_keys, write
 from evals.guards import without_logit_lens
 from gazeguard import lab
 from gazeguard.detection import features
 from gazeguard.detection.calibration import calibration_error, conformal, least_flagged
 from gazeguard.detection.detector import Detector
+from gazeguard.detection.metrics import ranking
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.lab.labels import LabelledClaims, label_claims, write_captions

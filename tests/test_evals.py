@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from labkit import make_trace
 from sklearn.metrics import roc_auc_score
 
-from evals.common import auroc, over_images, ranking, rate, with_issue_keys
+from evals.common import auroc, over_images, rate, with_issue_keys
 from evals.gaze_heads import described_panels, named_objects, staircase, staircase_accuracy
 from evals.tables import DEMO, DOCUMENTS, demo, renewed
+from gazeguard.detection.metrics import ranking
 from gazeguard.lab.world import Drawing, DrawnObject, Sample
 from gazeguard.report import Report, Verdict
 from gazeguard.vision.grid import ImageGrid
