@@ -1,0 +1,12 @@
+"""Fitting of a detector: without labels on drawn scenes (`run`), or to captions with labels (`labelled`)."""
+
+from gazeguard.fitting.labelled import (
+    Label,
+    LabelledCaption,
+    fit_detector,
+    labelled_claims,
+    read_captions,
+    yes_probability,
+)
+
+__all__ = ["Label", "LabelledCaption", "fit_detector", "labelled_claims", "read_captions", "yes_probability"]
