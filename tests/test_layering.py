@@ -16,8 +16,8 @@ ROOT = Path(gazeguard.__file__).parent
 # The rooms, from the ground up: a room is a package, or a module of its own.
 ORDER = (
     "errors", "progress", "prompts", "_compat", "claims", "vision", "policy", "artifacts", "loading", "trace", "attention",
-    "report", "heads", "decoding", "replay", "detection", "judge", "tracing", "guard", "fitting", "filtering", "integrations",
-    "lab", "cli",
+    "report", "heads", "decoding", "replay", "detection", "judge", "tracing", "guard", "filtering", "integrations",
+    "lab", "fitting", "cli",
 )  # fmt: skip
 EXEMPT = {"__init__", "__main__"}
 
