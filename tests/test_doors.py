@@ -102,7 +102,7 @@ def command(*arguments: object) -> tuple[int, str, str]:
 
 
 def test_from_a_model_to_its_reports_by_the_command_line(model_folder, rows, tmp_path):
-    """Each command's next step leads on: doctor, heads, train, then check, caption, filter and replay.
+    """Each command's next step leads on: doctor, heads, train, then check, caption, eval, filter and replay.
 
     An untrained model has no usable gaze heads, and every command says so. The rest of the path is walked with two of its
     heads all the same, put into the same file.
@@ -156,6 +156,9 @@ def test_from_a_model_to_its_reports_by_the_command_line(model_folder, rows, tmp
     assert code in (0, 1, 2), told
     assert json.loads(shown)["image"] == str(image)
 
+    code, shown, told = command("eval", rows, *chosen, "--out", tmp_path / "evaluation")
+    assert code == 0, told
+    assert "calibration error" in shown
     code, shown, told = command("filter", rows, tmp_path / "out", *chosen, "--json")
     assert code == 0, told
     summary = json.loads(shown)

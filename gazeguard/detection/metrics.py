@@ -48,7 +48,8 @@ def bootstrap_images(count: int, statistic: Statistic, seed: int = 0) -> Estimat
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Estimate(value, (float(interval.low), float(interval.high)))
+    defined = np.isfinite(interval).all()  # a resample of one class only has no area
+    return Estimate(value, (float(interval.low), float(interval.high)) if defined else None)
 
 
 def ranking(
