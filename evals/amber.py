@@ -12,6 +12,8 @@ and "No" are answers. ``amber_score`` is (1 - chair + f1) / 2. All are rates fro
 
 from __future__ import annotations
 
+import string
+import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,7 +28,7 @@ from pydantic import Field
 
 from evals.common import Figure, Out, over_images, rate, write
 from evals.counting import count, indexed, pope_figures
-from evals.records import DATA, Data, Name, Row, Text, digests, errors_told, only_once, read_json, read_words
+from evals.records import DATA, Data, Name, Row, Text, also, digests, errors_told, only_once, read_json, read_words
 from evals.words import nouns
 from gazeguard.errors import InputError
 
@@ -53,10 +55,10 @@ FILES = ("annotations.json", "relation.json", "safe_words.txt", "query_generativ
 
 
 class Response(Row):
-    """A model's response."""
+    """A model's response; other tools' files have ``question_id`` and ``text``."""
 
-    id: int
-    response: Text
+    id: int = also("id", "question_id")
+    response: Text = also("response", "answer", "text", "caption")
 
 
 class Scene(Row):
@@ -175,6 +177,27 @@ def yes_or_no(response: str) -> str:
     return {"Yes": "yes", "No": "no"}.get(response, "neither")
 
 
+def normalised(response: str) -> str:
+    """ "Yes" for "Yes.", "yes, there is", and so for "No"; any other response as it is."""
+    first = response.split(maxsplit=1)[:1]
+    word = first[0].strip(string.punctuation).capitalize() if first else ""
+    return word if word in ("Yes", "No") else response
+
+
+def normalised_figures(responses: Mapping[int, str], benchmark: Benchmark) -> dict[str, Figure]:
+    """The figures of the questions with `normalised` responses, as ``NAME_normalised``; none where that changes nothing."""
+    asked = {n: r for n, r in responses.items() if isinstance(benchmark.items[n], Question)}
+    changed = {number: normalised(response) for number, response in asked.items()}
+    if not (others := sum(changed[number] != response for number, response in asked.items())):
+        return {}
+    print(
+        f"warning: {others} of {len(asked)} answers are not the bare word Yes or No. AMBER counts them as wrong, and so do the "
+        "figures of its names; those that end in _normalised read the first word.",
+        file=sys.stderr,
+    )
+    return {f"{key}_normalised": value for key, value in measure(changed, benchmark).items()}
+
+
 def discriminative(labels: Sequence[str], answers: Sequence[str], images: Sequence[str]) -> dict[str, Figure]:
     """Figures of answers, of the positive answer "no"."""
     figures = pope_figures(labels, answers, images, positive="no")
@@ -267,7 +290,7 @@ def main(
     """AMBER's figures of a model's responses."""
     benchmark = read_benchmark(data)
     given = read_responses(responses, benchmark.items)
-    figures = measure(given, benchmark)
+    figures = measure(given, benchmark) | normalised_figures(given, benchmark)
     ids = list(dict.fromkeys(benchmark.image[number] for number in given))
     libraries = {name: version(name) for name in ("nltk", "textblob")}
     write(out, figures, False, ids, None, files=digests([responses, *paths(data)]), seed=0, **libraries)

@@ -22,17 +22,17 @@ import typer
 
 from evals.common import Figure, Out, rate, write
 from evals.counting import chair_figures, count
-from evals.records import DATA, Data, Row, Text, digests, errors_told, only_once, read_json, read_lines
+from evals.records import DATA, Data, Row, Text, also, digests, errors_told, only_once, read_json, read_lines
 from evals.words import lemmas, singulars
 from gazeguard.claims.parse import parse
 from gazeguard.errors import InputError
 
 
 class Caption(Row):
-    """One caption."""
+    """One caption; LLaVA's files of answers have ``question_id`` and ``text``."""
 
-    image_id: int
-    caption: Text
+    image_id: int = also("image_id", "question_id")
+    caption: Text = also("caption", "text")
 
 
 class WordLists(Row):

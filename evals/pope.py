@@ -13,7 +13,7 @@ import typer
 
 from evals.common import Out, write
 from evals.counting import count, pope_figures
-from evals.records import Name, Row, Text, digests, errors_told, only_once, read_lines
+from evals.records import Name, Row, Text, also, digests, errors_told, only_once, read_lines
 from gazeguard.errors import InputError
 
 SHORTENED = 2910  # questions in POPE's random file until October 2023; LLaVA's evaluation still asks these
@@ -29,10 +29,10 @@ class Question(Row):
 
 
 class Answer(Row):
-    """A model's answer to it, in its own words."""
+    """A model's answer to it, in its own words; LLaVA's files call it ``text``, captioned rows ``caption``."""
 
     question_id: int
-    answer: Text
+    answer: Text = also("answer", "text", "caption")
 
 
 def yes_or_no(answer: str) -> Literal["yes", "no"]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from gazeguard.errors import GazeGuardError, InputError
 
@@ -23,6 +23,11 @@ DATA = Path(os.environ.get(DATA_VARIABLE, "evaldata"))
 Data = Annotated[Path, typer.Option("--data", help=f"Folder of public data: chair/, amber/; or set {DATA_VARIABLE}.")]
 Text = Annotated[str, Field(max_length=100_000)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def also(*names: str) -> Any:
+    """A key that files of other tools call otherwise; the first of the names that a row has counts."""
+    return Field(validation_alias=AliasChoices(*names))
 
 
 class Row(BaseModel):
@@ -50,13 +55,13 @@ def read_lines(path: Path, kind: type[R]) -> list[R]:
     return rows
 
 
-def read_json(path: Path, kind: Any, what: str) -> Any:
-    """A JSON file, plain or ``.gz``, as ``kind``; ``what`` is its content in words.
+def read_json(path: Path, kind: Any, what: str, max_bytes: int = MAX_FILE_BYTES) -> Any:
+    """A JSON file of at most ``max_bytes``, plain or ``.gz``, as ``kind``; ``what`` is its content in words.
 
     Raises `InputError` with the position of the first error.
     """
     try:
-        return TypeAdapter(kind).validate_json(_content(path))
+        return TypeAdapter(kind).validate_json(_content(path, max_bytes))
     except ValidationError as error:
         location = error.errors(include_url=False)[0]["loc"]
         item = f"item {location[0] + 1}" if location and isinstance(location[0], int) else "the file"
@@ -95,16 +100,16 @@ def errors_told() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            content = file.read(max_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"{path} cannot be read: {error}. Check the path; --data or {DATA_VARIABLE} gives the benchmarks' own files."
         ) from error
-    if len(content) > MAX_FILE_BYTES:
-        raise InputError(f"{path} is larger than {MAX_FILE_BYTES} bytes, more than any file of these benchmarks. Split it.")
+    if len(content) > max_bytes:
+        raise InputError(f"{path} is larger than {max_bytes} bytes, more than any file of these benchmarks. Split it.")
     return content
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -16,6 +17,7 @@ from gazeguard import lab
 from gazeguard.cli import app
 from gazeguard.cli.console import count
 from gazeguard.cli.options import LAB_NOTE
+from gazeguard.fitting import read_captions
 from gazeguard.lab.truth import decided_claims, mentions
 from gazeguard.policy import load_policy, policy_folder, policy_names
 from gazeguard.progress import status, track
@@ -306,6 +308,12 @@ def test_caption_takes_folders_and_goes_on_after_a_bad_image(picture, tmp_path):
     assert "Pillow can read" in rows[2]["reason"]
     assert rows[2]["verdict"] == "unchecked"
     assert rows[0]["caption"] == rows[1]["caption"] == rows[3]["caption"] != ""
+    (folder / "a.png").rename(folder / "COCO_val2014_000000000042.png")
+    result = run(app, [*arguments, "--temperature", "0", "--rows", str(tmp_path / "rows.jsonl")])
+    written = read_captions(tmp_path / "rows.jsonl")
+    assert [row.image for row in written if Path(row.image).is_file()] == [row.image for row in written]
+    assert [row.image_id for row in written] == [42, None, None]
+    assert {row.caption for row in written} == {rows[0]["caption"]}
     warm = [run(app, [*arguments, "--temperature", "3"]).stdout for _ in range(2)]
     assert warm[0] != result.stdout
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef, precision_score, recall_score
 
-from evals import amber, chair, pope, records
+from evals import amber, chair, coco_ground_truth, pope, records
 from evals.chair import Lineage, WordLists
 from evals.common import write
 from evals.counting import chair_figures, count, indexed, pope_figures
@@ -525,3 +525,78 @@ def test_colours_name_no_object_where_asked():
         assert chair.objects(chair.tokens(caption, lineage, lists), lists).count("orange") == 3
         plain = chair.without_colours(caption, lists)
         assert chair.objects(chair.tokens(plain, lineage, lists), lists).count("orange") == 1
+
+
+# ------------------------------------------------------------------------------------- files of other tools
+
+
+def test_usual_key_names_of_other_tools_are_read(tmp_path):
+    """LLaVA's files of answers have question_id and text; rows that `gazeguard caption --rows` wrote have caption."""
+    row = {"question_id": 3, "text": "No, there is none.", "prompt": "Is there a dog?"}
+    path = lines(tmp_path / "answers.jsonl", [row])
+    assert records.read_lines(path, pope.Answer)[0].answer == row["text"]
+    assert records.read_lines(path, chair.Caption) == [chair.Caption(image_id=3, caption=row["text"])]
+    assert amber.Response.model_validate(row) == amber.Response(id=3, response=row["text"])
+
+
+@pytest.mark.parametrize(
+    ("response", "read"),
+    [
+        ("Yes.", "Yes"),
+        ("no, there is not", "No"),
+        ("Yes", "Yes"),
+        ("Nothing", "Nothing"),
+        ("", ""),
+        ("?", "?"),
+        ("A no", "A no"),
+    ],
+)
+def test_an_answer_of_amber_is_normalised_by_its_first_word(response, read):
+    assert amber.normalised(response) == read
+
+
+@on_public_files
+def test_normalised_figures_stand_beside_the_strict_ones(capsys):
+    """A model that always adds a full stop has none of AMBER's answers right, and all of the normalised ones."""
+    benchmark = amber.read_benchmark(DATA)
+    relation = {n: item for n, item in benchmark.items.items() if amber.DIMENSIONS[item.type] == "relation"}
+    answers = {n: f"{item.truth.capitalize()}." for n, item in relation.items()}
+    assert amber.measure(answers, benchmark)["accuracy_relation"]["value"] == 0
+    assert amber.normalised_figures(answers, benchmark)["accuracy_relation_normalised"]["value"] == 1
+    assert "warning: 1664 of 1664 answers are not the bare word" in capsys.readouterr().err
+    strict = {n: answer[:-1] for n, answer in answers.items()}
+    assert amber.normalised_figures(strict, benchmark) == {}
+
+
+def annotations(folder, split, segmented, captions):
+    """COCO's two files of a split: (image, category) pairs and (image, caption) pairs."""
+    categories = [{"id": 18, "name": "dog"}, {"id": 62, "name": "chair"}]
+    of = [{"image_id": image, "category_id": category, "segmentation": [[0.0, 1.0]]} for image, category in segmented]
+    written = [{"image_id": image, "id": n, "caption": text} for n, (image, text) in enumerate(captions)]
+    (folder / f"instances_{split}.json").write_text(json.dumps({"info": {}, "categories": categories, "annotations": of}))
+    (folder / f"captions_{split}.json").write_text(json.dumps({"info": {}, "annotations": written}))
+
+
+def test_the_ground_truth_is_made_of_segmentations_and_captions(tmp_path):
+    """Both splits, both lineages; what it writes is what evals.chair reads, byte for byte the same each time."""
+    (tmp_path / "chair").mkdir()
+    chair.lists_file(tmp_path).write_text(LISTS.model_dump_json())
+    annotations(tmp_path, "train2014", [(1, 18)], [(1, "A man sits on a bench."), (2, "Nothing here.")])
+    annotations(tmp_path, "val2014", [(7, 62), (7, 62)], [(7, "Two dogs on seats.")])
+    coco_ground_truth.main(tmp_path, tmp_path)
+    written = {lineage: chair.truth_file(tmp_path, lineage).read_bytes() for lineage in chair.Lineage}
+    coco_ground_truth.main(tmp_path, tmp_path)
+    for lineage in chair.Lineage:
+        assert chair.truth_file(tmp_path, lineage).read_bytes() == written[lineage]
+        truth = records.read_json(chair.truth_file(tmp_path, lineage), dict[str, frozenset[str]], "truth")
+        assert truth.keys() == {"1", "2", "7"}
+        assert truth["1"] >= {"dog"}
+        assert truth["2"] == set()
+        assert truth["7"] == {"dog", "chair"}
+
+
+def test_a_missing_annotation_file_is_named(tmp_path):
+    (tmp_path / "chair").mkdir()
+    chair.lists_file(tmp_path).write_text(LISTS.model_dump_json())
+    with pytest.raises(InputError, match=r"instances_train2014.json cannot be read"):
+        coco_ground_truth.main(tmp_path, tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,6 +96,10 @@ def caption(
         float | None, typer.Option(min=0, help="Sample at this temperature; 0: greedy.", show_default="as the model has it")
     ] = None,
     batch_size: BatchOption = 8,
+    rows: Annotated[
+        Path | None,
+        typer.Option("--rows", metavar="FILE", help="Also write the captions as JSONL rows, which eval, train and evals read."),
+    ] = None,
     html: PageOption = None,
     as_json: JsonOption = False,
 ) -> Outcome:
@@ -108,7 +114,24 @@ def caption(
     guard = guarded.guard()
     batches = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
     entries = [entry for batch in track(batches, "captioning") for entry in _captioned(guard, batch, prompt, options)]
+    if rows is not None:
+        _write_rows(rows, entries, prompt)
     return _finish(guard, guarded, entries, html, as_json)
+
+
+def _write_rows(path: Path, entries: Sequence[Entry], prompt: str) -> None:
+    """Write one row per image that has a caption: image (relative to the file), image_id, caption, prompt.
+
+    image_id is the number that the name ends in, as COCO's and AMBER's do; a name without one gives none.
+    """
+    lines = []
+    for entry in entries:
+        if entry.report.caption:
+            number = re.search(r"\d+$", Path(entry.title).stem)
+            row = {"image": os.path.relpath(entry.title, path.parent)} | ({"image_id": int(number[0])} if number else {})
+            lines.append(json.dumps(row | {"caption": entry.report.caption, "prompt": prompt}, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    err.print(f"rows: {path}", soft_wrap=True, markup=False)
 
 
 def _image_files(sources: Sequence[str]) -> list[str]:

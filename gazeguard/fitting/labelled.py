@@ -10,6 +10,7 @@ Each line of ``captions.jsonl`` is one captioned image, a JSON object with these
 | ``image`` | yes | path of the image, relative to the folder of the file |
 | ``caption`` | yes | the caption that the model wrote |
 | ``prompt`` | no | the prompt that the caption answers |
+| ``image_id`` | no | number of the image in a public dataset; the evaluations on such datasets read it |
 | ``labels`` | no | list of ``{"start": 0, "end": 8, "kind": "object", "false": true}``: claims of this kind on these characters of the caption (``end`` exclusive) are false, or with ``false: false`` are true; ``kind`` is object, attribute or location |
 | ``objects`` | no | without ``labels``: every object in the image, in the words of the captions ("dog", "dining table"), as the ground truth of CHAIR lists them (Rohrbach et al. 2018); an object that the caption names and the list does not counts as false |
 
@@ -66,6 +67,7 @@ class LabelledCaption(BaseModel):
 
     image: str = Field(min_length=1, max_length=4096)
     caption: str = Field(min_length=1, max_length=100_000)
+    image_id: int | None = None
     prompt: str = Field(DEFAULT_PROMPT, max_length=100_000)
     labels: tuple[Label, ...] | None = None
     objects: tuple[str, ...] | None = None
