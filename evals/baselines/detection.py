@@ -1,7 +1,8 @@
 """Published signals of hallucinated objects, from the attention of all heads: higher is more likely false.
 
-Each takes the traces of captions with *all* heads recorded, and the index of each claim's first token. Those with parameters
-are fitted to captions of training drawings, as the detector is.
+The attention of a claim's first token is reduced to a few columns while its caption's trace (with *all* heads recorded) is at
+hand, since traces of all heads are large; signals with parameters are then fitted to captions of training images, as the
+detector is.
 
 svar:       minus the attention on the image, summed over the layers 5 to 18 of 32 or the like, mean over their heads
             (Jiang et al. 2025, arXiv 2411.16724)
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,63 +26,42 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
-from gazeguard.guard import GazeGuard
-from gazeguard.lab import Sample
+from gazeguard.attention.backbone import Backbone, find_backbone
+from gazeguard.lab.worlds import Sample
+from gazeguard.progress import track
 from gazeguard.trace import SEGMENTS, GazeTrace
 from gazeguard.vision.encoding import encode
+from gazeguard.vision.image_tokens import image_token_id
 from gazeguard.vision.inputs import model_inputs
 
 F64 = NDArray[np.float64]
 TOP_WEIGHTS = 20
+LAYERS = 8  # layers that internal confidence is read at, evenly spaced, the last one included
+PASS = 20  # images
 
 
-@dataclass(frozen=True)
-class RecordedClaim:
-    """One claim.
+def columns(trace: GazeTrace, token: int) -> dict[str, F64]:
+    """The columns of one claim, by signal: each (n,).
 
-    trace:        the trace of its caption with all heads recorded
-    token:        index of the first token of its noun
-    object_index: log(1 + number of objects named before)
-    repeated:     1 when the same noun was named before
+    Args:
+        trace: The trace of its caption with all heads recorded.
+        token: Index of the first token of its noun.
     """
-
-    trace: GazeTrace
-    token: int
-    object_index: float
-    repeated: float
-
-
-def _share(row: RecordedClaim, name: str) -> F64:
-    """(all heads,) attention on one of `SEGMENTS`."""
-    return row.trace.segment_mass[row.token, :, SEGMENTS.index(name)].astype(np.float64)
-
-
-def svar(rows: Sequence[RecordedClaim]) -> F64:
-    """(claims,)"""
-    layers = np.array([layer for layer, _ in rows[0].trace.heads])
+    share = {name: trace.segment_mass[token, :, i].astype(np.float64) for i, name in enumerate(SEGMENTS)}
+    layers = np.array([layer for layer, _ in trace.heads])
     depth = layers.max() + 1
     middle = (layers >= depth * 5 // 32) & (layers <= depth * 18 // 32)
-    return -np.array([_share(row, "image")[middle].sum() for row in rows])
-
-
-def preceding(rows: Sequence[RecordedClaim]) -> F64:
-    """(claims,)"""
-    first = np.array([layer == 0 for layer, _ in rows[0].trace.heads])
-    return np.array([_share(row, "generated")[first].mean() for row in rows])
-
-
-def _lookback(row: RecordedClaim) -> F64:
-    image = _share(row, "image") / row.trace.gaze.shape[-1]
-    generated = _share(row, "generated") / max(1, row.token)
-    return image / np.maximum(image + generated, 1e-12)
-
-
-def lookback(train: Sequence[RecordedClaim], false: NDArray[np.bool_], rows: Sequence[RecordedClaim]) -> F64:
-    """(claims,)"""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    model.fit(np.stack([_lookback(row) for row in train]), false)
-    return model.decision_function(np.stack([_lookback(row) for row in rows]))
+    image, generated = share["image"] / trace.gaze.shape[-1], share["generated"] / max(1, token)
+    after = min(token + 1, len(trace) - 1)
+    top = [_top_weights(trace.gaze[at].astype(np.float64)) for at in (token, after)]
+    return {
+        "svar": np.array([-share["image"][middle].sum()]),
+        "preceding": np.array([share["generated"][layers == 0].mean()]),
+        "lookback": image / np.maximum(image + generated, 1e-12),
+        "haloprobe": np.concatenate((*top, [trace.entropy[token], trace.logprobs[token]])),
+    }
 
 
 def _top_weights(gaze: F64) -> F64:
@@ -90,39 +71,61 @@ def _top_weights(gaze: F64) -> F64:
     return np.concatenate((top.mean(-1), -(share * np.log(np.maximum(share, 1e-12))).sum(-1)))
 
 
-def haloprobe(train: Sequence[RecordedClaim], false: NDArray[np.bool_], rows: Sequence[RecordedClaim]) -> F64:
-    """(claims,) log-odds."""
-
-    def inside(row: RecordedClaim) -> F64:
-        after = min(row.token + 1, len(row.trace) - 1)
-        weights = (_top_weights(row.trace.gaze[token].astype(np.float64)) for token in (row.token, after))
-        return np.concatenate((*weights, [row.trace.entropy[row.token], row.trace.logprobs[row.token]]))
-
-    def outside(row: RecordedClaim) -> list[float]:
-        return [np.log1p(row.token), row.object_index, row.repeated]
-
-    prior = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)).fit([outside(row) for row in train], false)
-    chance = prior.predict_proba([outside(row) for row in train])[np.arange(len(train)), false.astype(int)]
+def probe(train: F64, false: NDArray[np.bool_], rows: F64, weights: F64 | None = None) -> F64:
+    """(claims,) log-odds of a logistic regression that is fitted to ``train`` (training claims, n), of ``rows`` (claims, n)."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    model.fit(np.stack([inside(row) for row in train]), false, logisticregression__sample_weight=1 / chance)
-    balanced = model.decision_function(np.stack([inside(row) for row in rows]))
-    return balanced + prior.decision_function([outside(row) for row in rows])
+    return model.fit(train, false, logisticregression__sample_weight=weights).decision_function(rows)
 
 
-@torch.no_grad()
-def confidence(guard: GazeGuard, samples: Sequence[Sample], image: NDArray[np.int64], words: Sequence[str]) -> F64:
-    """(claims,): ``words[k]`` is claimed of the image of ``samples[image[k]]``. Image tokens never attend to the caption."""
-    norm, unembed = guard.tracer.recorder.backbone.norm, guard.model.get_output_embeddings()
-    pieces = [guard.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
-    scores = np.zeros(len(words))
-    for number in np.unique(image):
-        sample = samples[number]
-        batch = encode(guard.model, guard.processor, [sample.image], [sample.prompt])
-        output = guard.model(**model_inputs(guard.model, batch.inputs), output_hidden_states=True, use_cache=False)
-        patches = batch.inputs["input_ids"][0] == guard.model.config.image_token_id
-        *lower, last = (state[0, patches] for state in output.hidden_states)  # the last one is normalised already
-        layers = [unembed(state).softmax(-1).amax(0) for state in (*map(norm, lower), last)]
-        best = torch.stack(layers).amax(0)
-        for k in np.flatnonzero(image == number):
-            scores[k] = -best[pieces[k]].max().item()
-    return scores
+def haloprobe(train: F64, train_prior: F64, false: NDArray[np.bool_], rows: F64, prior: F64) -> F64:
+    """(claims,) log-odds.
+
+    train, rows:        their columns "haloprobe"
+    train_prior, prior: (claims, 3) position, number of objects before, repetition
+    """
+    odds = probe(train_prior, false, np.concatenate((train_prior, prior)))
+    chance = 1 / (1 + np.exp(np.where(false, -1, 1) * odds[: len(train)]))  # of each training claim's own label
+    return probe(train, false, rows, 1 / chance) + odds[len(train) :]
+
+
+@dataclass(frozen=True)
+class ImageConfidence:
+    """The image tokens of images, decoded at some layers.
+
+    states:     per image (layers, N, width) after the final norm
+    normalizer: per image (layers, N), log of the sum over the vocabulary
+    """
+
+    tokenizer: Any
+    backbone: Backbone
+    states: list[Tensor]
+    normalizer: list[Tensor]
+
+    @staticmethod
+    @torch.no_grad()
+    def read(model: Any, processor: Any, samples: Sequence[Sample]) -> ImageConfidence:
+        """Decode the image tokens of samples at `LAYERS` layers. Image tokens never attend to the caption."""
+        backbone, states, normalizer = find_backbone(model), [], []
+        for start in track(range(0, len(samples), PASS), "decoding image tokens"):
+            group = samples[start : start + PASS]
+            batch = encode(model, processor, [s.image for s in group], [s.prompt for s in group])
+            output = model(**model_inputs(model, batch.inputs), output_hidden_states=True, use_cache=False, logits_to_keep=1)
+            *lower, last = output.hidden_states  # the last one is normalised already
+            chosen = np.linspace(0, len(lower), LAYERS + 1).round().astype(int)[1:]
+            for row, ids in enumerate(batch.inputs["input_ids"]):
+                patches = ids == image_token_id(model)
+                normed = [last[row, patches] if i == len(lower) else backbone.norm(lower[i][row, patches]) for i in chosen]
+                states.append(torch.stack(normed))
+                normalizer.append(torch.stack([backbone.unembed(state).logsumexp(-1) for state in normed]))
+        return ImageConfidence(processor.tokenizer, backbone, states, normalizer)
+
+    @torch.no_grad()
+    def scores(self, image: NDArray[np.int64], words: Sequence[str]) -> F64:
+        """(claims, layers): minus the best probability of ``words[k]`` at any token of image ``image[k]``."""
+        found = []
+        for number, word in zip(image, words, strict=True):
+            states = self.states[number]
+            pieces = torch.tensor(self.tokenizer(f" {word}", add_special_tokens=False).input_ids, device=states.device)
+            logits = self.backbone.unembed_tokens(pieces.expand(len(states), -1), states)  # (layers, pieces, N)
+            found.append(-(logits - self.normalizer[number][:, None]).amax((1, 2)).exp().double().cpu().numpy())
+        return np.array(found)

@@ -7,14 +7,14 @@ how often each image is drawn.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES, FEW_RESAMPLES, FEW_IMAGES = 1000, 300, 100  # fewer images than the last need no finer percentiles
 
-Statistic = Callable[[NDArray[np.int64]], float]
+Statistic = Callable[[NDArray[np.int64]], Any]
 
 
 class Estimate(NamedTuple):
@@ -22,6 +22,26 @@ class Estimate(NamedTuple):
 
     value: float
     interval: tuple[float, float] | None
+
+
+def draws(count: int, seed: int = 0) -> NDArray[np.int64]:
+    """How often each of ``count`` images is drawn: (1 + resamples, count), the first row once each; one image has no resample.
+
+    Equal seeds draw equal images, so that differences of statistics on the same rows are paired.
+    """
+    resamples = 0 if count < 2 else FEW_RESAMPLES if count < FEW_IMAGES else RESAMPLES
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    return np.concatenate((np.ones((1, count), np.int64), drawn))
+
+
+def estimate(values: NDArray[np.float64]) -> Estimate:
+    """A statistic of all images and its 95 % percentile interval, from its values (1 + resamples,) on `draws`.
+
+    Resamples without a value, as of a ranking whose claims are all true, are left out.
+    """
+    known = values[1:][~np.isnan(values[1:])]
+    low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
+    return Estimate(float(values[0]), (float(low), float(high)) if len(known) else None)
 
 
 def bootstrap_images(count: int, statistic: Statistic, seed: int = 0) -> Estimate:
@@ -35,21 +55,7 @@ def bootstrap_images(count: int, statistic: Statistic, seed: int = 0) -> Estimat
     Returns:
         The statistic of all images, and its 95 % percentile interval.
     """
-    value = float(statistic(np.ones(count, np.int64)))
-    if count < 2:
-        return Estimate(value, None)
-    from scipy.stats import bootstrap
-
-    interval = bootstrap(
-        (np.arange(count),),
-        lambda images: statistic(np.bincount(images, minlength=count)),
-        vectorized=False,
-        n_resamples=FEW_RESAMPLES if count < FEW_IMAGES else RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    defined = np.isfinite(interval).all()  # a resample of one class only has no area
-    return Estimate(value, (float(interval.low), float(interval.high)) if defined else None)
+    return estimate(np.array([statistic(drawn) for drawn in draws(count, seed)], float))
 
 
 def ranking(
@@ -67,7 +73,7 @@ def ranking(
             have none.
 
     Returns:
-        The statistic; NaN where no bin has both classes.
+        The statistic; NaN where no bin has both classes. It takes several draws (..., images) at once.
     """
     bins = np.zeros(len(score), np.int64) if bins is None else bins
     count = int(image.max()) + 1 if len(image) else 0
@@ -79,14 +85,15 @@ def ranking(
             of_bad, of_good = (np.eye(count)[image[claims]] for claims in (bad, good))
             tables.append((of_bad.T @ higher @ of_good, of_bad.sum(0), of_good.sum(0)))
 
-    def area(drawn: NDArray[np.int64]) -> float:
-        areas, sizes = [], []
+    def area(drawn: NDArray[np.int64]) -> Any:
+        drawn = drawn.astype(float)  # products of floats are fast
+        total, size = np.zeros(drawn.shape[:-1]), np.zeros(drawn.shape[:-1])
         for won, bad, good in tables:
             pairs = (drawn @ bad) * (drawn @ good)
-            if pairs:
-                areas.append(drawn @ won @ drawn / pairs)
-                sizes.append(drawn @ (bad + good))
-        return float(np.average(areas, weights=sizes)) if areas else float("nan")
+            weight = np.where(pairs > 0, drawn @ (bad + good), 0.0)
+            total += weight * ((drawn @ won) * drawn).sum(-1) / np.maximum(pairs, 1)
+            size += weight
+        return np.where(size > 0, total / np.maximum(size, 1), np.nan)
 
     return area
 
