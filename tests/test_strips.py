@@ -110,6 +110,15 @@ def test_a_scene_is_told_as_the_lab_tells_one():
     assert strip.questions[0].startswith("What is ")
 
 
+@pytest.mark.parametrize("panels", [2, 3, 5])
+def test_a_page_cut_short_is_the_page_with_fewer_panels(panels):
+    """To the pixel and to the word, as if it had been drawn so."""
+    (page,) = draw_strips(1)
+    (drawn,) = draw_strips(1, panels=panels)
+    assert digest(page.shortened(panels)) == digest(drawn)
+    assert page.shortened(panels) == drawn
+
+
 # ---------------------------------------------------------------------------------------------- a user's own strips
 
 

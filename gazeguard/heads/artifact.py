@@ -120,6 +120,13 @@ class GazeHeads(BaseModel):
     strips: int = Field(description="number of strips that the heads were found with")
     panels: int = Field(description="number of panels of a strip")
     split_half: float = Field(description="share of the gaze heads that both halves of the strips agree on")
+    length_agreement: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="of the gaze heads and those that the strips cut short would choose, the share that is in both sets: the "
+        "least over the lengths; None where it was not measured",
+    )
     unusable: str = Field(default="", description="why these heads do not follow the narration; empty if they do")
     staircase: tuple[Step, ...] = Field(default=(), description="one narration, token by token")
 

@@ -2,17 +2,19 @@
 
 Two probes measure every head on the same strips, each as a (described panel x attended panel) matrix of attention mass:
 
-* ``narration``: the queries that predict the tokens about a panel, in a narration of the whole strip;
+* ``narration``: the queries that predict the nouns of a panel's description (the first token of each), in a narration of the
+  whole strip. The rows of articles, colours and "and" attend elsewhere, and their mean would depend on how long they are;
 * ``query``: the last query of a prompt that asks about one panel (Gandikota & Bau 2026, arXiv 2606.14703, section 3).
 
 Panels of unlike area are weighed to the mean area. Sinks, image tokens that get much attention whatever is described, are
-detected per head and image and left out. How heads are scored and chosen says `gazeguard.heads.scoring`.
+detected per head and image and left out. How heads are scored and chosen says `gazeguard.heads.scoring`. How far the choice
+depends on the length of the strips is measured with the same strips, cut short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,10 @@ from gazeguard.attention.backbone import Head, find_backbone
 from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.visual_keys import visual_keys
+from gazeguard.claims.parse import things
 from gazeguard.errors import InputError
 from gazeguard.heads.artifact import GazeHeads, Probe, Step, fingerprint
-from gazeguard.heads.scoring import rounded, score, settled, split_half, top_heads, unusable_reason
+from gazeguard.heads.scoring import overlap, rounded, score, settled, split_half, top_heads, unusable_reason
 from gazeguard.heads.search_state import SearchState, digest_of
 from gazeguard.heads.strips import Strip, draw_strips
 from gazeguard.progress import track
@@ -39,7 +42,9 @@ from gazeguard.vision.inputs import model_inputs
 SINK = 10.0  # an image token is a sink when it gets so many times the mean token's attention, whatever is described
 MIN_TOKENS = 2  # image tokens that a panel needs
 MIN_VISIBLE, LATTICE = 0.9, 16  # share of a panel that the processor must keep, on a lattice of so many points each way
+SHORT_STRIPS = 16  # strips that are also shown with fewer panels
 
+Offsets = NDArray[np.int64]
 Matrices = NDArray[np.float32]  # (strips, H, described, attended + 1) attention mass, that on sinks last
 
 
@@ -90,9 +95,29 @@ def find_heads(
     chosen = choose_heads(model, heads, {probe: matrices[probe] for probe in probes})
     if "narration" not in probes:
         return chosen
+    with torch.no_grad(), AttentionRecorder(model, heads) as recorder:
+        short = [
+            _ShownStrips(recorder, model, processor, grid, [strip.shortened(length) for strip in strips[:SHORT_STRIPS]])
+            for length in _shorter(panels)
+        ]
+        agreement = [overlap(chosen.heads, _heads_of(each, batch_size)) for each in short]
     with torch.no_grad(), AttentionRecorder(model, chosen.heads) as recorder:
         staircase = _staircase(_ShownStrips(recorder, model, processor, grid, strips[:1]))
-    return chosen.model_copy(update={"staircase": staircase})
+    return chosen.model_copy(
+        update={"staircase": staircase, "length_agreement": round(min(agreement), 6) if agreement else None}
+    )
+
+
+def _shorter(panels: int) -> list[int]:
+    """The numbers of panels, below this one, with which the choice of heads is made again: two, and half of them."""
+    return sorted({length for length in (2, (panels + 1) // 2) if 2 <= length < panels})
+
+
+def _heads_of(shown: _ShownStrips, batch_size: int) -> list[Head]:
+    """The heads that the narrations of these strips alone would choose."""
+    parts = [replace(shown, strips=shown.strips[i : i + batch_size]) for i in range(0, len(shown.strips), batch_size)]
+    chosen = top_heads(np.concatenate([_narrations(part) for part in parts])[..., :-1])
+    return [shown.recorder.heads[i] for i in chosen]
 
 
 def _panel_count(strips: Sequence[Strip]) -> int:
@@ -146,21 +171,46 @@ class _ShownStrips:
         columns = [[getattr(strip, name) for strip in self.strips] for name in ("image", "prompt", "narration")]
         return encode(self.model, self.processor, *columns)
 
-    def describing(self, batch: EncodedBatch) -> Tensor:
-        """(strips, panels, T) bool: the tokens of the narrations that describe each panel."""
-        longest = max(map(len, batch.offsets))
-        describing = torch.zeros(len(self.strips), len(self.strips[0].panels), longest, dtype=torch.bool)
+    def rows(self, batch: EncodedBatch, rows_of: Callable[[Strip, Offsets], NDArray[np.bool_]]) -> Tensor:
+        """(strips, panels, T) bool: what ``rows_of`` says of each strip and its tokens, padded to the longest narration."""
+        rows = torch.zeros(len(self.strips), len(self.strips[0].panels), max(map(len, batch.offsets)), dtype=torch.bool)
         for row, (strip, offsets) in enumerate(zip(self.strips, batch.offsets, strict=True)):
-            for panel, (start, end) in enumerate(strip.spans):
-                describing[row, panel, : len(offsets)] = torch.from_numpy((offsets[:, 0] < end) & (offsets[:, 1] > start))
-        return describing.to(self.model.device)
+            rows[row, :, : len(offsets)] = torch.from_numpy(rows_of(strip, offsets))
+        return rows.to(self.model.device)
+
+
+def described_rows(strip: Strip, offsets: Offsets) -> NDArray[np.bool_]:
+    """The tokens that describe each panel.
+
+    Args:
+        strip: A strip with its narration.
+        offsets: (T, 2) first and last character (exclusive) of the narration's tokens.
+
+    Returns:
+        (panels, T) bool.
+    """
+    return np.array([(offsets[:, 0] < end) & (offsets[:, 1] > start) for start, end in strip.spans])
+
+
+def noun_rows(strip: Strip, offsets: Offsets) -> NDArray[np.bool_]:
+    """The tokens with which the nouns of each panel begin; all that describe it where it has no noun that is known.
+
+    Args, Returns:
+        As `described_rows`.
+    """
+    described = described_rows(strip, offsets)
+    first = np.zeros(len(offsets), bool)
+    for phrase in things(strip.narration):
+        first[((offsets[:, 0] < phrase.head.end) & (offsets[:, 1] > phrase.head.start)).argmax()] = True
+    nouns = described & first
+    return np.where(nouns.any(-1, keepdims=True), nouns, described)
 
 
 def _narrations(shown: _ShownStrips) -> Matrices:
-    """The probe ``narration``: mean over the queries that predict the tokens about a panel."""
+    """The probe ``narration``: mean over the queries that predict the nouns of a panel."""
     batch = shown.narrated()
-    describing = shown.describing(batch).float()
-    weights = describing / describing.sum(-1, keepdim=True).clamp(min=1)
+    rows = shown.rows(batch, noun_rows).float()
+    weights = rows / rows.sum(-1, keepdim=True).clamp(min=1)
 
     def reduce(gaze: Tensor, regions: Tensor) -> Tensor:
         return panel_mass(weights[:, None] @ gaze[:, :, : weights.shape[-1]], regions)
@@ -193,7 +243,7 @@ PROBES: dict[Probe, Callable[[_ShownStrips], Matrices]] = {"narration": _narrati
 def _staircase(shown: _ShownStrips) -> tuple[Step, ...]:
     """The narration of one strip, token by token, and the mean attention mass of the recorded heads on every panel."""
     batch = shown.narrated()
-    describing = shown.describing(batch)[0]
+    describing = shown.rows(batch, described_rows)[0]
     mass = shown.measure(batch, shown.strips, lambda gaze, regions: gaze @ regions[:, None])[0].mean(1).cpu().numpy()
     return tuple(
         Step(
@@ -251,7 +301,7 @@ def panel_shares(grid: ImageGrid, strip: Strip) -> NDArray[np.float32]:
 
 
 def choose_heads(model: PreTrainedModel, heads: Sequence[Head], matrices: Mapping[Probe, Matrices]) -> GazeHeads:
-    """The heads above the gap, with the figures behind them."""
+    """The heads that stand out, with the figures behind them."""
     ranked = matrices.get("narration", matrices["query"])[..., :-1]
     chosen = sorted(top_heads(ranked))
     scores = {probe: score(matrices[probe], np.random.default_rng(0), chosen) for probe in matrices}

@@ -12,7 +12,7 @@ Every probe gives for each strip and head a matrix of (described panel x attende
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,23 +65,34 @@ def rounded(values: NDArray[np.floating[Any]]) -> tuple[float, ...]:
     return tuple(round(float(value), 6) for value in values)
 
 
-def gap(scores: NDArray[np.floating[Any]]) -> int:
-    """How many heads stand out: the position of the largest drop in the ranked scores, at most `MAX_SHARE` of them."""
+def outstanding(scores: NDArray[np.floating[Any]]) -> int:
+    """How many heads stand out: the cut of the ranked scores that leaves the most variance between its two sides.
+
+    That is Otsu's threshold (1979, IEEE Transactions on Systems, Man, and Cybernetics 9, 62-66). It weighs all scores, so that
+    noise in two neighbouring ones does not move it, as it moves the largest drop. At most `MAX_SHARE` of the heads.
+    """
     ranked = np.sort(scores)[::-1]
-    most = max(1, int(len(ranked) * MAX_SHARE))
-    return int(np.argmax(ranked[:most] - np.append(ranked, 0.0)[1 : most + 1])) + 1
+    above = np.arange(1, len(ranked))
+    sums = np.cumsum(ranked)[:-1]
+    between = (sums / above - (ranked.sum() - sums) / (len(ranked) - above)) ** 2 * above * (len(ranked) - above)
+    return int(np.argmax(between[: max(1, int(len(ranked) * MAX_SHARE))])) + 1
 
 
 def top_heads(matrices: NDArray[np.float32], k: int | None = None) -> frozenset[int]:
-    """The ``k`` heads of highest contrast, by default those above the gap; ``matrices``: (strips, H, described, attended)."""
+    """The ``k`` heads of highest contrast, by default those that stand out; ``matrices``: (strips, H, described, attended)."""
     ranking = contrast(matrices.mean(0))
-    return frozenset(np.argsort(-ranking)[: gap(ranking) if k is None else k].tolist())
+    return frozenset(np.argsort(-ranking)[: outstanding(ranking) if k is None else k].tolist())
 
 
 def split_half(matrices: NDArray[np.float32], k: int) -> float:
     """Share of the top ``k`` heads that both halves of the strips agree on."""
     halves = [top_heads(matrices[half::2], k) for half in (0, 1)]
     return len(halves[0] & halves[1]) / k
+
+
+def overlap(heads: Collection[Any], others: Collection[Any]) -> float:
+    """Of the heads that are in either set, the share that is in both."""
+    return len(set(heads) & set(others)) / max(1, len(set(heads) | set(others)))
 
 
 def settled(matrices: NDArray[np.float32], patience: int = 8) -> bool:
@@ -122,5 +133,6 @@ def unusable_reason(mean: NDArray[np.float32], k: int, all_heads: int) -> str:
         f"No usable gaze heads: the best {k} of {all_heads} heads attend most to the panel that is being described in "
         f"{rate:.0%} of the cases (chance {chance:.0%}, needed {least_rate:.0%}) and have {share:.0%} of their attention mass "
         f"on it (chance {chance:.0%}, needed {least_share:.0%}). Where this model attends cannot be read from these strips; "
-        "try strips of another style, or of your own."
+        "try strips of another style, or of your own. The words may be the cause, too: this model may be used to another "
+        'prompt, other leads ("In panel one there is") or other questions. A JSON file of strips of your own sets them.'
     )

@@ -42,6 +42,15 @@ class Strip:
     prompt: str
     questions: tuple[str, ...]
 
+    def shortened(self, panels: int) -> Strip:
+        """The same strip with its first panels alone; the others are white, as the empty slots of a page are."""
+        image = self.image.copy()
+        for x0, y0, x1, y1 in self.panels[panels:]:
+            image.paste("white", (x0, y0, x1, y1))
+        narration = self.narration[: self.spans[panels - 1][1]] + "." if self.narration else ""
+        spans, questions = self.spans[:panels], self.questions[:panels]
+        return Strip(image, self.panels[:panels], narration, spans, self.prompt, questions)
+
 
 # --------------------------------------------------------------------------------------------------- drawn strips
 
