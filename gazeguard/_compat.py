@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -61,6 +62,16 @@ def cache_argument_name() -> str:
 def cache_argument(kwargs: Mapping[str, Any]) -> Any:
     """The cache among the keyword arguments of a forward, under its new or old name; None without one."""
     return kwargs.get("cache", kwargs.get("past_key_values"))
+
+
+def with_all_positions(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a text decoder's forward with which its last layers leave out no position.
+
+    Gemma 4 drops all but so many last positions before the layers that share keys; then there are no final states of the image
+    tokens, and in a replay none of the caption's first tokens. It drops none where the positions are named by a tensor.
+    """
+    number = kwargs.get("logits_to_keep")
+    return kwargs if not isinstance(number, int) else {**kwargs, "logits_to_keep": torch.arange(-number, 0)}
 
 
 def cache_layers(cache: Any) -> list[Any]:
@@ -117,16 +128,17 @@ def names_in_forward(module: nn.Module) -> frozenset[Any]:
     return frozenset() if code is None else frozenset((*code.co_names, *code.co_consts))
 
 
-def argument_of_generate(name: str, custom_generate: Any) -> Any:
-    """An argument of the running ``generate`` that it does not hand to a decode loop of one's own; None without one.
+def arguments_of_generate(custom_generate: Any) -> dict[str, Any]:
+    """The arguments of the running ``generate`` that calls a decode loop of one's own; none where it is not running.
 
-    transformers drops ``streamer`` and ``assistant_model`` for a callable ``custom_generate``, without a word. They are read
-    off the frame of the ``generate`` that calls this loop.
+    transformers drops ``streamer`` and ``assistant_model`` for a callable ``custom_generate``, without a word, and what the
+    processor made of the images where it encodes them before the loop. They are read off the frame of ``generate``.
     """
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is code and frame.f_locals.get("custom_generate") is custom_generate:
-            return frame.f_locals.get(name)
+            own = inspect.signature(GenerationMixin.generate).parameters
+            return {name: frame.f_locals.get(name) for name in own if name not in ("self", "kwargs")} | frame.f_locals["kwargs"]
         frame = frame.f_back
-    return None
+    return {}

@@ -60,7 +60,6 @@ from gazeguard.prompts import DEFAULT_PROMPT
 from gazeguard.report import Report, Verdict
 from gazeguard.trace import GazeTrace
 from gazeguard.tracing import DraftTraces, Prepared, Prompts, Tracer
-from gazeguard.vision.batch_grids import one_image_per_row
 from gazeguard.vision.encoding import check_processor, encode
 from gazeguard.vision.grid import ImageGrid
 from gazeguard.vision.image_tokens import image_token_id
@@ -226,12 +225,10 @@ class GazeGuard:
         **model_kwargs: Any,
     ) -> Any:
         """The decode loop that ``generate(custom_generate=guard)`` runs: transformers' own, watched. Streamers are served."""
-        streamer, assistant = (_compat.argument_of_generate(name, self) for name in ("streamer", "assistant_model"))
-        in_order = self.tracer.grid is not None or one_image_per_row(model_kwargs, len(input_ids))
-        check_streamable(self.policy, streamer)
-        kind = (model.config.is_encoder_decoder, in_order, assistant is not None, streamer is not None)
-        check_loop_supported(generation_config, *kind)
-        loop = (input_ids, logits_processor, stopping_criteria, generation_config, picture_sizes, model_kwargs, streamer)
+        arguments = _compat.arguments_of_generate(self)
+        check_streamable(self.policy, arguments.get("streamer"))
+        check_loop_supported(generation_config, model.config.is_encoder_decoder, arguments)
+        loop = (input_ids, logits_processor, stopping_criteria, generation_config, picture_sizes, model_kwargs, arguments)
         output, self.reports = _watched(self, GenerateCall.from_loop(model, *loop))
         return output
 
@@ -340,8 +337,7 @@ def _watched(guard: GazeGuard, call: GenerateCall) -> tuple[Any, list[Report]]:
     traces = tracer.traces(decoded.batch, decoded.captions, prompts, decoded.passes)
     assessments = []
     for row, trace in enumerate(traces):
-        prompt = row * len(prompts.lengths) // len(traces)
-        reason = tracer.unreadable(prompts.lengths[prompt], prompts.unknown_shares[prompt], trace.token_ids)
+        reason = tracer.unreadable(prompts, row * len(prompts.lengths) // len(traces), trace.token_ids)
         assessments.append(Assessment(trace, reason) if reason else guard.judge.assess(trace))
     return call.result(decoded.output), _reports(guard, assessments, call.prompts(), decoded.cache)
 

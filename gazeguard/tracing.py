@@ -54,12 +54,14 @@ class Prompts(NamedTuple):
         grids: The image grid of each prompt.
         lengths: For each prompt the tokens, without padding, that the decoder reads before a caption.
         unknown_shares: For each prompt the share of its text tokens that the tokenizer does not know.
+        padded_right: For each prompt whether padding stands where its caption begins.
     """
 
     keys: VisualKeys
     grids: Sequence[ImageGrid]
     lengths: Sequence[int]
     unknown_shares: Sequence[float]
+    padded_right: Sequence[bool]
 
     @property
     def start(self) -> int:
@@ -140,12 +142,21 @@ class Tracer:
         check_inputs(self.model, inputs)
         keys = visual_keys(self.model, inputs, ids, mask)
         grids = image_grids(self.model, self.processor, inputs, keys.ids, keys.mask, sizes, self.grid)
-        return Prompts(keys, grids, self._lengths(keys, mask), self._unknown_shares(ids, mask))
+        return self._described(keys, grids, ids, mask)
+
+    def _described(self, keys: VisualKeys, grids: Sequence[ImageGrid], ids: Tensor, mask: Tensor | None) -> Prompts:
+        lengths, unknown = self._lengths(keys, mask), self._unknown_shares(ids, mask)
+        return Prompts(keys, grids, lengths, unknown, self._padded_right(len(ids), mask))
 
     def _lengths(self, keys: VisualKeys, mask: Tensor | None) -> list[int]:
         if self.model.config.is_encoder_decoder or mask is None or mask.ndim != 2:
             return [keys.last + 1] * len(keys.ids)
         return mask[:, : keys.last + 1].sum(1).tolist()
+
+    def _padded_right(self, prompts: int, mask: Tensor | None) -> list[bool]:
+        if self.model.config.is_encoder_decoder or mask is None or mask.ndim != 2:
+            return [False] * prompts
+        return (mask[:, -1] == 0).tolist()
 
     @contextmanager
     def record(self, prompts: Prompts, reordered: bool = False) -> Iterator[AttentionRecorder]:
@@ -219,18 +230,20 @@ class Tracer:
             traces.append(self.trace(batch, row, steps, caption.ids, text, offsets, grid, finished=caption.finished))
         return traces
 
-    def unreadable(self, length: int, unknown: float, caption: NDArray[np.int64]) -> str:
+    def unreadable(self, prompts: Prompts, number: int, caption: NDArray[np.int64]) -> str:
         """Why a caption cannot be traced; empty when it can.
 
         Args:
-            length: Number of tokens of its prompt.
-            unknown: The share of the prompt's tokens that the tokenizer does not know.
+            prompts: The batch.
+            number: Which of them it follows.
             caption: (T,) token ids.
         """
-        limit, tokens = context_length(self.model), length + len(caption)
+        limit, tokens = context_length(self.model), prompts.lengths[number] + len(caption)
+        if prompts.padded_right[number]:
+            return "the prompt is padded on the right, so that the caption continues its padding: padding_side='left'"
         if tokens > limit:
             return f"prompt and caption have {tokens} tokens, more than the model's context of {limit}"
-        shares = {"prompt": unknown, "caption": unknown_share(caption.tolist(), self._unknown_token())}
+        shares = {"prompt": prompts.unknown_shares[number], "caption": unknown_share(caption.tolist(), self._unknown_token())}
         found = next((text for text, share in shares.items() if share > MAX_UNKNOWN_SHARE), None)
         return f"the tokenizer does not know {shares[found]:.0%} of the {found}'s tokens" if found else ""
 
@@ -292,19 +305,18 @@ class Tracer:
             first, second = (self._encode(half, images, captions, prompts) for half in halves)
             return Prepared({**first.unchecked, **second.unchecked}, [*first.parts, *second.parts])
         keys = visual_keys(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
-        lengths = self._lengths(keys, batch.prompt_mask)
-        unknown = self._unknown_shares(batch.prompt_ids, batch.prompt_mask)
+        encoded = self._described(keys, (), batch.prompt_ids, batch.prompt_mask)
         unreadable = {
             i: (captions[i], reason)
-            for i, length, share, ids in zip(rows, lengths, unknown, batch.caption_ids, strict=True)
-            if (reason := self.unreadable(length, share, ids))
+            for number, (i, ids) in enumerate(zip(rows, batch.caption_ids, strict=True))
+            if (reason := self.unreadable(encoded, number, ids))
         }
         if unreadable:
             rest = self._encode([i for i in rows if i not in unreadable], images, captions, prompts)
             return Prepared({**unreadable, **rest.unchecked}, rest.parts)
         sizes = [[images[i].size] for i in rows]
         grids = image_grids(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.grid)
-        return Prepared({}, [ReplayPart(rows, texts, batch, Prompts(keys, grids, lengths, unknown))])
+        return Prepared({}, [ReplayPart(rows, texts, batch, encoded._replace(grids=grids))])
 
     @torch.no_grad()
     def replay(self, part: ReplayPart, use_cache: bool = False) -> tuple[list[GazeTrace], Cache | None]:

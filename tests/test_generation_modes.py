@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from families import CACHE, IMAGE, Family, family, gemma3, llava_mistral
+from families.kernels import flash_by_hand, flash_on_cpu, flex_on_cpu, use_kernel
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CompileConfig,
@@ -24,12 +24,8 @@ from transformers import (
     LogitsProcessorList,
     StaticCache,
     cache_utils,
-    masking_utils,
 )
-from transformers.integrations import flex_attention as flex
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 from gazeguard.attention.attribution import token_statistics, top_k_statistics
 from gazeguard.attention.backbone import find_backbone
@@ -225,69 +221,25 @@ def test_a_continued_cache_is_recorded_from_where_it_goes_on(name):
         *((name, "flex_attention") for name in ("Idefics3", "LLaVA", "PaliGemma", "AyaVision")),  # all that have it
     ],
 )
-def test_other_kernels_are_recorded(name, kernel, monkeypatch):
-    """Eager attention says itself what it did; flex attention is read through its mask function.
-
-    Flex runs uncompiled: torch 2.13 cannot compile it for every size on a CPU.
-    """
-    monkeypatch.setattr(
-        flex, "compile_friendly_flex_attention", lambda *args, training, **how: flex.flex_attention(*args, **how)
-    )
-    monkeypatch.setattr(masking_utils, "create_block_mask", plain_block_mask)
+def test_other_kernels_are_recorded(name, kernel):
+    """Eager attention says itself what it did; flex attention is read through its mask function."""
     kind = family(name)
     twin = copy.deepcopy(kind.model)
     twin.set_attn_implementation({"text_config": kernel})
     other = Family(kind.name, twin, kind.image_tokens, kind.image_inputs, kind.types)
-    written, rows, _ = live(other, other.batch())
+    with flex_on_cpu():
+        written, rows, _ = live(other, other.batch())
     assert_captured(kind, written, rows, [0, 1, 2])
     assert not any(
         "gazeguard" in str(module.config._attn_implementation) for module in twin.modules() if hasattr(module, "config")
     )
 
 
-def plain_block_mask(*args: Any, _compile: bool = False, **options: Any) -> Any:
-    return create_block_mask(*args, **options)
-
-
-def flash_by_hand(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """What flash attention computes: each row without its padding, causal from the right, window, soft cap, sinks."""
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    made = torch.zeros_like(query)
-    for row in range(len(query)):
-        real = slice(None) if attention_mask is None else attention_mask[row].nonzero()[:, 0]
-        k, v = key[row][:, real], value[row][:, real]
-        steps = min(query.shape[2], k.shape[1])
-        scores = query[row][:, -steps:] @ k.transpose(1, 2) * (scaling or query.shape[-1] ** -0.5)
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        distance = torch.arange(k.shape[1] - steps, k.shape[1])[:, None] - torch.arange(k.shape[1])
-        closed = (distance < 0) | (distance >= (sliding_window or 10**9))
-        scores = scores.masked_fill(closed, float("-inf"))
-        if s_aux is not None:
-            scores = torch.cat((scores, s_aux[:, None, None].expand(-1, steps, 1)), dim=-1)
-        made[row][:, -steps:] = scores.softmax(-1)[..., : k.shape[1]] @ v
-    return made.transpose(1, 2).contiguous(), None
-
-
 @pytest.fixture
 def flash() -> Iterator[str]:
     """Flash attention on a CPU: transformers' own masks for it, and the arithmetic by hand."""
-    name = "flash_by_hand"
-    AttentionInterface.register(name, flash_by_hand)
-    AttentionMaskInterface.register(name, masking_utils.flash_attention_mask)
-    yield name
-    AttentionInterface._global_mapping.pop(name)
-    AttentionMaskInterface._global_mapping.pop(name)
+    with flash_on_cpu() as name:
+        yield name
 
 
 @pytest.mark.parametrize("make", [*(functools.partial(family, name) for name in NAMES), lambda: llava_mistral(12)])
@@ -296,9 +248,7 @@ def test_flash_attention_is_recorded(make, beams, flash):
     """Its masks hold the padding alone and its windows are options; full layers and sliding ones are read right."""
     kind = make()
     twin = copy.deepcopy(kind.model)
-    for module in find_backbone(twin).attention.values():
-        module.config._attn_implementation_internal = flash
-    twin.config.get_text_config()._attn_implementation_internal = flash
+    use_kernel(twin, flash)
     other = Family(kind.name, twin, kind.image_tokens, kind.image_inputs, kind.types)
     written, rows, _ = live(other, other.batch(), num_beams=beams)
     assert_captured(kind, written, rows, [0, 1, 2])

@@ -47,16 +47,6 @@ def test_mark_writes_what_plain_generate_writes(guard, how):
     assert len(guard.reports) == len(plain)
 
 
-def test_a_loop_that_gets_images_in_another_order_refuses(guard):
-    """For two beams generate makes g0 g0 g1 g1 of a row's grids g0 g1, where g0 g1 g0 g1 would be right."""
-    inputs = batch_of(guard, SAMPLES[:1], num_beams=2)
-    made = guard.model.generate(**inputs, custom_generate=guard)
-    assert torch.equal(made, guard.generate(**inputs))
-    config = guard.model._prepare_generation_config(None, num_beams=2)[0]
-    with pytest.raises(UnsupportedError, match=r"in another order .* Call guard\.generate with the same arguments"):
-        guard(guard.model, inputs["input_ids"], [], [], config, image_grid_thw=torch.ones(2, 3))
-
-
 def test_three_ways_in_are_one(guard):
     """generate, watch and custom_generate give the same ids and traces."""
     inputs = batch_of(guard)

@@ -83,7 +83,9 @@ class PassTracker:
         end = past + length
         if cache is None and end <= self.seen:
             raise UnsupportedError("The model ran twice in one recording. Call begin() before each run.")
-        self.seen, self.current = end, ForwardPass(past, max(0, end - max(past, self.first)))
+        # Without a cache a pass brings all positions again, perhaps in other rows: those of earlier steps were captured then.
+        new = max(past, self.first, self.seen if cache is None else 0)
+        self.seen, self.current = end, ForwardPass(past, max(0, end - new))
         return times
 
     def _begin(self, cache: Any, times: int) -> None:

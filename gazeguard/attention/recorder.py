@@ -151,9 +151,11 @@ class AttentionRecorder:
         return result if recording is None else recording.on_attention(call, value, result)
 
     @torch.compiler.disable
-    def _on_pass_start(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (recording := self._active()) is not None:
-            recording.on_pass_start(args, kwargs)
+    def _on_pass_start(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (recording := self._active()) is None:
+            return None
+        recording.on_pass_start(args, kwargs)
+        return args, _compat.with_all_positions(kwargs)
 
     @torch.compiler.disable
     def _on_head_output(self, number: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:

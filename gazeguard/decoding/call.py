@@ -116,6 +116,8 @@ class GenerateCall:
         """
         arguments = dict(arguments)
         sizes = arguments.pop("picture_sizes", None)
+        if inputs is not None and (name := _first_argument(model)) != "inputs":  # pixel_values, in models of BLIP's kind
+            arguments[name], inputs = inputs, None
         if isinstance(arguments.get("custom_generate"), str):
             raise UnsupportedError(
                 "GazeGuard runs no code from the hub: custom_generate is the name of a repository. Pass a function of yours."
@@ -142,9 +144,14 @@ class GenerateCall:
         config: GenerationConfig,
         sizes: ImageSizes | None,
         model_kwargs: Mapping[str, Any],
-        streamer: Any,
+        arguments: Mapping[str, Any],
     ) -> GenerateCall:
-        """Of what transformers hands to a ``custom_generate``; it has given the prompt to the streamer already."""
+        """Of what transformers hands to a ``custom_generate``; it has given the prompt to the streamer already.
+
+        Prompts and images are described by the arguments of ``generate``, if they are known: each prompt is there once, and
+        in the order of its images, and what was made of these is there even where they have been encoded already.
+        """
+        streamer = arguments.get("streamer")
         returns_dict, config.return_dict_in_generate = bool(config.return_dict_in_generate), True
 
         def run(more: Sequence[LogitsProcessor], loop: RewindLoop | None) -> Any:
@@ -161,8 +168,10 @@ class GenerateCall:
                 **model_kwargs,
             )
 
-        mask = model_kwargs.get("attention_mask")
-        return cls(run, ids, mask, model_kwargs, config, returns_dict, check_image_sizes(sizes, len(ids)))
+        known = next((value for value in map(arguments.get, ("inputs", "input_ids")) if value is not None), None)
+        inputs, prompts = (model_kwargs, ids) if known is None else (arguments, known)
+        image_sizes = check_image_sizes(sizes, len(prompts))
+        return cls(run, prompts, inputs.get("attention_mask"), inputs, config, returns_dict, image_sizes)
 
     @property
     def beams(self) -> int:
@@ -205,7 +214,13 @@ def _generate(
                 "policy without rewind."
             )
         options["custom_generate"], loop.streamer = loop, options.pop("streamer", None)
-    return type(model).generate(model, inputs, **options)  # of the class: the instance's may be wrapped by a watch
+    first = () if inputs is None else (inputs,)  # another class may call its first argument otherwise
+    return type(model).generate(model, *first, **options)  # of the class: the instance's may be wrapped by a watch
+
+
+def _first_argument(model: PreTrainedModel) -> str:
+    """The name of the first argument of a model's ``generate``."""
+    return list(inspect.signature(type(model).generate).parameters)[1]
 
 
 def end_tokens(config: GenerationConfig) -> set[int]:
@@ -242,29 +257,20 @@ def check_streamable(policy: Policy, streamer: Any) -> None:
         )
 
 
-def check_loop_supported(
-    config: GenerationConfig, encoder_decoder: bool, images_in_order: bool, assisted: bool, streams: bool
-) -> None:
+def check_loop_supported(config: GenerationConfig, encoder_decoder: bool, arguments: Mapping[str, Any]) -> None:
     """Raise `UnsupportedError` for what a guard cannot do as ``custom_generate``, where its own ``generate`` can.
 
     Args:
         config: The configuration that is in force.
         encoder_decoder: Whether the model is one.
-        images_in_order: Whether it is known which images belong to which row, also where a prompt is there several times.
-        assisted: Whether there is an assistant model.
-        streams: Whether there is a streamer.
+        arguments: Of the running ``generate``.
     """
-    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+    assisted = arguments.get("assistant_model") is not None
     refusals = (
         (assisted or config.prompt_lookup_num_tokens or config.is_assistant, "cannot speculate"),
         (encoder_decoder, "gets no prompt from an encoder-decoder"),
-        (
-            copies > 1 and not images_in_order,
-            "gets the images of a prompt in another order when several captions or beams are generated for it, and some "
-            "prompt has not just one",
-        ),
     )
     if reason := next((reason for applies, reason in refusals if applies), None):
         raise UnsupportedError(f"custom_generate=guard {reason}. Call guard.generate with the same arguments.")
-    if streams and (config.num_beams or 1) > 1:
+    if arguments.get("streamer") is not None and (config.num_beams or 1) > 1:
         raise UnsupportedError("custom_generate=guard cannot stream beams. Use num_beams=1, or leave the streamer out.")

@@ -38,11 +38,6 @@ Size = tuple[int, int]  # width, height in pixels
 BatchSizes = Sequence[Sequence[Size]]  # of the images of every row
 
 
-def one_image_per_row(inputs: Mapping[str, Any], rows: int) -> bool:
-    """Whether all that a processor reported of images, videos and their parts is one entry for each of the ``rows``."""
-    return all(len(inputs[name]) == rows for name in OF_THE_BATCH if inputs.get(name) is not None)
-
-
 def check_image_sizes(sizes: Any, prompts: int) -> list[list[Size]] | None:
     """The image sizes of every prompt, repeated where there are several prompts for each.
 

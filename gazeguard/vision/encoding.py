@@ -114,7 +114,7 @@ def check_processor(processor: Any) -> None:
         )
 
 
-def check_output(processor: Any, output: Any, rows: int) -> None:
+def check_output(processor: Any, output: Any, rows: int, padding_side: str) -> None:
     """Raise `InputError` for what no model could read as the batch of ``rows`` prompts, and say what is missing."""
     name = type(processor).__name__
     if not isinstance(output, Mapping):
@@ -127,6 +127,11 @@ def check_output(processor: Any, output: Any, rows: int) -> None:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             given = f"no {part}" if value is None else f"{part} of {shape}"
             raise InputError(f"The output of {name} has {given}; expected a tensor of shape ({rows}, tokens) under {part!r}.")
+    if padding_side == "left" and not output["attention_mask"][:, -1].all():
+        raise InputError(
+            f"The output of {name} is padded on the right, so that captions would continue the padding; expected padding on "
+            "the side that the call asks for, padding_side='left'."
+        )
 
 
 def check_prompt(processor: ProcessorMixin, prompt: Any) -> None:
@@ -165,9 +170,10 @@ def encode(
     for prompt in dict.fromkeys(prompts):
         check_prompt(processor, prompt)
     encoder_decoder = model.config.is_encoder_decoder
+    padding_side = "right" if encoder_decoder else "left"
     with TOKENIZER_LOCK:
-        output = _processed(processor, images, prompts, "right" if encoder_decoder else "left")
-    check_output(processor, output, len(prompts))
+        output = _processed(processor, images, prompts, padding_side)
+    check_output(processor, output, len(prompts), padding_side)
     check_inputs(model, output)
     length, limit = int(output["attention_mask"].sum(1).max()), context_length(model)
     if not captions and not encoder_decoder and length > limit:
