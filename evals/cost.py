@@ -1,6 +1,7 @@
-"""Overhead of guarded generation: its time over plain SDPA generate on the lab's VLM, both interleaved in one process.
+"""Overhead of guarded generation: its time over plain SDPA generate, both interleaved in one process.
 
-``aa_baseline`` is plain over plain: the noise floor of the machine. Every pair generates the same tokens.
+``aa_baseline`` is plain over plain: the noise floor of the machine. Every pair generates the same tokens; with ``rewind``,
+which writes other captions, both write captions of the same images to their end.
 ``replay``: checking 16 captions in one batch, images to reports, over generating them with the same model, in one batch and
 (``replay_of_one``, per caption) one by one; ``prefill`` is one bare forward pass over the same rows, the least that a replay
 can take.
@@ -12,19 +13,22 @@ import torch
 import typer
 from torch import Tensor
 
-from evals.common import Figure, Out, Quick, write
+from evals.common import Artifacts, Figure, Lab, Model, Out, Quick, with_issue_keys, write
+from evals.subject import Chosen, Subject, subject
 from evals.timing import time_ratio
-from gazeguard import lab
 from gazeguard.guard import GazeGuard
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.inputs import model_inputs
 
 SEED = 300
+POLICIES = ("mark", "rerank", "rewind")
+NEW_TOKENS = 64
+PAIRS, PAIRS_QUICK = 60, 4  # of batch 1; half as many of batch 8
 
 
-def replay_figures(guard: GazeGuard, pairs: int) -> dict[str, Figure]:
+def replay_figures(measured: Subject, guard: GazeGuard, pairs: int) -> dict[str, Figure]:
     """The time of checking captions that exist already."""
-    samples = lab.samples("test", 16, SEED)
+    samples = measured.world.samples("test", 16, SEED)
     images, prompts = [s.image for s in samples], [s.prompt for s in samples]
 
     def generate(some: slice = slice(None)) -> Tensor:
@@ -53,30 +57,39 @@ def replay_figures(guard: GazeGuard, pairs: int) -> dict[str, Figure]:
     }
 
 
-def main(out: Out, quick: Quick = False) -> None:
+def main(out: Out, quick: Quick = False, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts = None) -> None:
     """Measure the overhead of each policy."""
-    model, processor = lab.load()
-    guards = {policy: GazeGuard(model, processor, policy=policy) for policy in ("mark", "rerank")}
+    measured = subject(Chosen(lab, model, artifacts))
+    guards = {policy: measured.guard(policy) for policy in POLICIES}
     figures: dict[str, Figure] = {}
     for batch_size in (1, 8):
-        samples = lab.samples("test", batch_size, SEED)
-        batch = encode(model, processor, [s.image for s in samples], [s.prompt for s in samples])
-        options = {**batch.inputs, "max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+        samples = measured.world.samples("test", batch_size, SEED)
+        batch = encode(measured.model, measured.processor, [s.image for s in samples], [s.prompt for s in samples])
+        captions = {**batch.inputs, "max_new_tokens": 100, "do_sample": False}
+        equal = {**batch.inputs, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+        pairs = (PAIRS_QUICK if quick else PAIRS) // (1 if batch_size == 1 else 2)
+        for name in ("aa_baseline", *POLICIES):
+            options = captions if name == "rewind" else equal
 
-        def plain(options: dict = options) -> object:
-            return model.generate(**options)
+            def plain(options: dict = options) -> object:
+                return measured.model.generate(**options)
 
-        runs = {"aa_baseline": plain} | {
-            name: lambda guard=guard, options=options: guard.generate(**options) for name, guard in guards.items()
-        }
-        for run in runs.values():
+            def run(name: str = name, options: dict = options) -> object:
+                return guards[name].generate(**options) if name in guards else measured.model.generate(**options)
+
             run()
-        for name, run in runs.items():
-            figures[f"time_ratio_{name}_batch_{batch_size}"] = time_ratio(
-                plain, run, (8 if quick else 60) // (1 if batch_size == 1 else 2)
-            )
-    figures |= replay_figures(guards["mark"], 4 if quick else 20)
-    write(out, figures, quick, seed=SEED, new_tokens=64)
+            figures[f"time_ratio_{name}_batch_{batch_size}"] = time_ratio(plain, run, pairs)
+    figures |= replay_figures(measured, guards["mark"], 4 if quick else 20)
+    keys = {f"{measured.chosen.prefix}{name}_time_ratio": f"time_ratio_{name}_batch_8" for name in POLICIES}
+    write(
+        out,
+        with_issue_keys(figures, keys),
+        quick,
+        checkpoint=measured.folder,
+        seed=SEED,
+        new_tokens=NEW_TOKENS,
+        **measured.meta(),
+    )
 
 
 if __name__ == "__main__":
