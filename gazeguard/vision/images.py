@@ -22,7 +22,9 @@ NAMELESS = "the given image"  # what a message calls bytes or a PIL image
 OPEN_LOCK = threading.Lock()  # warnings.catch_warnings changes what all threads see
 
 
-def load_image(source: str | Path | bytes | Image.Image, background: str = BACKGROUND) -> Image.Image:
+def load_image(
+    source: str | Path | bytes | Image.Image, background: str = BACKGROUND, most_pixels: int | None = None
+) -> Image.Image:
     """Load an image, upright and in RGB.
 
     Of an animation it is the first frame; sixteen bits become eight; what is transparent lies on a background, so that colours
@@ -31,6 +33,7 @@ def load_image(source: str | Path | bytes | Image.Image, background: str = BACKG
     Args:
         source: The path of a file of one of `FORMATS`, its content, or a PIL image.
         background: A colour as Pillow names it (``"white"``, ``"#808080"``), on which transparent images are composed.
+        most_pixels: A limit below that of Pillow, which is `Image.MAX_IMAGE_PIXELS`.
 
     Raises:
         InputError: The source is none of these, or is damaged or too large; or the background is no colour.
@@ -39,13 +42,14 @@ def load_image(source: str | Path | bytes | Image.Image, background: str = BACKG
     if not isinstance(source, (str, Path, bytes, Image.Image)):
         raise InputError(f"Expected one image (a path, bytes or a PIL image), not {type(source).__name__}.")
     name = str(source) if isinstance(source, (str, Path)) else NAMELESS
+    limit = min(most_pixels or math.inf, Image.MAX_IMAGE_PIXELS or math.inf)
     try:
         if isinstance(source, Image.Image):
-            return _upright_rgb(source, name, colour)
+            return _upright_rgb(source, name, colour, limit)
         if not isinstance(source, bytes):
             _check_file(Path(source), name)
         with _opened(source) as image:
-            return _upright_rgb(image, name, colour)
+            return _upright_rgb(image, name, colour, limit)
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not an image that Pillow can read. Give a PNG, JPEG or WebP file.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -85,10 +89,10 @@ def _opened(source: str | Path | bytes) -> Image.Image:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
-def _upright_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, background: tuple[int, int, int], most_pixels: float) -> Image.Image:
     if not (image.width and image.height):
         raise InputError(f"{name} is {image.width} x {image.height} pixels: there is nothing in it. Leave it out.")
-    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # a PIL image may be of a file not unpacked yet
+    if image.width * image.height > most_pixels:  # a PIL image may be of a file not unpacked yet
         size = f"{image.width} x {image.height}"
         raise InputError(f"{name} has more pixels than is safe to unpack ({size}). Make it smaller first.")
     if image.mode in ("I", "F"):

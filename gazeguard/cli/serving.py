@@ -1,0 +1,69 @@
+"""Command that serves a guarded model: serve."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from gazeguard.cli.app import Outcome, app, command
+from gazeguard.cli.console import STOPPED, next_step, note
+from gazeguard.cli.options import BatchOption, GuardOptions
+from gazeguard.errors import InputError
+
+KEY = "GAZEGUARD_API_KEY"  # the environment variable, so that the key stands in no list of processes
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LIMITS, MIB = "Limits", 2**20
+
+
+@command(app, panel="Serve")
+def serve(
+    guarded: GuardOptions,
+    host: Annotated[
+        str, typer.Option("--host", help="Address of the server; 0.0.0.0 for all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of the server.")] = 8000,
+    batch_size: BatchOption = 8,
+    queue: Annotated[int, typer.Option(min=64, help="Captions that may wait; more get 429.", rich_help_panel=LIMITS)] = 256,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to read a request, and to answer it.", rich_help_panel=LIMITS)
+    ] = 60.0,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in MiB.", rich_help_panel=LIMITS)] = 32,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Largest image, in pixels.", rich_help_panel=LIMITS)] = 32_000_000,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest caption that may be asked for, in tokens.", rich_help_panel=LIMITS)
+    ] = 1024,
+) -> Outcome:
+    """Serve a guarded model over HTTP, in the forms of OpenAI's and LiteLLM's interfaces.
+
+    Routes: /v1/check, /v1/chat/completions, LiteLLM's Generic Guardrail, /healthz, /metrics, /docs. Requests need the key
+    of the environment variable GAZEGUARD_API_KEY if it is set. SIGTERM and Ctrl-C finish what waits, and end.
+    """
+    try:
+        import uvicorn
+
+        from gazeguard.serving.app import create_app
+        from gazeguard.serving.limits import Limits
+    except ImportError as error:
+        raise InputError(
+            f"gazeguard serve needs {error.name}, which is not installed. Install it: pip install 'gazeguard-vlm[serve]'"
+        ) from error
+    key = os.environ.get(KEY) or None
+    if key is None and host not in LOOPBACK:
+        note(f"anybody who reaches {host} may use the server: {KEY} is not set.")
+    limits = Limits(max_body * MIB, max_pixels, timeout, queue, batch_size, max_new_tokens)
+    application = create_app(guarded.guard(), guarded.model or "lab", limits, key)
+    next_step(f"http://{host}:{port}/docs has the requests; curl http://{host}:{port}/healthz says when it is ready.")
+    try:
+        uvicorn.run(
+            application,
+            host=host,
+            port=port,
+            log_level="warning",
+            limit_concurrency=2 * queue,
+            timeout_graceful_shutdown=int(timeout) + 1,
+        )
+    except KeyboardInterrupt:
+        return Outcome("the same command starts the server again.", STOPPED + 2)
+    return Outcome("the same command starts the server again.")
