@@ -57,6 +57,7 @@ from gazeguard.judge import Assessment, Judge, PrefixJudge
 from gazeguard.loading import load
 from gazeguard.policy import Policy, policy_names
 from gazeguard.prompts import DEFAULT_PROMPT
+from gazeguard.replay.comparison import Comparison
 from gazeguard.report import Report, Verdict
 from gazeguard.trace import GazeTrace
 from gazeguard.tracing import DraftTraces, Prepared, Prompts, Tracer
@@ -128,7 +129,7 @@ class GazeGuard:
         self.verification = SelfVerification.for_model(model, processor) if rules.verify is not None else None
         lens = judging is None or judging.uses("attended_logprob", "internal_confidence")
         self.tracer = Tracer(model, processor, gaze_heads, grid, lens, background=background)
-        self.judge = Judge(judging, rules, gaze_heads.model, nlp, frozenset(nouns))
+        self.judge = Judge(judging, rules, gaze_heads.model, nlp, frozenset(nouns), _model_name(model))
         self.reports: list[Report] = []
 
     @classmethod
@@ -239,6 +240,10 @@ class GazeGuard:
         self.generate(**inputs, **{"max_new_tokens": 256, "picture_sizes": [[loaded.size]], **arguments})
         return self.reports[0]
 
+    def compare(self, policies: Iterable[Any], image: Any, prompt: str = DEFAULT_PROMPT, **arguments: Any) -> Comparison:
+        """`caption` the same image under each of several policies, with the same heads and detector."""
+        return _compare(self, policies, load_image(image, self.tracer.background), prompt, arguments)
+
     # ----------------------------------------------------------------------------------------------------- steering
 
     @contextmanager
@@ -266,14 +271,8 @@ class GazeGuard:
         The gaze heads are steered to the regions of the image that they attended to least while objects were named, and the
         model answers `prompt` once for each, in one batch.
 
-        Args:
-            image: The image.
-            report: On the caption, which stays as it is.
-            regions: How many regions.
-            prompt: What the model answers.
-
         Returns:
-            Reports on the answers that pass and name what was not named before.
+            Reports on the answers that pass and name what was not named before. `report`, on the image's caption, stays.
 
         Raises:
             InputError: The report has no trace of a caption that names objects.
@@ -435,6 +434,17 @@ def _decode_with_rewind(guard: GazeGuard, call: GenerateCall, prompts: Prompts) 
     return _Decoded(output, captions, batch, passes, loop.cache)
 
 
+def _compare(
+    guard: GazeGuard, policies: Iterable[Any], image: Image.Image, prompt: str, arguments: Mapping[str, Any]
+) -> Comparison:
+    """`GazeGuard.compare`."""
+    judge, tracer = guard.judge, guard.tracer
+    shared: dict[str, Any] = {"heads": guard.heads, "detector": guard.detector, "grid": tracer.grid, "nlp": judge.nlp}
+    shared |= {"nouns": judge.nouns, "background": tracer.background}
+    guards = [GazeGuard(guard.model, guard.processor, policy, **shared) for policy in policies]
+    return Comparison(image, tuple(each.caption(image, prompt, **arguments) for each in guards))
+
+
 def _missed_objects(guard: GazeGuard, image: Image.Image, report: Report, regions: int, prompt: str) -> list[Report]:
     """`GazeGuard.find_missed_objects`."""
     if report.trace is None or not report.findings:
@@ -477,6 +487,12 @@ def _check_kinds(model: Any, processor: Any) -> None:
         )
     image_token_id(model)
     check_processor(processor)
+
+
+def _model_name(model: PreTrainedModel) -> str:
+    """The hub id of a model; of one from a folder its class and the folder's own name, without the path."""
+    name, kind = str(model.name_or_path or ""), type(model).__name__
+    return f"{kind} from {Path(name).resolve().name}" if name and Path(name).exists() else name or kind
 
 
 def _as_policy(policy: Any) -> Policy:

@@ -77,6 +77,7 @@ class Judge:
         model: Fingerprint of the model whose traces are judged, for the reports.
         nlp: A spaCy pipeline for the parser of captions; by default the package's own tagger.
         nouns: Nouns that are objects although the parser takes them for abstract ("radiation").
+        model_name: What the model is called, for the reports.
     """
 
     detector: Detector | None
@@ -84,6 +85,7 @@ class Judge:
     model: str
     nlp: Parser | None = None
     nouns: frozenset[str] = frozenset()
+    model_name: str = ""
 
     @property
     def fitted(self) -> Detector:
@@ -283,7 +285,8 @@ class Judge:
         trace: GazeTrace | None,
         filtered: str,
     ) -> Report:
-        return Report(caption, verdict, reason, findings, self.policy.name, self.model, __version__, trace, filtered)
+        report = Report(caption, verdict, reason, findings, self.policy.name, self.model, __version__, trace, filtered)
+        return replace(report, model_name=self.model_name)
 
 
 @dataclass(eq=False)

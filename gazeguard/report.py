@@ -115,12 +115,13 @@ class Report:
         reason: Why, for flag and unchecked; empty for pass.
         findings: One for each judged claim, in the order of the caption.
         policy: Name of the policy that turned risks into the verdict.
-        model: The watched model.
+        model: The fingerprint of the watched model.
         version: Of GazeGuard.
         trace: The gaze behind the caption; None when none was recorded.
         filtered_caption: What the policy lets through: the caption itself; or the caption without its flagged phrases; or,
             where the policy abstains, "" for whatever did not pass.
         not_judged: Kinds of claims that the caption makes and that nothing judged; the verdict says nothing about them.
+        model_name: What the watched model is called: its hub id, or its class and folder; "" where that is not known.
 
     Raises:
         InputError: The trace belongs to another text.
@@ -136,6 +137,7 @@ class Report:
     trace: GazeTrace | None = None
     filtered_caption: str = ""
     not_judged: tuple[str, ...] = ()
+    model_name: str = ""
 
     def __post_init__(self) -> None:
         if self.trace is not None and self.trace.text != self.caption:
@@ -208,7 +210,14 @@ class Report:
         return [*pieces, (text[done:], False)]
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: verdict, reason, the caption with its marks, and each flagged phrase. Static and small."""
+        return self.notebook_html()
+
+    def notebook_html(self, title: str = "") -> str:
+        """Return what a notebook shows: verdict, reason, the caption with its marks, flagged phrases. Static and small.
+
+        Args:
+            title: What stands above it, such as the name of the policy.
+        """
 
         def escaped(value: str) -> str:
             return html.escape(safe_text(value))
@@ -220,9 +229,13 @@ class Report:
         rows = "".join(
             f"<li>{escaped(str(f.claim))}: risk {f.risk:.2f}; {escaped('; '.join(f.reasons))}</li>" for f in self.flagged
         )
+        heading = f"<div><small>{escaped(title)}</small></div>" if title else ""
+        filtered = f"<p>filtered caption: {escaped(self.filtered_caption) or 'nothing'}</p>"
         return (
-            f'<div style="max-width:45rem"><b>{self.verdict}</b>{escaped(self.reason and f" · {self.reason}")}'
-            f'<p dir="auto" style="white-space:pre-wrap;font-size:1.15em">{caption}</p><ul>{rows}</ul></div>'
+            f'<div style="flex:1 1 15rem;max-width:45rem">{heading}'
+            f"<b>{self.verdict}</b>{escaped(self.reason and f' · {self.reason}')}"
+            f'<p dir="auto" style="white-space:pre-wrap;font-size:1.15em">{caption}</p><ul>{rows}</ul>'
+            f"{filtered if self.filtered_caption != self.caption else ''}</div>"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -236,6 +249,7 @@ class Report:
             "not_judged": list(self.not_judged),
             "policy": self.policy,
             "model": self.model,
+            "model_name": self.model_name,
             "version": self.version,
         }
 
@@ -334,7 +348,8 @@ class _SavedReport(BaseModel):
     model: str
     version: str
     filtered_caption: str
-    not_judged: tuple[str, ...] = ()  # reports of 0.1 lack it
+    not_judged: tuple[str, ...] = ()  # reports of 0.1 lack it, and the next
+    model_name: str = ""
     trace: bool
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+from gazeguard.claims.phrases import Span
 from gazeguard.replay.page import Entry, page
-from gazeguard.report import Report, Verdict
+from gazeguard.report import Finding, Report, Verdict
 from gazeguard.vision.grid import ImageGrid
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -72,7 +75,8 @@ class Replay:
 
     @property
     def listed(self) -> list[str]:
-        return self.texts("#list b")
+        """The titles of the captions in the list."""
+        return [text.removeprefix(" · ") for text in self.texts("#list small span:last-child")]
 
     @property
     def nodes(self) -> int:
@@ -227,14 +231,14 @@ def test_a_link_opens_its_word_with_all_that_is_known(show: Callable[..., Replay
 
 def test_keys_step_through_words_and_captions(show: Callable[..., Replay]) -> None:
     replay = show(some())
-    assert (replay.text("#title"), replay.word) == ("caption 0", ["A"])
-    replay.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert (replay.text("#title"), replay.word) == ("caption 0", ["a"])  # the first flag
+    replay.keys(Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert replay.word == ["ball"]
     assert replay.js("return location.hash") == "#entry=1&word=3"
     replay.keys(Keys.ARROW_LEFT)
     assert replay.word == ["red"]
     replay.keys(Keys.END, Keys.ARROW_RIGHT)
-    assert replay.word == ["."]
+    assert replay.word == ["moon"]
     replay.keys(Keys.HOME, Keys.ARROW_LEFT)
     assert replay.word == ["A"]
     replay.keys(Keys.ARROW_DOWN)
@@ -245,7 +249,7 @@ def test_keys_step_through_words_and_captions(show: Callable[..., Replay]) -> No
     assert replay.text("#title") == "caption 4"
     replay.keys(*[Keys.ARROW_UP] * 9)
     assert replay.text("#title") == "caption 0"
-    replay.keys("f")
+    replay.keys(Keys.HOME, "f")
     assert replay.word == ["a"]
     assert replay.text("#phrase") == "a blue moon · object"
     replay.keys("f")
@@ -255,7 +259,7 @@ def test_keys_step_through_words_and_captions(show: Callable[..., Replay]) -> No
 
 
 def test_space_plays_and_stops(show: Callable[..., Replay]) -> None:
-    replay = show(some())
+    replay = show(some(), "#entry=1&word=1")
     replay.keys(Keys.SPACE)
     assert replay.text("#play") == "Pause"
     assert replay.js("return [...timers.values()].map(({ milliseconds }) => milliseconds)") == [480]
@@ -265,11 +269,11 @@ def test_space_plays_and_stops(show: Callable[..., Replay]) -> None:
     assert (replay.text("#play"), replay.word, replay.js("return timers.size")) == ("Play", ["red"], 0)
     replay.keys(Keys.SPACE)
     replay.js("for (let step = 0; step < 20; step++) tick()")
-    assert (replay.text("#play"), replay.word, replay.js("return timers.size")) == ("Play", ["."], 0)
+    assert (replay.text("#play"), replay.word, replay.js("return timers.size")) == ("Play", ["moon"], 0)
 
 
 def test_the_mouse_steps_too(show: Callable[..., Replay]) -> None:
-    replay = show(some())
+    replay = show(some(), "#entry=1&word=1")
     replay.click("#caption > button:nth-of-type(2)")  # those between the phrases
     assert replay.word == ["on"]
     replay.click("#phrases tr:nth-child(2) button")
@@ -301,11 +305,11 @@ def test_the_heat_lies_where_the_gaze_was_and_can_be_put_away(show: Callable[...
     return [0.03, 0.97].map((place) => data[4 * (Math.floor(place * height) * width + Math.floor(place * width)) + 3]);
     """
     first, second = replay.js(alpha)
-    assert first > 0 == second
+    assert first == 0 < second  # the veil
     assert replay.text("#top-region") == "top left, 100 %"
     replay.keys(Keys.ARROW_RIGHT)
     first, second = replay.js(alpha)
-    assert first == 0 < second
+    assert second == 0 < first
     assert replay.text("#top-region") == "bottom right, 100 %"
     replay.keys("h")
     assert replay.js(alpha) == [0, 0]
@@ -348,6 +352,181 @@ def test_a_page_without_anything_to_step_through_is_quiet(show: Callable[..., Re
         assert (replay.word, replay.text("#explanation")) == ([], seen)
         assert not replay.driver.find_element("id", "nav").is_displayed()
         assert not replay.driver.find_element("id", "controls").is_displayed()
+
+
+# ---------------------------------------------------------------------------------------------- what leads the reader
+
+
+def decided_by(finding: Finding, word: str, caption: str = CAPTION) -> Finding:
+    """The finding, decided by one word of its claim, as every real one is."""
+    start = caption.index(word, finding.claim.start)
+    return replace(finding, claim=replace(finding.claim, span=Span(start, start + len(word), word)))
+
+
+def test_a_page_opens_at_the_word_that_decides_its_first_flag(show: Callable[..., Replay]) -> None:
+    """And F goes from one to the next, also where two claims are decided by neighbouring words."""
+    passed, flagged = make_report(CAPTION, make_trace(CAPTION)), moon_report()
+    ball, moon = flagged.findings
+    findings = (decided_by(replace(ball, flagged=True), "ball"), decided_by(moon, "moon"))
+    replay = show([Entry("a", blank(), passed), Entry("b", blank(), replace(flagged, findings=findings))])
+    assert (replay.text("#title"), replay.word, replay.text("#phrase")) == ("b", ["ball"], "A red ball · object")
+    replay.keys("f")
+    assert (replay.word, replay.text("#phrase")) == (["moon"], "a blue moon · object")
+    replay.keys(Keys.HOME)
+    replay.click("#next")
+    assert replay.word == ["ball"]
+    replay.click("#phrases tr:nth-child(2) button")
+    assert replay.word == ["moon"]
+
+
+def test_punctuation_stays_with_its_word(show: Callable[..., Replay]) -> None:
+    """It is no word of its own, and no line begins with it, at any width."""
+    caption = 'A "red ball" (a toy), well-known... and a moon. ' * 6 + "🌙"
+    replay = show([Entry("a", blank(), make_report(caption, make_trace(caption), find(caption, 0, 11, 0.9, True)))])
+    words = replay.texts("#caption button")
+    assert words[:9] == ["A", "red", "ball", "a", "toy", "well-known", "and", "a", "moon"]
+    assert words[-1] == "🌙"
+    plain = "const copy = $('caption').cloneNode(true); copy.querySelectorAll('sup').forEach((one) => one.remove());"
+    assert replay.js(plain + "return copy.textContent") == caption
+    for width in range(12, 30):
+        lines = replay.js(
+            "$('caption').style.maxWidth = arguments[0] + 'rem';"
+            "return [...document.querySelectorAll('.last')].map((one) => one.getBoundingClientRect().height / "
+            "one.querySelector('button').getBoundingClientRect().height)",
+            width,
+        )
+        assert len(lines) > 12
+        assert max(lines) < 1.9
+
+
+def test_each_value_over_time_stands_in_its_row(show: Callable[..., Replay]) -> None:
+    gaze = np.zeros((2, 1, 16))
+    gaze[0, 0, 15], gaze[1, 0, :2] = 0.9, 0.5
+    replay = show(
+        [Entry("a", blank((80, 40)), make_report("red dog", make_trace("red dog", gaze, ImageGrid.regular(4, 4, (80, 40)))))]
+    )
+    middles = """
+    const middle = (one) => { const { top, bottom } = one.getBoundingClientRect(); return Math.round((top + bottom) / 2); };
+    return [".staircase small", ".staircase output span"].map((which) => [...document.querySelectorAll(which)].map(middle));
+    """
+    labels, values = replay.js(middles)
+    assert len(labels) == 9
+    assert max(abs(a - b) for a, b in zip(labels, values, strict=True)) <= 2
+    shown = '.staircase output span[aria-current="true"]'
+    assert (replay.texts(shown), replay.texts(".staircase output span")[8]) == (["100 %"], "100 %")
+    replay.keys(Keys.ARROW_RIGHT)
+    assert replay.texts(".staircase output span")[0] == replay.texts(shown)[0] != "0 %"
+
+
+def test_the_list_has_first_words_and_flags_and_search_marks_its_hits(show: Callable[..., Replay]) -> None:
+    replay = show(some(3))
+    assert replay.texts("#list b") == [CAPTION, CAPTION, "A re"]
+    assert replay.texts("#list small span:first-child") == ["? flag · 1 flag", "✓ pass", "○ unchecked"]
+    replay.keys("/", *"blue mo")
+    assert replay.texts("#list mark") == ["blue", "mo"] * 2
+    assert replay.texts("#caption .hit") == ["blue", "moon"]
+    replay.keys(*[Keys.BACKSPACE] * 7, *"caption")
+    assert replay.texts("#title mark") == ["caption"]
+    assert replay.texts("#caption .hit") == []
+
+
+def test_an_i_explains_what_is_shown(show: Callable[..., Replay]) -> None:
+    replay = show(some())
+    open_ = "return $('help').matches(':popover-open')"
+    for press in (lambda: replay.click("#help-all"), lambda: replay.click("#help-risk"), lambda: replay.keys("i")):
+        press()
+        assert replay.js(open_)
+        assert {"Risk", "Attribution", "Dots", "Marks"} <= set(replay.texts("#help dt"))
+        replay.keys(Keys.ESCAPE)
+        assert not replay.js(open_)
+
+
+def test_a_page_of_unchecked_captions_says_how_to_mend_it(show: Callable[..., Replay]) -> None:
+    unseen = Report("A re", Verdict.UNCHECKED, "no detector is fitted for this model", (), "mark", "toy", "0.1", None, "A re")
+    replay = show([Entry("a", blank(), unseen)] * 2)
+    assert replay.driver.find_element("id", "mend").is_displayed()
+    assert "no detector is fitted for this model" in replay.text("#mend")
+    assert "gazeguard fit MODEL --out DIR" in replay.text("#mend")
+    replay = show(some())
+    assert not replay.driver.find_element("id", "mend").is_displayed()
+
+
+def test_one_head_can_be_shown_in_place_of_the_mean(show: Callable[..., Replay]) -> None:
+    gaze = np.zeros((2, 2, 16))
+    gaze[:, 0, 0] = gaze[:, 1, 15] = 0.9
+    replay = show(
+        [Entry("a", blank((80, 40)), make_report("red dog", make_trace("red dog", gaze, ImageGrid.regular(4, 4, (80, 40)))))]
+    )
+    assert replay.texts("#head-choice option") == ["mean of 2 gaze heads", "layer 0, head 0", "layer 0, head 1"]
+    alpha = """
+    $("head-choice").value = arguments[0];
+    $("head-choice").dispatchEvent(new Event("change"));
+    const { width, height } = $("heat");
+    const data = $("heat").getContext("2d").getImageData(0, 0, width, height).data;
+    return [0.03, 0.97].map((place) => data[4 * (Math.floor(place * height) * width + Math.floor(place * width)) + 3] > 0);
+    """
+    assert [replay.js(alpha, choice) for choice in ("0", "1", "2")] == [[False, False], [False, True], [True, False]]
+    assert "attention of layer 0, head 1 on the image" in replay.text("#explanation")
+
+
+def test_compared_policies_stand_side_by_side_and_the_model_has_its_name(show: Callable[..., Replay]) -> None:
+    report = replace(moon_report(), model_name="org/model")
+    reports = (report, replace(report, policy="rewind", filtered_caption="A red ball."))
+    replay = show([Entry(one.policy, blank(), one) for one in reports])
+    assert replay.text("#others-title") == "Policies compared"
+    assert replay.texts("#beside button") == ["balanced", "rewind"]
+    assert replay.texts("#beside p .flagged") == ["a blue moon?"] * 2
+    assert replay.texts("#beside small:last-child") == ["Filtered caption: nothing.", "Filtered caption: A red ball."]
+    assert "org/model (fingerprint toy)" in replay.text("#about")
+    replay.click("#beside div:nth-child(2) button")
+    assert replay.js("return location.hash") == "#entry=2&word=9"
+    assert replay.texts('#beside [aria-current="true"] button') == ["rewind"]
+
+
+@pytest.fixture
+def phone(driver: webdriver.Chrome) -> Iterator[None]:
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    yield
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_on_a_phone_the_image_stays_in_sight_and_phrases_are_readable(phone: None, show: Callable[..., Replay]) -> None:
+    replay = show(some())
+    replay.js("$('phrases').lastChild.scrollIntoView({ block: 'end' })")
+    top, bottom = replay.js("const { top, bottom } = $('stage').getBoundingClientRect(); return [top, bottom]")
+    assert (top, bottom < 844 * 0.45) == (0, True)
+    widths = "return [...document.querySelectorAll('#phrases td:first-child')].map((one) => one.getBoundingClientRect().width)"
+    assert min(replay.js(widths)) > 220
+    replay.js("scrollTo(0, 0)")
+    replay.click("#next-caption")
+    assert (replay.text("#title"), replay.text("#position")) == ("caption 1", "2 of 5")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(show: Callable[..., Replay], driver: webdriver.Chrome, width: int, scheme: str) -> None:
+    """axe-core's rules for WCAG 2.2 A and AA, and its best practices."""
+    path = os.environ.get("GAZEGUARD_AXE", "")
+    if not Path(path).is_file():
+        pytest.skip("needs axe-core: npm install axe-core, and GAZEGUARD_AXE=node_modules/axe-core/axe.min.js")
+    replay = show(some(), "#entry=1&word=10")
+    replay.media("screen", prefers_color_scheme=scheme)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        replay.js(Path(path).read_text(encoding="utf-8"))
+        for _ in range(2):  # closed, and with the explanations open
+            found = driver.execute_async_script("axe.run().then(arguments[0])")
+            serious = [
+                (each["id"], each["nodes"][0]["html"])
+                for each in found["violations"]
+                if each["impact"] in ("serious", "critical")
+            ]
+            assert serious == []
+            replay.keys("i")
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 # ------------------------------------------------------------------------------------------------------ many captions
@@ -401,7 +580,7 @@ def test_tab_reaches_every_control_and_the_focus_is_seen(show: Callable[..., Rep
             const one = document.activeElement;
             if (one === document.body) return null;
             const { outlineStyle, outlineWidth } = getComputedStyle(one);
-            const place = one.closest("#filters, #list, #caption, #phrases, .controls")?.id;
+            const place = one.closest("#filters, #list, #caption, #beside, #phrases, .controls")?.id;
             return [place || one.id, outlineStyle !== "none" && parseFloat(outlineWidth) >= 2];
             """
         )
@@ -409,7 +588,8 @@ def test_tab_reaches_every_control_and_the_focus_is_seen(show: Callable[..., Rep
             break
         stops.append(stop)
     places = [place for place, _ in stops]
-    assert places == ["search", *["filters"] * 4, "list", *["controls"] * 3, "caption", *["phrases"] * 2]
+    ahead = ["help-all", "search", *["filters"] * 4, "list", *["controls"] * 5]
+    assert places == [*ahead, "caption", *["beside"] * 4, "help-risk", *["phrases"] * 2]
     assert all(seen for _, seen in stops)
 
 
@@ -458,7 +638,7 @@ def test_flags_are_told_without_colour(show: Callable[..., Replay]) -> None:
     style = "return getComputedStyle(document.querySelector(arguments[0])).textDecorationStyle"
     assert replay.js(style, "#caption .flagged") == "wavy"
     assert replay.js(style, "#caption .checked") == "dotted"
-    assert replay.texts("#caption .flagged sup") == ["?"]
+    assert replay.texts("#caption sup") == ["?"]
     assert [text[0] for text in replay.texts("#list small")] == ["?", "✓", "○", "?", "✓"]
 
 

@@ -80,6 +80,7 @@ def test_the_report_survives_json() -> None:
         "not_judged",
         "policy",
         "model",
+        "model_name",
         "version",
     ]
     assert plain["phrases"][1] == {
@@ -403,7 +404,8 @@ def test_text_from_outside_is_never_markup(nasty: str) -> None:
 @given(st.text(max_size=60))
 def test_the_words_make_up_the_caption(caption: str) -> None:
     (entry,) = Page(page([Entry("t", blank((4, 4)), make_report(caption, make_trace(caption)))])).captions
-    assert "".join(word["gap"] + word["text"] for word in entry["words"]) + entry["tail"] == caption
+    parts = [word[part] for word in entry["words"] for part in ("gap", "before", "text", "after")]
+    assert "".join(parts) + entry["tail"] == caption
 
 
 def test_only_the_pages_own_style_and_script_may_run() -> None:
@@ -549,7 +551,7 @@ def test_an_entry_may_have_no_image() -> None:
 def test_a_phrase_starts_at_its_first_word() -> None:
     caption = "a dog, a cat"
     report = make_report(caption, None, find(caption, 7, 12), find(caption, 0, 5), find(caption, 5, 6))
-    assert Page(report_page(report, blank())).captions[0]["starts"] == [3, 0, 2]
+    assert Page(report_page(report, blank())).captions[0]["decided"] == [2, 0, None]
 
 
 # ------------------------------------------------------------------------------------------------------ in a notebook
@@ -567,7 +569,7 @@ def test_a_notebook_shows_text_from_outside_as_text(nasty: str) -> None:
 
 def test_a_notebook_shows_verdict_marks_and_risk() -> None:
     text = "".join(Page(moon_report()._repr_html_()).text)
-    assert text == f"flag · one phrase{CAPTION[:-1]}?.a blue moon: risk 0.90; gaze wanders"
+    assert text == f"flag · one phrase{CAPTION[:-1]}?.a blue moon: risk 0.90; gaze wandersfiltered caption: nothing"
     assert "\u202e" not in make_report("a\u202eb\x00")._repr_html_()
 
 

@@ -187,27 +187,6 @@ def image_ablated(
         return _contrasted(model, inputs, branch, alpha, beta, options)
 
 
-# ------------------------------------------------------------------------------------------------------- blind ends
-
-
-class StopBonus(LogitsProcessor):
-    """Adds a bonus to the tokens that end a sentence or the caption, whatever the image shows."""
-
-    def __init__(self, stops: Sequence[int], bonus: float) -> None:
-        self.stops, self.bonus = list(stops), bonus
-
-    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
-        """scores: (batch, vocabulary) logits."""
-        scores = scores.clone()
-        scores[:, self.stops] += self.bonus
-        return scores
-
-
-def stop_bonus(model: PreTrainedModel, inputs: Inputs, stops: Sequence[int], bonus: float, **options: Any) -> Tensor:
-    """Shorter captions, blindly: ``bonus`` logits for the full stop and the end at every step."""
-    return model.generate(**inputs, **options, logits_processor=LogitsProcessorList([StopBonus(stops, bonus)]))
-
-
 # ----------------------------------------------------------------------------------------------------- no decoding
 
 

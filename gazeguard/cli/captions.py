@@ -78,7 +78,9 @@ def _demo_entry(sample: Sample, report: Report) -> tuple[Entry, tuple[int, int, 
     known = {mention.phrase: mention for mention in mentions(sample.drawing, report.caption)}
     flagged = {finding.claim.phrase for finding in report.findings if finding.flagged}
     false = {claim.phrase for claim, _, is_false in decided_claims(sample.drawing, report.caption) if is_false}
-    truth = [f"{phrase.text}: {known[phrase].explanation}" for phrase in known if phrase in flagged | false]
+    wrong = dict.fromkeys(flagged - false, "false positive, it is there as the caption says")
+    wrong |= {phrase: f"false negative, {known[phrase].explanation}" for phrase in false - flagged if phrase in known}
+    truth = [f"{phrase.text}: {wrong.get(phrase, known[phrase].explanation)}" for phrase in known if phrase in flagged | false]
     panels = sample.drawing.panels
     title = f"strip of {panels}" if panels else "scene"
     boxes = tuple((f"panel {n + 1}", sample.drawing.panel_box(n)) for n in range(panels))
