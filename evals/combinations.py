@@ -318,8 +318,8 @@ def replayed(guard: GazeGuard, inputs: dict[str, Tensor], token_ids: Any) -> Gaz
 def trace_difference(live: GazeTrace, replay: GazeTrace) -> dict[str, float]:
     """The largest absolute difference of each field; infinite where one is NaN and the other is not, or shapes differ."""
     differences = {}
-    for name in FIELDS:
-        left, right = getattr(live, name), getattr(replay, name)
+    pairs = [(name, getattr(live, name), getattr(replay, name)) for name in FIELDS]
+    for name, left, right in [*pairs, ("grid", live.grid.boxes, replay.grid.boxes)]:
         if left.shape != right.shape:
             differences[name] = float("inf")
         else:
