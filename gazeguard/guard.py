@@ -127,7 +127,7 @@ class GazeGuard:
         gaze_heads, judging = _find_artifacts(model, heads, detector, artifacts)
         _check_fit(model, gaze_heads, judging, rules)
         self.verification = SelfVerification.for_model(model, processor) if rules.verify is not None else None
-        lens = judging is None or judging.uses("attended_logprob", "internal_confidence")
+        lens = judging is None or judging.uses_lens
         self.tracer = Tracer(model, processor, gaze_heads, grid, lens, background=background)
         self.judge = Judge(judging, rules, gaze_heads.model, nlp, frozenset(nouns), _model_name(model))
         self.reports: list[Report] = []
@@ -141,7 +141,6 @@ class GazeGuard:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
-        processor: str | None = None,
         **options: Any,
     ) -> GazeGuard:
         """Load a model, its processor and its artifacts.
@@ -152,11 +151,9 @@ class GazeGuard:
             device: Where the model goes; "auto" takes the GPU if there is one.
             dtype: Of the weights; "auto" takes the checkpoint's.
             device_map: transformers' distribution over several devices, in place of `device`.
-            processor: "module:attribute" of a processor of one's own, whose code runs; by default the checkpoint's.
             **options: Of the constructor: ``policy``, ``heads``, ``detector``, ``grid``, ``nlp``, ``background``, ``nouns``.
         """
-        loaded = load(model, device=device, dtype=dtype, device_map=device_map, processor=processor)
-        return cls(*loaded, artifacts=artifacts, **options)
+        return cls(*load(model, device=device, dtype=dtype, device_map=device_map), artifacts=artifacts, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``heads.json``, ``detector.json`` if there is a detector, and its card into a folder."""

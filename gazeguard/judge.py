@@ -135,6 +135,8 @@ class Judge:
         values, kinds = features.features(trace, claims), [claim.kind for claim in claims]
         if reason := self._not_finite(trace, values, kinds):
             return Assessment(trace, reason, caption, not_judged)
+        if reason := self._outside(values, trace):
+            return Assessment(trace, reason, caption, not_judged)
         return Assessment(trace, "", caption, not_judged, degenerate, claims, values, self.detector.risk(values, kinds))
 
     def questions(self, assessment: Assessment) -> tuple[Phrase, ...]:
@@ -195,7 +197,7 @@ class Judge:
         """
         kinds = [claims[i].kind for i in objects]
         values = features.features(trace, claims, objects)
-        if self._refused() or self.fitted.unknown(values, kinds):
+        if self._refused() or self.fitted.unknown(values, kinds) or self._outside(values[:0], trace):
             return None  # the whole caption will be unchecked
         over = self.fitted.risk(values, kinds) >= self._threshold("object", given(self.policy.rewind).threshold)
         return claims[objects[int(np.argmax(over))]] if over.any() else None
@@ -220,6 +222,11 @@ class Judge:
         """Why the detector may judge nothing at all, or ""."""
         gate = self.fitted.gate
         return "" if gate is None or gate.usable else f"the detector is not usable for this model: {gate.reason}"
+
+    def _outside(self, values: F64, trace: GazeTrace) -> str:
+        """What lies outside of the detector's domain, of the image or of features (claims, F), with the figure; or ""."""
+        domain = self.fitted.domain
+        return "" if domain is None else domain.outside(values, self.fitted.heads, trace.image_state)
 
     def _not_finite(self, trace: GazeTrace, values: F64, kinds: Sequence[str]) -> str:
         """Which of the model's numbers is not finite, or ""."""

@@ -83,6 +83,8 @@ class GazeTrace:
         grid: The part of the image that each image token covers.
         model: The fingerprint of the model.
         finished: The caption ended by itself, not by a length limit.
+        image_state: (width,) float32, mean over the image tokens of their normed states in the last layer; None when these were
+            not captured, or there are none (cross-attention).
 
     Raises:
         ArtifactError: The arrays do not fit the tokens, heads and image tokens.
@@ -102,6 +104,7 @@ class GazeTrace:
     grid: ImageGrid
     model: str
     finished: bool = True
+    image_state: F32 | None = None
 
     def __post_init__(self) -> None:
         t, h, n = len(self.token_ids), len(self.heads), len(self.grid)
@@ -121,6 +124,8 @@ class GazeTrace:
                     f"A trace of {t} tokens, {h} heads and {n} image tokens needs {name} of shape {shape}, "
                     f"not {getattr(self, name).shape}."
                 )
+        if self.image_state is not None and self.image_state.ndim != 1:
+            raise ArtifactError(f"A trace needs image_state with one dimension, not {self.image_state.ndim}.")
 
     def __len__(self) -> int:
         return len(self.token_ids)

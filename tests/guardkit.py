@@ -25,6 +25,9 @@ def assert_same_trace(one, other, tolerance=1e-4):
     np.testing.assert_array_equal(one.offsets, other.offsets)
     for name in ("gaze", "segment_mass", "attribution", "attended_logprob", "internal_confidence", "logprobs", "entropy"):
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=tolerance, err_msg=name)
+    assert (one.image_state is None) == (other.image_state is None)
+    if one.image_state is not None:
+        np.testing.assert_allclose(one.image_state, other.image_state, atol=tolerance, err_msg="image_state")
 
 
 def plain(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:

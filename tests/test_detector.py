@@ -130,9 +130,9 @@ def test_what_is_not_known_of_some_claim_is_not_used():
 def test_too_few_claims_of_a_kind_teach_nothing():
     """A rare kind gets no regression; rare objects are an error that says how many there were."""
     of = KINDS == "attribute"
-    rare = FALSE & ~(of & (np.cumsum(FALSE & of) > 5))
+    rare = FALSE & ~(of & (np.cumsum(FALSE & of) > 4))
     assert set(Detector.fit(X, rare, KINDS, HEADS).kinds) == {"object"}
-    message = r"5 of \d+ object claims are false; a detector needs at least 20 false and 20 true ones. Add more captions."
+    message = r"4 of all \d+ object claims are false; a detector needs at least 5 false and 5 true ones: 1 more false. Add more"
     with pytest.raises(InputError, match=message):
         Detector.fit(X, rare, np.where(of, "object", "attribute"), HEADS)
 
@@ -164,7 +164,7 @@ def test_a_folder_of_a_model_keeps_its_files(tmp_path, fitted):
     assert (
         f"| object | {(KINDS == 'object').sum()} ({FALSE[KINDS == 'object'].sum()}) | {fitted.kinds['object'].data} |" in card
     )
-    assert f"{held.claims} ({held.false}) of {held.images} | {held.data} | {held.auroc:.3f} |" in card
+    assert f"{held.claims} ({held.false}) of {held.images} | {held.data} | {held.area} |" in card
     assert f"| attribute | f1 | {fitted.threshold('attribute', 'f1'):.3f} |" in card
     with Image.open(tmp_path / "alone" / "reliability.png") as picture:
         assert picture.width > picture.height > 300
@@ -245,7 +245,7 @@ def test_the_calibration_error_by_hand():
 
 def test_labels_the_wrong_way_round_are_said():
     x, false, kinds, image = data(400, seed=3)
-    with pytest.raises(InputError, match=r"claims with a high risk are not the false ones. Check that"):
+    with pytest.raises(InputError, match=r"claims with a high risk are not the false ones \(AUROC 0\.\d+\)\. Check that"):
         Detector.fit(X, FALSE, KINDS, HEADS).calibrated(x, ~false, kinds, image)
     with pytest.raises(InputError, match=r"0 of \d+ validation claims of kind '[a-z]+' are false; thresholds need both true"):
         Detector.fit(X, FALSE, KINDS, HEADS).calibrated(x, np.zeros_like(false), kinds, image)

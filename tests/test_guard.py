@@ -250,7 +250,7 @@ def test_two_guards_in_two_threads_never_mix(guard):
 def test_a_guard_says_in_one_line_what_it_is(guard, lab_vlm):
     assert repr(guard) == (
         f"GazeGuard(Idefics3ForConditionalGeneration, policy 'mark', {len(guard.heads.heads)} gaze heads, "
-        "detector of attribute, object, location)"
+        "detector of object, attribute, location)"
     )
     assert repr(GazeGuard(*lab_vlm, heads=guard.heads)).endswith("gaze heads, no detector)")
 

@@ -1,6 +1,8 @@
 """The judge: verdicts, reasons and filtered captions from traces alone."""
 
 import copy
+import random
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from guardkit import SAMPLES
+from PIL import Image
 from pydantic import ValidationError
+from sklearn.datasets import load_sample_image
 
 from gazeguard import lab
 from gazeguard.detection.detector import Detector
@@ -17,6 +21,7 @@ from gazeguard.detection.gate import Gate
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.judge import Judge, PrefixJudge
+from gazeguard.lab.world import describe
 from gazeguard.policy import parse_policy
 from gazeguard.report import Verdict
 
@@ -351,6 +356,34 @@ def test_a_detector_that_its_gate_refuses_judges_nothing(guard):
     assert Judge(guard.detector, parse_policy(REWIND), guard.heads.model).doubtful(report.trace, claims, [0]) is not None
     assert rolling.doubtful(report.trace, claims, [0]) is None
     assert Detector.model_validate_json(refused.model_dump_json()).gate == gate
+
+
+CHINA = "A Chinese palace with a red roof under a blue sky, with trees in the foreground."
+
+
+def test_a_photograph_is_not_judged_by_the_detector_of_the_lab(guard):
+    """The image lies outside of the drawings, with the figure; nothing is rolled back; without the domain all is flagged."""
+    photograph = Image.fromarray(load_sample_image("china.jpg"))
+    report = guard.check(photograph, CHINA)
+    assert (report.verdict, report.findings) == (Verdict.UNCHECKED, ())
+    assert re.fullmatch(
+        r"the image is far from all that the detector was fitted on \(the drawings of the lab, which are all that its model "
+        r"knows\): Mahalanobis distance \d+\.\d, limit 1\.\d",
+        report.reason,
+    )
+    claims = guard.judge.parse(CHINA).claims
+    assert Judge(guard.detector, parse_policy(REWIND), guard.heads.model).doubtful(report.trace, claims, [0]) is None
+    anywhere = guard.detector.model_copy(update={"domain": None})
+    assert GazeGuard(guard.model, guard.processor, detector=anywhere).check(photograph, CHINA).verdict is Verdict.FLAG
+
+
+def test_images_of_the_lab_are_judged_whatever_is_said_of_them(guard):
+    """At most 2 % of test images stay unchecked, with true captions and with another's, short as a user's or long."""
+    samples = lab.samples("test", 50, seed=9)
+    true = [describe(sample.drawing, random.Random(0), honest=True) for sample in samples]
+    for captions in (true, [*true[2:], *true[:2]], ["There is a red star and a skull."] * 50):
+        reports = guard.check_all([s.image for s in samples], captions, [s.prompt for s in samples])
+        assert sum(report.verdict is Verdict.UNCHECKED for report in reports) <= 1
 
 
 @pytest.mark.parametrize(

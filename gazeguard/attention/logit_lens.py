@@ -51,6 +51,11 @@ class LogitLens:
         """The lens of some rows of the batch."""
         return LogitLens(self.backbone, *(value[rows] for value in list(vars(self).values())[1:]))
 
+    def mean_states(self) -> Tensor:
+        """(batch, width): the mean normed state of each row's image tokens, float32; NaN where none was captured."""
+        known = self.known[..., None]
+        return (self.normed.float() * known).sum(1) / known.sum(1)
+
     def log_probs(self, token_ids: Tensor) -> Tensor:
         """Log-probabilities (batch, W, N), nats, of tokens (batch, W) at each image token; -inf where it was not captured."""
         logs = self.backbone.unembed_tokens(token_ids, self.normed) - self.log_normalizer[:, None]

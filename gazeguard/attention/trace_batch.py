@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from gazeguard.vision.grid import ImageGrid
 
 @dataclass(frozen=True, eq=False)
 class TraceBatch:
-    """The figures of a `GazeTrace` for the tokens of a batch, all float32 on the CPU.
+    """The figures of a `GazeTrace` for the captions of a batch, all float32 on the CPU; all but the last for each token.
 
     Attributes:
         logprobs: (batch, T), nats.
@@ -31,6 +31,7 @@ class TraceBatch:
         attribution: (batch, T, H), logits.
         attended_logprob: (batch, T), nats; NaN when unknown.
         internal_confidence: (batch, T), nats; NaN when unknown.
+        image_state: (batch, width), mean normed state of the image tokens, NaN when unknown; None without a logit lens.
     """
 
     logprobs: F32
@@ -40,6 +41,7 @@ class TraceBatch:
     attribution: F32
     attended_logprob: F32
     internal_confidence: F32
+    image_state: F32 | None = None
 
     def __len__(self) -> int:
         """Tokens of each row."""
@@ -47,20 +49,22 @@ class TraceBatch:
 
     def truncate(self, tokens: int) -> TraceBatch:
         """So many tokens of each row, from the first on."""
-        return self if tokens >= len(self) else TraceBatch(*(value[:, :tokens] for value in vars(self).values()))
+        return self if tokens >= len(self) else self._each_token(lambda value: value[:, :tokens])
 
     def concatenate(self, later: TraceBatch) -> TraceBatch:
         """These tokens, followed by ``later`` ones of the same batch."""
-        return TraceBatch(
-            *(np.concatenate(pair, axis=1) for pair in zip(vars(self).values(), vars(later).values(), strict=True))
-        )
+        return replace(self, **{n: np.concatenate((getattr(self, n), getattr(later, n)), axis=1) for n in PER_TOKEN})
 
     def select(self, row: int, steps: Sequence[int]) -> TraceBatch:
         """The tokens of one row at some steps, a batch of one."""
-        return TraceBatch(*(value[row : row + 1, steps] for value in vars(self).values()))
+        state = None if self.image_state is None else self.image_state[row : row + 1]
+        return replace(self._each_token(lambda value: value[row : row + 1, steps]), image_state=state)
+
+    def _each_token(self, change: Callable[[F32], F32]) -> TraceBatch:
+        return replace(self, **{name: change(getattr(self, name)) for name in PER_TOKEN})
 
     def with_logit_lens(self, lens: LogitLens | None, token_ids: Tensor) -> TraceBatch:
-        """The same with attended log-probability and internal confidence.
+        """The same with attended log-probability, internal confidence and image states.
 
         Args:
             lens: The logit lens on the image tokens; None adds nothing.
@@ -70,7 +74,8 @@ class TraceBatch:
             return self
         gaze, token_ids = (tensor.to(lens.known.device) for tensor in (torch.from_numpy(self.gaze), token_ids))
         attended, confidence = (value.cpu().numpy() for value in attended_logprobs(lens, gaze, token_ids))
-        return replace(self, attended_logprob=attended, internal_confidence=confidence)
+        state = lens.mean_states().cpu().numpy()
+        return replace(self, attended_logprob=attended, internal_confidence=confidence, image_state=state)
 
     def trace(
         self,
@@ -93,10 +98,15 @@ class TraceBatch:
             grid: The image grid of its prompt.
             **other: The other fields of `GazeTrace`.
         """
-        figures = {name: value[row, steps] for name, value in vars(self).items()}
+        figures = {name: getattr(self, name)[row, steps] for name in PER_TOKEN}
+        if self.image_state is not None and np.isfinite(self.image_state[row]).all():
+            other["image_state"] = self.image_state[row]
         figures["gaze"] = figures["gaze"][..., : len(grid)]
         ids = np.asarray(token_ids, np.int64)
         return GazeTrace(text=text, token_ids=ids, offsets=offsets, grid=grid, **figures, **other)
+
+
+PER_TOKEN = tuple(field.name for field in fields(TraceBatch) if field.name != "image_state")
 
 
 def trace_batch(

@@ -187,6 +187,12 @@ def _show_detector(detector: Detector) -> None:
             "without validation"
             if metrics is None
             else f"validated on {count(metrics.claims, 'other')} of {count(metrics.images, 'image')}: AUROC "
-            f"{metrics.auroc:.3f}, calibration error {metrics.ece:.3f}"
+            f"{metrics.area}, calibration error {metrics.ece:.3f}"
         )
+        if regression.method == "attribution":
+            validated = f"direct logit attribution of the gaze heads, without training; {validated}"
         out.print(f"{kind}: fitted on {count(regression.claims, 'claim')}, {regression.false} of them false; {validated}")
+    for kind, reason in detector.left_out.items():
+        out.print(f"{kind}: not judged: {reason}")
+    if detector.gate is not None and not detector.gate.usable:
+        out.print(f"Every verdict will be unchecked: {detector.gate.reason}")

@@ -82,16 +82,6 @@ class ModelOptions:
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None
-    processor: Annotated[
-        str | None,
-        typer.Option(
-            "--processor",
-            metavar="MODULE:ATTRIBUTE",
-            help="A processor of your own, or a function of the model that makes one. MODULE is imported: its code runs.",
-            show_default="the checkpoint's",
-            rich_help_panel=MODEL_PANEL,
-        ),
-    ] = None
 
     @property
     def source(self) -> str:
@@ -109,12 +99,11 @@ class ModelOptions:
             from gazeguard.loading import load
 
             disable_progress_bar()
-            how = {"device_map": self.device_map, "processor": self.processor}
-            return load(source, device=self.device, dtype=self.dtype, **how)
+            return load(source, device=self.device, dtype=self.dtype, device_map=self.device_map)
 
     def arguments(self, **more: Any) -> str:
         """The options that another command needs for the same model, as typed: " --model X --artifacts Y"."""
-        given = {"model": self.model, "processor": self.processor, **more}
+        given = {"model": self.model, **more}
         return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
 
 
@@ -146,7 +135,7 @@ class GuardOptions(ModelOptions):
 
     def options(self) -> dict[str, Any]:
         """The options that were given, for a loader in another process."""
-        names = ("artifacts", "heads", "detector", "device", "dtype", "device_map", "processor")
+        names = ("artifacts", "heads", "detector", "device", "dtype", "device_map")
         options = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, "auto")}
         return options | ({"nouns": read_nouns(self.nouns)} if self.nouns is not None else {})
 

@@ -17,6 +17,41 @@ def log_odds(risk: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.log(risk) - np.log1p(-risk)
 
 
+def platt(logit: NDArray[np.float64], false: NDArray[np.bool_], weights: NDArray[np.float64]) -> tuple[float, float]:
+    """The slope and shift that turn log-odds into calibrated ones (Platt 1999), robustly.
+
+    Targets are Platt's own, (n + 1) / (n + 2) and 1 / (n + 2), so that perfectly ranked claims have a finite slope.
+    Log-odds far outside of those with the same label (Tukey's outer fences) count as if they lay on the fence. The log of
+    the slope has a standard normal prior: the slope is positive whatever the data, so that no ranking is turned round, and
+    near 1 where data are few.
+
+    Args:
+        logit: (claims,) log-odds.
+        false: (claims,) labels.
+        weights: (claims,) how much each claim counts.
+    """
+    from scipy.optimize import minimize
+
+    logit = logit.copy()
+    for of_label in (false, ~false):  # apart, as the false ones are few and all far from the true ones
+        low, high = np.quantile(logit[of_label], (0.25, 0.75)) if of_label.any() else (0.0, 0.0)
+        if high > low:
+            logit[of_label] = np.clip(logit[of_label], low - 3 * (high - low), high + 3 * (high - low))
+    unit = np.abs(logit).max(initial=1.0)
+    positive, negative = float(weights @ false), float(weights @ ~false)
+    target = np.where(false, (positive + 1) / (positive + 2), 1 / (negative + 2))
+
+    def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        slope = np.exp(parameters[0])
+        z = slope * logit + parameters[1] * unit
+        error = weights * (logistic(z) - target)
+        value = weights @ (np.logaddexp(0, z) - target * z) + parameters[0] ** 2 / 2
+        return float(value), np.array([error @ logit * slope + parameters[0], error.sum() * unit])
+
+    log_slope, shift = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=((-12, 12), (None, None))).x
+    return float(np.exp(log_slope)), float(shift * unit)
+
+
 def reliability(risk: NDArray[np.float64], false: NDArray[np.bool_], bins: int) -> list[tuple[float, float, int]]:
     """The reliability diagram as numbers.
 

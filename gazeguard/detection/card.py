@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from gazeguard.claims.parse import Kind
+from gazeguard.detection.domain import Domain
+from gazeguard.detection.gate import Gate
 from gazeguard.detection.regression import Regression
 
 CARD = """---
@@ -23,8 +26,11 @@ guard = GazeGuard(model, processor, heads=..., detector=Detector.from_pretrained
 |---|---|---|---|---|---|---|---|---|
 {metrics}
 
-No image is in both parts. The metrics are those of the validation data, which also set the probabilities and the thresholds
-below: measure on your own images before relying on them. False is the positive class.
+No image is in both parts; *cross-fitted* claims are those of the fit, each judged by a fit to the other images. The metrics
+are those of the validation data, which also set the probabilities and the thresholds below: measure on your own images before
+relying on them. False is the positive class; intervals are 95 %, over images.
+
+{notes}
 
 | kind of claim | rule | threshold |
 |---|---|---|
@@ -37,13 +43,14 @@ prompt, decoder and kind of image. Under any other the bound is void.
 """
 
 
-def write_card(model: str, heads: Sequence[tuple[int, int]], kinds: Mapping[str, Regression]) -> str:
+def write_card(model: str, heads: Sequence[tuple[int, int]], kinds: Mapping[Kind, Regression], notes: Sequence[str]) -> str:
     """The card of a detector.
 
     Args:
         model: Fingerprint of the model.
         heads: The gaze heads as (layer, head).
         kinds: The regression of each kind of claim.
+        notes: What else to know, each a sentence.
 
     Returns:
         Markdown with the front matter that the hub reads.
@@ -54,7 +61,34 @@ def write_card(model: str, heads: Sequence[tuple[int, int]], kinds: Mapping[str,
         heads=list(heads),
         metrics="\n".join(_metrics(kind, regression) for kind, regression in kinds.items()),
         thresholds="\n".join(rules),
+        notes="\n".join(f"- {note}" for note in notes),
     )
+
+
+def notes(
+    kinds: Mapping[Kind, Regression], left_out: Mapping[Kind, str], domain: Domain | None, gate: Gate | None
+) -> list[str]:
+    """What to know beside the metrics, each a sentence: how the detector was made, and what it does not judge.
+
+    Args:
+        kinds: The regression of each kind of claim.
+        left_out: Why other kinds have none.
+        domain: What it was fitted on, if it says so.
+        gate: Whether it is usable, if that was measured.
+    """
+    cross_fitted = [kind for kind, each in kinds.items() if each.validation and each.validation.cross_fitted]
+    sentences = [f"Cross-fitted: {', '.join(cross_fitted)}."] * bool(cross_fitted)
+    sentences += [
+        f"{kind}: not learnt but the direct logit attribution of the gaze heads, which ranked these claims better than a "
+        "regression on so few; its scale and threshold are calibrated."
+        for kind, each in kinds.items()
+        if each.method == "attribution"
+    ]
+    sentences += [f"{kind}: not judged. {reason}" for kind, reason in left_out.items()]
+    sentences += [] if domain is None else domain.notes()
+    if gate is not None and not gate.usable:
+        sentences.append(f"Not usable, every verdict is *unchecked*: {gate.reason}")
+    return sentences
 
 
 def _metrics(kind: str, regression: Regression) -> str:
@@ -64,6 +98,6 @@ def _metrics(kind: str, regression: Regression) -> str:
     if metrics is None:
         return row + "none | | | | | |"
     return row + (
-        f"{metrics.claims:,} ({metrics.false:,}) of {metrics.images:,} | {metrics.data} | {metrics.auroc:.3f} | "
+        f"{metrics.claims:,} ({metrics.false:,}) of {metrics.images:,} | {metrics.data} | {metrics.area} | "
         f"{metrics.average_precision:.3f} | {metrics.brier:.3f} | {metrics.ece:.3f} |"
     )

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from gazeguard.artifacts import DETECTOR_FILE, find_file, push_folder, read_json
 from gazeguard.claims.parse import Kind
 from gazeguard.detection import features
-from gazeguard.detection.card import write_card
+from gazeguard.detection.card import notes, write_card
 from gazeguard.detection.domain import Domain
 from gazeguard.detection.gate import Gate
 from gazeguard.detection.plots import draw_reliability
@@ -39,6 +39,7 @@ class Detector(BaseModel):
         gate: Whether it is worth its verdicts; None where nobody measured that.
         domain: What the captions that it was fitted on are like; others stay *unchecked*. None in files of earlier versions.
         rerank: What the rerank decoder may use for this model; None where it was not measured.
+        left_out: Why kinds of claims that the data have are not judged, and what is missing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +51,7 @@ class Detector(BaseModel):
     gate: Gate | None = None
     domain: Domain | None = None
     rerank: RerankEvidence | None = None
+    left_out: dict[Kind, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Detector:
@@ -129,9 +131,8 @@ class Detector(BaseModel):
         Raises:
             InputError: All claims of a kind have the same label, or the labels contradict the risks.
         """
-        own = {str(kind): regression for kind, regression in self.kinds.items()}
-        kinds_calibrated = calibrate_regressions(own, self.heads, x, false, kinds, image, weights)
-        return self.model_copy(update={"kinds": kinds_calibrated})
+        calibrated = calibrate_regressions(self.kinds, self.heads, x, false, kinds, image, weights)
+        return self.model_copy(update={"kinds": calibrated})
 
     def fit_answers(
         self, risk: NDArray[np.float64], answer: NDArray[np.float64], false: NDArray[np.bool_], kinds: NDArray[np.str_]
@@ -159,6 +160,11 @@ class Detector(BaseModel):
     def uses(self, *names: str) -> bool:
         """Whether any of these features is used for any kind of claim."""
         return any(name in regression.names for regression in self.kinds.values() for name in names)
+
+    @property
+    def uses_lens(self) -> bool:
+        """Whether it needs the states of image tokens: for features by the logit lens, or to compare images."""
+        return self.uses("attended_logprob", "internal_confidence") or bool(self.domain and self.domain.states)
 
     @property
     def uses_answers(self) -> bool:
@@ -273,4 +279,4 @@ class Detector(BaseModel):
 
     def card(self) -> str:
         """What to know of this detector before relying on it, in Markdown."""
-        return write_card(self.model, self.heads, {str(kind): each for kind, each in self.kinds.items()})
+        return write_card(self.model, self.heads, self.kinds, notes(self.kinds, self.left_out, self.domain, self.gate))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat, model_validator
 
+from gazeguard.detection import features
+from gazeguard.detection.table import ClaimTable
+
 F64 = NDArray[np.float64]
 
 MAX_COMPONENTS = 32  # principal components of a region; the rest of its variance is taken as equal in every direction
-OUTSIDE_SHARE = 0.005  # of captions like those it was fitted on that a region calls outside
+OUTSIDE_SHARE = 0.005  # of vectors like those it was fitted on that a region calls outside
+SLACK = 2  # for the attention behind captions that somebody else wrote, which are farther away than the model's own
 FOLDS = 5
+COMPARED = ("image_mass", "concentration")
 MIN_IMAGES = 10  # from which a region is fitted
-MIN_SCALE = 1e-6  # of the largest standard deviation; what moves less is a constant
+MIN_VARIANCE = 0.01  # along a direction, of standardised vectors; less would tell training data from all others
 
 
 class Region(BaseModel):
@@ -30,8 +36,8 @@ class Region(BaseModel):
         components: (K, D) orthonormal directions, in units of the scale.
         variances: (K,) along them.
         noise: The variance along every other direction.
-        limit: The distance above which a caption lies outside.
-        captions: Number of captions that set the limit.
+        limit: The distance above which a vector lies outside.
+        count: Number of vectors that set the limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,7 +48,7 @@ class Region(BaseModel):
     variances: tuple[PositiveFloat, ...]
     noise: PositiveFloat
     limit: PositiveFloat
-    captions: int = Field(ge=1)
+    count: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Region:
@@ -52,6 +58,44 @@ class Region(BaseModel):
             raise ValueError(f"{len(self.variances)} variances for {len(self.components)} components")
         return self
 
+    @classmethod
+    def fit(cls, x: F64, group: NDArray[np.int64], image: NDArray[np.int64]) -> Region:
+        """Fit to vectors that are all inside; the limit is set by vectors whose images a fit has not seen.
+
+        Args:
+            x: (n, D), finite.
+            group: (n,) number of the centre that each vector belongs to.
+            image: (n,) number of the image of each.
+        """
+        from sklearn.model_selection import GroupKFold
+
+        distances = np.zeros(len(x))
+        for train, test in GroupKFold(min(FOLDS, len(np.unique(image)))).split(x, groups=image):
+            distances[test] = cls._covering(x[train], group[train]).distances(x[test])
+        return cls._covering(x, group).model_copy(update={"limit": _upper_limit(distances), "count": len(x)})
+
+    @classmethod
+    def _covering(cls, x: F64, group: NDArray[np.int64]) -> Region:
+        """The region of vectors without a limit of its own."""
+        from sklearn.decomposition import PCA
+
+        _, group = np.unique(group, return_inverse=True)
+        counts = np.bincount(group)[:, None]
+        means = np.stack([np.bincount(group, column) for column in x.T], axis=1) / counts
+        residual = x - means[group]
+        spread = residual.std(0)
+        scale = np.where(spread > 1e-9 * np.maximum(1, np.abs(means).max(0)), spread, 1.0)  # of a constant any unit will do
+        pca = PCA(min(MAX_COMPONENTS, min(x.shape) - 1), random_state=0).fit(residual / scale)
+        return cls(
+            scale=tuple(scale.tolist()),
+            centres=tuple(map(tuple, (means / scale).tolist())),
+            components=tuple(tuple(float(f"{n:.6g}") for n in row) for row in pca.components_),  # keeps the file small
+            variances=tuple(np.maximum(pca.explained_variance_, MIN_VARIANCE).tolist()),
+            noise=max(float(pca.noise_variance_), MIN_VARIANCE),
+            limit=1.0,
+            count=1,
+        )
+
     @np.errstate(invalid="ignore", over="ignore")  # a file may hold numbers near the largest float
     def distances(self, x: F64) -> F64:
         """(n,): the distance of vectors (n, D) to the nearest centre."""
@@ -60,6 +104,15 @@ class Region(BaseModel):
         rest = np.maximum((offset**2).sum(-1) - (along**2).sum(-1), 0)
         squared = (along**2 / np.array(self.variances)).sum(-1) + rest / self.noise
         return np.sqrt(squared.min(1) / len(self.scale))
+
+
+def _upper_limit(distances: F64) -> float:
+    """The limit that all but `OUTSIDE_SHARE` of such distances keep: their quantile, or beyond few of them a log-normal's."""
+    from scipy.stats import norm
+
+    logs = np.log(np.maximum(distances, 1e-12))
+    tail = float(np.exp(logs.mean() + norm.isf(OUTSIDE_SHARE) * logs.std()))
+    return max(tail, float(np.quantile(distances, 1 - OUTSIDE_SHARE, method="higher")))
 
 
 class Distance(NamedTuple):
@@ -78,9 +131,10 @@ class Domain(BaseModel):
     """What the captions that a detector was fitted on are like. Immutable.
 
     Attributes:
-        names: The features that are compared.
-        features: The region of the claims' features, with one centre per kind and label; a caption counts by the root mean
-            square over its claims.
+        names: The features that are compared: `COMPARED` of each head. The others say how odd the words are, and a false word
+            that the model would never write is to be flagged, not left unchecked.
+        features: The region of the claims' features, with one centre per kind and label; a caption counts by the mean over its
+            claims, and has `SLACK`.
         states: The region of the images: the mean state of an image's tokens in the last layer; None where the model has no
             such tokens.
         scope: What the detector was fitted on, in words, where that says more than the distance ("the drawings of the lab").
@@ -98,3 +152,72 @@ class Domain(BaseModel):
         if len(self.names) != len(self.features.scale):
             raise ValueError(f"{len(self.names)} names for {len(self.features.scale)} features")
         return self
+
+    @classmethod
+    def fit(cls, table: ClaimTable, heads: Sequence[tuple[int, int]], scope: str = "") -> Domain | None:
+        """The domain of labelled claims; None for fewer than `MIN_IMAGES` images.
+
+        Args:
+            table: The claims.
+            heads: The gaze heads as (layer, head).
+            scope: What the claims are about, in words.
+        """
+        images = np.unique(table.image)
+        if len(images) < MIN_IMAGES:
+            return None
+        _, group = np.unique(
+            [f"{kind} {false}" for kind, false in zip(table.kinds, table.false, strict=True)], return_inverse=True
+        )
+        names = [name for name in features.names(heads) if name.partition("@")[0] in COMPARED]
+        x = features.pick(table.x, heads, names)
+        claims = Region.fit(x, group, table.image)
+        claims = claims.model_copy(update={"limit": claims.limit * SLACK})
+        states = None
+        if table.states is not None:
+            known = images[np.isfinite(table.states[images]).all(1)]
+            if len(known) >= MIN_IMAGES:
+                states = Region.fit(table.states[known].astype(float), np.zeros(len(known), int), known)
+        return cls(names=tuple(names), features=claims, states=states, scope=scope)
+
+    def notes(self) -> list[str]:
+        """What the card says of it."""
+        compared = "images and attention" if self.states is not None else "attention"
+        scope = f" It was fitted on {self.scope}." * bool(self.scope)
+        return [
+            f"Captions whose {compared} are unlike those of the {self.features.count:,} claims that it was fitted on stay "
+            f"*unchecked*; of captions like these fewer than {2 * OUTSIDE_SHARE:.0%} do.{scope}"
+        ]
+
+    def distances(self, x: F64, heads: Sequence[tuple[int, int]], state: NDArray[Any] | None) -> dict[str, Distance]:
+        """How far a caption lies from what the detector was fitted on.
+
+        Args:
+            x: (claims, F) `features` of its claims; of none, only the image is compared.
+            heads: The gaze heads as (layer, head).
+            state: `GazeTrace.image_state`; None, or another width than that of the region, is not compared.
+
+        Returns:
+            Of "image", where it can be compared, and of "attention", that is of the features.
+        """
+        found = {}
+        if self.states is not None and state is not None and len(state) == len(self.states.scale):
+            found["image"] = Distance(float(self.states.distances(np.asarray(state, float)[None])[0]), self.states.limit)
+        if len(x):
+            claims = self.features.distances(features.pick(x, heads, self.names))
+            found["attention"] = Distance(float(claims.mean()), self.features.limit)
+        return found
+
+    def outside(self, x: F64, heads: Sequence[tuple[int, int]], state: NDArray[Any] | None) -> str:
+        """In words, with the figure, what of a caption lies outside of the domain; "" for one that lies inside.
+
+        Args:
+            x, heads, state: As for `distances`.
+        """
+        for what, distance in self.distances(x, heads, state).items():
+            if distance.outside:
+                scope = f" ({self.scope})" * bool(self.scope)
+                return (
+                    f"the {what} is far from all that the detector was fitted on{scope}: Mahalanobis distance "
+                    f"{distance.value:.1f}, limit {distance.limit:.1f}"
+                )
+        return ""

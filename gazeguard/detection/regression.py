@@ -7,26 +7,37 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from gazeguard.detection.calibration import calibration_error, log_odds, logistic, reliability
+from gazeguard.detection.calibration import calibration_error, log_odds, logistic, platt, reliability
 from gazeguard.detection.features import meaning
-from gazeguard.errors import InputError, given
+from gazeguard.detection.metrics import auroc
+from gazeguard.errors import given
 
-MIN_CLAIMS = 20  # false claims of a kind, and true ones, from which a regression on them is fitted
-Share = Annotated[float, Field(ge=0, le=1)]
+MIN_CLAIMS = 5  # false claims of a kind, and true ones, from which anything is fitted to them
+ROUNDING = 1e-9
+
+
+def _rounded(value: Any) -> Any:
+    """A share without what rounding put outside of 0 to 1: scikit-learn returns average precisions of 1 + 2e-16."""
+    return min(1.0, max(0.0, value)) if isinstance(value, float) and -ROUNDING < value < 1 + ROUNDING else value
+
+
+Share = Annotated[float, BeforeValidator(_rounded), Field(ge=0, le=1)]
 
 
 class ValidationMetrics(BaseModel):
     """Metrics on the validation data that set a regression's probabilities and thresholds. Immutable.
 
-    ece:  expected calibration error over 15 bins of equal mass
-    bins: (mean risk, share that is false, claims) of ten bins of equal mass
-    data: fingerprint of the features and labels
+    ece:            expected calibration error over 15 bins of equal mass
+    bins:           (mean risk, share that is false, claims) of ten bins of equal mass
+    data:           fingerprint of the features and labels
+    auroc_interval: 95 %, by a bootstrap of images; None in files of earlier versions
+    cross_fitted:   the data are those of the fit, each image judged by a fit to the others; otherwise they are others
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,31 +51,50 @@ class ValidationMetrics(BaseModel):
     ece: Share
     bins: tuple[tuple[Share, Share, int], ...]
     data: str
+    auroc_interval: tuple[Share, Share] | None = None
+    cross_fitted: bool = False
 
     @classmethod
     def measure(
-        cls, x: NDArray[np.float64], risk: NDArray[np.float64], false: NDArray[np.bool_], image: NDArray[np.int64]
+        cls,
+        x: NDArray[np.float64],
+        risk: NDArray[np.float64],
+        false: NDArray[np.bool_],
+        image: NDArray[np.int64],
+        cross_fitted: bool = False,
     ) -> ValidationMetrics:
         """Measure risks (claims,) of features (claims, F) by their labels (claims,) and images (claims,)."""
-        from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
+        from sklearn.metrics import average_precision_score, brier_score_loss
+
+        area = auroc(false, risk, np.unique(image, return_inverse=True)[1])
 
         return cls(
             claims=len(x),
             false=int(false.sum()),
             images=len(np.unique(image)),
-            auroc=float(roc_auc_score(false, risk)),
+            auroc=area.value,
             average_precision=float(average_precision_score(false, risk)),
             brier=float(brier_score_loss(false, risk)),
             ece=calibration_error(risk, false),
             bins=tuple(reliability(risk, false, 10)),
             data=fingerprint(x, false),
+            auroc_interval=area.interval,
+            cross_fitted=cross_fitted,
         )
+
+    @property
+    def area(self) -> str:
+        """The AUROC in words, with its interval."""
+        interval = "" if self.auroc_interval is None else " ({:.3f} to {:.3f})".format(*self.auroc_interval)
+        return f"{self.auroc:.3f}{interval}"
 
 
 class Regression(BaseModel):
     """The probability that a claim of one kind is false: ``sigmoid((x - mean) / scale @ weights + bias)``. Immutable.
 
     thresholds: risks from which a claim is flagged, by the rule that set them on validation data; see `thresholds`
+    method:     "regression" where the weights were learnt; "attribution" where the claims were too few to learn them, and the
+                risk is the direct logit attribution of the gaze heads, which needs no training, on a calibrated scale
     answer:     weights of the risk's log-odds and of the self-verification answer's (yes against no), and a bias; None when
                 they were not fitted; see `update_with_answers`
     """
@@ -82,6 +112,7 @@ class Regression(BaseModel):
     data: str = Field(description="fingerprint of the features and labels it was fitted on")
     validation: ValidationMetrics | None = None
     answer: tuple[float, float, float] | None = None
+    method: Literal["regression", "attribution"] = "regression"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Regression:
@@ -122,6 +153,22 @@ class Regression(BaseModel):
             claims=len(x),
             false=int(false.sum()),
             data=fingerprint(x, false),
+        )
+
+    @classmethod
+    def attribution(cls, x: NDArray[np.float64], false: NDArray[np.bool_]) -> Regression:
+        """The untrained detector: the lower the direct logit attribution (claims, 1), the higher the risk."""
+        return cls(
+            names=("attribution",),
+            mean=(float(x.mean()),),
+            scale=(float(x.std()) or 1.0,),
+            weights=(-1.0,),
+            bias=0.0,
+            thresholds={"f1": 0.5},
+            claims=len(x),
+            false=int(false.sum()),
+            data=fingerprint(x, false),
+            method="attribution",
         )
 
     # A file may hold numbers near the largest float; the judge refuses the risk that they give.
@@ -168,16 +215,12 @@ class Regression(BaseModel):
     def calibrated(
         self, x: NDArray[np.float64], false: NDArray[np.bool_], weights: NDArray[np.float64] | None = None
     ) -> Regression:
-        """A copy with the same ranking and probabilities fitted to validation data (Platt 1999): logit * slope + shift."""
-        from sklearn.linear_model import LogisticRegression
+        """A copy with the same ranking and probabilities fitted to validation data; see `platt`."""
+        slope, shift = platt(self.logit(x), false, np.ones(len(x)) if weights is None else weights)
+        return self.scaled(slope, shift)
 
-        platt = LogisticRegression(C=np.inf, max_iter=5000).fit(self.logit(x)[:, None], false, sample_weight=weights)
-        slope, shift = float(platt.coef_[0, 0]), float(platt.intercept_[0])
-        if slope <= 0:
-            raise InputError(
-                "On the validation data, claims with a high risk are not the false ones. Check that false=true marks claims "
-                "that are wrong, not those that are right."
-            )
+    def scaled(self, slope: float, shift: float) -> Regression:
+        """A copy whose log-odds are ``slope`` times its own, plus ``shift``."""
         steeper = tuple(weight * slope for weight in self.weights)
         return self.model_copy(update={"weights": steeper, "bias": self.bias * slope + shift})
 

@@ -19,7 +19,6 @@ Claims without a label are left out.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,18 +34,20 @@ from gazeguard.claims.parse import Claim, Kind, claims
 from gazeguard.decoding.verification import AnswerTokens
 from gazeguard.decoding.verification import ask as ask_about
 from gazeguard.detection import features
+from gazeguard.detection.cross_fitting import cross_fit
 from gazeguard.detection.detector import Detector
+from gazeguard.detection.table import ClaimTable, stack_states
 from gazeguard.errors import InputError, given
 from gazeguard.guard import GazeGuard
 from gazeguard.progress import track
 from gazeguard.prompts import DEFAULT_PROMPT
 from gazeguard.report import Report
+from gazeguard.trace import F32
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.images import load_image
 from gazeguard.vision.inputs import model_inputs
 
 MAX_LINE_BYTES = 2**20
-VALIDATION_PART = 3  # one image in so many sets probabilities and thresholds, the others the weights
 
 
 class Label(BaseModel):
@@ -73,13 +74,14 @@ class LabelledCaption(BaseModel):
     objects: tuple[str, ...] | None = None
 
 
-class _Example(NamedTuple):
-    """One labelled claim with its features (F,), and the caption that it is from."""
+class Example(NamedTuple):
+    """One labelled claim with its features (F,), and the caption that it is from, and the state of its image."""
 
     x: NDArray[np.float64]
     false: bool
     claim: Claim
     source: LabelledCaption
+    state: F32 | None
 
 
 def read_captions(path: str | Path) -> list[LabelledCaption]:
@@ -161,7 +163,7 @@ def fit_detector(
 ) -> tuple[Detector, Counter[str]]:
     """Fit a detector to replays of captions with labels.
 
-    Images are held out for validation by the hash of their path, so that no image is in both parts.
+    Every claim helps to fit and to calibrate; none is judged by a fit to its own image (see `cross_fit`).
 
     Args:
         guard: A guard over the model that wrote the captions; its heads are used, its detector is not.
@@ -169,7 +171,7 @@ def fit_detector(
         ask: Label the objects of captions without labels by asking the model itself (`yes_probability`). Such labels are
             weak: a model that believes a false object may have written it for that reason.
         batch_size: Captions replayed at a time.
-        verify: Also fit the weight of self-verification answers, on the validation images; policies that verify need it.
+        verify: Also fit the weight of self-verification answers; policies that verify need it.
 
     Returns:
         The detector, and how many captions were left out for which reason.
@@ -182,30 +184,34 @@ def fit_detector(
         raise InputError(
             f"No claim of {len(captions)} captions has a label. Give labels or objects with the rows, or set ask (--ask)."
         )
-    x, false = np.stack([each.x for each in examples]), np.array([each.false for each in examples])
-    kinds = np.array([each.claim.kind for each in examples])
-    paths = np.array([each.source.image for each in examples])
-    image = np.unique(paths, return_inverse=True)[1]
-    held_out = np.array([_is_held_out(path) for path in paths])
-    detector = Detector.fit(x[~held_out], false[~held_out], kinds[~held_out], guard.heads)
-    x, false, kinds, image = x[held_out], false[held_out], kinds[held_out], image[held_out]
-    detector = detector.calibrated(x, false, kinds, image)
+    table = claim_table(examples)
+    detector, risk = cross_fit(table, guard.heads)
     if verify:
-        answers = _answers(guard, [each for each, is_held_out in zip(examples, held_out, strict=True) if is_held_out])
-        detector = detector.fit_answers(detector.risk(x, kinds), answers, false, kinds)
+        detector = detector.fit_answers(risk, _answers(guard, examples), table.false, table.kinds)
     return detector, left_out
 
 
-def _is_held_out(path: str) -> bool:
-    return int(hashlib.sha256(path.encode()).hexdigest(), 16) % VALIDATION_PART == 0
+def claim_table(examples: Sequence[Example]) -> ClaimTable:
+    """Labelled claims as detectors are fitted to them."""
+    sources = {id(each.source): number for number, each in enumerate(examples)}
+    paths, image = np.unique([each.source.image for each in examples], return_inverse=True)
+    states = dict(zip(image.tolist(), (each.state for each in examples), strict=True))
+    return ClaimTable(
+        x=np.stack([each.x for each in examples]),
+        false=np.array([each.false for each in examples]),
+        kinds=np.array([each.claim.kind for each in examples]),
+        image=image,
+        caption=np.array([sources[id(each.source)] for each in examples]),
+        states=stack_states([states[number] for number in range(len(paths))]),
+    )
 
 
 def _examples(
     guard: GazeGuard, captions: Sequence[LabelledCaption], ask: bool, batch_size: int
-) -> tuple[list[_Example], Counter[str]]:
+) -> tuple[list[Example], Counter[str]]:
     """The labelled claims of captions with their features, and how many captions were left out for which reason."""
     replayer = GazeGuard(guard.model, guard.processor, heads=guard.heads, grid=guard.tracer.grid)
-    examples: list[_Example] = []
+    examples: list[Example] = []
     left_out: Counter[str] = Counter()
     batches = [captions[i : i + batch_size] for i in range(0, len(captions), batch_size)]
     for batch in track(batches, "replaying captions"):
@@ -230,14 +236,14 @@ def _claims_by_asking(guard: GazeGuard, row: LabelledCaption) -> list[tuple[Clai
     return [(claim, answer < 0.5) for claim, answer in zip(objects, answers, strict=True)]
 
 
-def _with_features(row: LabelledCaption, report: Report, labelled: Sequence[tuple[Claim, bool]]) -> Iterator[_Example]:
+def _with_features(row: LabelledCaption, report: Report, labelled: Sequence[tuple[Claim, bool]]) -> Iterator[Example]:
     every = claims(row.caption)
     x = features.features(given(report.trace), every) if labelled else np.zeros((0, 0))
     for claim, false in labelled:
-        yield _Example(x[every.index(claim)], false, claim, row)
+        yield Example(x[every.index(claim)], false, claim, row, given(report.trace).image_state)
 
 
-def _answers(guard: GazeGuard, examples: Sequence[_Example]) -> NDArray[np.float64]:
+def _answers(guard: GazeGuard, examples: Sequence[Example]) -> NDArray[np.float64]:
     """(examples,) log-odds of yes to the question whether each claim's object is there; NaN for locations."""
     answers = np.full(len(examples), np.nan)
     of_caption: dict[int, list[int]] = {}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gazeguard.claims.parse import Claim, claims
 from gazeguard.decoding.verification import ask
 from gazeguard.detection import features
+from gazeguard.detection.table import ClaimTable, stack_states
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.worlds import Sample, World
 from gazeguard.progress import track
@@ -42,6 +43,7 @@ class LabelledClaims:
     kind:     (claims,) "object", "attribute" or "location"
     image:    (claims,) index of the image of each
     claims:   the claims themselves
+    states:   (images, width) `GazeTrace.image_state` of each image; None where no image has one
     """
 
     x: NDArray[np.float64]
@@ -49,12 +51,18 @@ class LabelledClaims:
     kind: NDArray[np.str_]
     image: NDArray[np.int64]
     claims: tuple[Claim, ...]
+    states: NDArray[np.float32] | None = None
+
+    @property
+    def table(self) -> ClaimTable:
+        """As detectors are fitted to it."""
+        return ClaimTable(self.x, self.false, self.kind, self.image, states=self.states)
 
     def select(self, chosen: NDArray[np.bool_]) -> LabelledClaims:
         """Some of the claims: ``chosen`` (claims,)."""
         rows = np.flatnonzero(chosen)
         claims = tuple(self.claims[i] for i in rows)
-        return LabelledClaims(self.x[rows], self.false[rows], self.kind[rows], self.image[rows], claims)
+        return LabelledClaims(self.x[rows], self.false[rows], self.kind[rows], self.image[rows], claims, self.states)
 
 
 def label_claims(decided: Decide, samples: Sequence[Sample], reports: Sequence[Report]) -> LabelledClaims:
@@ -77,7 +85,8 @@ def label_claims(decided: Decide, samples: Sequence[Sample], reports: Sequence[R
         labelled += of_caption
     chosen, false = zip(*labelled, strict=True)
     kinds = np.array([claim.kind for claim in chosen])
-    return LabelledClaims(np.concatenate(rows), np.array(false), kinds, np.array(image), chosen)
+    states = stack_states([None if report.trace is None else report.trace.image_state for report in reports])
+    return LabelledClaims(np.concatenate(rows), np.array(false), kinds, np.array(image), chosen, states)
 
 
 def caption_and_label(guard: GazeGuard, world: World, split: str, n: int, seed: int) -> LabelledClaims:

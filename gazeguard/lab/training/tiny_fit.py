@@ -13,12 +13,13 @@ import typer
 
 from gazeguard import lab
 from gazeguard.detection import features
-from gazeguard.detection.detector import Detector
+from gazeguard.detection.cross_fitting import cross_fit
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.discovery import find_heads
 from gazeguard.lab.labels import caption_and_label, self_verification_answers
 from gazeguard.lab.worlds import world
 
+SCOPE = "the drawings of the lab, which are all that its model knows"
 TEXT_ONLY = "text-only"  # folder of the detector that uses `TEXT_FEATURES` alone
 
 
@@ -36,7 +37,7 @@ def fit(
     held_out = caption_and_label(guard, world(), "validation", captions // 2, seed)
     answers = self_verification_answers(guard, lab.samples("validation", captions // 2 * 2, seed), held_out)
     for names, folder in ((features.names(heads.heads), checkpoint), (features.TEXT_FEATURES, checkpoint / TEXT_ONLY)):
-        detector = Detector.fit(train.x, train.false, train.kind, heads, names)
+        detector = cross_fit(train.table, heads, names, SCOPE).detector
         detector = detector.calibrated(held_out.x, held_out.false, held_out.kind, held_out.image)
         risk = detector.risk(held_out.x, held_out.kind.tolist())
         detector.fit_answers(risk, answers, held_out.false, held_out.kind).save_pretrained(folder)

@@ -1,0 +1,64 @@
+"""Table of labelled claims: what detectors are fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gazeguard.errors import InputError
+from gazeguard.trace import F32
+
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ClaimTable:
+    """Claims with features and labels. Immutable.
+
+    Attributes:
+        x: (claims, F) `features`.
+        false: (claims,) whether each claim is false.
+        kinds: (claims,) the kind of each claim.
+        image: (claims,) the number of the image of each; no image is ever on both sides of a split.
+        weights: (claims,) how much each claim counts; by default all alike.
+        caption: (claims,) the number of the caption of each; by default each image has one.
+        states: (images, width) `GazeTrace.image_state` by the number of the image, NaN where unknown; None where no image
+            has one.
+    """
+
+    x: F64
+    false: NDArray[np.bool_]
+    kinds: NDArray[np.str_]
+    image: NDArray[np.int64]
+    weights: F64 = None  # type: ignore[assignment]
+    caption: NDArray[np.int64] = None  # type: ignore[assignment]
+    states: NDArray[np.floating[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults; raises `InputError` for columns of different lengths."""
+        object.__setattr__(self, "weights", np.ones(len(self.x)) if self.weights is None else np.asarray(self.weights, float))
+        object.__setattr__(self, "caption", self.image if self.caption is None else self.caption)
+        for field in fields(self):
+            column = getattr(self, field.name)
+            if field.name != "states" and len(column) != len(self.x):
+                raise InputError(f"{field.name} has {len(column)} rows, the features have {len(self.x)}; expected as many.")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def select(self, rows: NDArray[Any]) -> ClaimTable:
+        """Some of the claims, by number or by a mask; image numbers stay."""
+        return replace(
+            self, **{field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "states"}
+        )
+
+
+def stack_states(states: Sequence[F32 | None]) -> F32 | None:
+    """(images, width): `GazeTrace.image_state` of each image, NaN where it has none; None where no image has one."""
+    if (width := next((len(state) for state in states if state is not None), None)) is None:
+        return None
+    return np.stack([np.full(width, np.nan, np.float32) if state is None else state for state in states])
