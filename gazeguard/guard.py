@@ -141,6 +141,7 @@ class GazeGuard:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
+        processor: str | None = None,
         **options: Any,
     ) -> GazeGuard:
         """Load a model, its processor and its artifacts.
@@ -151,9 +152,11 @@ class GazeGuard:
             device: Where the model goes; "auto" takes the GPU if there is one.
             dtype: Of the weights; "auto" takes the checkpoint's.
             device_map: transformers' distribution over several devices, in place of `device`.
+            processor: "module:attribute" of a processor of one's own, whose code runs; by default the checkpoint's.
             **options: Of the constructor: ``policy``, ``heads``, ``detector``, ``grid``, ``nlp``, ``background``, ``nouns``.
         """
-        return cls(*load(model, device=device, dtype=dtype, device_map=device_map), artifacts=artifacts, **options)
+        loaded = load(model, device=device, dtype=dtype, device_map=device_map, processor=processor)
+        return cls(*loaded, artifacts=artifacts, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``heads.json``, ``detector.json`` if there is a detector, and its card into a folder."""

@@ -1,5 +1,7 @@
 """The model loader and the finder of artifact files."""
 
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -7,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from gazeguard import lab
 from gazeguard.artifacts import HEADS_FILE, find_file, push_folder
 from gazeguard.errors import ArtifactError, InputError
+from gazeguard.guard import GazeGuard
 from gazeguard.loading import find_device, find_dtype, load
 
 
@@ -124,3 +127,46 @@ def test_a_folder_is_pushed():
 
     pushed = push_folder(lambda folder: (folder / "file").write_text("text"), "mine", api=Api(), create_pr=True)
     assert pushed == "me/mine text {'create_pr': True}"
+
+
+OWN = """
+from transformers import AutoProcessor
+
+def make(model):
+    processor = AutoProcessor.from_pretrained(model)
+    processor.image_processor.image_mean = [0.25] * 3
+    return processor
+
+def broken(model):
+    return 1 / 0
+
+class nest:
+    ready = make(%r)
+"""
+
+
+@pytest.mark.parametrize("attribute", ["make", "nest.ready"])
+def test_a_processor_of_ones_own_is_imported_from_the_working_directory(tmp_path, monkeypatch, attribute):
+    name = f"own_{attribute.replace('.', '_')}"
+    (tmp_path / f"{name}.py").write_text(OWN % str(lab.checkpoint_path()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    _, processor = load("lab", device="cpu", processor=f"{name}:{attribute}")
+    assert processor.image_processor.image_mean == [0.25] * 3
+    guard = GazeGuard.from_pretrained("lab", device="cpu", processor=f"{name}:{attribute}")
+    assert guard.processor.image_processor.image_mean == [0.25] * 3
+    with pytest.raises(InputError, match=rf"The processor {name}:broken cannot be imported: ZeroDivisionError"):
+        load("lab", processor=f"{name}:broken")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("json", "The processor is 'json'; expected module:attribute"),
+        ("no_such_module:processor", "cannot be imported: ModuleNotFoundError"),
+        ("json:nothing", "cannot be imported: AttributeError.*Give module:attribute"),
+    ],
+)
+def test_a_processor_that_cannot_be_imported_is_said(name, message):
+    with pytest.raises(InputError, match=message):
+        load("lab", processor=name)

@@ -472,3 +472,43 @@ def test_the_identity_changes_with_the_files_alone(tmp_path):
     assert one == two
     shard(tmp_path / "two/a.tar", 4)
     assert fingerprint(open_source(tmp_path / "two"), tmp_path / "two") != one
+
+
+# ----------------------------------------------------------------------------------------------------- conversations
+
+
+def talk(*messages: tuple[str, object]) -> list[dict]:
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+ASKED = [{"type": "text", "text": "What is there?"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "caption", "prompt", "error"),
+    [
+        ({"messages": talk(("user", ASKED), ("assistant", "A star."))}, "A star.", "What is there?", ""),
+        ({"body": {"messages": talk(("system", "Be brief."), ("user", ASKED))}, "custom_id": "7"}, None, "What is there?", ""),
+        ({"body": {"messages": talk(("user", ASKED))}, "caption": "A star."}, "A star.", "What is there?", ""),
+        ({"messages": talk(("user", ASKED), ("assistant", "A star."), ("user", "And?"))}, None, "And?", ""),
+        (
+            {"messages": talk(("user", [{"type": "image", "image": "a.png"}]), ("assistant", ASKED[:1]))},
+            "What is there?",
+            None,
+            "",
+        ),
+        ({"messages": talk(("user", ASKED + ASKED), ("assistant", "A star."))}, "A star.", None, "the row has 2 images"),
+        ({"messages": talk(("user", "What?"), ("assistant", "A star."))}, "A star.", None, "there is no image in the messages"),
+        ({"messages": [7, {"role": 3}, {"content": [None, {}]}]}, None, None, "there is no image in the messages"),
+    ],
+)
+def test_conversations_are_rows(tmp_path, fields, caption, prompt, error):
+    """OpenAI's batch requests and chat files: one image, the last question and the last answer."""
+    source = lines(tmp_path / "a.jsonl", json.dumps(fields).encode())
+    (row,) = source.rows()
+    assert (row.caption, row.prompt, row.fields) == (caption, prompt, fields)
+    assert row.error.startswith(error)
+    assert bool(row.error) == bool(error)
+    if not error:
+        assert row.image == tmp_path / "a.png"
+    check_columns(source)

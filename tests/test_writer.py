@@ -30,8 +30,9 @@ from gazeguard.filtering.caption_filter import NO_CAPTION, CaptionFilter, ignore
 from gazeguard.filtering.readers import open_source
 from gazeguard.filtering.rows import COLUMNS
 from gazeguard.filtering.run import filter_files
+from gazeguard.filtering.shard_writer import write_shards
 from gazeguard.filtering.verdicts import saved_report
-from gazeguard.filtering.writer import Results, reason_category
+from gazeguard.filtering.writer import FILE_NAMES, Results, reason_category
 from gazeguard.guard import GazeGuard
 from gazeguard.progress import show_progress
 
@@ -199,6 +200,47 @@ def test_shards_get_results_beside_them_and_stay_as_they_are(caption_filter, tmp
     assert lines[-1]["gaze_reason"].startswith("the shard is damaged or breaks off")
     assert summary["rows"] == len(lines) > 3
     assert before.items() <= files(tmp_path).items()
+
+
+def test_filtered_shards_have_every_file_of_a_row_and_its_results(caption_filter, tmp_path):
+    """Two shards with keys of one name, other files beside the image, and a row that is no row; each shard is read again."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    samples = lab.samples("test", 4, seed=7)
+    contents: dict[tuple[str, str], bytes] = {}
+    for shard in ("0.tar", "1.tar"):
+        with tarfile.open(folder / shard, "w") as tar:
+            for i, sample in enumerate(samples):
+                caption = sample.turns[0].answer if i % 2 == 0 else "There is a purple elephant."
+                image = io.BytesIO()
+                sample.image.save(image, "PNG")
+                parts = {"png": image.getvalue(), "txt": caption.encode(), "cls": b"3", "json": b'{"url": "u"}'}
+                for suffix, data in parts.items():
+                    contents[f"{shard} {i}", suffix] = data
+                    info = tarfile.TarInfo(f"{i}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    into(caption_filter, folder, tmp_path / "out")
+    written = write_shards(tmp_path / "out", open_source(folder))
+    rows = {}
+    for path in written:
+        place = path.parent.name
+        for row in open_source(path).rows():
+            key = f"{path.name} {row.fields['key']}"
+            rows[key] = place, row.fields["json"]
+            with tarfile.open(path) as tar:
+                for suffix in ("png", "txt", "cls"):
+                    assert tar.extractfile(f"{row.fields['key']}.{suffix}").read() == contents[key, suffix]
+    lines = {
+        f"{row['shard']} {row['key']}": (place, row)
+        for place in FILE_NAMES.values()
+        for row in read_lines(tmp_path / f"out/{place}.jsonl")
+    }
+    assert rows.keys() == lines.keys()
+    assert len(rows) == 8
+    assert {place for place, _ in rows.values()} >= {"kept", "flagged"}
+    for key, (place, row) in lines.items():
+        assert rows[key] == (place, {"url": "u", **{name: row[name] for name in COLUMNS}})
 
 
 def test_captions_are_written_for_a_folder_without_any(caption_filter, tmp_path):

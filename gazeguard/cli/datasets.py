@@ -34,7 +34,9 @@ from gazeguard.prompts import DEFAULT_PROMPT
 if TYPE_CHECKING:
     from gazeguard.filtering.caption_filter import CaptionFilter
     from gazeguard.filtering.ray import RayActorPool
+    from gazeguard.filtering.readers import Source
     from gazeguard.filtering.rows import Row
+    from gazeguard.filtering.shards import WebDataset
     from gazeguard.replay.page import Entry
     from gazeguard.report import Report
 
@@ -91,6 +93,9 @@ def filter_captions(
     actors: Annotated[
         int | None, typer.Option(min=1, help="Ray actors, each with the model.", show_default="one per GPU, or 2")
     ] = None,
+    shards: Annotated[
+        bool, typer.Option("--shards", help="Of shards: also write shards again, with the results in .json: OUT/shards.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> Outcome:
     """Sort many captions into kept, flagged and excluded (what could not be checked), each with its reason.
@@ -100,6 +105,7 @@ def filter_captions(
     """
     from gazeguard.filtering.readers import check_columns, open_source
     from gazeguard.filtering.run import filter_files
+    from gazeguard.filtering.shard_writer import write_shards
     from gazeguard.filtering.writer import Results
 
     options = {"batch_size": batch_size, "workers": workers, "prompt": prompt, "max_new_tokens": max_new_tokens}
@@ -107,10 +113,28 @@ def filter_captions(
     with _stoppable(), ExitStack() as stack:
         rows = open_source(source, image_column, caption_column, caption_ext, encoding)
         check_columns(rows, write_captions)
+        packed = _as_shards(rows) if shards else None
         _announce(write_captions)
         judge = stack.enter_context(_ray_pool(guarded, actors, options)) if ray else _local_filter(guarded, options)
         settings = judge.run_settings(rows, source if source.is_dir() else source.parent, chunk, label_only)
         summary = filter_files(judge, rows, Results(folder, settings, label_only), chunk, progress=True)
+        if packed is not None:
+            write_shards(folder, packed)
+    given = _input_options(image_column, caption_column, caption_ext, encoding) + guarded.arguments()
+    return _conclude(summary, folder, as_json, f"gazeguard replay {shlex.quote(str(source))} PAGE.html --skip-passed{given}")
+
+
+def _as_shards(source: Source) -> WebDataset:
+    """The input, for what can be done with shards alone."""
+    from gazeguard.filtering.shards import WebDataset
+
+    if not isinstance(source, WebDataset):
+        raise InputError(f"{source.files()[0]} is no webdataset .tar. Leave --shards out.")
+    return source
+
+
+def _conclude(summary: dict[str, Any], folder: Path, as_json: bool, following: str) -> Outcome:
+    """Show what has become of the rows; the command that follows shows them one by one."""
     if as_json:
         typer.echo(json.dumps(summary))
     else:
@@ -119,8 +143,7 @@ def filter_captions(
         reasons = summary["reasons"].get("unchecked", {})
         _say_none_was_checked(Counter(reasons))
         return Outcome(f"see {folder / 'summary.json'} for every reason.", 2)
-    given = _input_options(image_column, caption_column, caption_ext, encoding) + guarded.arguments()
-    return Outcome(f"see them: gazeguard replay {shlex.quote(str(source))} PAGE.html --skip-passed{given}")
+    return Outcome(f"see them: {following}")
 
 
 def _input_options(*values: str | None) -> str:

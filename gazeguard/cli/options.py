@@ -82,6 +82,16 @@ class ModelOptions:
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None
+    processor: Annotated[
+        str | None,
+        typer.Option(
+            "--processor",
+            metavar="MODULE:ATTRIBUTE",
+            help="A processor of your own, or a function of the model that makes one. MODULE is imported: its code runs.",
+            show_default="the checkpoint's",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
 
     @property
     def source(self) -> str:
@@ -99,11 +109,12 @@ class ModelOptions:
             from gazeguard.loading import load
 
             disable_progress_bar()
-            return load(source, device=self.device, dtype=self.dtype, device_map=self.device_map)
+            how = {"device_map": self.device_map, "processor": self.processor}
+            return load(source, device=self.device, dtype=self.dtype, **how)
 
     def arguments(self, **more: Any) -> str:
         """The options that another command needs for the same model, as typed: " --model X --artifacts Y"."""
-        given = {"model": self.model, **more}
+        given = {"model": self.model, "processor": self.processor, **more}
         return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
 
 
@@ -135,7 +146,7 @@ class GuardOptions(ModelOptions):
 
     def options(self) -> dict[str, Any]:
         """The options that were given, for a loader in another process."""
-        names = ("artifacts", "heads", "detector", "device", "dtype", "device_map")
+        names = ("artifacts", "heads", "detector", "device", "dtype", "device_map", "processor")
         options = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, "auto")}
         return options | ({"nouns": read_nouns(self.nouns)} if self.nouns is not None else {})
 

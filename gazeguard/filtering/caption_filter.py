@@ -220,6 +220,7 @@ class CaptionFilter:
         settings = {
             "input": fingerprint(source, Path(root)),
             "model": guard.heads.model,
+            "processor": type(guard.processor).__name__,
             "gaze heads": _digest(guard.heads.model_dump_json()),
             "detector": "none" if guard.detector is None else _digest(guard.detector.model_dump_json()),
             "policy": guard.policy.model_dump_json(),

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from gazeguard.errors import InputError
+from gazeguard.filtering.messages import find_messages, read_conversation
 from gazeguard.filtering.rows import COLUMNS, IMAGE_SUFFIXES, Row, image_source
 from gazeguard.filtering.shards import WebDataset
 from gazeguard.filtering.texts import check_encoding, decode, describe_error, marked_encoding, read_text
@@ -40,7 +41,8 @@ LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 class JsonLines:
     """A JSONL file with ``image``, ``caption``, perhaps ``prompt``, and other keys; gzipped and UTF-16 files, too.
 
-    An image is a path from the file's folder, a data: URI, or the slice of a shard that a filter run has written.
+    An image is a path from the file's folder, a data: URI, or the slice of a shard that a filter run has written. Rows without
+    ``image`` may be conversations, as OpenAI's batch files have them: see `gazeguard.filtering.messages`.
 
     Attributes:
         path: The file.
@@ -74,6 +76,8 @@ class JsonLines:
         for number, line in self._lines():
             fields = self._fields(number, line)
             if isinstance(fields, dict):
+                has_both = self.image not in fields and find_messages(fields) is not None
+                names |= dict.fromkeys((self.image, self.caption) if has_both else ())
                 names |= dict.fromkeys(name for name in fields if len(names) < MAX_COLUMNS or name in wanted)
                 if names.keys() >= {*wanted}:
                     break
@@ -124,8 +128,13 @@ class JsonLines:
         return fields if isinstance(fields, dict) else Row(kept, error="the line is not a JSON object")
 
     def _row(self, fields: dict[str, Any]) -> Row:
-        image, prompt = image_source(fields.get(self.image), self.path.parent), fields.get("prompt")
-        caption = fields.get(self.caption)
+        value, caption, prompt = (fields.get(name) for name in (self.image, self.caption, "prompt"))
+        if self.image not in fields and (messages := find_messages(fields)) is not None:
+            talk = read_conversation(messages)
+            value, caption, prompt = talk.image, talk.caption if caption is None else caption, prompt or talk.prompt
+            if talk.error:
+                return Row(fields, None, caption, error=talk.error)
+        image = image_source(value, self.path.parent)
         if image is None:
             return Row(fields, None, caption, error=f"{self.image!r} is not the path of an image")
         if prompt is not None and not isinstance(prompt, str):

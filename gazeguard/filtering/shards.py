@@ -68,6 +68,10 @@ class WebDataset:
         for path, sample in islice(samples, start, None):
             yield self._row(path, *sample)
 
+    def samples(self, path: Path) -> Iterator[tuple[str, Members]]:
+        """Iterate over the rows of a shard as they are: key, and the files of it."""
+        return ((key, members) for key, members, _ in _samples(path, self.caption_suffix) if key)
+
     def _row(self, path: Path, key: str, members: Members, error: str) -> Row:
         fields: dict[str, Any] = {"shard": path.name, "key": key or None}
         images = [part for suffix, part in members if suffix in IMAGE_SUFFIXES]

@@ -103,7 +103,7 @@ class Results:
             OutputError: Nothing can be written there.
         """
         with ExitStack() as stack:
-            with _writing(self.folder):
+            with writing(self.folder):
                 self._prepare(stack)
             yield self
 
@@ -155,7 +155,7 @@ class Results:
 
     def save(self, number: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a chunk as a whole. Raises `OutputError`, and leaves nothing half written under its name."""
-        with _writing(self.folder):
+        with writing(self.folder):
             replace_file(self.part(number), b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows))
 
     def finish(self, source: Source) -> dict[str, Any]:
@@ -173,8 +173,8 @@ class Results:
         suffix = ".parquet" if isinstance(source, ParquetTable) else ".jsonl"
         paths = {name: self.folder / f"{name}{suffix}" for name in ([LABELLED] if self.label_only else FILE_NAMES.values())}
         counts = _Counts()
-        with _writing(self.folder), ExitStack() as stack:
-            files = {name: stack.enter_context(_replacing(path)) for name, path in paths.items()}
+        with writing(self.folder), ExitStack() as stack:
+            files = {name: stack.enter_context(replacing(path)) for name, path in paths.items()}
             results = self._results(counts)
             if isinstance(source, ParquetTable):
                 _write_tables(source, files, results)
@@ -224,13 +224,13 @@ def reason_category(reason: str) -> str:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file that is there as a whole or not at all, also when the power fails."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(data)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of ``path`` at the end, unless something is raised."""
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to write that takes the place of ``path`` at the end, unless something is raised."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -250,7 +250,8 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an error of the system into an `OutputError` that says what to do."""
     try:
         yield
     except OSError as error:
