@@ -1,16 +1,18 @@
-"""Counts of captions of lab drawings, per image, and the figures that they give: CHAIR, recall, length, and changes of them."""
+"""Counts of captions of lab images, per image, and the figures that they give: CHAIR, recall, length, and changes of them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.common import Figure, over_images
-from gazeguard import lab
-from gazeguard.lab.truth import mentions
+from evals.common import Figure, figure, over_images
+from gazeguard.detection.metrics import draws, estimate
+from gazeguard.fitting.rerank import chair_at_recall
+from gazeguard.lab.worlds import World
 
 Counts = Mapping[str, NDArray[np.float64]]  # per image
 # The figures that are a ratio of two counts.
@@ -25,8 +27,8 @@ RATIOS = {
 }
 
 
-def count_captions(samples: Sequence[lab.Sample], captions: Sequence[str]) -> Counts:
-    """The counts of one caption per image.
+def count_captions(shown: World, samples: Sequence[Any], captions: Sequence[str]) -> Counts:
+    """The counts of one caption per image of a world.
 
     false:      mentions of objects that are not in the image
     misplaced:  mentions of objects that are in the image, but not at the location that is named
@@ -40,11 +42,10 @@ def count_captions(samples: Sequence[lab.Sample], captions: Sequence[str]) -> Co
     """
     rows = []
     for sample, caption in zip(samples, captions, strict=True):
-        named = mentions(sample.drawing, caption)
-        false = sum(not mention.present for mention in named)
-        misplaced = sum(mention.present and not mention.located for mention in named)
-        nouns = {mention.phrase.head.text.lower() for mention in named}
-        present = {each.noun for each in sample.drawing.objects}
+        named, present = shown.named(sample, caption), shown.nouns(sample)
+        false = sum(not each.present for each in named)
+        misplaced = sum(each.present and not each.located for each in named)
+        nouns = {each.noun for each in named}
         of_mentions = (false, misplaced, false + misplaced, len(named), false > 0)
         rows.append((*of_mentions, len(nouns & present), len(present), len(nouns), len(caption.split()), 1))
     names = ("false", "misplaced", "wrong", "mentions", "with_false", "right", "present", "nouns", "words", "captions")
@@ -89,21 +90,50 @@ def compare(counts: Counts, plain: Counts) -> dict[str, Figure]:
     }
 
 
-def chair_at_recall(curve: Sequence[tuple[float, float]], recall: float) -> float:
-    """The least CHAIR_i of a curve of points (recall, CHAIR_i) at this recall or more.
+def differences_at_equal_recall(counts: Counts, curve: Sequence[Counts]) -> NDArray[np.float64]:
+    """CHAIR_i of captions less that of a curve at equal recall, on all `draws` of the images: (1 + resamples,)."""
+    drawn = draws(len(counts["captions"]))
 
-    Means of two neighbouring points count as points; where none has so much recall, that of the point with the most is taken.
-    """
-    points = sorted(curve, reverse=True)
-    best = np.minimum.accumulate([chair for _, chair in points])
-    return float(np.interp(recall, [own for own, _ in reversed(points)], best[::-1]))
+    def on_draws(each: Counts, name: str) -> NDArray[np.float64]:
+        top, bottom = RATIOS[name]
+        return (drawn @ each[top]) / np.maximum(1e-12, drawn @ each[bottom])
+
+    recalls, chairs = (np.stack([on_draws(each, name) for each in curve], axis=1) for name in ("recall", "chair_i"))
+    at = [
+        chair_at_recall(list(zip(*points, strict=True)), recall)
+        for *points, recall in zip(recalls, chairs, on_draws(counts, "recall"), strict=True)
+    ]
+    return on_draws(counts, "chair_i") - np.array(at)
 
 
 def difference_at_equal_recall(counts: Counts, curve: Sequence[Counts]) -> Figure:
     """CHAIR_i of captions less that of a curve at equal recall."""
+    return figure(*estimate(differences_at_equal_recall(counts, curve)))
 
-    def difference(drawn: NDArray[np.int64]) -> float:
-        points = [(ratio(each, "recall", drawn), ratio(each, "chair_i", drawn)) for each in curve]
-        return ratio(counts, "chair_i", drawn) - chair_at_recall(points, ratio(counts, "recall", drawn))
 
-    return over_images(len(counts["captions"]), difference)
+def holm(p_values: Mapping[str, float], level: float) -> frozenset[str]:
+    """The hypotheses that Holm's step-down correction (1979) rejects at a level for all of them together."""
+    rejected = []
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        if p_values[name] > level / (len(p_values) - rank):
+            break
+        rejected.append(name)
+    return frozenset(rejected)
+
+
+def frontier_figures(methods: Mapping[str, Counts], frontier: Sequence[Counts], level: float = 0.025) -> dict[str, Figure]:
+    """For each method whether its captions lie under a frontier: a lower CHAIR_i at equal recall.
+
+    Args:
+        methods: Name -> counts of its captions.
+        frontier: Counts of the captions that make the frontier, on the same images; the best of them is taken in every
+            resample, which favours the frontier.
+        level: One-sided, for all methods together (Holm).
+
+    Returns:
+        ``NAME_vs_frontier``, the difference in CHAIR_i (below 0 is better), and ``NAME_under_frontier``, 1 or 0.
+    """
+    values = {name: differences_at_equal_recall(counts, frontier) for name, counts in methods.items()}
+    below = holm({name: (1 + (each[1:] >= 0).sum()) / len(each) for name, each in values.items()}, level)
+    figures = {f"{name}_vs_frontier": figure(*estimate(each)) for name, each in values.items()}
+    return figures | {f"{name}_under_frontier": figure(float(name in below)) for name in values}

@@ -1,8 +1,7 @@
-"""Captions of lab drawings, and answers to questions about them, by several decoding methods in several processes."""
+"""Captions of lab images, and answers to questions about them, by several decoding methods in several processes."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -10,21 +9,19 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 
 from evals.common import DECODING
-from evals.decoding_methods import MAX_NEW_TOKENS, cutters, methods
-from evals.guards import lab_guard, text_only_guard
-from gazeguard import lab
-from gazeguard.lab.world import Turn, yes_no_question
+from evals.decoding_methods import MAX_NEW_TOKENS, cutters, methods, random_drops
+from evals.guards import Setup, lab_guard, text_only_guard
+from evals.recorded import replay
+from gazeguard.lab.worlds import Sample, world
+from gazeguard.progress import track
 from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
 
-SEED = 400  # of the drawings
+SEED = 400  # of the images
 BATCH = 25  # prompts
-QUESTIONS = 3  # per image
 
 
 class Job(NamedTuple):
@@ -37,6 +34,7 @@ class Job(NamedTuple):
     decoding: str
     seed: int = 0
     questions: bool = False
+    setup: Setup = Setup()
 
 
 class ObjectRisk(NamedTuple):
@@ -78,25 +76,19 @@ def count_passes(model: PreTrainedModel) -> Iterator[list[int]]:
         hook.remove()
 
 
-def prompts_of(job: Job) -> list[tuple[lab.Sample, str]]:
+def prompts_of(job: Job) -> list[tuple[Sample, str]]:
     """The prompts of a job, each with its sample."""
-    samples = lab.samples(job.split, job.count, SEED)
+    shown = world(job.setup.chosen.lab)
+    samples = shown.samples(job.split, job.count, SEED)
     if not job.questions:
         return [(sample, sample.prompt) for sample in samples]
-    return [(sample, turn.prompt) for sample in samples for turn in questions(sample)]
-
-
-def questions(sample: lab.Sample) -> list[Turn]:
-    """`QUESTIONS` POPE-form questions on a drawing."""
-    rng = random.Random(sample.id)
-    return [yes_no_question(sample.drawing, rng) for _ in range(QUESTIONS)]
+    return [(sample, question.prompt) for sample in samples for question in shown.questions(sample)]
 
 
 @torch.no_grad()
 def run(job: Job) -> Result:
     """Do a job; the same job gives the same captions in any process."""
-    torch.set_num_threads(1)
-    guard, write = lab_guard(), methods()[job.method][job.setting]
+    guard, write = lab_guard(job.setup.chosen), methods(job.setup)[job.method][job.setting]
     guarded = job.method == "plain" and not job.questions  # the ids are the same, and there are reports to cut
     captions: list[str] = []
     reports: list[Report] = []
@@ -115,24 +107,29 @@ def run(job: Job) -> Result:
         return Result(captions, sum(rows), {}, [])
     captions = [report.caption for report in reports]
     cut = {
-        (method, setting): list(map(cutter, reports))
-        for method, settings in cutters().items()
+        (method, setting): [report.caption if report.trace is None else cutter(report) for report in reports]
+        for method, settings in cutters(job.setup).items()
         for setting, cutter in settings.items()
     }
-    return Result(captions, sum(rows), cut, [object_risks(report) for report in reports])
+    samples = [sample for sample, _ in prompts]
+    cut |= random_drops(job.setup, lambda other: replay(other, samples, captions))
+    return Result(captions, sum(rows), cut, [object_risks(report, job.setup) for report in reports])
 
 
-def object_risks(report: Report) -> list[ObjectRisk]:
-    """The risks of the objects of a plain report."""
+def object_risks(report: Report, setup: Setup) -> list[ObjectRisk]:
+    """The risks of the objects of a plain report; none where there is no text-only detector beside the subject's."""
+    if report.trace is None or "text_only_drop" not in cutters(setup):
+        return []
     risks, text_only = (
         {(f.claim.start, f.claim.end): f.risk for f in each.findings if f.claim.kind == "object"}
-        for each in (report, text_only_guard().judge(report.trace))
+        for each in (report, text_only_guard(setup).judge(report.trace))
     )
-    return [ObjectRisk(*span, risk, text_only[span]) for span, risk in risks.items()]
+    return [ObjectRisk(*span, risk, text_only[span]) for span, risk in risks.items() if span in text_only]
 
 
 def run_all(jobs: Sequence[Job], workers: int, description: str) -> dict[Job, Result]:
-    """The results of all jobs, which several processes share."""
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        results = track(pool.map(run, jobs), description, total=len(jobs), console=Console(stderr=True), transient=True)
-        return dict(zip(jobs, results, strict=True))
+    """The results of all jobs, which several processes of one thread share; one worker is this process itself."""
+    if workers == 1:
+        return {job: run(job) for job in track(jobs, description)}
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return dict(zip(jobs, track(pool.map(run, jobs), description, total=len(jobs)), strict=True))

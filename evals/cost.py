@@ -17,11 +17,17 @@ from evals.common import Artifacts, Figure, Lab, Model, Out, Quick, with_issue_k
 from evals.subject import Chosen, Subject, subject
 from evals.timing import time_ratio
 from gazeguard.guard import GazeGuard
+from gazeguard.policy import Rerank, load_policy
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.inputs import model_inputs
 
 SEED = 300
-POLICIES = ("mark", "rerank", "rewind")
+RERANK = Rerank(attended_logprob=2.0, end_bonus=2.0)  # of any model: its cost is measured, not whether it helps
+POLICIES = {
+    "mark": load_policy("mark"),
+    "rerank": load_policy("rerank").model_copy(update={"rerank": RERANK}),
+    "rewind": load_policy("rewind"),
+}
 NEW_TOKENS = 64
 PAIRS, PAIRS_QUICK = 60, 4  # of batch 1; half as many of batch 8
 
@@ -60,7 +66,7 @@ def replay_figures(measured: Subject, guard: GazeGuard, pairs: int) -> dict[str,
 def main(out: Out, quick: Quick = False, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts = None) -> None:
     """Measure the overhead of each policy."""
     measured = subject(Chosen(lab, model, artifacts))
-    guards = {policy: measured.guard(policy) for policy in POLICIES}
+    guards = {name: measured.guard(policy) for name, policy in POLICIES.items()}
     figures: dict[str, Figure] = {}
     for batch_size in (1, 8):
         samples = measured.world.samples("test", batch_size, SEED)

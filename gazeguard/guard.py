@@ -47,10 +47,12 @@ from gazeguard.decoding.call import (
     check_supported,
     end_tokens,
 )
+from gazeguard.decoding.let_through import LetThrough, let_through
 from gazeguard.decoding.rerank import RerankProcessor
 from gazeguard.decoding.rewind import CommittedPrefix, Draft, RewindLoop, list_delimiters, rollback_span
 from gazeguard.decoding.verification import SelfVerification
 from gazeguard.detection.detector import Detector
+from gazeguard.detection.rerank_evidence import with_measured_strengths
 from gazeguard.errors import ArtifactError, InputError, MismatchError, PolicyError, UnsupportedError, given
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.judge import Assessment, Judge, PrefixJudge
@@ -72,12 +74,9 @@ LOGGER = logging.getLogger("gazeguard")
 class GazeGuard:
     """Watches a model's gaze heads while it writes, and says which phrases the image does not support.
 
-    ``generate`` returns what the model wrote, whatever the policy: no policy alters the ids after the fact. What a policy lets
-    through of a caption is ``report.filtered_caption``; a streamer is refused where that is not the caption as it is:
-
-    * ``on_flag: keep``: the caption as it is;
-    * ``on_flag: drop``: the caption without its flagged phrases; an *unchecked* caption passes whole, since nothing is flagged;
-    * ``on_flag: abstain``: the caption if its verdict is *pass*, else "", so *flag* and *unchecked* are withheld.
+    What leaves it is what the policy lets through: the ids that ``generate`` returns decode to ``report.filtered_caption``.
+    Under ``on_flag: keep`` that is the caption as it is; under ``drop``, it without its flagged phrases (an *unchecked* one
+    passes whole, since nothing is flagged); under ``abstain``, it if its verdict is *pass*, else "".
 
     One guard serves one thread at a time. Of two guards on one model, used at the same moment, the second is refused by name.
 
@@ -120,15 +119,17 @@ class GazeGuard:
             InputError: An argument is not of its kind, or there are no gaze heads.
             UnsupportedError: The model cannot be watched.
             MismatchError: Heads or detector belong to another model, or the policy needs what the detector has not learnt.
+            PolicyError: The policy is none, or reranks by evidence that was not measured for the model or does not help it.
         """
         _check_kinds(model, processor)
         self.model, self.processor = model, cast(Any, processor)
         rules = _as_policy(policy)
         gaze_heads, judging = _find_artifacts(model, heads, detector, artifacts)
-        _check_fit(model, gaze_heads, judging, rules)
+        rules = _check_fit(model, gaze_heads, judging, rules)
         self.verification = SelfVerification.for_model(model, processor) if rules.verify is not None else None
         lens = judging is None or judging.uses_lens
         self.tracer = Tracer(model, processor, gaze_heads, grid, lens, background=background)
+        self.tracer.recorder.read_layer(rules.rerank.layer if rules.rerank is not None else None)
         self.judge = Judge(judging, rules, gaze_heads.model, nlp, frozenset(nouns), _model_name(model))
         self.reports: list[Report] = []
 
@@ -194,6 +195,8 @@ class GazeGuard:
     def generate(self, inputs: Tensor | None = None, **arguments: Any) -> Any:
         """`model.generate` with the same arguments and the same result; the reports are then in ``reports``.
 
+        Ids of captions that the policy changes are encoded anew.
+
         Args:
             inputs: The prompts' ids, if not given as ``input_ids``.
             **arguments: Of ``model.generate``; and ``picture_sizes``, for each prompt the (width, height) of its images, if
@@ -204,8 +207,8 @@ class GazeGuard:
 
     def generate_with_reports(self, inputs: Tensor | None = None, **arguments: Any) -> tuple[Any, list[Report]]:
         """`generate` with the reports as part of the result: what it returns, and one report per caption."""
-        check_streamable(self.policy, arguments.get("streamer"))
-        return _watched(self, GenerateCall.from_generate(self.model, inputs, arguments))
+        watched = _watched(self, GenerateCall.from_generate(self.model, inputs, arguments))
+        return watched.result(self), watched.reports
 
     @contextmanager
     def watch(self) -> Iterator[GazeGuard]:
@@ -230,11 +233,11 @@ class GazeGuard:
     ) -> Any:
         """The decode loop that ``generate(custom_generate=guard)`` runs: transformers' own, watched. Streamers are served."""
         arguments = _compat.arguments_of_generate(self)
-        check_streamable(self.policy, arguments.get("streamer"))
         check_loop_supported(generation_config, model.config.is_encoder_decoder, arguments)
         loop = (input_ids, logits_processor, stopping_criteria, generation_config, picture_sizes, model_kwargs, arguments)
-        output, self.reports = _watched(self, GenerateCall.from_loop(model, *loop))
-        return output
+        watched = _watched(self, GenerateCall.from_loop(model, *loop))
+        self.reports = watched.reports
+        return watched.result(self)
 
     def caption(self, image: Any, prompt: str = DEFAULT_PROMPT, **arguments: Any) -> Report:
         """Generate and watch one caption of an image (a path or a PIL image); ``arguments`` go to `generate`."""
@@ -324,9 +327,10 @@ class GazeGuard:
 
 
 @torch.no_grad()
-def _watched(guard: GazeGuard, call: GenerateCall) -> tuple[Any, list[Report]]:
-    """Run a call of generate: what the caller gets, and the reports."""
+def _watched(guard: GazeGuard, call: GenerateCall) -> _Watched:
+    """Run a call of generate, and judge its captions."""
     tracer = guard.tracer
+    check_streamable(guard.policy, call.streams)
     check_supported(call.config, guard.policy, guard.model.config.is_encoder_decoder)
     if not end_tokens(call.config):
         LOGGER.warning(
@@ -341,7 +345,25 @@ def _watched(guard: GazeGuard, call: GenerateCall) -> tuple[Any, list[Report]]:
     for row, trace in enumerate(traces):
         reason = tracer.unreadable(prompts, row * len(prompts.lengths) // len(traces), trace.token_ids)
         assessments.append(Assessment(trace, reason) if reason else guard.judge.assess(trace))
-    return call.result(decoded.output), _reports(guard, assessments, call.prompts(), decoded.cache)
+    reports = _reports(guard, assessments, call.prompts(), decoded.cache)
+    return _Watched(call, decoded.output, prompts.start, decoded.captions, reports)
+
+
+class _Watched(NamedTuple):
+    """A watched call of generate: what it gave, where the captions begin in it, the captions, and the reports on them."""
+
+    call: GenerateCall
+    output: Any
+    start: int
+    captions: Sequence[GeneratedIds]
+    reports: list[Report]
+
+    def result(self, guard: GazeGuard) -> Any:
+        """What the caller gets: the output, as far as the policy lets it through."""
+        pairs = zip(self.reports, self.captions, strict=True)
+        passed = [LetThrough(report.caption, report.filtered_caption, caption.finished) for report, caption in pairs]
+        output = let_through(self.output, self.start, passed, self.call.config, guard.processor.tokenizer)
+        return self.call.result(output)
 
 
 def _reports(
@@ -541,8 +563,8 @@ def _optional(source: str | Path, name: str, remote: bool) -> Path | None:
         raise
 
 
-def _check_fit(model: PreTrainedModel, heads: GazeHeads, detector: Detector | None, policy: Policy) -> None:
-    """Raise unless model, heads, detector and policy belong together."""
+def _check_fit(model: PreTrainedModel, heads: GazeHeads, detector: Detector | None, policy: Policy) -> Policy:
+    """Raise unless model, heads, detector and policy belong together; the policy with the strengths measured for rerank."""
     heads.check_model(model)
     if heads.unusable:
         raise UnsupportedError(f"These heads of {heads.model_class} are not worth watching. {heads.unusable}")
@@ -559,3 +581,4 @@ def _check_fit(model: PreTrainedModel, heads: GazeHeads, detector: Detector | No
             "learnt what the answers are worth (answer, in detector.json). Fit one with gazeguard train --verify, or choose a "
             "policy without verify."
         )
+    return with_measured_strengths(policy, None if detector is None else detector.rerank)

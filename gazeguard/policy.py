@@ -20,6 +20,7 @@ MAX_FILE_BYTES = 64 * 1024
 Rule = Literal["f1", "precision_0.9", "bound_0.05", "bound_0.02"]
 Threshold = Rule | Annotated[float, Field(ge=0, le=1)]
 MOST_REWINDS = 1000
+STRENGTHS = ("attribution", "attended_logprob", "end_bonus")  # of `Rerank`
 
 
 class _Strict(BaseModel):
@@ -29,18 +30,30 @@ class _Strict(BaseModel):
 class Rerank(_Strict):
     """Move the logits of plausible next tokens by the evidence of the gaze heads.
 
+    Without any strength (``rerank: {}``) those are taken that were measured for the model, see
+    `gazeguard.detection.rerank_evidence`; with one, the others are 0.
+
     Attributes:
         attribution: Weight of the gaze heads' direct logit attribution, in logits per logit of the model.
         plausible: Only tokens with at least this share of the top token's probability are moved.
         attended_logprob: Weight of a token's log-probability in the logit lens on the attended image tokens, in logits per
             nat.
         end_bonus: Logits that a full stop gains where no attended image token shows an object that is not named yet.
+        layer: The layer of the decoder before which the logit lens reads the image tokens, counted from 0; by default they are
+            read behind the last one.
     """
 
-    attribution: float = Field(ge=0, le=10)
-    plausible: float = Field(gt=0, le=1)
-    attended_logprob: float = Field(default=0.0, ge=0, le=10)
-    end_bonus: float = Field(default=0.0, ge=0, le=10)
+    attribution: float | None = Field(default=None, ge=0, le=10)
+    plausible: float = Field(default=0.003, gt=0, le=1)
+    attended_logprob: float | None = Field(default=None, ge=0, le=10)
+    end_bonus: float | None = Field(default=None, ge=0, le=10)
+    layer: int | None = Field(default=None, ge=1)
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The strengths that are set."""
+        values = {name: getattr(self, name) for name in STRENGTHS}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Rewind(_Strict):

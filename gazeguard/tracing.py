@@ -318,20 +318,24 @@ class Tracer:
         grids = image_grids(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.grid)
         return Prepared({}, [ReplayPart(rows, texts, batch, encoded._replace(grids=grids))])
 
+    def run(self, part: ReplayPart, use_cache: bool = False) -> Any:
+        """The model's output of one teacher-forced pass over a part's captions."""
+        # The recorder's capture is what counts; the model's own logits of every position would be the largest tensor.
+        few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        inputs = model_inputs(self.model, part.batch.inputs)
+        if not has_pixels(inputs):
+            raise InputError(
+                "The image did not reach the model: the processor made no pixels that its forward takes. Use the processor "
+                "of this model."
+            )
+        return self.model(**inputs, use_cache=use_cache, **few)
+
     @torch.no_grad()
     def replay(self, part: ReplayPart, use_cache: bool = False) -> tuple[list[GazeTrace], Cache | None]:
         """The traces of a part's captions, from one teacher-forced pass, and the pass's cache if it is wanted."""
         batch, grids = part.batch, part.prompts.grids
         with self.record(part.prompts):
-            # The recorder's capture is what counts; the model's own logits of every position would be the largest tensor.
-            few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-            inputs = model_inputs(self.model, batch.inputs)
-            if not has_pixels(inputs):
-                raise InputError(
-                    "The image did not reach the model: the processor made no pixels that its forward takes. Use the processor "
-                    "of this model."
-                )
-            output = self.model(**inputs, use_cache=use_cache, **few)
+            output = self.run(part, use_cache)
             captured = self.capture()
         numbers = self.trace_batch(captured, batch.caption_ids)
         rows = zip(batch.caption_ids, part.captions, batch.offsets, grids, strict=True)

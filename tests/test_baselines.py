@@ -206,7 +206,7 @@ def test_truncation_is_a_beginning_with_so_many_things(sample, most):
 
 @pytest.mark.slow
 def test_random_heads_are_others_of_the_same_layers_with_a_detector_of_their_own(guard):
-    made = fit_random_guard(guard, 120, 3, policy="rerank")
+    made = fit_random_guard(guard, 120, 3, policy="rewind")
     assert not set(made.heads.heads) & set(GAZE)
     assert Counter(layer for layer, _ in made.heads.heads) == Counter(layer for layer, _ in GAZE)
     assert made.detector.heads == made.heads.heads

@@ -41,6 +41,7 @@ from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads, Score, fingerprint
+from gazeguard.policy import Policy, parse_policy
 from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.inputs import append_tokens, model_inputs
@@ -395,7 +396,10 @@ def test_a_caption_follows_its_prompt(name):
         assert torch.equal(made[key][0], value[0])
 
 
-def guarded(kind: type[PreTrainedModel], config: Any, processor: ProcessorMixin, policy: str) -> GazeGuard:
+RERANK = parse_policy({"version": 1, "name": "attribution", "rerank": {"attribution": 0.5}})
+
+
+def guarded(kind: type[PreTrainedModel], config: Any, processor: ProcessorMixin, policy: str | Policy) -> GazeGuard:
     """A guard around a model of this configuration with the processor's vocabulary, on two heads."""
     config.get_text_config(decoder=True).vocab_size = len(processor.tokenizer)
     config.image_token_id = config.image_token_index = processor.tokenizer.image_token_id
@@ -432,7 +436,7 @@ def watched(tokenizer):
     images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
     images.image_seq_length = 5
     config = copy.deepcopy(MAKERS["Florence-2"]().model.config)
-    made = guarded(Florence2ForConditionalGeneration, config, Florence2Processor(images, tokenizer), "rerank")
+    made = guarded(Florence2ForConditionalGeneration, config, Florence2Processor(images, tokenizer), RERANK)
     made.model.generation_config.update(decoder_start_token_id=2, forced_bos_token_id=1)
     return made
 
@@ -466,7 +470,7 @@ def test_a_guard_watches_mllama(lab_vlm, tokenizer):
     config = copy.deepcopy(MAKERS["Mllama"]().model.config)
     config.vision_config.supported_aspect_ratios = [[1, 1], [1, 2], [2, 1]]
     processor = MllamaProcessor(images, tokenizer, chat_template=lab_vlm[1].chat_template)
-    guard = guarded(MllamaForConditionalGeneration, config, processor, "rerank")
+    guard = guarded(MllamaForConditionalGeneration, config, processor, RERANK)
     images = [sample.image for sample in lab.samples("test", 2)]
     images[1] = images[1].resize((200, 80))
     captions, prompts = ["a red star", "a blue square and a red star"], ["Describe.", "Describe the picture now."]

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from evals import caption_counts as c
 from evals import mitigation as m
-from evals.caption_jobs import QUESTIONS, SEED, Job, ObjectRisk, run
+from evals.caption_jobs import SEED, Job, ObjectRisk, run
 from evals.decoding_methods import cutters, methods
 from gazeguard import lab
 from gazeguard.lab.world import Drawing, DrawnObject, Sample
+from gazeguard.lab.worlds import QUESTIONS, world
 
 UNIT = st.floats(0, 1)
 WHITE = (255, 255, 255)
@@ -32,7 +33,7 @@ def of(false: float, mentions: float, right: float, there: float = 10, pictures:
 def test_chair_counts_by_hand():
     """A star, and a cup that is not there; a moon in the wrong place is no false mention, but a misplaced one."""
     said = ["There is a red star at the top and a green cup on the right.", "There is a moon at the top."]
-    made = c.count_captions([sample()] * 2, said)
+    made = c.count_captions(world(), [sample()] * 2, said)
     assert {name: values.tolist() for name, values in made.items()} == {
         "false": [1, 0], "misplaced": [0, 1], "wrong": [1, 1], "mentions": [2, 1], "with_false": [1, 0], "right": [1, 1],
         "present": [2, 2], "nouns": [2, 1], "words": [15, 7], "captions": [1, 1],
@@ -47,7 +48,7 @@ def test_compared_by_hand():
 
 
 def test_a_method_against_itself_is_no_change():
-    own = c.count_captions([sample()], ["There is a red star at the top and a green cup on the right."])
+    own = c.count_captions(world(), [sample()], ["There is a red star at the top and a green cup on the right."])
     assert {key: made["value"] for key, made in c.compare(own, own).items()} == dict.fromkeys(c.compare(own, own), 0)
     assert c.difference_at_equal_recall(own, [own])["value"] == 0
 
@@ -116,6 +117,31 @@ def test_cuts_are_of_the_plain_captions():
     assert {name for name, _ in done.cut} == set(cutters())
     for (name, most), captions in done.cut.items():
         if name == "truncated":
-            made = c.count_captions(samples, captions)
+            made = c.count_captions(world(), samples, captions)
             assert (made["mentions"] <= int(most)).all()
-    assert [len(own) for own in done.risks] == c.count_captions(samples, done.captions)["mentions"].tolist()
+    assert [len(own) for own in done.risks] == c.count_captions(world(), samples, done.captions)["mentions"].tolist()
+
+
+def test_holm_corrects_for_all_hypotheses():
+    """The least p-value is held against level / 3, the next against level / 2; after the first that stays, all stay."""
+    assert c.holm({"a": 0.01, "b": 0.02, "c": 0.04}, 0.05) == {"a", "b", "c"}
+    assert c.holm({"a": 0.01, "b": 0.03, "c": 0.04}, 0.05) == {"a"}
+    assert c.holm({"a": 0.02, "b": 0.02}, 0.025) == frozenset()
+
+
+def test_a_policy_is_under_the_frontier_only_where_it_beats_the_best_of_it_at_equal_recall():
+    frontier = [of(4, 10, 9), of(3, 10, 8)]
+    made = c.frontier_figures({"better": of(2, 10, 9), "bought": of(3, 10, 8), "worse": of(5, 10, 9)}, frontier)
+    assert {name: made[f"{name}_under_frontier"]["value"] for name in ("better", "bought", "worse")} == {
+        "better": 1, "bought": 0, "worse": 0,
+    }  # fmt: skip
+    assert made["better_vs_frontier"]["value"] == pytest.approx(-0.2)
+    assert made["bought_vs_frontier"]["value"] == pytest.approx(0)
+
+
+def test_a_blind_bonus_on_the_full_stop_shortens_captions():
+    plain, short = (
+        run(Job(name, setting, "validation", 2, "greedy")) for name, setting in (("plain", ""), ("stop_bonus", "4"))
+    )
+    assert sum(map(len, short.captions)) < sum(map(len, plain.captions))
+    assert all(caption.endswith(".") for caption in short.captions)

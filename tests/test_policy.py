@@ -15,7 +15,7 @@ from gazeguard.policy import MAX_FILE_BYTES, SECTIONS, Policy, load_policy, pars
 MINE = {"version": 1, "name": "mine"}
 FULL = MINE | {
     "threshold": 0.25,
-    "rerank": {"attribution": 0.5, "plausible": 0.02, "attended_logprob": 1.0, "end_bonus": 1.5},
+    "rerank": {"attribution": 0.5, "plausible": 0.02, "attended_logprob": 1.0, "end_bonus": 1.5, "layer": 2},
     "rewind": {"budget": 4, "threshold": "f1"},
     "verify": {"threshold": 0.125},
     "on_flag": "drop",
@@ -62,7 +62,7 @@ def test_every_key_is_explained():
 
 
 KEYS = "Known keys: version, name, threshold, rerank, rewind, verify, on_flag, require."
-RERANK_KEYS = "Known keys: rerank.attribution, rerank.plausible, rerank.attended_logprob, rerank.end_bonus."
+RERANK_KEYS = "Known keys: rerank.attribution, rerank.plausible, rerank.attended_logprob, rerank.end_bonus, rerank.layer."
 REWIND_KEYS = "Known keys: rewind.budget, rewind.threshold."
 VERIFY_KEYS = "Known keys: verify.threshold."
 RULES = "Input should be 'f1', 'precision_0.9', 'bound_0.05' or 'bound_0.02'"
@@ -89,7 +89,6 @@ LEFT = "Input should be 'keep', 'drop' or 'abstain'"
         (MINE | {"on_flag": ["drop"]}, f"key 'on_flag' has the value ['drop']: {LEFT}."),
         (MINE | {3: 4}, "key '3' has the value 3: Keys should be strings."),
         (MINE | {"rewind": 3}, f"key 'rewind' has the value 3, but it holds keys of its own. {REWIND_KEYS}"),
-        (MINE | {"rewind": {}}, f"key 'rewind.budget' is missing. {REWIND_KEYS}"),
         (MINE | {"rewind": {"budget": -1}}, f"key 'rewind.budget' has the value -1: {AT_LEAST} 0."),
         (MINE | {"rewind": {"budget": 1.0}}, "key 'rewind.budget' has the value 1.0: Input should be a valid integer."),
         (MINE | {"rewind": {"budget": 1, "f": 3}}, f"key 'rewind.f' (value 3) is not known. {REWIND_KEYS}"),
@@ -99,7 +98,7 @@ LEFT = "Input should be 'keep', 'drop' or 'abstain'"
         ),
         (MINE | {"verify": {"ask": 1}}, f"key 'verify.ask' (value 1) is not known. {VERIFY_KEYS}"),
         (MINE | {"verify": {"threshold": "f2"}}, f"key 'verify.threshold' has the value 'f2': {RULES} or {NUMBER}."),
-        (MINE | {"rerank": {"plausible": 0.1}}, f"key 'rerank.attribution' is missing. {RERANK_KEYS}"),
+        (MINE | {"rerank": {"content": 1}}, f"key 'rerank.content' (value 1) is not known. {RERANK_KEYS}"),
     ],
 )
 def test_what_is_wrong_is_said(data, said):

@@ -5,7 +5,7 @@ import torch
 from guardkit import SAMPLES, assert_same_trace, batch_of, invented, plain, two_lengths
 
 from gazeguard.guard import GazeGuard
-from gazeguard.policy import load_policy, parse_policy
+from gazeguard.policy import Rerank, load_policy, parse_policy
 
 RERANKS = [
     {"attribution": 5.0, "plausible": 0.01},
@@ -51,11 +51,10 @@ def test_rerank_of_no_strength_is_plain_and_of_some_is_not(guard, rerank):
 
 
 def test_rerank_invents_less_by_what_lies_under_the_gaze(lab_vlm, batch):
-    """With what cells show, and without: the rest of the policy is the same."""
-    rerank, left = load_policy("rerank"), []
-    for content in (0.0, rerank.rerank.attended_logprob):
-        own = rerank.model_copy(update={"rerank": rerank.rerank.model_copy(update={"attended_logprob": content})})
-        guard = GazeGuard(*lab_vlm, policy=own)
+    """With what was measured for the model, and with no strength at all."""
+    none, left = load_policy("rerank").model_copy(update={"rerank": Rerank(attribution=0.0)}), []
+    for policy in (none, "rerank"):
+        guard = GazeGuard(*lab_vlm, policy=policy)
         plain(guard, batch[2])
         left.append(invented(batch[0], guard.reports))
     assert left[1] < left[0]

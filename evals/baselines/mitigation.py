@@ -24,6 +24,7 @@ from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.visual_keys import visual_keys
 from gazeguard.claims.parse import claims, things
+from gazeguard.decoding.rerank import StopBonus
 from gazeguard.vision.image_tokens import image_token_id
 
 Inputs = Mapping[str, Any]
@@ -185,6 +186,14 @@ def image_ablated(
             model, inputs, lambda: steer_to_image(stack.enter_context(AttentionRecorder(model, heads)), inputs, bias)
         )
         return _contrasted(model, inputs, branch, alpha, beta, options)
+
+
+# ------------------------------------------------------------------------------------------------------- blind ends
+
+
+def stop_bonus(model: PreTrainedModel, inputs: Inputs, stops: Sequence[int], bonus: float, **options: Any) -> Tensor:
+    """Shorter captions, blindly: ``bonus`` logits for the full stop and the end at every step."""
+    return model.generate(**inputs, **options, logits_processor=LogitsProcessorList([StopBonus(stops, bonus)]))
 
 
 # ----------------------------------------------------------------------------------------------------- no decoding

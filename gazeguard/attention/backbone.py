@@ -64,6 +64,11 @@ class Backbone:
         """The layer's output projection."""
         return _projection(self.attention[layer])
 
+    def block(self, layer: int) -> nn.Module:
+        """The decoder layer that holds the attention module; its first input is the residual stream (batch, q, width)."""
+        path = next(path for path, module in self.decoder.named_modules() if module is self.attention[layer])
+        return self.decoder.get_submodule(path.rpartition(".")[0])
+
     def width(self, module: nn.Module) -> tuple[int, int]:
         """(heads, numbers per head) of an attention module's output."""
         columns = _projection(module).in_features

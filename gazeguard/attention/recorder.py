@@ -65,6 +65,7 @@ class AttentionRecorder:
                 f"{max(known)[0]} with {max(head for _, head in known) + 1} heads each. Heads are (layer, head) pairs."
             )
         self.heads: tuple[Head, ...] = tuple(sorted(set(heads)))
+        self._read_layer: int | None = None
         self._layers = sorted({layer for layer, _ in self.heads})
         self._kernel, self._mask_rule = self._current_kernel()
         self._installed = ExitStack()  # what undoes the hooks
@@ -80,6 +81,20 @@ class AttentionRecorder:
                 'Call model.set_attn_implementation("sdpa") first; the outputs are the same.'
             )
         return kernel, rule
+
+    def read_layer(self, layer: int | None) -> None:
+        """Let `layer_lens` read the states that enter this layer of the decoder; None for those that leave the last one.
+
+        Raises:
+            UnsupportedError: The decoder has no such layer with attention.
+        """
+        if layer is not None and layer not in self.backbone.attention:
+            known = sorted(self.backbone.attention)
+            raise UnsupportedError(
+                f"{type(self.model).__name__} has no layer {layer} whose image tokens could be read; its layers with attention "
+                f"are {known[0]} to {known[-1]}."
+            )
+        self._read_layer = layer
 
     def __enter__(self) -> AttentionRecorder:
         self._kernel, self._mask_rule = self._current_kernel()
@@ -100,6 +115,8 @@ class AttentionRecorder:
         for norm in {norm for number in self._layers for norm in backbone.norms.get(number, ())}:
             handles.append(norm.register_forward_pre_hook(self._on_norm))
         handles.append(backbone.decoder.register_forward_pre_hook(self._on_pass_start, with_kwargs=True))
+        if self._read_layer is not None:
+            handles.append(backbone.block(self._read_layer).register_forward_pre_hook(self._on_read_layer, with_kwargs=True))
         handles.append(backbone.norm.register_forward_pre_hook(self._on_final_hidden))
         handles.append(backbone.causal_lm.register_forward_hook(self._on_logits, with_kwargs=True))
         return handles
@@ -168,6 +185,11 @@ class AttentionRecorder:
             recording.on_norm(norm, args[0])
 
     @torch.compiler.disable
+    def _on_read_layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (recording := self._active()) is not None:
+            recording.middle = args[0] if args else kwargs["hidden_states"]
+
+    @torch.compiler.disable
     def _on_final_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         if (recording := self._active()) is not None:
             recording.on_final_hidden(args[0])
@@ -225,3 +247,9 @@ class AttentionRecorder:
             None where the image is no part of the text decoder's sequence, and when nothing was captured.
         """
         return None if self._recording is None else self._recording.image_states.lens(self.backbone, beams)
+
+    def layer_lens(self) -> LogitLens | None:
+        """`logit_lens` on the states that enter the layer of `read_layer`, decoded as if they were the last."""
+        if self._read_layer is None or self._recording is None:
+            return self.logit_lens()
+        return self._recording.middle_states.lens(self.backbone)

@@ -55,6 +55,8 @@ class Recording:
         self.top_tokens = TopTokenBuffers()
         self.steering = SteeringSchedule()
         self.image_states = ImageStates()
+        self.middle_states = ImageStates()  # those that enter the layer which is read, if one is
+        self.middle: Tensor | None = None  # (batch, q, width), what entered that layer in the current pass
         self.norm_scales: dict[nn.Module, Tensor] = {}  # (batch, r, 1, 1) of the current pass
         self.awaiting_logits = 0  # steps of this pass whose logits are still to come
 
@@ -200,6 +202,9 @@ class Recording:
             self.awaiting_logits = rows.shape[1] if self.reduce is None else 0
         if current.past <= self.passes.first and self.backbone.key_source is None and self.reduce is None:
             self.image_states.put(self.passes.layout, states, current.past)
+            if self.middle is not None:
+                self.middle_states.put(self.passes.layout, self.middle, current.past)
+        self.middle = None
 
     def on_logits(self, logits: Tensor | None, picked: bool) -> None:
         """After the language-model head: ``logits`` (batch, q, vocabulary), kept if they are those of the pass's steps.

@@ -96,6 +96,7 @@ class GenerateCall:
         config: The configuration that is in force.
         returns_dict: Whether the caller wants a ModelOutput.
         image_sizes: For each row of ids the (width, height) of its images, pixels; None if unknown.
+        streams: Whether a streamer shows the tokens as they are generated.
     """
 
     run: Run
@@ -105,6 +106,7 @@ class GenerateCall:
     config: GenerationConfig
     returns_dict: bool
     image_sizes: ImageSizes | None = None
+    streams: bool = False
 
     @classmethod
     def from_generate(cls, model: PreTrainedModel, inputs: Tensor | None, arguments: Mapping[str, Any]) -> GenerateCall:
@@ -132,7 +134,8 @@ class GenerateCall:
             mask = ids != config.pad_token_id  # as generate does
         run = partial(_generate, model, inputs, arguments)
         returns_dict = bool(config.return_dict_in_generate)
-        return cls(run, ids, mask, arguments, config, returns_dict, check_image_sizes(sizes, len(ids)))
+        streams = arguments.get("streamer") is not None
+        return cls(run, ids, mask, arguments, config, returns_dict, check_image_sizes(sizes, len(ids)), streams)
 
     @classmethod
     def from_loop(
@@ -171,7 +174,7 @@ class GenerateCall:
         known = next((value for value in map(arguments.get, ("inputs", "input_ids")) if value is not None), None)
         inputs, prompts = (model_kwargs, ids) if known is None else (arguments, known)
         image_sizes = check_image_sizes(sizes, len(prompts))
-        return cls(run, prompts, inputs.get("attention_mask"), inputs, config, returns_dict, image_sizes)
+        return cls(run, prompts, inputs.get("attention_mask"), inputs, config, returns_dict, image_sizes, streamer is not None)
 
     @property
     def beams(self) -> int:
@@ -247,9 +250,9 @@ def check_supported(config: GenerationConfig, policy: Policy, encoder_decoder: b
         )
 
 
-def check_streamable(policy: Policy, streamer: Any) -> None:
+def check_streamable(policy: Policy, streams: bool) -> None:
     """Raise `UnsupportedError` for a streamer under a policy that may withhold what the streamer has shown already."""
-    if streamer is not None and policy.on_flag != "keep":
+    if streams and policy.on_flag != "keep":
         raise UnsupportedError(
             f"A streamer shows a caption before it is judged, and policy {policy.name!r} lets through only what is left of it "
             f"(on_flag: {policy.on_flag}). Leave the streamer out and show report.filtered_caption, or choose a policy with "

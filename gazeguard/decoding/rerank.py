@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from gazeguard.attention.attribution import NUM_CONTRAST_TOKENS, direct_logit_attribution
-from gazeguard.attention.logit_lens import attended_logprobs
+from gazeguard.attention.logit_lens import LogitLens, attended_logprobs
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.errors import given
-from gazeguard.policy import Rerank
+from gazeguard.policy import STRENGTHS, Rerank
 
 MIN_LOGPROB = -10.0  # nats; a token less probable than this where the heads attend is absent, how much less says nothing
+SHOWN = 0.5  # probability from which the top token of an image token counts as what it shows
 NOVELTY = 0.3  # attention mass on what has not been named yet, from which a caption has reason to go on
 
 
@@ -42,6 +43,9 @@ class RerankProcessor(LogitsProcessor):
     def __init__(self, recorder: AttentionRecorder, policy: Rerank, tokenizer: PreTrainedTokenizerBase) -> None:
         """Of a recorder, which has begun to record when the processor is called first."""
         self.recorder, self.policy, self.tokenizer = recorder, policy, tokenizer
+        self._attribution_strength, self._object_strength, self._end_strength = (
+            policy.strengths.get(name, 0.0) for name in STRENGTHS
+        )
         self._stops = tokens_spelling(tokenizer, (".",)).to(recorder.model.device)
         self._shown: Tensor | None = None  # (batch, N) int64: the token that each image token shows, -1 for none
         self._prompt_length = 0  # tokens before the first new one
@@ -64,38 +68,26 @@ class RerankProcessor(LogitsProcessor):
         if not plausible[:, 1:].any():
             return scores
         gain = torch.zeros_like(top)
-        if self.policy.attribution:
-            gain += self.policy.attribution * _relative(self._attribution(captured, tokens), plausible)
+        if self._attribution_strength:
+            gain += self._attribution_strength * _relative(candidate_attribution(self.recorder, *captured, tokens), plausible)
         objects = plausible & (tokens[:, :, None] == self._shown[:, None]).any(-1)
         stops = plausible & (tokens[:, :, None] == self._stops).any(-1)
         # What is computed for a choice that no row has would be paid for by all.
-        for_objects = self.policy.attended_logprob and objects.any()
-        for_ends = self.policy.end_bonus and stops.any()
+        for_objects = self._object_strength and objects.any()
+        for_ends = self._end_strength and stops.any()
         if for_objects or for_ends:
             gaze = self.recorder.gaze_at(position)
         if for_objects:
-            gain += self.policy.attended_logprob * self._object_gain(gaze, tokens, plausible, objects)
+            gain += self._object_strength * self._object_gain(gaze, tokens, plausible, objects)
         if for_ends:
             missing = (1 - self._novelty(gaze, input_ids) / NOVELTY).clamp(min=0)
-            gain += stops * (self.policy.end_bonus * missing)[:, None]
+            gain += stops * (self._end_strength * missing)[:, None]
         return scores.scatter(-1, tokens, (top + gain * plausible).to(scores.dtype))
-
-    def _attribution(self, captured: tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
-        """What the gaze heads' output adds to the logit of each of ``tokens``, both (batch, candidates)."""
-        output, hidden = captured
-        count = tokens.shape[1]
-        return direct_logit_attribution(
-            self.recorder.backbone,
-            self.recorder.heads,
-            output[:, None].expand(-1, count, -1, -1),
-            hidden[:, None].expand(-1, count, -1),
-            self.recorder.backbone.unembedding_rows()(tokens),  # (batch, candidates, width)
-        ).sum(-1)
 
     def _object_gain(self, gaze: Tensor, tokens: Tensor, plausible: Tensor, objects: Tensor) -> Tensor:
         """(batch, candidates): relative log-probability where the heads attend, 0 for rows without an object to choose."""
-        attended, _ = attended_logprobs(given(self.recorder.logit_lens()), gaze.mean(1)[:, None, None].square(), tokens)
-        gain = _relative(attended.clamp(min=MIN_LOGPROB), plausible)
+        attended = candidate_logprobs(given(self.recorder.layer_lens()), gaze, tokens)
+        gain = _relative(attended, plausible)
         return gain.where(objects.any(-1, keepdim=True), 0)  # NaN for a row without an image
 
     def _novelty(self, gaze: Tensor, input_ids: Tensor) -> Tensor:
@@ -106,14 +98,69 @@ class RerankProcessor(LogitsProcessor):
         return (gaze.mean(1) * new).sum(-1)
 
     def _tokens_shown(self, rows: int) -> Tensor:
-        """`_shown`, read off the last layer's states of the image tokens in the prompt's pass."""
-        lens = self.recorder.logit_lens()
-        if lens is None or not (self.policy.end_bonus or self.policy.attended_logprob):
+        """`_shown`, read off the states of the image tokens in the prompt's pass."""
+        lens = self.recorder.layer_lens()
+        if lens is None or not (self._end_strength or self._object_strength):
             return torch.full((rows, 1), -1, device=self.recorder.model.device)
         names = {token: self.tokenizer.decode([token]).strip() for token in lens.top_id.unique().tolist()}
         words = [token for token, name in names.items() if name.isalpha() and len(name) > 2]
-        known = (lens.top_logprob > math.log(0.5)) & torch.isin(lens.top_id, lens.top_id.new_tensor(words)) & lens.known
+        known = (lens.top_logprob > math.log(SHOWN)) & torch.isin(lens.top_id, lens.top_id.new_tensor(words)) & lens.known
         return lens.top_id.masked_fill(~known, -1)
+
+
+class StopBonus(LogitsProcessor):
+    """Adds to the score of every plausible full stop, blind to the image: shorter captions have fewer false objects.
+
+    The null method of every decoding method that makes captions truer: what does no better has seen nothing.
+    """
+
+    def __init__(self, stops: Sequence[int], bonus: float, plausible: float = 0.0) -> None:
+        """Of the tokens that end a sentence, and of the ``bonus``, logits; ``plausible`` as for `RerankProcessor`."""
+        self.stops, self.bonus, self.plausible = list(stops), bonus, plausible
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores (batch, vocabulary), moved."""
+        least = scores.max(-1, keepdim=True).values + (math.log(self.plausible) if self.plausible else -math.inf)
+        scores, stops = scores.clone(), scores[:, self.stops]
+        scores[:, self.stops] = stops + self.bonus * (stops >= least)
+        return scores
+
+
+def candidate_attribution(recorder: AttentionRecorder, output: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """What the gaze heads' output adds to the logits of candidates for the next token.
+
+    Args:
+        recorder: Of the heads.
+        output: (batch, H, width per head) of one step each, as `AttentionRecorder.step_at` gives it.
+        hidden: (batch, width), the same.
+        tokens: (batch, candidates) int64.
+
+    Returns:
+        (batch, candidates) float32, logits.
+    """
+    count = tokens.shape[1]
+    return direct_logit_attribution(
+        recorder.backbone,
+        recorder.heads,
+        output[:, None].expand(-1, count, -1, -1),
+        hidden[:, None].expand(-1, count, -1),
+        recorder.backbone.unembedding_rows()(tokens),  # (batch, candidates, width)
+    ).sum(-1)
+
+
+def candidate_logprobs(lens: LogitLens, gaze: Tensor, tokens: Tensor) -> Tensor:
+    """How probable candidates (batch, candidates) are at the image tokens that the heads attend to.
+
+    Args:
+        lens: On the image tokens of the batch.
+        gaze: (batch, H, N) of one step each; its mean over heads counts squared, so that what they graze counts little.
+        tokens: (batch, candidates) int64.
+
+    Returns:
+        (batch, candidates) float32, nats, at least `MIN_LOGPROB`; NaN for a row without an image.
+    """
+    attended, _ = attended_logprobs(lens, gaze.mean(1)[:, None, None].square(), tokens)
+    return attended.clamp(min=MIN_LOGPROB)
 
 
 def _relative(values: Tensor, plausible: Tensor) -> Tensor:
