@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.progress import track
 from scipy.stats import spearmanr
 
+from evals import scenes_gaze
+from evals.common import Artifacts, Lab, Model, Out, Quick, figure, over_images, rate, write
 from evals.common import Figure as Value
-from evals.common import Out, Quick, figure, over_images, rate, write
-from gazeguard import lab
-from gazeguard.artifacts import HEADS_FILE
+from evals.subject import Chosen, Subject, subject
 from gazeguard.attention.backbone import Head
 from gazeguard.attention.steering import STRENGTH, Target
 from gazeguard.claims.parse import chunk, things
@@ -39,7 +39,7 @@ from gazeguard.heads.pictographs import COLOURS
 from gazeguard.heads.plots import draw_heads
 from gazeguard.heads.strips import MAX_PANELS, Strip, draw_strips
 from gazeguard.lab.truth import mentions
-from gazeguard.lab.world import NOUNS, Drawing, describe
+from gazeguard.lab.world import NOUNS, Drawing, Sample, describe, samples
 from gazeguard.vision.encoding import encode
 
 SEED = 100
@@ -59,9 +59,9 @@ def first_nouns(strip: Strip) -> Strip:
     return replace(strip, spans=tuple(spans))
 
 
-def strips_of(split: str, n: int, seed: int) -> list[lab.Sample]:
+def strips_of(split: str, n: int, seed: int) -> list[Sample]:
     """The first ``n`` strips of six panels of a split."""
-    return [sample for sample in lab.samples(split, 12 * n, seed, "strip") if sample.drawing.panels == MAX_PANELS][:n]
+    return [sample for sample in samples(split, 12 * n, seed, "strip") if sample.drawing.panels == MAX_PANELS][:n]
 
 
 def named_objects(text: str) -> list[tuple[int, Named]]:
@@ -92,7 +92,7 @@ class SteeredModel:
 
     def write(
         self,
-        samples: Sequence[lab.Sample],
+        samples: Sequence[Sample],
         instruction: str,
         targets: Sequence[Target],
         heads: Sequence[Head],
@@ -112,7 +112,7 @@ class SteeredModel:
         return reports
 
     def panels(
-        self, samples: Sequence[lab.Sample], heads: Sequence[Head], steer: bool = True, **steering: Any
+        self, samples: Sequence[Sample], heads: Sequence[Head], steer: bool = True, **steering: Any
     ) -> NDArray[np.float64]:
         """(samples, panels, 2): two rates of "Describe a panel.".
 
@@ -129,7 +129,7 @@ class SteeredModel:
             hits.append((fits and formed, formed))
         return np.array(hits, float).reshape(len(samples), MAX_PANELS, 2)
 
-    def boxes(self, samples: Sequence[lab.Sample], heads: Sequence[Head], steer: bool = True) -> NDArray[np.float64]:
+    def boxes(self, samples: Sequence[Sample], heads: Sequence[Head], steer: bool = True) -> NDArray[np.float64]:
         """(samples,): whether "Name one object." is answered with the object whose box is the target."""
         wanted = [random.Random(sample.id).choice(sample.drawing.objects) for sample in samples]
         targets = [each.box if steer else None for each in wanted]
@@ -137,7 +137,7 @@ class SteeredModel:
         named = [[noun for _, (noun, _) in named_objects(report.caption)][:1] for report in reports]
         return np.array([nouns == [each.noun] for nouns, each in zip(named, wanted, strict=True)], float)
 
-    def schedule(self, samples: Sequence[lab.Sample], heads: Sequence[Head]) -> tuple[NDArray[np.float64], ...]:
+    def schedule(self, samples: Sequence[Sample], heads: Sequence[Head]) -> tuple[NDArray[np.float64], ...]:
         """Per sample: Spearman of the scheduled and the described panels, windows that describe the target, windows in all.
 
         The target changes every `EVERY` tokens, in a random order of all panels; a window counts when it describes anything.
@@ -181,7 +181,7 @@ class Staircase:
     since: NDArray[np.int64]
 
 
-def staircase(sample: lab.Sample, report: Any) -> Staircase:
+def staircase(sample: Sample, report: Any) -> Staircase:
     """The staircase of a strip's narration, from a report with all heads recorded."""
     trace, drawing = report.trace, sample.drawing
     shares = np.stack([trace.grid.overlap(drawing.panel_box(p)) for p in range(drawing.panels)], axis=1)
@@ -201,7 +201,7 @@ def staircase(sample: lab.Sample, report: Any) -> Staircase:
 
 
 def live_and_true(
-    model: Any, processor: Any, heads: GazeHeads, samples: Sequence[lab.Sample]
+    model: Any, processor: Any, heads: GazeHeads, samples: Sequence[Sample]
 ) -> tuple[list[Staircase], list[Staircase]]:
     """The staircases of the model's own narrations, and of true ones, replayed."""
     guard = GazeGuard(model, processor, heads=heads.with_heads(heads.all_heads))
@@ -292,9 +292,9 @@ class Setup:
 
     kept: GazeHeads
     controls: Sequence[Sequence[Head]]
-    strips: Sequence[lab.Sample]
-    validation: Sequence[lab.Sample]
-    scenes: Sequence[lab.Sample]
+    strips: Sequence[Sample]
+    validation: Sequence[Sample]
+    scenes: Sequence[Sample]
 
 
 def measurements(model: Any, processor: Any, setup: Setup, quick: bool) -> dict[str, Any]:
@@ -385,22 +385,27 @@ def sweeps_of(results: dict[str, Any], setup: Setup) -> dict[str, Any]:
     }
 
 
-def main(
-    out: Out,
-    quick: Quick = False,
-    model_folder: Annotated[Path | None, typer.Option("--model", help="Another checkpoint than the one that ships.")] = None,
-) -> None:
-    """Measure the gaze heads of a lab checkpoint, and draw the sweeps beside the JSON file."""
-    model, processor = lab.load(model_folder)
-    folder = model_folder or lab.checkpoint_path()
-    file = folder / HEADS_FILE
-    kept = GazeHeads.from_pretrained(file) if file.is_file() else find_heads(model, processor)
-    kept.check_model(model)
+def main(out: Out, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts = None, quick: Quick = False) -> None:
+    """Measure the gaze heads of a lab's model or of one's own, and draw the sweeps beside the JSON file."""
+    torch.manual_seed(SEED)
+    measured = subject(Chosen(lab, model, artifacts))
+    command = f"evals.gaze_heads{'' if lab == 'tiny' else f' --lab {lab}'}{' --model DIR' if model else ''}"
+    if lab == "tiny":
+        tiny(out, measured, quick, command)
+        return
+    figures, meta = scenes_gaze.measure(measured, scenes_gaze.QUICK if quick else scenes_gaze.FULL)
+    figures = {measured.chosen.prefix + key: value for key, value in figures.items()}
+    write(out, figures, quick, meta.pop("image_ids"), measured.folder, seed=scenes_gaze.SEED, command=command, **meta)
+
+
+def tiny(out: Path, measured: Subject, quick: bool, command: str) -> None:
+    """The figures on the images of the tiny lab."""
+    model, processor, kept = measured.model, measured.processor, measured.heads()
     strips, sets = (4, 3) if quick else (40, SETS)
     few = 4 if quick else 24
     test, validation = strips_of("test", strips, SEED), strips_of("validation", few, SEED)
     # With one object in a scene every answer is right, so that chance would be high: four at least.
-    scenes = [s for s in lab.samples("test", 8 * strips, SEED, "scene") if len(s.drawing.objects) >= 4][: 3 * strips]
+    scenes = [s for s in samples("test", 8 * strips, SEED, "scene") if len(s.drawing.objects) >= 4][: 3 * strips]
     rng = np.random.default_rng(SEED)
     setup = Setup(kept, [kept.matched(rng) for _ in range(sets)], test, validation, scenes)
     figures = attention_figures(model, processor, kept, 4 if quick else 96)
@@ -416,13 +421,13 @@ def main(
     sweeps = sweeps_of(results, setup)
     name = type(model).__name__
     meta = {"model": name, "strength": STRENGTH, "heads": [list(head) for head in kept.heads]}
-    meta |= {"command": "evals.gaze_heads" + (" --model DIR" if model_folder else "")}
-    write(out, figures, quick, [sample.id for sample in (*test, *scenes)], folder, seed=SEED, **sweeps, **meta)
+    meta |= {"command": command}
+    write(out, figures, quick, [sample.id for sample in (*test, *scenes)], measured.folder, seed=SEED, **sweeps, **meta)
     draw(sweeps, len(kept.heads), name).savefig(out.with_suffix(".png"), dpi=100)
     draw_heads(kept).savefig(out.with_name(f"{out.stem}_map.png"), dpi=80)
 
 
-def unchanged(model: Any, processor: Any, kept: GazeHeads, samples: Sequence[lab.Sample]) -> float:
+def unchanged(model: Any, processor: Any, kept: GazeHeads, samples: Sequence[Sample]) -> float:
     """Share of captions that are the same to the token with and without a watch whose target is None."""
     guard = GazeGuard(model, processor, heads=kept.with_heads(kept.heads))
     same = 0

@@ -6,24 +6,29 @@ import numpy as np
 import torch
 import typer
 
-from evals.common import Out, Quick, figure, write
-from gazeguard import lab
-from gazeguard.guard import GazeGuard
+from evals.common import Artifacts, Lab, Model, Out, Quick, figure, write
+from evals.subject import Chosen, subject
+from gazeguard.progress import track
 from gazeguard.vision.encoding import encode
 
 SEED = 400
-BATCH = 20
+BATCH = 20  # captions at a time
 # Key of a figure -> field of the trace.
 FIELDS = {"gaze": "gaze", "dla": "attribution", "logprobs": "logprobs", "entropy": "entropy"}
 
 
-def main(out: Out, quick: Quick = False) -> None:
+SIZES = {"tiny": (200, 40), "scenes": (60, 12)}  # captions, and those with --quick
+
+
+def main(out: Out, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts = None, quick: Quick = False) -> None:
     """Measure the invariants, half of the captions greedy and half sampled."""
-    guard = GazeGuard(*lab.load())
-    samples = lab.samples("test", 40 if quick else 200, SEED)
+    measured = subject(Chosen(lab, model, artifacts))
+    guard = measured.guard()
+    samples = measured.world.samples("test", SIZES[lab][quick], SEED)
     same, differences = [], {key: [] for key in FIELDS}
-    for start in range(0, len(samples), BATCH):
-        group = samples[start : start + BATCH]
+    size = min(BATCH, len(samples) // 2)
+    for start in track(range(0, len(samples), size), "captions, live and replayed"):
+        group = samples[start : start + size]
         images, prompts = [sample.image for sample in group], [sample.prompt for sample in group]
         options = {**encode(guard.model, guard.processor, images, prompts).inputs, "max_new_tokens": 200}
         options["do_sample"] = start >= len(samples) // 2
@@ -39,7 +44,8 @@ def main(out: Out, quick: Quick = False) -> None:
                 differences[key].append(float(difference))
     figures = {"mark_ids_identical": figure(np.mean(same)), "captions": figure(len(same))}
     figures |= {f"live_replay_{key}_difference": figure(max(each)) for key, each in differences.items()}
-    write(out, figures, quick, [sample.id for sample in samples], seed=SEED)
+    figures |= {} if lab == "tiny" else {measured.chosen.prefix + key: value for key, value in figures.items()}
+    write(out, figures, quick, [sample.id for sample in samples], measured.folder, seed=SEED, **measured.meta())
 
 
 if __name__ == "__main__":

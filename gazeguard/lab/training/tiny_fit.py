@@ -13,13 +13,11 @@ import typer
 
 from gazeguard import lab
 from gazeguard.detection import features
-from gazeguard.detection.cross_fitting import cross_fit
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.discovery import find_heads
-from gazeguard.lab.labels import caption_and_label, self_verification_answers
+from gazeguard.lab.training.detectors import fit_detectors
 from gazeguard.lab.worlds import world
 
-SCOPE = "the drawings of the lab, which are all that its model knows"
 TEXT_ONLY = "text-only"  # folder of the detector that uses `TEXT_FEATURES` alone
 
 
@@ -33,14 +31,10 @@ def fit(
     heads = find_heads(model, processor)
     heads.save_pretrained(checkpoint)
     guard = GazeGuard(model, processor, heads=heads)
-    train = caption_and_label(guard, world(), "train", captions, seed)
-    held_out = caption_and_label(guard, world(), "validation", captions // 2, seed)
-    answers = self_verification_answers(guard, lab.samples("validation", captions // 2 * 2, seed), held_out)
-    for names, folder in ((features.names(heads.heads), checkpoint), (features.TEXT_FEATURES, checkpoint / TEXT_ONLY)):
-        detector = cross_fit(train.table, heads, names, SCOPE).detector
-        detector = detector.calibrated(held_out.x, held_out.false, held_out.kind, held_out.image)
-        risk = detector.risk(held_out.x, held_out.kind.tolist())
-        detector.fit_answers(risk, answers, held_out.false, held_out.kind).save_pretrained(folder)
+    names = (features.names(heads.heads), features.TEXT_FEATURES)
+    detectors = fit_detectors(guard, world(), captions, seed, names)
+    for detector, folder in zip(detectors, (checkpoint, checkpoint / TEXT_ONLY), strict=True):
+        detector.save_pretrained(folder)
 
 
 if __name__ == "__main__":
