@@ -25,7 +25,7 @@ SEED = 100  # of the drawings; nothing was fitted to any test drawing
 ORDERS = ((0, 2), (2, 4), (4, 6), (6, 9), (9, 99))  # of mentions, for the rate by order
 
 
-SIZES = {"tiny": (500, 40), "scenes": (120, 14)}  # images of the usual test split, and those with --quick
+SIZES = {"tiny": (500, 40), "scenes": (100, 14)}  # images of the usual test split, and those with --quick
 
 
 def chair(world: World, samples: Sequence[Any], captions: Sequence[str]) -> dict[str, Figure]:
