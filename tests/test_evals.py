@@ -162,6 +162,7 @@ def test_a_staircase_counts_the_tokens_that_describe():
         ("cost", ["time_ratio_mark_batch_1"]),
         ("overhead", ISSUE_KEYS["overhead"]),
         ("torture", ["rows_lost", "crashes", "silent_passes", "live_replay_mismatches"]),
+        ("soak", ["memory_growth", "rows_lost", "interrupted_equal", "minutes"]),
         ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
         ("mitigation", [*ISSUE_KEYS["mitigation"], "drop_false_removed_at_10"]),
         ("missed_objects", ["recall_change_sampled", "chair_i_change_sampled", "new_share_sampled"]),
