@@ -52,6 +52,13 @@ def platt(logit: NDArray[np.float64], false: NDArray[np.bool_], weights: NDArray
     return float(np.exp(log_slope)), float(shift * unit)
 
 
+def calibrated_loss(logit: NDArray[np.float64], false: NDArray[np.bool_], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(claims,): the weighted log-loss, nats, of each claim by its log-odds on a calibrated scale; arguments as of `platt`."""
+    slope, shift = platt(logit, false, weights)
+    z = slope * logit + shift
+    return weights * (np.logaddexp(0, z) - false * z)
+
+
 def reliability(risk: NDArray[np.float64], false: NDArray[np.bool_], bins: int) -> list[tuple[float, float, int]]:
     """The reliability diagram as numbers.
 

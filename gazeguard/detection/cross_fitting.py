@@ -8,7 +8,7 @@ the gaze heads does without any training, that attribution is the detector, on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gazeguard.claims.parse import JUDGED, Kind
 from gazeguard.detection import features
-from gazeguard.detection.calibration import logistic, platt, thresholds
+from gazeguard.detection.calibration import calibrated_loss, logistic, platt, thresholds
 from gazeguard.detection.detector import Detector
 from gazeguard.detection.domain import Domain
 from gazeguard.detection.gate import Gate
@@ -47,14 +47,16 @@ class _Candidate(NamedTuple):
     auroc: float
 
 
-def cross_fit(table: ClaimTable, heads: GazeHeads, names: Sequence[str] | None = None, scope: str = "") -> CrossFit:
+def cross_fit(
+    table: ClaimTable, heads: GazeHeads, names: Sequence[str] | Mapping[str, Sequence[str]] | None = None, scope: str = ""
+) -> CrossFit:
     """Fit, calibrate and validate a detector on the same claims, one regression per kind.
 
     Args:
         table: The claims.
         heads: The gaze heads whose traces the features are from.
-        names: The features to use; by default all that are finite in every claim. Where "attribution" is not among them, it is
-            no substitute for the regression either.
+        names: The features to use, for all kinds or by kind (see `choose_features`); by default all that are finite in every
+            claim. Where "attribution" is not among those for all kinds, it is no substitute for the regression either.
         scope: What the claims are about, in words; see `Domain`.
 
     Returns:
@@ -63,9 +65,11 @@ def cross_fit(table: ClaimTable, heads: GazeHeads, names: Sequence[str] | None =
         holds of the objects, the detector's gate is not usable.
 
     Raises:
-        InputError: There are too few false or true claims of kind "object", or they are ranked worse than by chance.
+        InputError: There are too few false or true claims of kind "object".
     """
-    names = known_features(table.x, heads.heads) if names is None else tuple(names)
+    known = known_features(table.x, heads.heads)
+    by_kind = names if isinstance(names, Mapping) else dict.fromkeys(JUDGED, known if names is None else tuple(names))
+    untrained = names is None or isinstance(names, Mapping) or "attribution" in names
     regressions: dict[Kind, Regression] = {}
     left_out: dict[Kind, str] = {}
     risk, gate = np.full(len(table), np.nan), None
@@ -79,7 +83,7 @@ def cross_fit(table: ClaimTable, heads: GazeHeads, names: Sequence[str] | None =
                 raise InputError(f"{reason} Add more captions.")
             left_out[kind] = reason
             continue
-        regression, of_kind = _fit_kind(claims, heads, names)
+        regression, of_kind = _fit_kind(claims, heads, by_kind.get(kind, known), untrained)
         if (reason := _no_better_than_chance(regression, kind)) and kind != "object":
             left_out[kind] = reason
             continue
@@ -93,30 +97,24 @@ def cross_fit(table: ClaimTable, heads: GazeHeads, names: Sequence[str] | None =
 
 def _no_better_than_chance(regression: Regression, kind: str) -> str:
     metrics = given(regression.validation)
-    return (
-        ""
-        if metrics.auroc_interval is not None and metrics.auroc_interval[0] > 0.5
-        else f"{kind} claims are ranked no better than by chance: AUROC {metrics.area}."
-    )
+    if metrics.auroc_interval is not None and metrics.auroc_interval[0] > 0.5:
+        return ""
+    hint = " Check that false=true marks claims that are wrong, not those that are right." if metrics.auroc < 0.5 else ""
+    return f"on held-out images {kind} claims are ranked no better than by chance: AUROC {metrics.area}.{hint}"
 
 
 def _closed(regression: Regression, reason: str) -> Gate:
-    """The gate of a detector whose objects are ranked no better than by chance; raises `InputError` if worse."""
+    """The gate of a detector whose objects are ranked no better than by chance."""
     metrics = given(regression.validation)
     low, high = metrics.auroc_interval or (0.0, 1.0)
-    if metrics.auroc < 0.5:
-        raise InputError(
-            f"On held-out images, {reason} Check that false=true marks claims that are wrong, not those that are right; or add "
-            "captions."
-        )
     return Gate(usable=False, reason=reason, figures={"auroc": metrics.auroc, "auroc_low": low, "auroc_high": high})
 
 
-def _fit_kind(table: ClaimTable, heads: GazeHeads, names: Sequence[str]) -> tuple[Regression, F64]:
-    """The better of regression and attribution on claims of one kind, and its cross-fitted risks (claims,)."""
+def _fit_kind(table: ClaimTable, heads: GazeHeads, names: Sequence[str], may_use: bool) -> tuple[Regression, F64]:
+    """The better of regression and, where it may be used, attribution on claims of one kind; and cross-fitted risks."""
     untrained = _attribution(table, heads)
     learnt = _regression(table, heads, names)
-    prefers_untrained = learnt is None or ("attribution" in names and learnt.auroc < untrained.auroc)
+    prefers_untrained = learnt is None or (may_use and learnt.auroc < untrained.auroc)
     best = untrained if prefers_untrained else given(learnt)
     slope, shift = platt(best.held_out, table.false, table.weights)
     risk = logistic(slope * best.held_out + shift)
@@ -172,9 +170,7 @@ def choose_regularisation(x: F64, table: ClaimTable, names: Sequence[str]) -> fl
         for train, test in splits:
             part = table.select(train)
             held_out[test] = Regression.fit(x[train], part.false, names, regularisation, part.weights).logit(x[test])
-        slope, shift = platt(held_out, table.false, table.weights)
-        z = slope * held_out + shift
-        losses.append(table.weights * (np.logaddexp(0, z) - table.false * z))
+        losses.append(calibrated_loss(held_out, table.false, table.weights))
     best = min(losses, key=np.sum)
     _, image = np.unique(table.image, return_inverse=True)
     for regularisation, loss in zip(REGULARISATIONS, losses, strict=True):
