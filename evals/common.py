@@ -33,6 +33,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="Few images: under 45 secon
 Lab = Annotated[str, typer.Option("--lab", help="tiny or scenes: whose images, and, without --model, whose model.")]
 Model = Annotated[str | None, typer.Option("--model", help="Folder or hub id of another model, shown the lab's images.")]
 Artifacts = Annotated[str | None, typer.Option("--artifacts", help="Its gaze heads and detector; by default in its folder.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of the weights: float32, bfloat16; auto is the checkpoint's.")]
 
 Figure = dict[str, Any]
 DECODING = {"greedy": False, "sampled": True}  # do_sample of each

@@ -26,7 +26,7 @@ from PIL import Image
 
 from evals import detection_figures as figures_of
 from evals.baselines.detection import ImageConfidence
-from evals.common import Artifacts, Figure, Lab, Model, Out, Quick, auroc, over_images, with_issue_keys, write
+from evals.common import Artifacts, Dtype, Figure, Lab, Model, Out, Quick, auroc, over_images, with_issue_keys, write
 from evals.detection_plots import draw
 from evals.detection_scores import Fitted, HeadSets, asked, disagreement, other_scores, random_scores
 from evals.guards import without_logit_lens
@@ -80,22 +80,28 @@ class Sizes:
     any_layer: int = 20
 
 
-SIZES = {"tiny": Sizes(300, 120, 400, 400), "scenes": Sizes(150, 80, 200, 120)}
-QUICK = {"tiny": Sizes(60, 30, 40, 24, 3, 3), "scenes": Sizes(20, 8, 16, 8, 2, 2)}
+SIZES = {"tiny": Sizes(200, 80, 250, 200), "scenes": Sizes(100, 30, 100, 50)}
+QUICK = {"tiny": Sizes(50, 20, 30, 16, 2, 2), "scenes": Sizes(16, 5, 8, 4, 2, 2)}
 
 
 # ---------------------------------------------------------------------------------------------------------- measurements
 
 
 def fit(measured: Subject, guard: GazeGuard, sets: HeadSets, n: int) -> tuple[Fitted, Recorded]:
-    """What is fitted to ``n`` greedy and ``n`` sampled captions of training images, and these captions with all claims."""
+    """What is fitted to ``n`` greedy and ``n`` sampled captions of training images, and these captions with all claims.
+
+    A subject without a detector gets one that is fitted to them.
+    """
     samples, decided = measured.world.samples("train", 2 * n, FIT_SEED), measured.world.decided
     parts = [record(guard, decided, some, kind, sets.all) for some, kind in ((samples[:n], False), (samples[n:], True))]
     train = join(*parts)
     known = train.of_kind("object")
     table = known.labelled
     text_only = Detector.fit(table.x, table.false, table.kind, guard.heads, features.TEXT_FEATURES)
-    return Fitted(guard, guard.detector, text_only, known), train
+    every = train.labelled
+    detector = guard.detector or Detector.fit(every.x, every.false, every.kind, guard.heads)
+    with_detector = GazeGuard(guard.model, guard.processor, heads=guard.heads, detector=detector, grid=guard.tracer.grid)
+    return Fitted(with_detector, detector, text_only, known), train
 
 
 def best_of(labelled: LabelledClaims, scores: Sequence[F64], heads: Sequence[tuple[int, int]]) -> int:
@@ -129,7 +135,7 @@ def object_figures(
 ) -> tuple[dict[str, Figure], dict[str, F64]]:
     """The figures of object claims and their scores; ``full``: also sampling, self-verification and random heads."""
     table, heads = test.labelled, fitted.guard.heads
-    scores = other_scores(fitted, test, confidence.scores(table.image, test.words)[:, choices.layer])
+    scores = other_scores(fitted, test, confidence.scores(table.image, test.words)[:, 0])
     names = without_logit_lens(heads.heads)
     known = fitted.train.labelled
     lean = Detector.fit(known.x, known.false, known.kind, heads, names)
@@ -145,7 +151,7 @@ def object_figures(
     return found | figures_of.calibration_figures(table.false, table.image, scores["detector"], threshold), scores
 
 
-def other_kinds(fitted: Fitted, train: Recorded, test: Recorded, confidence: ImageConfidence, layer: int) -> dict[str, Figure]:
+def other_kinds(fitted: Fitted, train: Recorded, test: Recorded, confidence: ImageConfidence) -> dict[str, Figure]:
     """Colours, panels and locations; beside text alone and internal confidence. Kinds that the detector lacks are left out."""
     table, every = test.labelled, train.labelled
     panel = np.array(["panel" in f"{c.text} {c.related.text if c.related else ''}".lower() for c in table.claims])
@@ -164,7 +170,7 @@ def other_kinds(fitted: Fitted, train: Recorded, test: Recorded, confidence: Ima
         scores = {"": fitted.detector.risk(claimed.x, claimed.kind)}
         if kind in text_only.kinds:
             scores["text_only_"] = text_only.risk(claimed.x, claimed.kind)
-        scores["confidence_"] = confidence.scores(claimed.image, part.words)[:, layer]
+        scores["confidence_"] = confidence.scores(claimed.image, part.words)[:, 0]
         found |= figures_of.kind_figures(claimed, scores, name)
     return found
 
@@ -240,19 +246,20 @@ def blank_image(measured: Subject, guard: GazeGuard, test: Recorded) -> dict[str
 
 def measure(measured: Subject, sizes: Sizes, picture: Path) -> tuple[dict[str, Figure], dict[str, Any]]:
     """All figures, and what the result file says beside them."""
-    guard, world = measured.full_guard(), measured.world
+    guard, world = measured.guard(), measured.world
     sets = HeadSets.draw(guard.heads, sizes.matched, sizes.any_layer, SEED)
     fitted, train = fit(measured, guard, sets, sizes.train)
+    shipped, guard = guard.detector is not None, fitted.guard
     held_out = record(guard, world.decided, world.samples("validation", sizes.validation, FIT_SEED), True, sets.all)
     choices = Choices.make(fitted, held_out.of_kind("object"), sets)
     samples = world.samples("test", sizes.test, SEED)
-    confidence = ImageConfidence.read(guard.model, guard.processor, samples)
+    confidence = ImageConfidence.read(guard.model, guard.processor, samples, choices.layer)
     figures: dict[str, Figure] = {}
     for decoding, do_sample in DECODINGS:
         test = record(guard, world.decided, samples, do_sample, sets.all if do_sample else (guard.heads.heads,))
         objects = test.of_kind("object")
         found, scores = object_figures(fitted, objects, sets, choices, confidence, do_sample)
-        found |= other_kinds(fitted, train, test, confidence, choices.layer)
+        found |= other_kinds(fitted, train, test, confidence)
         for split in world.splits[1:]:
             if do_sample or split == "shifted":
                 other = record(guard, world.decided, world.samples(split, sizes.other, SEED), do_sample).of_kind("object")
@@ -264,18 +271,26 @@ def measure(measured: Subject, sizes: Sizes, picture: Path) -> tuple[dict[str, F
     figures |= wrong_image(measured, guard, sizes.other)
     layers = {"confidence_layer": choices.layer, "distinct_matched_sets": guard.heads.distinct_matched_sets()}
     sizes_said = {key: getattr(sizes, key) for key in ("train", "validation", "test", "other")}
-    meta = {"heads": [list(head) for head in guard.heads.heads], "sizes": sizes_said, **layers, **measured.meta()}
+    meta = {
+        "detector": "the subject's own" if shipped else "fitted here",
+        "heads": [list(head) for head in guard.heads.heads],
+        "sizes": sizes_said,
+        **layers,
+        **measured.meta(),
+    }
     return figures, meta | {"image_ids": [sample.id for sample in samples]}
 
 
-def main(out: Out, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts = None, quick: Quick = False) -> None:
+def main(
+    out: Out, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts = None, dtype: Dtype = "auto", quick: Quick = False
+) -> None:
     """Measure the detector, and draw its calibration beside the JSON file."""
     torch.manual_seed(SEED)
-    chosen = Chosen(lab, model, artifacts)
+    chosen = Chosen(lab, model, artifacts, dtype)
     measured = subject(chosen)
     figures, meta = measure(measured, (QUICK if quick else SIZES)[lab], out.with_suffix(".png"))
     keys = ISSUE_KEYS | {chosen.prefix + key: value for key, value in LAB_KEYS.items()}
-    meta["command"] = "evals.detection" + ("" if lab == "tiny" else f" --lab {lab}")
+    meta["command"] = "evals.detection" + measured.options()
     write(out, with_issue_keys(figures, keys), quick, meta.pop("image_ids"), measured.folder, seed=SEED, **meta)
 
 

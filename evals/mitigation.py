@@ -45,7 +45,7 @@ from evals.caption_counts import (
     ratio,
 )
 from evals.caption_jobs import SEED, Job, ObjectRisk, Result, run_all
-from evals.common import DECODING, Artifacts, Figure, Lab, Model, Out, Quick, figure, over_images, with_issue_keys, write
+from evals.common import DECODING, Artifacts, Dtype, Figure, Lab, Model, Out, Quick, figure, over_images, with_issue_keys, write
 from evals.counting import pope_figures
 from evals.decoding_methods import POLICIES, TRIVIAL, cutters, methods, of_policy, refused
 from evals.guards import Setup, fit_controls, lab_guard
@@ -61,7 +61,7 @@ COVERAGES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4)
 COVERAGE = 0.1  # the one that is a figure
 SEVERAL_SEEDS = ("plain", "truncated", "drop", "text_only_drop", "rerank", "rewind", "rerank_rewind")
 QUICK_METHODS = ("plain", "stop_bonus", "rerank", "rewind", "rewind_verify")
-FEW_METHODS = (*QUICK_METHODS, "rerank_rewind", "random_rerank", "random_rewind")
+FEW_METHODS = ("plain", "stop_bonus", "rerank", "rewind", "random_rerank", "random_rewind")
 # The figures that issues ask for without an ending: lab test, greedy; and those that begin with the lab's name.
 PLAIN_KEYS = {
     **dict.fromkeys(("rerank", "rewind"), ("chair_i_reduction", "recall_change", "time_ratio")),
@@ -84,7 +84,7 @@ class Extent:
     splits:   test splits with the ending of their figures
     names:    methods; all if empty
     controls: greedy and as many sampled captions that the text-only and the random control are fitted to
-    pairs:    of interleaved runs, for a time ratio
+    pairs:    of interleaved runs, for a time ratio; 0 takes no times (`evals.cost` does)
     decodings
     """
 
@@ -100,7 +100,7 @@ class Extent:
 
 EXTENTS = {
     "tiny": Extent(120, 48, 2, {"test": "", "shifted": "_shifted"}, (), 100, 9),
-    "scenes": Extent(120, 30, 1, {"test": ""}, FEW_METHODS, 50, 3),
+    "scenes": Extent(100, 24, 1, {"test": ""}, FEW_METHODS, 50, 0, ("greedy",)),
 }
 QUICK = Extent(8, 0, 1, {"test": ""}, QUICK_METHODS, 0, 1, ("greedy",))
 
@@ -152,13 +152,13 @@ def best_setting(settings: Mapping[str, Mapping[str, Counts]], plain: Mapping[st
     return min(allowed, key=chair.__getitem__) if allowed else min(settings, key=lost.__getitem__)
 
 
-def choose_settings(table: CountTable) -> dict[str, str]:
+def choose_settings(table: CountTable, decodings: Sequence[str]) -> dict[str, str]:
     """The setting of every method that is best on validation images."""
-    plain = {decoding: table["plain", "", "validation", decoding][0] for decoding in DECODING}
+    plain = {decoding: table["plain", "", "validation", decoding][0] for decoding in decodings}
     chosen = {}
     for method in dict.fromkeys(key[0] for key in table):
         settings: dict[str, dict[str, Counts]] = {}
-        for decoding in decodings_of(method):
+        for decoding in (each for each in decodings_of(method) if each in decodings):
             for setting, (counts, *_) in by_setting(table, method, "validation", decoding).items():
                 settings.setdefault(setting, {})[decoding] = counts
         chosen[method] = best_setting(settings, plain)
@@ -302,6 +302,7 @@ class Plan:
             if name == "plain" or (name not in TRIVIAL and len(self.settings(name)) > 1)
             for setting in self.settings(name)
             for decoding in decodings_of(name)
+            if decoding in self.extent.decodings
         ]
 
     def choose(self, workers: int) -> dict[str, str]:
@@ -309,7 +310,8 @@ class Plan:
         every = {name: self.settings(name) for name in self.names} | {n: list(each) for n, each in cutters(self.setup).items()}
         chosen = {name: settings[0] for name, settings in every.items()}
         if not self.quick:
-            chosen |= choose_settings(tabulate(run_all(self.all_settings(), workers, "choosing settings")))
+            tried = tabulate(run_all(self.all_settings(), workers, "choosing settings"))
+            chosen |= choose_settings(tried, self.extent.decodings)
         return {name: setting for name, setting in chosen.items() if name != "random_drop"}
 
     def test_captions(self, chosen: Mapping[str, str]) -> list[Job]:
@@ -440,13 +442,14 @@ def main(
     lab: Lab = "tiny",
     model: Model = None,
     artifacts: Artifacts = None,
+    dtype: Dtype = "auto",
     quick: Quick = False,
     only: Annotated[str, typer.Option("--methods", help="Names, with commas; by default all that the lab's extent has.")] = "",
     workers: Annotated[int, typer.Option(help="Processes that write captions; with --quick one.")] = 2,
     times: Annotated[bool, typer.Option("--times", help="Only the time ratios anew, others as the file has them.")] = False,
 ) -> None:
     """Measure every decoding method, and draw the curves beside the JSON file."""
-    setup, extent = Setup(Chosen(lab, model, artifacts)), QUICK if quick else EXTENTS[lab]
+    setup, extent = Setup(Chosen(lab, model, artifacts, dtype)), QUICK if quick else EXTENTS[lab]
     if times:
         renew_times(out, setup, quick, extent.pairs)
         return
@@ -456,11 +459,11 @@ def main(
         of = plan(setup, quick, only)
         figures, meta = measure(of, 1 if quick else workers)
         timed = {name: meta["chosen"][name] for name in of.names if name not in ("random_rewind", "random_rerank")}
-        figures |= time_figures(setup, timed, extent.decodings, extent.pairs)
+        figures |= time_figures(setup, timed, extent.decodings, extent.pairs) if extent.pairs else {}
     for policy in refused(setup):  # not recommended on this model, whatever its captions would be
         figures[f"{policy}_under_frontier_greedy"] = figure(0.0)
     draw(out.with_suffix(".png"), meta["curves"], meta["coverage"], meta["chosen"])
-    measured, command = subject(setup.chosen), "evals.mitigation" + ("" if lab == "tiny" else f" --lab {lab}")
+    measured, command = subject(setup.chosen), f"evals.mitigation{subject(setup.chosen).options()}"
     ids = meta.pop("image_ids")
     said = {**measured.meta(), "refused": refused(setup), "command": command}
     write(out, with_issue_keys(figures, issue_keys(setup.chosen)), quick, ids, measured.folder, seed=SEED, **said, **meta)

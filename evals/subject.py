@@ -19,7 +19,7 @@ from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.heads.discovery import find_heads
 from gazeguard.lab.worlds import World, world
-from gazeguard.loading import load
+from gazeguard.loading import find_dtype, load
 from gazeguard.policy import Policy
 
 
@@ -29,6 +29,7 @@ class Chosen(NamedTuple):
     lab: str = "tiny"
     model: str | None = None
     artifacts: str | None = None
+    dtype: str = "auto"
 
     @property
     def prefix(self) -> str:
@@ -82,9 +83,15 @@ class Subject:
             return heads
         return find_heads(self.model, self.processor)
 
+    def options(self) -> str:
+        """The options that choose it, as a command line has them."""
+        usual = Chosen()
+        said = [f" --{key} {value}" for key, value in self.chosen._asdict().items() if value != getattr(usual, key)]
+        return "".join(said)
+
     def meta(self) -> dict[str, Any]:
         """For the result file."""
-        return {"lab": self.chosen.lab, "model": self.chosen.model, "artifacts": self.artifacts}
+        return {"lab": self.chosen.lab, "model": self.chosen.model, "artifacts": self.artifacts, "dtype": str(self.model.dtype)}
 
 
 @functools.cache
@@ -93,5 +100,7 @@ def subject(chosen: Chosen = Chosen()) -> Subject:  # noqa: B008 (a value)
     with errors_told():
         shown = world(chosen.lab)
         own = None if chosen.lab == "tiny" else chosen.lab
-        loaded = lab.load(own) if chosen.model is None else load(chosen.model)
-        return Subject(chosen, *loaded, shown, chosen.artifacts)
+        model, processor = lab.load(own) if chosen.model is None else load(chosen.model, dtype=chosen.dtype)
+        if chosen.dtype != "auto":
+            model = model.to(find_dtype(chosen.dtype))
+        return Subject(chosen, model, processor, shown, chosen.artifacts)

@@ -1,7 +1,8 @@
 """Tables of the documents, rewritten from the result files, and the README's demo: ``python -m evals.tables``.
 
 A table stands between ``<!-- table NAME: PATTERN... -->`` and ``<!-- end -->``: the figures of ``evals/results/NAME.json``
-whose keys match one of the patterns, in the order of the patterns. The demo's real output stands between
+whose keys match one of the patterns, in the order of the patterns. Between ``<!-- compare NAME: PATTERN... -->`` and the end
+both labs stand side by side, from ``NAME.json`` and ``NAME_scenes.json``. The demo's real output stands between
 ``<!-- demo -->`` and ``<!-- end demo -->``. ``evals/results/families.md`` is made whole.
 """
 
@@ -26,6 +27,9 @@ DOCUMENTS = (
 )
 DEMO = re.compile(r"(<!-- demo -->\n).*?(<!-- end demo -->)", re.S)
 TABLE = re.compile(r"(<!-- table (\w+): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
+COMPARED = re.compile(r"(<!-- compare (\w+): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
+LABS = {"tiny lab": "", "scenes lab": "_scenes"}  # with the ending of their result files
+SATURATED = 0.995  # an AUROC above it says that the task is too easy to compare methods
 
 
 def table(name: str, patterns: list[str]) -> str:
@@ -43,8 +47,36 @@ def table(name: str, patterns: list[str]) -> str:
     return "\n".join(lines)
 
 
+def compared(name: str, patterns: list[str]) -> str:
+    """The Markdown table of both labs; a lab that was not measured has no column."""
+    paths = {lab: ROOT / "evals" / "results" / f"{name}{ending}.json" for lab, ending in LABS.items()}
+    results = {lab: json.loads(path.read_text(encoding="utf-8")) for lab, path in paths.items() if path.is_file()}
+    keys = dict.fromkeys(
+        key for pattern in patterns for result in results.values() for key in result["figures"] if fnmatchcase(key, pattern)
+    )
+    lines = ["| figure | " + " | ".join(results) + " |", "|---" * (1 + len(results)) + "|"]
+    for key in keys:
+        cells = (_cell(key, result["figures"].get(key)) for result in results.values())
+        lines.append(f"| `{key}` | " + " | ".join(cells) + " |")
+    said = (
+        f"{lab}: `python -m {made['meta'].get('command', f'evals.{name}')}`, {made['meta']['date']}"
+        for lab, made in results.items()
+    )
+    return "\n".join([*lines, "", "; ".join(said) + ".", ""])
+
+
+def _cell(key: str, made: dict | None) -> str:
+    if made is None:
+        return "not measured"
+    if key.startswith("auroc") and made["value"] > SATURATED:
+        return f"> {SATURATED} (saturated)"
+    ci = "" if made["ci"] is None else f" ({made['ci'][0]:.3g} to {made['ci'][1]:.3g})"
+    return f"{made['value']:.3g}{ci}"
+
+
 def renewed(text: str) -> str:
     """A document with its tables as the result files have them."""
+    text = COMPARED.sub(lambda found: f"{found[1]}{compared(found[2], found[3].split())}{found[4]}", text)
     return TABLE.sub(lambda found: f"{found[1]}{table(found[2], found[3].split())}{found[4]}", text)
 
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from labkit import make_trace
 from sklearn.metrics import roc_auc_score
 
+from evals import plots
 from evals.common import auroc, over_images, rate, with_issue_keys
 from evals.gaze_heads import described_panels, named_objects, staircase, staircase_accuracy
-from evals.tables import DEMO, DOCUMENTS, demo, renewed
+from evals.tables import DEMO, DOCUMENTS, compared, demo, renewed
 from gazeguard.detection.metrics import ranking
 from gazeguard.lab.world import Drawing, DrawnObject, Sample
 from gazeguard.report import Report, Verdict
@@ -158,13 +159,13 @@ def test_a_staircase_counts_the_tokens_that_describe():
         ("captioner", ISSUE_KEYS["captioner"]),
         ("gaze_heads", ISSUE_KEYS["gaze_heads"]),
         ("discovery", ["search_memory_ratio", "output_attentions_memory_ratio"]),
-        ("detection", [*ISSUE_KEYS["detection"], "auroc_confidence_greedy"]),
+        ("detection", [*ISSUE_KEYS["detection"], "auroc_confidence_greedy", "tiny_lift_over_best_baseline"]),
         ("cost", ["time_ratio_mark_batch_1"]),
         ("overhead", ISSUE_KEYS["overhead"]),
         ("torture", ["rows_lost", "crashes", "silent_passes", "live_replay_mismatches"]),
         ("soak", ["memory_growth", "rows_lost", "interrupted_equal", "minutes"]),
         ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
-        ("mitigation", [*ISSUE_KEYS["mitigation"], "drop_false_removed_at_10"]),
+        ("mitigation", [*ISSUE_KEYS["mitigation"], "drop_false_removed_at_10", "tiny_rewind_under_frontier"]),
         ("missed_objects", ["recall_change_sampled", "chair_i_change_sampled", "new_share_sampled"]),
         ("filtering", ["throughput_ratio", "rows_per_second", "rows_exactly_once", "byte_equal", "kills"]),
     ],
@@ -254,3 +255,31 @@ def test_times_of_mitigation_are_taken_anew_alone(tmp_path):
     assert kept == new
     assert after["figures"]["rerank_time_ratio"] == after["figures"]["rerank_time_ratio_greedy"]
     assert after["figures"]["rerank_time_ratio"] != before["figures"]["rerank_time_ratio"]
+
+
+def test_a_table_of_both_labs_says_what_saturates_and_what_was_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("evals.tables.ROOT", tmp_path)
+    (tmp_path / "evals" / "results").mkdir(parents=True)
+    figures = {"": {"auroc_a": 0.9991, "b": 0.5}, "_scenes": {"auroc_a": 0.9, "auroc_c": 0.7}}
+    for ending, values in figures.items():
+        made = {key: {"value": value, "ci": [value - 0.1, value + 0.1]} for key, value in values.items()}
+        text = json.dumps({"figures": made, "meta": {"date": "2026-01-01"}})
+        (tmp_path / "evals" / "results" / f"x{ending}.json").write_text(text)
+    lines = compared("x", ["auroc_*", "b"]).splitlines()
+    assert lines[:5] == [
+        "| figure | tiny lab | scenes lab |",
+        "|---|---|---|",
+        "| `auroc_a` | > 0.995 (saturated) | 0.9 (0.8 to 1) |",
+        "| `auroc_c` | not measured | 0.7 (0.6 to 0.8) |",
+        "| `b` | 0.5 (0.4 to 0.6) | not measured |",
+    ]
+
+
+def test_the_headline_figure_has_a_panel_per_lab_from_0_to_1_and_few_lines():
+    made = {f"auroc_{name}_within_bins_sampled": {"value": 0.8, "ci": [0.7, 0.9]} for name in plots.ROWS.values()}
+    plot = plots.headline({"one": made, "two": {}})
+    assert [ax.get_xlim() for ax in plot.axes] == [(0, 1), (0, 1)]
+    assert len(plot.axes[0].patches) == len(plots.ROWS)
+    _, (ax,) = plots.axes_of(3, 3, 1)
+    with pytest.raises(ValueError, match="at most 7"):
+        plots.line(ax, [0, 1], [0, 1], "eighth", 7, ours=False)

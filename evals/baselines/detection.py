@@ -103,8 +103,8 @@ class ImageConfidence:
 
     @staticmethod
     @torch.no_grad()
-    def read(model: Any, processor: Any, samples: Sequence[Sample]) -> ImageConfidence:
-        """Decode the image tokens of samples at `LAYERS` layers. Image tokens never attend to the caption."""
+    def read(model: Any, processor: Any, samples: Sequence[Sample], layer: int | None = None) -> ImageConfidence:
+        """Decode the image tokens of samples at `LAYERS` layers, or at that one of them. They never attend to the caption."""
         backbone, states, normalizer = find_backbone(model), [], []
         for start in track(range(0, len(samples), PASS), "decoding image tokens"):
             group = samples[start : start + PASS]
@@ -112,6 +112,7 @@ class ImageConfidence:
             output = model(**model_inputs(model, batch.inputs), output_hidden_states=True, use_cache=False, logits_to_keep=1)
             *lower, last = output.hidden_states  # the last one is normalised already
             chosen = np.linspace(0, len(lower), LAYERS + 1).round().astype(int)[1:]
+            chosen = chosen if layer is None else chosen[layer : layer + 1]
             for row, ids in enumerate(batch.inputs["input_ids"]):
                 patches = ids == image_token_id(model)
                 normed = [last[row, patches] if i == len(lower) else backbone.norm(lower[i][row, patches]) for i in chosen]

@@ -178,7 +178,7 @@ def encode(
     length, limit = int(output["attention_mask"].sum(1).max()), context_length(model)
     if not captions and not encoder_decoder and length > limit:
         raise InputError(f"The prompt has {length} tokens, more than the model's context of {limit}. Make it shorter.")
-    batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in output.items()}
+    batch = {name: _for_model(model, value) if isinstance(value, Tensor) else value for name, value in output.items()}
     forced = getattr(model.generation_config, "forced_bos_token_id", None)
     if encoder_decoder and forced is not None:  # BART: generate would put it before every caption
         batch["decoder_input_ids"] = F.pad(decoder_prompt(model, batch), (0, 1), value=forced)
@@ -214,3 +214,8 @@ def _processed(
         return_tensors="pt",
         processor_kwargs={"padding": True, "padding_side": padding_side},
     )
+
+
+def _for_model(model: PreTrainedModel, value: Tensor) -> Tensor:
+    """An input on the model's device; pixels in its dtype, since not every vision encoder casts them."""
+    return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
