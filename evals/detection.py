@@ -28,12 +28,12 @@ from evals import detection_figures as figures_of
 from evals.baselines.detection import ImageConfidence
 from evals.common import Artifacts, Dtype, Figure, Lab, Model, Out, Quick, auroc, over_images, with_issue_keys, write
 from evals.detection_plots import draw
-from evals.detection_scores import Fitted, HeadSets, asked, disagreement, other_scores, random_scores
-from evals.guards import without_logit_lens
+from evals.detection_scores import Fitted, HeadSets, asked, disagreement, other_scores, set_detectors, set_scores
 from evals.recorded import Recorded, join, record, replay
 from evals.subject import Chosen, Subject, subject
 from gazeguard.claims.parse import claims
 from gazeguard.detection import features
+from gazeguard.detection.cross_fitting import cross_fit
 from gazeguard.detection.detector import Detector
 from gazeguard.detection.metrics import ranking
 from gazeguard.guard import GazeGuard
@@ -96,12 +96,10 @@ def fit(measured: Subject, guard: GazeGuard, sets: HeadSets, n: int) -> tuple[Fi
     parts = [record(guard, decided, some, kind, sets.all) for some, kind in ((samples[:n], False), (samples[n:], True))]
     train = join(*parts)
     known = train.of_kind("object")
-    table = known.labelled
-    text_only = Detector.fit(table.x, table.false, table.kind, guard.heads, features.TEXT_FEATURES)
-    every = train.labelled
-    detector = guard.detector or Detector.fit(every.x, every.false, every.kind, guard.heads)
+    text_only = cross_fit(known.labelled.table, guard.heads, features.TEXT_FEATURES).detector
+    detector = guard.detector or cross_fit(train.labelled.table, guard.heads).detector
     with_detector = GazeGuard(guard.model, guard.processor, heads=guard.heads, detector=detector, grid=guard.tracer.grid)
-    return Fitted(with_detector, detector, text_only, known), train
+    return Fitted(with_detector, detector, text_only, known, set_detectors(known, guard.heads, sets)), train
 
 
 def best_of(labelled: LabelledClaims, scores: Sequence[F64], heads: Sequence[tuple[int, int]]) -> int:
@@ -118,13 +116,13 @@ class Choices:
     best: dict[str, int]
 
     @staticmethod
-    def make(fitted: Fitted, validation: Recorded, sets: HeadSets) -> Choices:
+    def make(fitted: Fitted, validation: Recorded) -> Choices:
         """Choose on sampled validation captions."""
         table, heads, guard = validation.labelled, fitted.guard.heads, fitted.guard
         confidence = ImageConfidence.read(guard.model, guard.processor, validation.samples).scores(
             table.image, validation.words
         )
-        trained, untrained = random_scores(fitted.train, validation, heads, sets)
+        trained, untrained = set_scores(fitted.sets, validation)
         best = {"trained": 1 + best_of(table, trained[1:], heads.heads)}
         best["untrained"] = 1 + best_of(table, untrained[1:], heads.heads)
         return Choices(best_of(table, list(confidence.T), heads.heads), best)
@@ -136,16 +134,13 @@ def object_figures(
     """The figures of object claims and their scores; ``full``: also sampling, self-verification and random heads."""
     table, heads = test.labelled, fitted.guard.heads
     scores = other_scores(fitted, test, confidence.scores(table.image, test.words)[:, 0])
-    names = without_logit_lens(heads.heads)
-    known = fitted.train.labelled
-    lean = Detector.fit(known.x, known.false, known.kind, heads, names)
-    scores["without_logit_lens"] = lean.risk(table.x, table.kind)
+    scores["without_logit_lens"] = fitted.sets[0].risk(table.x, table.kind)
     if full:
         scores["samples"] = disagreement(fitted.guard, test, SAMPLES)
         scores["self_verification"] = asked(fitted.guard, test)
     found = figures_of.auroc_figures(table, scores, heads.heads)
     if full:
-        controls = random_scores(fitted.train, test, heads, sets)
+        controls = set_scores(fitted.sets, test)
         found |= figures_of.control_figures(table, heads.heads, *controls, choices.best, len(sets.matched))
     threshold = fitted.detector.threshold("object", "f1")
     return found | figures_of.calibration_figures(table.false, table.image, scores["detector"], threshold), scores
@@ -251,7 +246,7 @@ def measure(measured: Subject, sizes: Sizes, picture: Path) -> tuple[dict[str, F
     fitted, train = fit(measured, guard, sets, sizes.train)
     shipped, guard = guard.detector is not None, fitted.guard
     held_out = record(guard, world.decided, world.samples("validation", sizes.validation, FIT_SEED), True, sets.all)
-    choices = Choices.make(fitted, held_out.of_kind("object"), sets)
+    choices = Choices.make(fitted, held_out.of_kind("object"))
     samples = world.samples("test", sizes.test, SEED)
     confidence = ImageConfidence.read(guard.model, guard.processor, samples, choices.layer)
     figures: dict[str, Figure] = {}

@@ -17,10 +17,11 @@ from gazeguard.attention.backbone import Head
 from gazeguard.claims.english import singular
 from gazeguard.claims.parse import claims
 from gazeguard.detection import features
+from gazeguard.detection.cross_fitting import choose_regularisation
 from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
-from gazeguard.lab.labels import self_verification_answers
+from gazeguard.lab.labels import LabelledClaims, self_verification_answers
 from gazeguard.progress import track
 from gazeguard.vision.encoding import encode
 
@@ -62,10 +63,11 @@ class Fitted:
     detector: Detector
     text_only: Detector
     train: Recorded  # of objects
+    sets: Sequence[Detector]  # of the gaze heads without the logit lens, then of every random set
 
 
 def other_scores(fitted: Fitted, test: Recorded, confidence: F64) -> dict[str, F64]:
-    """Every score of object claims but those of `random_scores` and of sampling.
+    """Every score of object claims but those of `set_scores` and of sampling.
 
     confidence: (claims,) internal confidence at the layer that was chosen on validation captions
     """
@@ -78,26 +80,37 @@ def other_scores(fitted: Fitted, test: Recorded, confidence: F64) -> dict[str, F
         "dla": -features.pick(objects.x, heads.heads, ("attribution",))[:, 0],
         "text_only": fitted.text_only.risk(objects.x, objects.kind),
         "position": column["position"],
-        "position_repetition": baselines.probe(train_prior, known.false, prior),
+        "position_repetition": baselines.probe(known.table, train_prior, prior),
         "token_nll": column["token_nll"],
         "entropy": column["entropy"],
         "svar": test.signals["svar"][:, 0],
         "preceding": test.signals["preceding"][:, 0],
-        "lookback": baselines.probe(lookback, known.false, test.signals["lookback"]),
-        "haloprobe": baselines.haloprobe(inside, train_prior, known.false, test.signals["haloprobe"], prior),
+        "lookback": baselines.probe(known.table, lookback, test.signals["lookback"]),
+        "haloprobe": baselines.haloprobe(known.table, inside, train_prior, test.signals["haloprobe"], prior),
         "confidence": confidence,
     }
 
 
-def random_scores(train: Recorded, test: Recorded, heads: GazeHeads, sets: HeadSets) -> tuple[list[F64], list[F64]]:
-    """For each of ``sets.all`` the risk by a regression on all features but the logit lens, and minus the DLA, not fitted."""
-    trained, untrained = [], []
-    known, objects = train.labelled, test.labelled
-    for chosen, x, others in zip(sets.all, train.by_heads, test.by_heads, strict=True):
-        names = without_logit_lens(chosen)
-        regression = Detector.fit(x, known.false, known.kind, heads.with_heads(chosen), names)
-        trained.append(regression.risk(others, objects.kind))
-        untrained.append(-features.pick(others, tuple(sorted(chosen)), ("attribution",))[:, 0])
+def lean_detector(known: LabelledClaims, x: F64, heads: GazeHeads) -> Detector:
+    """A regression on all features ``x`` of training claims but the logit lens, regularised by nested validation."""
+    names = without_logit_lens(heads.heads)
+    strength = choose_regularisation(features.pick(x, heads.heads, names), known.table, names)
+    return Detector.fit(x, known.false, known.kind, heads, names, strength)
+
+
+def set_detectors(train: Recorded, heads: GazeHeads, sets: HeadSets) -> list[Detector]:
+    """A `lean_detector` for each of ``sets.all``."""
+    pairs = track(list(zip(sets.all, train.by_heads, strict=True)), "fitting random heads")
+    return [lean_detector(train.labelled, x, heads.with_heads(chosen)) for chosen, x in pairs]
+
+
+def set_scores(detectors: Sequence[Detector], test: Recorded) -> tuple[list[F64], list[F64]]:
+    """For each head set the risk by its detector, and minus the DLA of its heads, not fitted."""
+    kinds = test.labelled.kind
+    trained = [each.risk(x, kinds) for each, x in zip(detectors, test.by_heads, strict=True)]
+    untrained = [
+        -features.pick(x, each.heads, ("attribution",))[:, 0] for each, x in zip(detectors, test.by_heads, strict=True)
+    ]
     return trained, untrained
 
 

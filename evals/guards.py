@@ -13,10 +13,11 @@ from evals.subject import Chosen, subject
 from gazeguard import lab
 from gazeguard.artifacts import HEADS_FILE
 from gazeguard.detection import features
-from gazeguard.detection.detector import Detector
+from gazeguard.detection.cross_fitting import cross_fit
+from gazeguard.detection.table import ClaimTable
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
-from gazeguard.lab.labels import LabelledClaims, caption_and_label
+from gazeguard.lab.labels import caption_and_label
 from gazeguard.lab.training.tiny_fit import TEXT_ONLY
 from gazeguard.lab.worlds import World, world
 from gazeguard.policy import Policy
@@ -85,15 +86,15 @@ def fit_random_guard(guard: GazeGuard, captions: int, seed: int, policy: str | P
 
     Args:
         guard: The guard whose model and number of heads are used.
-        captions: Greedy and as many sampled captions of training images to fit to; half as many of validation images calibrate.
+        captions: Greedy and as many sampled captions of training images to fit to.
         seed: Of the heads and the captions.
         policy: Of the new guard.
 
     Returns:
         A guard whose detector does without `LOGIT_LENS`.
     """
-    heads, train, held_out = _control_captions(guard, world(), captions, seed)
-    detector = _calibrated(heads, train, held_out, without_logit_lens(heads.heads))
+    heads, table = _control_captions(guard, world(), captions, seed)
+    detector = cross_fit(table, heads, without_logit_lens(heads.heads)).detector
     return GazeGuard(guard.model, guard.processor, policy=policy, heads=heads, detector=detector)
 
 
@@ -106,28 +107,16 @@ def fit_controls(chosen: Chosen, captions: int, folder: Path) -> Setup:
         folder: Where they are written.
     """
     guard = lab_guard(chosen)
-    heads, train, held_out = _control_captions(guard, subject(chosen).world, captions, SEED)
+    heads, table = _control_captions(guard, subject(chosen).world, captions, SEED)
     heads.save_pretrained(folder / RANDOM)
-    _calibrated(heads, train, held_out, without_logit_lens(heads.heads)).save_pretrained(folder / RANDOM)
-    text_only = _calibrated(heads, train, held_out, features.TEXT_FEATURES)
-    text_only.model_copy(update={"heads": guard.heads.heads}).save_pretrained(folder / TEXT_ONLY)
+    cross_fit(table, heads, without_logit_lens(heads.heads)).detector.save_pretrained(folder / RANDOM)
+    text_only = cross_fit(table, heads, features.TEXT_FEATURES).detector
+    text_only.model_copy(update={"heads": guard.heads.heads, "domain": None}).save_pretrained(folder / TEXT_ONLY)
     return Setup(chosen, str(folder))
 
 
-def _control_captions(
-    guard: GazeGuard, shown: World, captions: int, seed: int
-) -> tuple[GazeHeads, LabelledClaims, LabelledClaims]:
-    """Random heads of the same layers, and labelled training and validation captions with their features."""
+def _control_captions(guard: GazeGuard, shown: World, captions: int, seed: int) -> tuple[GazeHeads, ClaimTable]:
+    """Random heads of the same layers, and labelled training captions with their features."""
     heads = guard.heads.with_heads(guard.heads.matched(np.random.default_rng(seed)))
     plain = GazeGuard(guard.model, guard.processor, heads=heads)
-    parts = (("train", captions), ("validation", captions // 2))
-    train, held_out = (caption_and_label(plain, shown, split, n, seed) for split, n in parts)
-    return heads, train, held_out
-
-
-def _calibrated(heads: GazeHeads, train: LabelledClaims, held_out: LabelledClaims, names: Sequence[str]) -> Detector:
-    """A detector of the kinds that both parts can tell true and false."""
-    detector = Detector.fit(train.x, train.false, train.kind, heads, names)
-    both = {kind: each for kind, each in detector.kinds.items() if len(set(held_out.false[held_out.kind == kind])) == 2}
-    detector = detector.model_copy(update={"kinds": both})
-    return detector.calibrated(held_out.x, held_out.false, held_out.kind, held_out.image)
+    return heads, caption_and_label(plain, shown, "train", captions, seed).table

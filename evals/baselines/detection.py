@@ -29,6 +29,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from gazeguard.attention.backbone import Backbone, find_backbone
+from gazeguard.detection.cross_fitting import choose_regularisation
+from gazeguard.detection.table import ClaimTable
 from gazeguard.lab.worlds import Sample
 from gazeguard.progress import track
 from gazeguard.trace import SEGMENTS, GazeTrace
@@ -71,21 +73,26 @@ def _top_weights(gaze: F64) -> F64:
     return np.concatenate((top.mean(-1), -(share * np.log(np.maximum(share, 1e-12))).sum(-1)))
 
 
-def probe(train: F64, false: NDArray[np.bool_], rows: F64, weights: F64 | None = None) -> F64:
-    """(claims,) log-odds of a logistic regression that is fitted to ``train`` (training claims, n), of ``rows`` (claims, n)."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    return model.fit(train, false, logisticregression__sample_weight=weights).decision_function(rows)
+def probe(known: ClaimTable, train: F64, rows: F64, weights: F64 | None = None) -> F64:
+    """(claims,) log-odds of ``rows`` (claims, n) by a logistic regression on ``train`` (training claims, n).
+
+    It is as well regularised as the detector: by nested validation over the images of the training claims ``known``.
+    """
+    strength = choose_regularisation(train, known, [str(i) for i in range(train.shape[1])])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=5000))
+    return model.fit(train, known.false, logisticregression__sample_weight=weights).decision_function(rows)
 
 
-def haloprobe(train: F64, train_prior: F64, false: NDArray[np.bool_], rows: F64, prior: F64) -> F64:
+def haloprobe(known: ClaimTable, train: F64, train_prior: F64, rows: F64, prior: F64) -> F64:
     """(claims,) log-odds.
 
-    train, rows:        their columns "haloprobe"
+    known:              the training claims
+    train, rows:        columns "haloprobe" of training and other claims
     train_prior, prior: (claims, 3) position, number of objects before, repetition
     """
-    odds = probe(train_prior, false, np.concatenate((train_prior, prior)))
-    chance = 1 / (1 + np.exp(np.where(false, -1, 1) * odds[: len(train)]))  # of each training claim's own label
-    return probe(train, false, rows, 1 / chance) + odds[len(train) :]
+    odds = probe(known, train_prior, np.concatenate((train_prior, prior)))
+    chance = 1 / (1 + np.exp(np.where(known.false, -1, 1) * odds[: len(train)]))  # of each training claim's own label
+    return probe(known, train, rows, 1 / chance) + odds[len(train) :]
 
 
 @dataclass(frozen=True)
