@@ -24,7 +24,7 @@ from gazeguard.detection import features
 from gazeguard.detection.calibration import logistic
 from gazeguard.errors import given
 from gazeguard.policy import Policy
-from gazeguard.report import Finding, Report, Verdict, gaze_boxes
+from gazeguard.report import CUT_OFF, UNSUPPORTED, Finding, Report, Verdict, gaze_boxes
 from gazeguard.trace import SEGMENTS, GazeTrace
 
 if TYPE_CHECKING:  # at run time it would bring torch along
@@ -208,9 +208,9 @@ class Judge:
         """The verdict on a caption with these flagged claims, and why."""
         why = [assessment.degenerate] * bool(assessment.degenerate)
         if doubtful:
-            why.append(f"not supported by the image: {_enumerated(doubtful)}")
+            why.append(f"{UNSUPPORTED}{_enumerated(doubtful)}")
         if not assessment.trace.finished:
-            why.append("the caption was cut off by the length limit")
+            why.append(CUT_OFF)
         if not why and (refused := given(assessment.caption).reading.refused):
             why.append(f"a sentence cannot be read: {refused[0][2]}")
         if not why and (missing := [kind for kind in assessment.not_judged if kind in self.policy.require]):

@@ -34,6 +34,8 @@ FORMAT = 1  # of a saved report
 MAX_LINES = 25  # of a printed report
 MAX_PRINTED_FLAGS = 8
 MAX_REPR_FLAGS = 3
+UNSUPPORTED = "not supported by the image: "  # in a reason, before the flagged claims
+CUT_OFF = "the caption was cut off by the length limit"
 MAX_REPR_TEXT = 60  # characters of a claim or a reason in a repr
 FRAME = "#ffffff"
 
@@ -177,8 +179,8 @@ class Report:
 
         Returns:
             At most `MAX_LINES` lines, without any character that could steer a terminal: the verdict, the caption with its
-            flagged phrases in ⟦ ⟧, each flagged claim with its reasons, why the caption is unchecked, the kinds of claims that
-            were not judged, and the filtered caption. Where lines are left out, a line says how many.
+            flagged phrases in ⟦ ⟧, each flagged claim with its reasons, why the caption is unchecked or is not whole, the
+            kinds of claims that were not judged, and the filtered caption. Where lines are left out, a line says how many.
         """
         verdict = Line("verdict", f"{self.verdict.upper():9} {safe_line(self._count() if title is None else title)}".rstrip())
         flags = [
@@ -186,8 +188,7 @@ class Report:
             for f in self.flagged
         ]
         tail = _shortened(flags, MAX_PRINTED_FLAGS, "flagged claims")
-        if self.verdict == Verdict.UNCHECKED:
-            tail.append(Line("reason", safe_line(self.reason)))
+        tail += [Line("reason", safe_line(part)) for part in self._reason_parts()]
         if self.not_judged:
             tail.append(Line("reason", safe_line(f"not judged: {', '.join(f'{kind}s' for kind in self.not_judged)}")))
         room, filtered = MAX_LINES - 1 - len(tail), []
@@ -196,6 +197,14 @@ class Report:
             filtered[0] = Line("filtered", f"filtered caption: {filtered[0].text}")
             filtered = _shortened(filtered, room // 2, "lines")
         return [verdict, *_shortened(_text_lines("caption", self.marked()), room - len(filtered), "lines"), *tail, *filtered]
+
+    def _reason_parts(self) -> list[str]:
+        """What a terminal shows of the reason: of a flag what is no list of the flagged claims, which stand above it."""
+        if self.verdict != Verdict.FLAG:
+            return [self.reason] if self.reason else []
+        before, listed, _ = self.reason.partition(UNSUPPORTED)
+        parts = (before.removesuffix("; ") if listed else "", CUT_OFF if self.reason.endswith(CUT_OFF) else "")
+        return [part for part in parts if part]
 
     def marked(self) -> str:
         """Return the caption for a terminal: flagged phrases in ⟦ ⟧, and no character that could steer the terminal."""

@@ -1,9 +1,12 @@
 """Repetition loops: degenerate text is found, lists and panels of real captions are none."""
 
+from dataclasses import replace
+
 import pytest
 
 from gazeguard import lab
 from gazeguard.claims.repetition import LEAST, find_repetition
+from gazeguard.report import CUT_OFF
 
 
 @pytest.mark.parametrize(
@@ -38,3 +41,18 @@ def test_a_long_phrase_is_shown_short():
     shown = str(find_repetition("a very large and very old red house behind a wide green lawn with trees, " * 9))
     assert len(shown) < 90
     assert shown.endswith("…' repeated 9 times")
+
+
+def test_a_terminal_shows_beside_a_flag_what_is_no_claim(guard):
+    """The loop, and that the caption was cut off: the flagged claims stand above, once each."""
+    sample = lab.samples("test", 2, seed=7)[1]
+    report = guard.check(sample.image, ", ".join(["a purple horse"] * 20))
+    assert report.verdict == "flag"
+    assert [line.text for line in report.lines() if line.role == "reason"] == [
+        "degenerate text: 'a purple horse' repeated 20 times"
+    ]
+    cut = guard.judge(replace(report.trace, finished=False))
+    assert [line.text for line in cut.lines() if line.role == "reason"][1:] == [CUT_OFF]
+    plain = guard.check(sample.image, "There is a purple horse.")
+    assert plain.verdict == "flag"
+    assert [line for line in plain.lines() if line.role == "reason"] == []

@@ -16,7 +16,7 @@ import typer
 from rich.markup import escape
 
 from gazeguard.cli.app import Outcome, app, command
-from gazeguard.cli.console import STOPPED, err, indented, note, one_line, out
+from gazeguard.cli.console import STOPPED, count, err, indented, note, one_line, out
 from gazeguard.cli.options import (
     BatchOption,
     CaptionColumn,
@@ -188,7 +188,8 @@ def _show_summary(summary: dict[str, Any], folder: Path) -> None:
         for reason, number in summary["reasons"].get(verdict, {}).items():
             indented(f"{number}: {one_line(reason)}", 2, "dim")
     for suffix, number in summary.get("unread", {}).items():
-        indented(f"{number} files with {one_line(suffix)} beside the images were not read: --caption-ext {one_line(suffix)}", 2)
+        files, suffix = count(number, "file"), one_line(suffix)
+        indented(f"not read: {files} with {suffix} beside the images (--caption-ext {suffix})", 2)
     out.print(f"{summary['rows']} rows: [bold]{escape(str(folder))}[/]", soft_wrap=True)
 
 
