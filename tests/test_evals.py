@@ -167,6 +167,7 @@ def test_a_staircase_counts_the_tokens_that_describe():
         ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
         ("mitigation", [*ISSUE_KEYS["mitigation"], "drop_false_removed_at_10", "tiny_rewind_under_frontier"]),
         ("missed_objects", ["recall_change_sampled", "chair_i_change_sampled", "new_share_sampled"]),
+        ("serving", ["serving_throughput_ratio", "serving_p99_seconds", "serving_overload_lost", "serving_overload_mixed"]),
         ("filtering", ["throughput_ratio", "rows_per_second", "rows_exactly_once", "byte_equal", "kills"]),
     ],
 )

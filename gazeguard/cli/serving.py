@@ -61,7 +61,7 @@ def serve(
             host=host,
             port=port,
             log_level="warning",
-            limit_concurrency=2 * queue,
+            limit_concurrency=8 * queue,  # beyond what the queue answers with 429, connections get 503
             timeout_graceful_shutdown=int(timeout) + 1,
         )
     except KeyboardInterrupt:
