@@ -215,7 +215,8 @@ def test_help_names_every_command_and_the_exit_codes():
     """--help is complete, and quick, since nothing heavy is imported for it."""
     text = run(app, ["--help"]).output
     assert {name for name, *_ in commands()} == {
-        "demo", "policy", "caption", "check", "filter", "replay", "doctor", "heads", "train", "lab"
+        "demo", "policy", "caption", "check", "filter", "replay", "doctor", "heads", "train", "lab", "audit",
+        "eval", "serve",
     }  # fmt: skip
     assert all(name in text for name, *_ in commands())
     assert "Exit codes" in text

@@ -17,7 +17,7 @@ ROOT = Path(gazeguard.__file__).parent
 ORDER = (
     "errors", "progress", "prompts", "_compat", "claims", "vision", "policy", "artifacts", "loading", "trace", "attention",
     "report", "heads", "decoding", "replay", "detection", "judge", "tracing", "guard", "filtering", "integrations",
-    "serving", "lab", "fitting", "evaluation", "cli",
+    "serving", "lab", "fitting", "evaluation", "audit", "cli",
 )  # fmt: skip
 EXEMPT = {"__init__", "__main__"}
 

@@ -115,3 +115,13 @@ def lift(
     """How much further a score ranks than a baseline does on the same claims: the paired difference of two `ranking`."""
     ours, theirs = (ranking(false, each, image, bins) for each in (score, baseline))
     return bootstrap_images(int(image.max()) + 1, lambda drawn: ours(drawn) - theirs(drawn))
+
+
+def wilson(events: int, trials: int) -> Estimate:
+    """The share of events among independent trials, with its 95 % interval (Wilson 1927), which holds near 0 and 1, too."""
+    if not trials:
+        return Estimate(np.nan, None)
+    z = 1.959964  # the 97.5 % quantile of the normal distribution
+    share, spread = events / trials, z**2 / trials
+    middle, half = share + spread / 2, np.sqrt(share * (1 - share) * spread + spread**2 / 4)
+    return Estimate(share, (max(0.0, float((middle - half) / (1 + spread))), min(1.0, float((middle + half) / (1 + spread)))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,9 +74,8 @@ def measure_rerank(
         figures |= {f"{name}_ranking": rank.value, f"{name}_ranking_low": _low(rank)}
     useful = [name for name, rank in ranks.items() if _low(rank) > 0.5]
     if not useful:
-        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         reason = "neither the gaze heads' attribution nor the attended image tokens prefer drawn objects to others"
-        return RerankEvidence(attribution=0, attended_logprob=0, end_bonus=0, usable=False, reason=reason, figures=figures)
+        return _evidence({}, layer, figures, reason)
     return _choose(study, useful, layer, captions, figures)
 
 
@@ -131,7 +130,8 @@ class _Study:
         for start in range(0, len(self.scenes), self.batch_size):
             some = self.scenes[start : start + self.batch_size]
             inputs = encode(known.model, known.processor, [s.image for s in some], [s.prompt for s in some]).inputs
-            options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "logits_processor": processors}
+            options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+            options["logits_processor"] = processors
             _, reports = guard.generate_with_reports(**inputs, **options)
             captions += [report.caption for report in reports]
         return captions
