@@ -205,7 +205,7 @@ def overload_figures(port: int, drawn: Sequence[Row], each: int) -> dict[str, Fi
 def main(out: Out, quick: Quick = False) -> None:
     """Start the server, load it, overload it."""
     guard = GazeGuard.from_pretrained("lab")
-    drawn = rows(64 if quick else 96)
+    drawn = rows(64 if quick else 48)
     with serving() as (port, ready):
         start = time.perf_counter()
         (first,) = ask(port, drawn, [0])
@@ -213,7 +213,7 @@ def main(out: Out, quick: Quick = False) -> None:
         figures = {"serving_seconds_to_first_answer": figure(ready + time.perf_counter() - start)}
         reports = guard.check_all([row.image for row in drawn], [row.caption for row in drawn], PROMPT)
         drawn = [Row(row.image, row.caption, row.body, report.to_dict()) for row, report in zip(drawn, reports, strict=True)]
-        figures |= speed_figures(port, guard, drawn, 2 if quick else 8)
+        figures |= speed_figures(port, guard, drawn, 2 if quick else 20)
         figures |= overload_figures(port, drawn, 2 if quick else 8)
     write(out, figures, quick, seed=SEED, batch=BATCH, queue=QUEUE, callers=2 * BATCH, overload=OVERLOAD)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -30,6 +31,7 @@ from gazeguard.serving.batching import BatchQueue, Job
 from gazeguard.serving.contracts import ChatRequest, Conversation, Conversations
 from gazeguard.serving.limits import Limits, RefusedError
 from gazeguard.serving.metrics import reason_of
+from gazeguard.serving.service import Service
 
 PATIENCE = 600  # seconds until an answer counts as lost, however busy the machine is
 PATIENT = Limits(seconds=PATIENCE)
@@ -443,18 +445,22 @@ def test_a_full_queue_refuses_and_what_waits_shares_batches(lab_vlm):
 
 
 def test_a_time_out_frees_the_worker(lab_vlm):
-    """503 within the limit; a caption that is being generated ends with it, one that waits is never begun."""
+    """503 within the limit; a caption that is being generated ends with it, whole or as a stream."""
     guard = GazeGuard(*lab_vlm)
     guard.model.generation_config.eos_token_id, ends = None, guard.model.generation_config.eos_token_id
+    service = Service(guard, "lab", Limits(seconds=0.3, new_tokens=10**6))
+    request = ChatRequest(messages=[question()], max_tokens=10**6, temperature=0)
+
+    async def streamed() -> list[Any]:
+        return [piece async for piece in await service.stream(request)]
+
     try:
-        with serving(guard, Limits(seconds=0.3, new_tokens=10**6)) as address:
-            body = {"messages": [question()], "max_tokens": 10**6, "temperature": 0}
-            assert refused(send(address, "/v1/chat/completions", body)) == (
-                503, "There was no answer within 0.3 seconds. Try again later.",
-            )  # fmt: skip
-            with client(address) as api, pytest.raises(openai.APIError, match="no answer within"):
-                list(api.chat.completions.create(model="lab", **body, stream=True))
-    finally:  # the server has stopped, so its worker has been free
+        for answer in (service.caption(request), streamed()):
+            with pytest.raises(RefusedError, match=r"There was no answer within 0\.3 seconds") as caught:
+                asyncio.run(answer)
+            assert caught.value.status == 503
+        service.queue.close()  # returns when the worker has come to an end
+    finally:
         guard.model.generation_config.eos_token_id = ends
 
 
