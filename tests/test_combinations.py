@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from invariants import MAKERS
 
-from evals.combinations import Combination, run
+from evals.combinations import Combination, guard_of, run
 
 WAYS = {
     "beams without a cache": ("VideoLlama3", "sdpa", "none", "beams", 3, (1,), "generate"),
@@ -43,3 +45,16 @@ def test_rows_padded_on_the_right_are_unchecked_by_name_and_the_others_as_alone(
         == ["the prompt is padded on the right, so that the caption continues its padding: padding_side='left'"] * 2
     )
     assert (outcome.captions, outcome.mismatches, outcome.crashes, outcome.refused, outcome.changed) == (1, [], [], [], [])
+
+
+@pytest.mark.parametrize("name", ["BLIP-2", "InstructBLIP"])
+def test_the_first_argument_is_what_the_model_calls_it(name, quietly):
+    """In models of BLIP's kind it is the pixels, not the ids."""
+    kind = MAKERS[name]()
+    inputs = kind.batch([0, 1])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    guard = guard_of(kind, inputs)
+    expected = guard.generate(**inputs, **options)
+    pixels = inputs.pop("pixel_values")
+    assert torch.equal(guard.generate(pixels, **inputs, **options), expected)
+    assert torch.equal(kind.model.generate(pixels, **inputs, **options), expected)
