@@ -8,5 +8,6 @@ from gazeguard.fitting.labelled import (
     read_captions,
     yes_probability,
 )
+from gazeguard.fitting.rerank import measure_rerank
 
-__all__ = ["Label", "LabelledCaption", "fit_detector", "labelled_claims", "read_captions", "yes_probability"]
+__all__ = ["Label", "LabelledCaption", "fit_detector", "labelled_claims", "measure_rerank", "read_captions", "yes_probability"]
