@@ -194,6 +194,17 @@ def test_each_evaluation_runs_and_names_its_figures(name, keys, tmp_path):
             ],
         ),
         ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
+        (
+            "detection",
+            [
+                "auroc_detector_within_bins", "auroc_text_only_within_bins", "lift_within_bins",
+                "auroc_untrained_dla_within_bins", "auroc_best_random_dla_within_bins", "lift_over_best_baseline",
+            ],
+        ),
+        (
+            "mitigation",
+            ["rewind_chair_i_reduction", "rewind_recall_change", "rerank_under_frontier", "rewind_under_frontier"],
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.slow
