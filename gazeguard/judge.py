@@ -215,7 +215,9 @@ class Judge:
             why.append(f"a sentence cannot be read: {refused[0][2]}")
         if not why and (missing := [kind for kind in assessment.not_judged if kind in self.policy.require]):
             known = ", ".join(f"{kind}s" for kind in self.fitted.kinds)
-            why.append(f"{' and '.join(f'{kind}s' for kind in missing)} not judged: the detector knows only {known}")
+            reasons = [f" ({reason.rstrip('.')})" for kind in missing if (reason := self.fitted.left_out.get(cast(Kind, kind)))]
+            names = " and ".join(f"{kind}s" for kind in missing)
+            why.append(f"{names} not judged: the detector knows only {known}{''.join(reasons)}")
         return Verdict.FLAG if doubtful else Verdict.UNCHECKED if why else Verdict.PASS, "; ".join(why)
 
     def _refused(self) -> str:

@@ -126,6 +126,9 @@ def test_a_kind_that_was_claimed_and_not_judged_is_said(guard):
     assert (report.verdict, report.not_judged) == (Verdict.UNCHECKED, ("attribute",))
     assert report.reason == "attributes not judged: the detector knows only objects"
     assert [f.claim.kind for f in report.findings] == ["object"]
+    why = {"left_out": {"attribute": "3 of all 40 attribute claims are false: 2 more false."}}
+    told = replace(guard.judge, detector=only_objects(guard).detector.model_copy(update=why))
+    assert told(report.trace).reason.endswith("knows only objects (3 of all 40 attribute claims are false: 2 more false)")
     assert "    not judged: attributes" in str(report).splitlines()
     assert report.to_dict()["not_judged"] == ["attribute"]
     assert only_objects(guard, on_flag="abstain").check(sample.image, false_colour, sample.prompt).filtered_caption == ""
