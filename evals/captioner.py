@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import typer
 
-from evals.common import DECODING, Artifacts, Figure, Lab, Model, Out, Quick, rate, write
+from evals.common import DECODING, Artifacts, Dtype, Figure, Lab, Model, Out, Quick, rate, with_issue_keys, write
 from evals.counting import chair_figures, pope_figures
 from evals.subject import Chosen, subject
 from gazeguard.guard import GazeGuard
@@ -26,6 +26,8 @@ ORDERS = ((0, 2), (2, 4), (4, 6), (6, 9), (9, 99))  # of mentions, for the rate 
 
 
 SIZES = {"tiny": (500, 40), "scenes": (100, 14)}  # images of the usual test split, and those with --quick
+
+LAB_KEYS = ("chair_i_greedy", "recall_greedy", "yes_no_accuracy")  # by which issues ask, with the lab's name before them
 
 
 def chair(world: World, samples: Sequence[Any], captions: Sequence[str]) -> dict[str, Figure]:
@@ -73,10 +75,17 @@ def plan(lab: str, splits: Sequence[str], quick: bool) -> list[tuple[str, int, t
     return [(usual, size, tuple(DECODING)), *((split, size // 2, ("greedy",)) for split in others if not quick)]
 
 
-def main(out: Out, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts = None, quick: Quick = False) -> None:
+def main(
+    out: Out,
+    lab: Lab = "tiny",
+    model: Model = None,
+    artifacts: Artifacts = None,
+    dtype: Dtype = "auto",
+    quick: Quick = False,
+) -> None:
     """Measure a captioner."""
     torch.manual_seed(SEED)
-    measured = subject(Chosen(lab, model, artifacts))
+    measured = subject(Chosen(lab, model, artifacts, dtype))
     guard, world = measured.guard(), measured.world
     figures: dict[str, Figure] = {}
     ids: list[str] = []
@@ -88,10 +97,9 @@ def main(out: Out, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts 
             captions = [report.caption for report in write_captions(guard, samples, DECODING[decoding])]
             figures |= {f"{key}_{decoding}{ending}": value for key, value in chair(world, samples, captions).items()}
         figures |= {f"{key}{ending}": value for key, value in yes_no(world, guard, samples).items()}
-    if lab != "tiny":
-        figures = {measured.chosen.prefix + key: value for key, value in figures.items()}
-    command = "evals.captioner" + ("" if lab == "tiny" else f" --lab {lab}")
-    write(out, figures, quick, ids, measured.folder, seed=SEED, command=command, **measured.meta())
+    keys = {} if lab == "tiny" else {measured.chosen.prefix + key: key for key in LAB_KEYS}
+    command = f"evals.captioner{measured.options()}"
+    write(out, with_issue_keys(figures, keys), quick, ids, measured.folder, seed=SEED, command=command, **measured.meta())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from rich.progress import track
 from scipy.stats import spearmanr
 
 from evals import scenes_gaze
-from evals.common import Artifacts, Lab, Model, Out, Quick, figure, over_images, rate, write
+from evals.common import Artifacts, Dtype, Lab, Model, Out, Quick, figure, over_images, rate, with_issue_keys, write
 from evals.common import Figure as Value
 from evals.subject import Chosen, Subject, subject
 from gazeguard.attention.backbone import Head
@@ -385,16 +385,23 @@ def sweeps_of(results: dict[str, Any], setup: Setup) -> dict[str, Any]:
     }
 
 
-def main(out: Out, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts = None, quick: Quick = False) -> None:
+def main(
+    out: Out,
+    lab: Lab = "tiny",
+    model: Model = None,
+    artifacts: Artifacts = None,
+    dtype: Dtype = "auto",
+    quick: Quick = False,
+) -> None:
     """Measure the gaze heads of a lab's model or of one's own, and draw the sweeps beside the JSON file."""
     torch.manual_seed(SEED)
-    measured = subject(Chosen(lab, model, artifacts))
-    command = f"evals.gaze_heads{'' if lab == 'tiny' else f' --lab {lab}'}{' --model DIR' if model else ''}"
+    measured = subject(Chosen(lab, model, artifacts, dtype))
+    command = f"evals.gaze_heads{measured.options()}"
     if lab == "tiny":
         tiny(out, measured, quick, command)
         return
     figures, meta = scenes_gaze.measure(measured, scenes_gaze.QUICK if quick else scenes_gaze.FULL)
-    figures = {measured.chosen.prefix + key: value for key, value in figures.items()}
+    figures = with_issue_keys(figures, {measured.chosen.prefix + key: key for key in scenes_gaze.LAB_KEYS})
     write(out, figures, quick, meta.pop("image_ids"), measured.folder, seed=scenes_gaze.SEED, command=command, **meta)
 
 

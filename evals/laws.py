@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import typer
 
-from evals.common import Artifacts, Lab, Model, Out, Quick, figure, write
+from evals.common import Artifacts, Dtype, Lab, Model, Out, Quick, figure, with_issue_keys, write
 from evals.subject import Chosen, subject
 from gazeguard.progress import track
 from gazeguard.vision.encoding import encode
@@ -20,9 +20,16 @@ FIELDS = {"gaze": "gaze", "dla": "attribution", "logprobs": "logprobs", "entropy
 SIZES = {"tiny": (200, 40), "scenes": (60, 12)}  # captions, and those with --quick
 
 
-def main(out: Out, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts = None, quick: Quick = False) -> None:
+def main(
+    out: Out,
+    lab: Lab = "tiny",
+    model: Model = None,
+    artifacts: Artifacts = None,
+    dtype: Dtype = "auto",
+    quick: Quick = False,
+) -> None:
     """Measure the invariants, half of the captions greedy and half sampled."""
-    measured = subject(Chosen(lab, model, artifacts))
+    measured = subject(Chosen(lab, model, artifacts, dtype))
     guard = measured.guard()
     samples = measured.world.samples("test", SIZES[lab][quick], SEED)
     same, differences = [], {key: [] for key in FIELDS}
@@ -44,8 +51,9 @@ def main(out: Out, lab: Lab = "tiny", model: Model = None, artifacts: Artifacts 
                 differences[key].append(float(difference))
     figures = {"mark_ids_identical": figure(np.mean(same)), "captions": figure(len(same))}
     figures |= {f"live_replay_{key}_difference": figure(max(each)) for key, each in differences.items()}
-    figures |= {} if lab == "tiny" else {measured.chosen.prefix + key: value for key, value in figures.items()}
-    write(out, figures, quick, [sample.id for sample in samples], measured.folder, seed=SEED, **measured.meta())
+    keys = {} if lab == "tiny" else {measured.chosen.prefix + key: key for key in figures}
+    meta = {"command": f"evals.laws{measured.options()}", **measured.meta()}
+    write(out, with_issue_keys(figures, keys), quick, [s.id for s in samples], measured.folder, seed=SEED, **meta)
 
 
 if __name__ == "__main__":

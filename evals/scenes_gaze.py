@@ -35,7 +35,15 @@ SEED = 100  # of the images; heads and detector were fitted to others
 OBJECTS, PANELS = 4, 6  # of a scene whose captions are replayed, and of a page
 LEAST_OBJECTS = 4  # of a scene in which one is to be named, so that chance is low
 COUNTS = (1, 2, 4, 8, 12, 16, 23, 32, 64)
-ObjectBox = tuple[int, int, int, int]
+# By which issues ask for figures, with the lab's name before them.
+LAB_KEYS = (
+    "gaze_head_mass_nouns",
+    "best_other_mass_nouns",
+    "null_mass",
+    "steer_box_gaze",
+    "steer_box_random_mean",
+    "staircase_accuracy",
+)
 
 
 class Sizes(NamedTuple):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from labkit import make_trace
 from sklearn.metrics import roc_auc_score
 
-from evals import plots
+from evals import captioner, plots, scenes_gaze
 from evals.common import auroc, over_images, rate, with_issue_keys
 from evals.gaze_heads import described_panels, named_objects, staircase, staircase_accuracy
 from evals.tables import DEMO, DOCUMENTS, compared, demo, renewed
@@ -222,6 +222,13 @@ def test_evaluations_run_in_the_scenes_lab(name, keys, tmp_path):
 def test_result_files_have_the_keys_of_the_issues(name):
     figures = json.loads((ROOT / "evals" / "results" / f"{name}.json").read_text(encoding="utf-8"))["figures"]
     assert [key for key in ISSUE_KEYS[name] if key not in figures] == []
+
+
+def test_result_files_of_the_scenes_lab_have_the_keys_of_the_issue():
+    for name, keys in (("gaze_heads", scenes_gaze.LAB_KEYS), ("captioner", captioner.LAB_KEYS)):
+        file = ROOT / "evals" / "results" / f"{name}_scenes.json"
+        figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+        assert [key for key in keys if figures[f"scenes_{key}"] != figures[key]] == []
 
 
 def test_keys_of_issues_are_copies():
