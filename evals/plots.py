@@ -15,6 +15,7 @@ import numpy as np
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
+from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +38,8 @@ ROWS = {
     "token log-probability": "token_nll",
 }
 SATURATED = 0.995
+LINE_END = "line end"  # mark of the labels that `line` writes
+LABEL_WIDTH, LABEL_HEIGHT = 90, 14  # pixels that a label takes
 
 
 def axes_of(width: float, height: float, columns: int, **options: Any) -> tuple[Plot, list[Axes]]:
@@ -59,7 +62,8 @@ def line(ax: Axes, x: Sequence[float], y: Sequence[float], label: str, number: i
         raise ValueError(f"Line {number + 1} of a plot; at most {MOST_LINES} can be told apart. Leave some out.")
     colour = COLOURS[number]
     ax.plot(x, y, color=colour, linewidth=2.6 if ours else 1.1, **options)
-    ax.annotate(label, (x[-1], y[-1]), (4, 0), textcoords="offset points", color=colour, fontsize=8, va="center")
+    end = (x[-1], y[-1])
+    ax.annotate(label, end, (4, 0), textcoords="offset points", color=colour, fontsize=8, va="center", gid=LINE_END)
 
 
 def shares(ax: Axes, which: str = "both", chance: float | None = None) -> None:
@@ -78,8 +82,24 @@ def whole_numbers(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def _part_labels(ax: Axes) -> None:
+    """Move labels at the ends of lines that lie over each other apart, upwards, by whole lines of text."""
+    labels = [text for text in ax.texts if isinstance(text, Annotation) and text.get_gid() == LINE_END]
+    taken: list[tuple[float, float]] = []
+    for label in sorted(labels, key=lambda each: each.xy[1]):
+        x, y = ax.transData.transform(label.xy)
+        shift = 0.0
+        while any(abs(x - other) < LABEL_WIDTH and abs(y + shift - height) < LABEL_HEIGHT for other, height in taken):
+            shift += 2
+        taken.append((x, y + shift))
+        label.xyann = (4, shift * 72 / ax.figure.dpi)
+
+
 def save(plot: Plot, path: Path) -> None:
     """Write the picture; equal plots give equal files."""
+    plot.draw_without_rendering()
+    for ax in plot.axes:
+        _part_labels(ax)
     plot.savefig(path, dpi=110, metadata={"Software": None})
 
 
