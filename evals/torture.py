@@ -189,8 +189,8 @@ def row_figures(count: int, drawings: int, seed: int) -> tuple[dict[str, Figure]
     figures = {
         "rows": figure(tally.rows),
         "rows_lost": figure(len(tally.lost)),
-        "crashes": figure(len(tally.crashes)),
-        "silent_passes": figure(len(tally.passes)),
+        "rows_crashes": figure(len(tally.crashes)),
+        "rows_silent_passes": figure(len(tally.passes)),
         "neighbours_changed": figure(len(tally.neighbours)),
     }
     trouble = {"rows": tally.lost + tally.crashes + tally.passes + tally.neighbours}
@@ -219,8 +219,8 @@ def combination_figures(count: int, seed: int) -> tuple[dict[str, Figure], dict[
         "captions": figure(totals["captions"]),
         "captions_unchecked": figure(totals["unchecked"]),
         "refused": figure(refused.total()),
-        "crashes": figure(totals["crashes"]),
-        "silent_passes": figure(totals["passes"]),
+        "combinations_crashes": figure(totals["crashes"]),
+        "combinations_silent_passes": figure(totals["passes"]),
         "changed": figure(totals["changed"]),
         "live_replay_mismatches": figure(totals["mismatches"]),
     }
@@ -232,14 +232,29 @@ Rows = Annotated[int | None, typer.Option("--rows", help="Mutated rows.", show_d
 Ways = Annotated[int | None, typer.Option("--combinations", help="Ways of generating.", show_default="200, or 20 with --quick")]
 
 
-def main(out: Out, quick: Quick = False, seed: Seed = SEED, rows: Rows = None, combinations: Ways = None) -> None:
+Only = Annotated[
+    str | None, typer.Option("--only", help="rows or combinations: this part anew, the other one as the file has it.")
+]
+
+
+def main(
+    out: Out, quick: Quick = False, seed: Seed = SEED, rows: Rows = None, combinations: Ways = None, only: Only = None
+) -> None:
     """Mutate rows, draw ways of generating, and count what goes wrong."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    of_rows, row_trouble = row_figures(rows or (160 if quick else 2000), 8 if quick else 40, seed)
-    of_ways, way_trouble = combination_figures(combinations or (20 if quick else 200), seed)
-    shared = {name: figure(of_rows[name]["value"] + of_ways[name]["value"]) for name in of_rows.keys() & of_ways.keys()}
-    write(out, of_rows | of_ways | shared, quick, seed=seed, **row_trouble, **way_trouble)
+    before = json.loads(out.read_text(encoding="utf-8")) if only and out.is_file() else {"figures": {}, "meta": {}}
+    figures, trouble = dict(before["figures"]), dict(before["meta"].get("trouble", {}))
+    if only in (None, "rows"):
+        found = row_figures(rows or (160 if quick else 2000), 8 if quick else 40, seed)
+        figures, trouble = figures | found[0], trouble | found[1]
+    if only in (None, "combinations"):
+        found = combination_figures(combinations or (20 if quick else 200), seed)
+        figures, trouble = figures | found[0], trouble | found[1]
+    for name in ("crashes", "silent_passes"):
+        parts = (figures.get(f"{part}_{name}") for part in ("rows", "combinations"))
+        figures[name] = figure(sum(part["value"] for part in parts if part))
+    write(out, figures, quick, seed=seed, trouble=trouble)
 
 
 if __name__ == "__main__":
