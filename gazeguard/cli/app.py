@@ -19,7 +19,7 @@ Exit codes:
 
 * 0: nothing was flagged; demo, filter and replay: the work is complete, whatever the verdicts, and something could be checked
 
-* 1: something was flagged; heads: no usable gaze heads; doctor: a check failed
+* 1: something was flagged; heads: no usable gaze heads; doctor: a check failed; audit: the model does not use the image
 
 * 2: something could not be checked, or the call was wrong, or a file cannot be read or written
 
