@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gazeguard.detection.detector import Detector
     from gazeguard.errors import GazeGuardError
     from gazeguard.filtering.caption_filter import CaptionFilter
+    from gazeguard.fitting.run import fit
     from gazeguard.guard import GazeGuard
     from gazeguard.heads.artifact import GazeHeads
     from gazeguard.heads.discovery import find_heads
@@ -36,6 +37,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "find_heads",
+    "fit",
 ]
 _MODULES = {
     "CaptionFilter": "filtering.caption_filter",
@@ -50,6 +52,7 @@ _MODULES = {
     "Report": "report",
     "Verdict": "report",
     "find_heads": "heads.discovery",
+    "fit": "fitting.run",
 }
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -71,7 +73,31 @@ from gazeguard.vision.images import BACKGROUND, load_image
 LOGGER = logging.getLogger("gazeguard")
 
 
-class GazeGuard:
+class Fittable:
+    """What can fit its own detector."""
+
+    model: PreTrainedModel
+    processor: Any
+    tracer: Tracer
+    judge: Judge
+
+    def fit(self, folder: str | Path, **options: Any) -> Any:
+        """Fit a detector to this model without labels, and use it from now on.
+
+        Args:
+            folder: Where the gaze heads, the detector and their card go.
+            **options: Of `gazeguard.fit` (``pictures``, ``captions``, ``budget``, ``prompt``, ...).
+
+        Returns:
+            What was fitted, with its figures: `gazeguard.fitting.run.Fitted`.
+        """
+        run = import_module("gazeguard.fitting.run")  # it uses the guard, so that it is only imported when it is called
+        fitted = run.fit(self.model, self.processor, folder, **{"heads": self.tracer.heads, **options})
+        self.judge = replace(self.judge, detector=fitted.detector)
+        return fitted
+
+
+class GazeGuard(Fittable):
     """Watches a model's gaze heads while it writes, and says which phrases the image does not support.
 
     What leaves it is what the policy lets through: the ids that ``generate`` returns decode to ``report.filtered_caption``.
@@ -543,7 +569,7 @@ def _find_artifacts(model: PreTrainedModel, heads: Any, detector: Any, artifacts
         name = model.name_or_path or f"this {type(model).__name__}"
         where = "" if artifacts is None else f" in {artifacts}"
         raise InputError(
-            f"No gaze heads for {name}{where}. Run `gazeguard heads {model.name_or_path or 'MODEL'} --out DIR`, then pass "
+            f"No gaze heads for {name}{where}. Run `gazeguard fit {model.name_or_path or 'MODEL'} --out DIR`, then pass "
             "`--artifacts DIR` (artifacts=DIR in Python)."
         )
     heads = heads if isinstance(heads, GazeHeads) else GazeHeads.from_pretrained(heads)
@@ -573,7 +599,7 @@ def _check_fit(model: PreTrainedModel, heads: GazeHeads, detector: Detector | No
     elif policy.rewind is not None:
         raise InputError(
             f"Policy {policy.name!r} rolls back what a detector doubts, and there is none for this model. Fit one with "
-            "gazeguard train, or choose a policy without rewind."
+            "gazeguard fit, or choose a policy without rewind."
         )
     if policy.verify is not None and (detector is None or not detector.uses_answers):
         raise MismatchError(

@@ -114,7 +114,7 @@ def test_from_a_model_to_its_reports_by_the_command_line(model_folder, rows, tmp
     code, _, told = command("check", image, "--caption", caption, "--model", model_folder)
     assert code == 2
     assert f"No gaze heads for {model_folder}" in told
-    assert "`gazeguard heads " in told
+    assert "`gazeguard fit " in told
 
     code, shown, told = command("doctor", model_folder)
     assert code == 0, shown
@@ -171,7 +171,7 @@ def test_from_a_model_to_its_reports_by_the_command_line(model_folder, rows, tmp
 
 def test_from_a_model_to_its_reports_in_python(model_folder, rows, tmp_path):
     """The same three names in Python: artifacts are found by `from_pretrained`, and written by `save_pretrained`."""
-    with pytest.raises(GazeGuardError, match=r"No gaze heads for .*gazeguard heads"):
+    with pytest.raises(GazeGuardError, match=r"No gaze heads for .*gazeguard fit"):
         gazeguard.GazeGuard.from_pretrained(model_folder)
     guard = gazeguard.GazeGuard.from_pretrained("lab", policy=gazeguard.Policy.load("drop"))
     guard.save_pretrained(tmp_path / "artifacts")

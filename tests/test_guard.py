@@ -262,7 +262,7 @@ def test_a_model_in_one_folder_and_artifacts_in_another(guard, tmp_path):
     guard.processor.save_pretrained(model)
     guard.save_pretrained(artifacts)
     assert {"heads.json", "detector.json", "README.md"} <= {path.name for path in artifacts.iterdir()}
-    with pytest.raises(InputError, match=rf"No gaze heads for {model}\. Run `gazeguard heads {model} --out DIR`"):
+    with pytest.raises(InputError, match=rf"No gaze heads for {model}\. Run `gazeguard fit {model} --out DIR`"):
         GazeGuard.from_pretrained(model, device="cpu")
     again = GazeGuard.from_pretrained(model, artifacts=artifacts, device="cpu", policy="drop")
     assert (again.policy.name, again.heads, again.detector) == ("drop", guard.heads, guard.detector)
@@ -400,7 +400,7 @@ def test_a_model_without_heads_is_told_how_to_find_them(lab_vlm):
     model.config._name_or_path = model.name_or_path = "somewhere/else"
     with pytest.raises(
         InputError,
-        match=r"^No gaze heads for somewhere/else\. Run `gazeguard heads somewhere/else --out DIR`, then pass `--artifacts",
+        match=r"^No gaze heads for somewhere/else\. Run `gazeguard fit somewhere/else --out DIR`, then pass `--artifacts",
     ):
         GazeGuard(model, lab_vlm[1])
 

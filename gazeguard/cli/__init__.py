@@ -3,7 +3,7 @@
 Data goes to stdout; progress, notes, errors and the next step go to stderr. `gazeguard.cli.app.EXIT_CODES` has the exit codes.
 """
 
-from gazeguard.cli import audit, captions, datasets, evaluation, lab, models, policies, serving
+from gazeguard.cli import audit, captions, datasets, evaluation, fit, lab, models, policies, serving
 from gazeguard.cli.app import app
 
-__all__ = ["app", "audit", "captions", "datasets", "evaluation", "lab", "models", "policies", "serving"]
+__all__ = ["app", "audit", "captions", "datasets", "evaluation", "fit", "lab", "models", "policies", "serving"]

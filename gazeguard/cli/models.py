@@ -173,14 +173,15 @@ def train(
     detector.save_pretrained(folder)
     if not (folder / HEADS_FILE).exists():
         guard.heads.save_pretrained(folder)
-    _show_detector(detector)
+    show_detector(detector)
     for reason, number in left_out.items():
         out.print(f"left out: {number} of {count(len(captions), 'caption')}: {escape(reason)}")
     out.print(f"{DETECTOR_FILE}, its card and its diagram: [bold]{escape(str(folder))}[/]", soft_wrap=True)
     return Outcome(f"check a caption: gazeguard check IMAGE --caption TEXT{loading.arguments(artifacts=folder)}")
 
 
-def _show_detector(detector: Detector) -> None:
+def show_detector(detector: Detector) -> None:
+    """Print what a detector was fitted to and what it is worth, a line per kind of claim."""
     for kind, regression in detector.kinds.items():
         metrics = regression.validation
         validated = (

@@ -78,7 +78,7 @@ def cross_fit(
         claims = table.select(rows)
         if not len(claims) and kind != "object":
             continue
-        if reason := too_few(claims.false, kind):
+        if reason := too_few(claims.false[claims.calibrating], kind):
             if kind == "object":
                 raise InputError(f"{reason} Add more captions.")
             left_out[kind] = reason
@@ -116,12 +116,13 @@ def _fit_kind(table: ClaimTable, heads: GazeHeads, names: Sequence[str], may_use
     learnt = _regression(table, heads, names)
     prefers_untrained = learnt is None or (may_use and learnt.auroc < untrained.auroc)
     best = untrained if prefers_untrained else given(learnt)
-    slope, shift = platt(best.held_out, table.false, table.weights)
+    own = table.calibrating
+    slope, shift = platt(best.held_out[own], table.false[own], table.weights[own])
     risk = logistic(slope * best.held_out + shift)
-    columns = features.pick(table.x, heads.heads, best.regression.names)
+    columns, judged = features.pick(table.x[own], heads.heads, best.regression.names), table.select(own)
     update = {
-        "thresholds": thresholds(risk, table.false, table.image),
-        "validation": ValidationMetrics.measure(columns, risk, table.false, table.image, cross_fitted=True),
+        "thresholds": thresholds(risk[own], judged.false, judged.image),
+        "validation": ValidationMetrics.measure(columns, risk[own], judged.false, judged.image, cross_fitted=True),
     }
     return best.regression.scaled(slope, shift).model_copy(update=update), risk
 
@@ -132,7 +133,7 @@ def _attribution(table: ClaimTable, heads: GazeHeads) -> _Candidate:
 
     regression = Regression.attribution(features.pick(table.x, heads.heads, ["attribution"]), table.false)
     logit = regression.logit(features.pick(table.x, heads.heads, ["attribution"]))
-    return _Candidate(regression, logit, float(roc_auc_score(table.false, logit)))
+    return _Candidate(regression, logit, float(roc_auc_score(table.false[table.calibrating], logit[table.calibrating])))
 
 
 def _regression(table: ClaimTable, heads: GazeHeads, names: Sequence[str]) -> _Candidate | None:
@@ -150,7 +151,7 @@ def _regression(table: ClaimTable, heads: GazeHeads, names: Sequence[str]) -> _C
     if np.isnan(held_out).any():
         return None
     regression = Regression.fit(x, table.false, names, choose_regularisation(x, table, names), table.weights)
-    return _Candidate(regression, held_out, float(roc_auc_score(table.false, held_out)))
+    return _Candidate(regression, held_out, float(roc_auc_score(table.false[table.calibrating], held_out[table.calibrating])))
 
 
 def choose_regularisation(x: F64, table: ClaimTable, names: Sequence[str]) -> float:
@@ -170,7 +171,7 @@ def choose_regularisation(x: F64, table: ClaimTable, names: Sequence[str]) -> fl
         for train, test in splits:
             part = table.select(train)
             held_out[test] = Regression.fit(x[train], part.false, names, regularisation, part.weights).logit(x[test])
-        losses.append(calibrated_loss(held_out, table.false, table.weights))
+        losses.append(calibrated_loss(held_out, table.false, table.weights * table.calibrating))
     best = min(losses, key=np.sum)
     _, image = np.unique(table.image, return_inverse=True)
     for regularisation, loss in zip(REGULARISATIONS, losses, strict=True):

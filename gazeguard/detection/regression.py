@@ -139,14 +139,15 @@ class Regression(BaseModel):
         The threshold is 0.5 until validation data set it.
         """
         from sklearn.linear_model import LogisticRegression
-        from sklearn.preprocessing import StandardScaler
 
-        scaler = StandardScaler().fit(x, sample_weight=weights)
-        model = LogisticRegression(C=regularisation, max_iter=5000).fit(scaler.transform(x), false, sample_weight=weights)
+        mean = np.average(x, axis=0, weights=weights)
+        spread = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
+        scale = np.where(spread > 1e-9 * np.maximum(1, np.abs(mean)), spread, 1.0)  # a constant feature is none
+        model = LogisticRegression(C=regularisation, max_iter=5000).fit((x - mean) / scale, false, sample_weight=weights)
         return cls(
             names=tuple(names),
-            mean=tuple(scaler.mean_.tolist()),
-            scale=tuple(scaler.scale_.tolist()),
+            mean=tuple(mean.tolist()),
+            scale=tuple(scale.tolist()),
             weights=tuple(model.coef_[0].tolist()),
             bias=float(model.intercept_[0]),
             thresholds={"f1": 0.5},

@@ -26,6 +26,8 @@ class ClaimTable:
         image: (claims,) the number of the image of each; no image is ever on both sides of a split.
         weights: (claims,) how much each claim counts; by default all alike.
         caption: (claims,) the number of the caption of each; by default each image has one.
+        calibrating: (claims,) whether each sets probabilities, thresholds and metrics, as claims like those that the detector
+            will judge do; the others only help to fit the weights. By default all do.
         states: (images, width) `GazeTrace.image_state` by the number of the image, NaN where unknown; None where no image
             has one.
     """
@@ -36,12 +38,14 @@ class ClaimTable:
     image: NDArray[np.int64]
     weights: F64 = None  # type: ignore[assignment]
     caption: NDArray[np.int64] = None  # type: ignore[assignment]
+    calibrating: NDArray[np.bool_] = None  # type: ignore[assignment]
     states: NDArray[np.floating[Any]] | None = None
 
     def __post_init__(self) -> None:
         """Fill in the defaults; raises `InputError` for columns of different lengths."""
         object.__setattr__(self, "weights", np.ones(len(self.x)) if self.weights is None else np.asarray(self.weights, float))
         object.__setattr__(self, "caption", self.image if self.caption is None else self.caption)
+        object.__setattr__(self, "calibrating", np.ones(len(self.x), bool) if self.calibrating is None else self.calibrating)
         for field in fields(self):
             column = getattr(self, field.name)
             if field.name != "states" and len(column) != len(self.x):

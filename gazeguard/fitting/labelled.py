@@ -38,6 +38,7 @@ from gazeguard.detection.cross_fitting import cross_fit
 from gazeguard.detection.detector import Detector
 from gazeguard.detection.table import ClaimTable, stack_states
 from gazeguard.errors import InputError, given
+from gazeguard.fitting.rows import Recorded, Rows
 from gazeguard.guard import GazeGuard
 from gazeguard.progress import track
 from gazeguard.prompts import DEFAULT_PROMPT
@@ -225,6 +226,34 @@ def _examples(
                 left_out["no claim has a label"] += 1
             examples += _with_features(row, report, labelled)
     return examples, left_out
+
+
+def record_labelled(guard: GazeGuard, captions: Sequence[LabelledCaption], first: int, batch_size: int = 16) -> Recorded:
+    """Replay captions with labels for a fit that has other claims, too.
+
+    Args:
+        guard: A guard over the model that wrote them.
+        captions: The captions.
+        first: Number of the first image.
+        batch_size: Captions replayed at a time.
+    """
+    examples, _ = _examples(guard, captions, False, batch_size)
+    if not examples:
+        raise InputError(f"No claim of {len(captions)} labelled captions has a label. Give labels or objects with the rows.")
+    table = claim_table(examples)
+    number = np.unique(table.image)
+    rows = Rows(
+        x=table.x,
+        false=table.false,
+        kinds=table.kinds,
+        image=first + table.image,
+        caption=first + table.caption,
+        origin=np.full(len(examples), "labelled"),
+        style=np.full(len(examples), ""),
+        answer=np.full(len(examples), np.nan),
+    )
+    states = np.zeros((len(number), 0), np.float32) if table.states is None else table.states
+    return Recorded(rows, ("",) * len(number), first + number, states)
 
 
 def _claims_by_asking(guard: GazeGuard, row: LabelledCaption) -> list[tuple[Claim, bool]]:

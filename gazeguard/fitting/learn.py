@@ -1,0 +1,223 @@
+"""Detector from recorded claims: weights of what was constructed, features chosen by transfer, calibration, and the gate.
+
+The model's own claims about drawn images set probabilities, thresholds and metrics, each image judged by a fit to the others.
+Constructed claims only help to fit the weights: they are never what a user's captions consist of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gazeguard.detection import features, transfer
+from gazeguard.detection.cross_fitting import cross_fit
+from gazeguard.detection.detector import Detector
+from gazeguard.detection.domain import Domain
+from gazeguard.detection.gate import Gate
+from gazeguard.detection.metrics import Estimate, bootstrap_images, ranking
+from gazeguard.detection.regression import Regression
+from gazeguard.detection.table import ClaimTable, stack_states
+from gazeguard.detection.training import known_features
+from gazeguard.errors import InputError
+from gazeguard.fitting.rows import Origin, Rows
+from gazeguard.heads.artifact import GazeHeads
+from gazeguard.trace import F32
+
+F64 = NDArray[np.float64]
+
+# How much a claim counts. What a model says of a user's image is mostly true: it counts less, and the less the riskier it
+# seems, so that its loss is bounded; see `learn`.
+WEIGHTS: Mapping[Origin, float] = {
+    "own": 1.0, "swapped": 0.5, "wrong": 0.25, "blank": 0.1,
+    "picture": 0.3, "picture-swapped": 0.5, "picture-wrong": 0.25, "picture-blank": 0.1,
+    "labelled": 1.0,
+}  # fmt: skip
+LABELLED_SHARE = 2.0  # labelled claims together weigh so many times what all others do
+MIN_OWN = 10  # false claims about objects of drawings, and true ones, that the gate asks for
+MIN_PICTURE_AUROC = 0.6  # lower end of the interval, of swapped claims on the user's images
+LIKE = 0.7  # area from which a user's images are called unlike the drawn ones
+TEXT_FREE = (*features.GAZE_FEATURES, *features.HEAD_FEATURES)
+
+
+class Learnt(NamedTuple):
+    """A detector with its gate, and figures for its card."""
+
+    detector: Detector
+    figures: dict[str, float]
+
+
+def learn(rows: Rows, heads: GazeHeads, states: Mapping[int, F32] | None = None, names: Sequence[str] | None = None) -> Learnt:
+    """Fit, calibrate and gate a detector.
+
+    Args:
+        rows: The recorded claims.
+        heads: The gaze heads.
+        states: By number of an image, the state of its tokens, for the detector's domain.
+        names: The features; by default those that transfer best between the styles of the drawings.
+
+    Raises:
+        InputError: There are too few false or true claims about objects to fit anything.
+    """
+    names = choose_features(rows, heads) if names is None else tuple(names)
+    weights = base_weights(rows)
+    noisy = rows.of("picture")
+    fitted = cross_fit(table(rows, weights), heads, names)
+    if noisy.any():  # once more, with the doubts of the first fit
+        doubt = np.nan_to_num(fitted.risk[noisy])
+        weights = weights.copy()
+        weights[noisy] = WEIGHTS["picture"] * (1 - doubt)
+        fitted = cross_fit(table(rows, weights), heads, names)
+    own = calibrating(rows)
+    detector = fitted.detector.fit_answers(fitted.risk[own], rows.answer[own], rows.false[own], rows.kinds[own])
+    figures = gate_figures(rows, heads, fitted.risk)
+    update = {"gate": detector.gate or decide(figures), "domain": domain(rows, heads, states or {})}
+    return Learnt(detector.model_copy(update=update), figures)
+
+
+def domain(rows: Rows, heads: GazeHeads, states: Mapping[int, F32]) -> Domain | None:
+    """What the model's own captions are like: of drawings and, where there are any, of a user's images."""
+    own = rows.select(rows.of("own", "picture", "labelled"))
+    images, image = np.unique(own.image, return_inverse=True)
+    known = stack_states([states.get(number) for number in images.tolist()])
+    claims = ClaimTable(own.x, own.false, own.kinds, image, caption=own.caption, states=known)
+    scope = "drawings and your images" if own.of("picture").any() else "drawings"
+    return Domain.fit(claims, heads.heads, scope)
+
+
+def base_weights(rows: Rows) -> F64:
+    """(claims,): how much each claim counts; labelled ones together more than all others."""
+    weights = np.array([WEIGHTS[origin] for origin in rows.origin.tolist()])
+    labelled = rows.of("labelled")
+    if labelled.any():
+        rest = float(weights[~labelled].sum())
+        weights[labelled] = max(1.0, LABELLED_SHARE * rest / int(labelled.sum()))
+    return weights
+
+
+def calibrating(rows: Rows) -> NDArray[np.bool_]:
+    """(claims,): the model's own claims whose truth is known; labelled ones alone, where there are enough of them."""
+    labelled = rows.of("labelled")
+    if min((labelled & rows.false).sum(), (labelled & ~rows.false).sum()) >= MIN_OWN:
+        return labelled
+    return labelled | rows.of("own")
+
+
+def table(rows: Rows, weights: F64) -> ClaimTable:
+    """The rows as a table to fit to."""
+    return ClaimTable(rows.x, rows.false, rows.kinds, rows.image, weights, rows.caption, calibrating=calibrating(rows))
+
+
+# ------------------------------------------------------------------------------------------------ features that transfer
+
+
+def choose_features(rows: Rows, heads: GazeHeads) -> tuple[str, ...]:
+    """The features whose weights transfer from one style of drawings to the others.
+
+    Args:
+        rows: The recorded claims.
+        heads: The gaze heads.
+    """
+    own = rows.of("own")
+    styles = [str(style) for style in np.unique(rows.style[own])]
+    claims = [rows.select(own & (rows.style == style)) for style in styles]
+    try:
+        return transfer.choose_features(
+            {style: table(part, base_weights(part)) for style, part in zip(styles, claims, strict=True)}, heads.heads
+        ).names
+    except InputError:  # one style alone has enough claims
+        return tuple(name for name in known_features(rows.x, heads.heads) if name not in transfer.PRIORS)
+
+
+# ------------------------------------------------------------------------------------------------------------- gate
+
+
+def gate_figures(rows: Rows, heads: GazeHeads, risk: F64) -> dict[str, float]:
+    """What decides whether a detector is usable, from cross-fitted risks (claims,).
+
+    Returns:
+        ``auroc``, ``text_auroc`` and ``lift`` on the objects of drawings with the ends of the interval of the lift, their
+        numbers; on a user's images ``pictures_auroc`` of swapped objects with its lower end, and ``pictures_unlike``: how well
+        a classifier tells the claims about them from those about drawings, .5 for not at all, 1 for always.
+    """
+    figures: dict[str, float] = {}
+    own = np.flatnonzero(calibrating(rows) & (rows.kinds == "object") & np.isfinite(risk))
+    claims = rows.select(own)
+    figures |= {"false_objects": float(claims.false.sum()), "true_objects": float((~claims.false).sum())}
+    if 0 < claims.false.sum() < len(claims):
+        image = np.unique(claims.image, return_inverse=True)[1]
+        areas = [ranking(claims.false, score, image) for score in (risk[own], _text_only(claims, heads))]
+        lift = bootstrap_images(int(image.max()) + 1, lambda drawn: areas[0](drawn) - areas[1](drawn))
+        ones = np.ones(int(image.max()) + 1, np.int64)
+        figures |= {"auroc": areas[0](ones), "text_auroc": areas[1](ones), **_named("lift", lift)}
+    pictures = rows.of("picture", "picture-swapped") & (rows.kinds == "object") & np.isfinite(risk)
+    if pictures.any() and 0 < rows.false[pictures].sum() < pictures.sum():
+        image = np.unique(rows.image[pictures], return_inverse=True)[1]
+        area = ranking(rows.false[pictures], risk[pictures], image)
+        figures |= _named("pictures_auroc", bootstrap_images(int(image.max()) + 1, area))
+        figures["pictures_unlike"] = two_sample(rows, heads)
+    return {name: float(value) for name, value in figures.items() if np.isfinite(value)}
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    low, high = estimate.interval or (float("nan"), float("nan"))
+    return {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
+
+
+def _text_only(claims: Rows, heads: GazeHeads) -> F64:
+    """(claims,): cross-fitted log-odds of a regression on text features alone."""
+    x = features.pick(claims.x, heads.heads, features.TEXT_FEATURES)
+    return _held_out(x, claims.false, claims.image, np.ones(len(x)))
+
+
+def _held_out(x: F64, label: NDArray[np.bool_], image: NDArray[np.int64], weights: F64) -> F64:
+    """(claims,): log-odds of a label by regressions without the image of each claim."""
+    from sklearn.model_selection import GroupKFold
+
+    scores = np.zeros(len(x))
+    for train, test in GroupKFold(min(5, len(np.unique(image)))).split(x, groups=image):
+        if 0 < label[train].sum() < len(train):
+            fitted = Regression.fit(x[train], label[train], [str(i) for i in range(x.shape[1])], 0.1, weights[train])
+            scores[test] = fitted.logit(x[test])
+    return scores
+
+
+def two_sample(rows: Rows, heads: GazeHeads) -> float:
+    """How unlike the claims about a user's images are those about drawings: the AUROC of a cross-fitted classifier of the two.
+
+    A classifier two-sample test (Lopez-Paz & Oquab 2017, arXiv 1610.06545) on the features of the gaze heads.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    chosen = rows.select(rows.of("own", "picture") & (rows.kinds == "object"))
+    names = [n for n in known_features(chosen.x, heads.heads) if n.partition("@")[0] in TEXT_FREE]
+    is_picture = chosen.of("picture")
+    balanced = np.where(is_picture, 0.5 / max(1, is_picture.sum()), 0.5 / max(1, (~is_picture).sum())) * len(chosen)
+    scores = _held_out(features.pick(chosen.x, heads.heads, names), is_picture, chosen.image, balanced)
+    return float(roc_auc_score(is_picture, scores)) if 0 < is_picture.sum() < len(chosen) else float("nan")
+
+
+def decide(figures: Mapping[str, float]) -> Gate:
+    """Whether a detector with these figures is usable; the first reason why not."""
+    kept = {name: float(f"{value:.4g}") for name, value in figures.items()}
+    least = min(kept["false_objects"], kept["true_objects"])
+    if least < MIN_OWN:
+        reason = (
+            f"{kept['false_objects']:.0f} false and {kept['true_objects']:.0f} true claims about objects of drawings; the gate "
+            f"asks for {MIN_OWN} of each. Fit with a larger --budget, or with labelled captions (--captions)"
+        )
+    elif not kept.get("lift_low", 0) > 0:
+        reason = (
+            f"its AUROC of {kept['auroc']:.3f} is not above that of the text alone, {kept['text_auroc']:.3f}: lift "
+            f"{kept['lift']:+.3f}, 95 % interval {kept['lift_low']:+.3f} to {kept['lift_high']:+.3f}"
+        )
+    elif kept.get("pictures_auroc_low", 1) < MIN_PICTURE_AUROC:
+        reason = (
+            f"on your images it ranks swapped claims with AUROC {kept['pictures_auroc']:.3f}, 95 % interval from "
+            f"{kept['pictures_auroc_low']:.3f}; the gate asks for {MIN_PICTURE_AUROC}"
+        )
+    else:
+        return Gate(usable=True, reason="", figures=kept)
+    return Gate(usable=False, reason=reason, figures=kept)
