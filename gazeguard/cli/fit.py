@@ -90,7 +90,7 @@ def _outcome(fitted: Fitted, folder: Path, loading: ModelOptions, model: str) ->
     show_detector(fitted.detector)
     if fitted.refused:
         out.print(f"[bold red]not usable[/]: {escape(fitted.refused)}.", soft_wrap=True)
-        return Outcome(f"read {folder}/README.md; then a larger --budget, --pictures, or labelled --captions", FLAGGED)
+        return Outcome(f"read {folder}/README.md; then a larger --budget, images of your own, or labelled --captions", FLAGGED)
     figures = fitted.figures
     out.print(
         f"usable: objects of drawings are ranked with AUROC {figures['auroc']:.3f}, the text alone gives "
