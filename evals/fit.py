@@ -141,7 +141,7 @@ def scenes(size: Sizes, folder: Path) -> dict[str, Figure]:
     images.mkdir(parents=True, exist_ok=True)
     for number, sample in enumerate(other.samples("train", size.pictures, PICTURES_SEED)):
         sample.image.save(images / f"{number:04}.png")
-    joined = fit(model, processor, folder / "scenes", pictures=images, **options)
+    joined = fit(model, processor, folder / "scenes", images=images, **options)
     guard = GazeGuard(model, processor, heads=alone.heads)
     known = caption_and_label(guard, other, "train", size.drawings // 2, LABELLED_SEED)
     labelled = cross_fit(ClaimTable(known.x, known.false, known.kind, known.image), alone.heads).detector

@@ -86,7 +86,7 @@ class Fittable:
 
         Args:
             folder: Where the gaze heads, the detector and their card go.
-            **options: Of `gazeguard.fit` (``pictures``, ``captions``, ``budget``, ``prompt``, ...).
+            **options: Of `gazeguard.fit` (``images``, ``captions``, ``budget``, ``prompt``, ...).
 
         Returns:
             What was fitted, with its figures: `gazeguard.fitting.run.Fitted`.

@@ -27,7 +27,7 @@ from gazeguard.lab.labels import label_claims, write_captions
 from gazeguard.lab.worlds import world
 from gazeguard.report import Verdict
 
-SMALL = Budget(scenes=24, pictures=8, swaps=1, strips=4, rerank=0)
+SMALL = Budget(scenes=24, images=8, swaps=1, strips=4, rerank=0)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def fitted(lab_vlm, heads, tmp_path_factory):
     for number, sample in enumerate(lab.samples("test", 8, seed=5)):
         sample.image.save(images / f"{number}.png")
     found = fit(
-        *lab_vlm, folder, pictures=images, budget=SMALL, styles=["pictographs"], heads=heads, prompt="Describe the picture.",
+        *lab_vlm, folder, images=images, budget=SMALL, styles=["pictographs"], heads=heads, prompt="Describe the picture.",
         say=said.append,
     )  # fmt: skip
     return found, folder, images, said
@@ -73,7 +73,7 @@ def test_what_was_recorded_is_not_recorded_again(fitted, lab_vlm, heads):
     found, folder, images, said = fitted
     files = {path: path.stat().st_mtime_ns for path in (folder / "fit-state").iterdir()}
     assert sum("drawings" in path.name for path in files) == 1
-    again = fit(*lab_vlm, folder, pictures=images, budget=SMALL, styles=["pictographs"], heads=heads)
+    again = fit(*lab_vlm, folder, images=images, budget=SMALL, styles=["pictographs"], heads=heads)
     assert again.detector == found.detector
     assert {path: path.stat().st_mtime_ns for path in (folder / "fit-state").iterdir()} == files
     assert any(line.startswith("next: ") for line in said)
@@ -174,7 +174,7 @@ def test_labels_outweigh_everything_else(recorded, heads):
         ({"budget": "lavish"}, "Unknown budget 'lavish'; expected one of: quick, standard, thorough."),
         ({"styles": ["oil"]}, "Unknown style of drawings 'oil'; expected one of: pictographs"),
         ({"styles": []}, "No style of drawings is given"),
-        ({"pictures": "/nowhere"}, "/nowhere is no folder"),
+        ({"images": "/nowhere"}, "/nowhere is no folder"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_the_model_runs(lab_vlm, tmp_path, options, said):

@@ -67,7 +67,7 @@ def fit(
     fitted = run(
         *loading.load(),
         folder,
-        pictures=images,
+        images=images,
         captions=captions,
         budget=budget.value,
         prompt=prompt,

@@ -15,7 +15,7 @@ MADE = """
 By `gazeguard fit`, without labels, to captions that the model itself wrote of drawn images (styles: {styles}): what a drawing
 shows is known exactly, so that every claim about it is true or false. The same captions with one claim swapped for a plausible
 other, with another image, and with a blank one add claims that are false by construction; they help to fit the weights and
-never set a probability or a threshold.{pictures}{captions}
+never set a probability or a threshold.{images}{captions}
 
 | gate | |
 |---|---|
@@ -51,7 +51,7 @@ WORDS = {
 
 
 def write_fit_card(
-    folder: Path, detector: Detector, figures: Mapping[str, float], styles: Sequence[str], pictures: int, captions: int
+    folder: Path, detector: Detector, figures: Mapping[str, float], styles: Sequence[str], images: int, captions: int
 ) -> None:
     """Write the card of a detector with how it was fitted, in the place of any other.
 
@@ -60,13 +60,13 @@ def write_fit_card(
         detector: The detector.
         figures: Of `learn`.
         styles: Of the drawings.
-        pictures: Number of the user's images.
+        images: Number of the user's images.
         captions: Number of labelled captions.
     """
     gate = given(detector.gate)
     text = MADE.format(
         styles=", ".join(styles),
-        pictures=PICTURES.format(count=pictures, unlike=_unlike(figures)) if pictures else "",
+        images=PICTURES.format(count=images, unlike=_unlike(figures)) if images else "",
         captions=CAPTIONS.format(count=captions) if captions else "",
         usable="given" if gate.usable else f"withheld (`usable: false`), every caption is *unchecked*: {gate.reason}",
         figures="\n".join(f"| {WORDS.get(name, name)} | {value:.4g} |" for name, value in figures.items()),

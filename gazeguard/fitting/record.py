@@ -180,7 +180,7 @@ class Altered(NamedTuple):
 
 
 def _replayed(guard: GazeGuard, altered: Sequence[Altered], origin: str) -> Rows | None:
-    """The false claims of altered captions, with the text features of the claims in whose place they stand.
+    """The false claims of altered captions, with the text features of the claims that they replace.
 
     A swapped claim is less probable than what the model itself would write, and so is every claim beside another image. A
     detector that learnt this would pass what the model invents. So the features that do without the image are those of the
@@ -245,7 +245,7 @@ def _options(written: Written, site: Site, company: Mapping[str, Counter[str]], 
 
 
 def _in_order(words: Sequence[str], score: F64, rng: random.Random) -> list[str]:
-    """Words in the order in which they are tried: every other time the likeliest to the model first, else at random.
+    """Words in the order in which they are tried: every other time what the model finds most probable first, else at random.
 
     Nouns come in the order of their company, so that at random means among the most usual half.
     """

@@ -63,14 +63,14 @@ class Budget:
 
     Attributes:
         scenes: Drawn images, over all styles; each has one caption, every other one sampled.
-        pictures: Of the user's images at most.
+        images: Of the user's images at most.
         swaps: Per caption.
         strips: Comic pages for the gaze heads at most.
         rerank: Drawn images on which the evidence that rerank may use is measured; 0 leaves it out.
     """
 
     scenes: int
-    pictures: int
+    images: int
     swaps: int = 3
     strips: int = 48
     rerank: int = 32
@@ -78,9 +78,9 @@ class Budget:
 
 BudgetName = Literal["quick", "standard", "thorough"]
 BUDGETS: dict[str, Budget] = {
-    "quick": Budget(scenes=240, pictures=96, swaps=2, strips=24, rerank=16),
-    "standard": Budget(scenes=720, pictures=240),
-    "thorough": Budget(scenes=2160, pictures=960, swaps=4, rerank=64),
+    "quick": Budget(scenes=240, images=96, swaps=2, strips=24, rerank=16),
+    "standard": Budget(scenes=720, images=240),
+    "thorough": Budget(scenes=2160, images=960, swaps=4, rerank=64),
 }
 
 
@@ -104,7 +104,7 @@ def fit(
     processor: ProcessorMixin,
     out: str | Path,
     *,
-    pictures: str | Path | None = None,
+    images: str | Path | None = None,
     captions: Sequence[LabelledCaption] = (),
     budget: BudgetName | Budget = "standard",
     prompt: str = DEFAULT_PROMPT,
@@ -119,7 +119,7 @@ def fit(
         model: A vision-language model.
         processor: Its processor.
         out: Folder of ``heads.json``, ``detector.json`` and their card; what an interrupted run recorded there is used.
-        pictures: Folder with images of the kind that captions will be checked on; no labels are needed.
+        images: Folder of images of the kind that captions will be checked on; no labels are needed.
         captions: Labelled captions, if there are any; they outweigh everything else.
         budget: "quick", "standard", "thorough", or a `Budget`.
         prompt: What captions of the user's images answer.
@@ -135,7 +135,7 @@ def fit(
     out = Path(out)
     size = _budget(budget)
     chosen = check_styles(available_styles() if styles is None else styles)
-    paths = _image_paths(pictures, size.pictures)
+    paths = _image_paths(images, size.images)
     out.mkdir(parents=True, exist_ok=True)
     say("testing whether attention can be recorded")
     _self_test(model, processor)
