@@ -136,12 +136,13 @@ def test_synonyms_count_as_the_drawn_object():
         ({}, ""),
         ({"false_objects": 4.0}, "4 false and 300 true claims about objects of drawings; the gate asks for 10 of each"),
         ({"lift_low": -0.01}, "lift +0.100, 95 % interval -0.010 to +0.200"),
+        ({"image_auroc": 0.55, "image_auroc_low": 0.5}, "with another image seem hardly less true to it: AUROC 0.550"),
         ({"pictures_auroc": 0.6, "pictures_auroc_low": 0.5}, "on your images it ranks swapped claims with AUROC 0.600"),
     ],
 )
 def test_the_gate_says_what_is_missing(changed, reason):
     figures = {"false_objects": 50, "true_objects": 300, "auroc": 0.9, "text_auroc": 0.8}
-    figures |= {"lift": 0.1, "lift_low": 0.05, "lift_high": 0.2, **changed}
+    figures |= {"lift": 0.1, "lift_low": 0.05, "lift_high": 0.2, "image_auroc": 0.9, "image_auroc_low": 0.8} | changed
     gate = decide(figures)
     assert gate.usable == (not reason)
     assert reason in gate.reason
@@ -198,7 +199,7 @@ def test_a_model_that_does_not_see_is_refused(heads, tmp_path):
         found = fit(model, processor, tmp_path, budget=Budget(96, 0, 1, rerank=0), styles=["pictographs"], heads=heads)
     finally:
         handle.remove()
-    assert "is not above that of the text alone" in found.refused or "no better than by chance" in found.refused
+    assert any(words in found.refused for words in ("with another image", "that of the text alone", "better than by chance"))
     report = GazeGuard(model, processor, artifacts=tmp_path).check(lab.samples("test", 1)[0].image, "There is a red star.")
     assert report.verdict == Verdict.UNCHECKED
 

@@ -38,6 +38,7 @@ WEIGHTS: Mapping[Origin, float] = {
 LABELLED_SHARE = 2.0  # labelled claims together weigh so many times what all others do
 MIN_OWN = 10  # false claims about objects of drawings, and true ones, that the gate asks for
 MIN_PICTURE_AUROC = 0.6  # lower end of the interval, of swapped claims on the user's images
+MIN_IMAGE_AUROC = 0.6  # lower end of the interval, of true claims against the same captions with another image
 LIKE = 0.7  # area from which a user's images are called unlike the drawn ones
 TEXT_FREE = (*features.GAZE_FEATURES, *features.HEAD_FEATURES)
 
@@ -139,7 +140,8 @@ def gate_figures(rows: Rows, heads: GazeHeads, risk: F64) -> dict[str, float]:
 
     Returns:
         ``auroc``, ``text_auroc`` and ``lift`` on the objects of drawings with the ends of the interval of the lift, their
-        numbers; on a user's images ``pictures_auroc`` of swapped objects with its lower end, and ``pictures_unlike``: how well
+        numbers; ``image_auroc``: true claims about objects against the same captions with another drawing, which no text tells
+        apart; on a user's images ``pictures_auroc`` of swapped objects with its lower end, and ``pictures_unlike``: how well
         a classifier tells the claims about them from those about drawings, .5 for not at all, 1 for always.
     """
     figures: dict[str, float] = {}
@@ -152,13 +154,22 @@ def gate_figures(rows: Rows, heads: GazeHeads, risk: F64) -> dict[str, float]:
         lift = bootstrap_images(int(image.max()) + 1, lambda drawn: areas[0](drawn) - areas[1](drawn))
         ones = np.ones(int(image.max()) + 1, np.int64)
         figures |= {"auroc": areas[0](ones), "text_auroc": areas[1](ones), **_named("lift", lift)}
-    pictures = rows.of("picture", "picture-swapped") & (rows.kinds == "object") & np.isfinite(risk)
-    if pictures.any() and 0 < rows.false[pictures].sum() < pictures.sum():
-        image = np.unique(rows.image[pictures], return_inverse=True)[1]
-        area = ranking(rows.false[pictures], risk[pictures], image)
-        figures |= _named("pictures_auroc", bootstrap_images(int(image.max()) + 1, area))
-        figures["pictures_unlike"] = two_sample(rows, heads)
+    true = rows.of("own") & ~rows.false
+    figures |= _ranked(rows, risk, true | rows.of("wrong"), "image_auroc")
+    on_images = _ranked(rows, risk, rows.of("picture", "picture-swapped"), "pictures_auroc")
+    if on_images:
+        figures |= on_images | {"pictures_unlike": two_sample(rows, heads)}
     return {name: float(value) for name, value in figures.items() if np.isfinite(value)}
+
+
+def _ranked(rows: Rows, risk: F64, chosen: NDArray[np.bool_], name: str) -> dict[str, float]:
+    """AUROC of some claims about objects, with its interval; nothing where they are all false or all true."""
+    part = chosen & (rows.kinds == "object") & np.isfinite(risk)
+    if not 0 < rows.false[part].sum() < part.sum():
+        return {}
+    image = np.unique(rows.image[part], return_inverse=True)[1]
+    area = ranking(rows.false[part], risk[part], image)
+    return _named(name, bootstrap_images(int(image.max()) + 1, area))
 
 
 def _named(name: str, estimate: Estimate) -> dict[str, float]:
@@ -212,6 +223,12 @@ def decide(figures: Mapping[str, float]) -> Gate:
         reason = (
             f"its AUROC of {kept['auroc']:.3f} is not above that of the text alone, {kept['text_auroc']:.3f}: lift "
             f"{kept['lift']:+.3f}, 95 % interval {kept['lift_low']:+.3f} to {kept['lift_high']:+.3f}"
+        )
+    elif not kept.get("image_auroc_low", 0) > MIN_IMAGE_AUROC:
+        reason = (
+            f"the same captions with another image seem hardly less true to it: AUROC {kept.get('image_auroc', 0.5):.3f}, 95 % "
+            f"interval from {kept.get('image_auroc_low', 0):.3f}; the gate asks for {MIN_IMAGE_AUROC}. The model may not use "
+            "its images"
         )
     elif kept.get("pictures_auroc_low", 1) < MIN_PICTURE_AUROC:
         reason = (
