@@ -59,7 +59,7 @@ class Sizes:
         return Budget(self.drawings, self.pictures, self.swaps, 24, rerank=0)
 
 
-FULL = {"tiny": Sizes(384, 0, 300), "scenes": Sizes(336, 200, 300)}
+FULL = {"tiny": Sizes(192, 0, 200), "scenes": Sizes(144, 200, 150)}
 QUICK = {"tiny": Sizes(48, 0, 48, 1), "scenes": Sizes(24, 8, 16, 1)}
 
 
@@ -89,7 +89,8 @@ def blind(size: Sizes, folder: Path, heads: GazeHeads) -> dict[str, Figure]:
     found = {}
     model, processor = lab.load()
     with shuffled_features(model):
-        options: dict[str, Any] = {"budget": size.budget, "styles": ["pictographs"]}
+        few = Budget(min(96, size.drawings), 0, 1, 24, rerank=0)
+        options: dict[str, Any] = {"budget": few, "styles": ["pictographs"]}
         given_heads = refusal(lambda: fit(model, processor, folder / "shuffled", heads=heads, **options))
         own_heads = refusal(lambda: fit(model, processor, folder / "shuffled-own", **options))
     torch.manual_seed(SEED)

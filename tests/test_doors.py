@@ -18,6 +18,7 @@ from gazeguard.cli import app
 from gazeguard.lab.training.tiny_model import build_llava, build_llava_processor
 
 PUBLIC = [
+    "fit",
     "GazeGuard",
     "GazeHeads",
     "find_heads",
