@@ -3,7 +3,8 @@
 A table stands between ``<!-- table NAME: PATTERN... -->`` and ``<!-- end -->``: the figures of ``evals/results/NAME.json``
 whose keys match one of the patterns, in the order of the patterns. Between ``<!-- compare NAME: PATTERN... -->`` and the end
 both labs stand side by side, from ``NAME.json`` and ``NAME_scenes.json``. The demo's real output stands between
-``<!-- demo -->`` and ``<!-- end demo -->``. ``evals/results/families.md`` is made whole.
+``<!-- demo -->`` and ``<!-- end demo -->``, its table of both labs between ``<!-- headline -->`` and
+``<!-- end headline -->``. ``evals/results/families.md`` is made whole.
 """
 
 from __future__ import annotations
@@ -28,6 +29,22 @@ DOCUMENTS = (
 DEMO = re.compile(r"(<!-- demo -->\n).*?(<!-- end demo -->)", re.S)
 TABLE = re.compile(r"(<!-- table (\w+): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 COMPARED = re.compile(r"(<!-- compare (\w+): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
+HEADLINE = re.compile(r"(<!-- headline -->\n).*?(<!-- end headline -->)", re.S)
+# The README's table of both labs: plain name of a figure, result file, pattern of its key.
+HEADLINE_ROWS = (
+    ("False objects per object that the model names (CHAIR_i), greedy", "captioner", "chair_i_greedy"),
+    ("Detection: AUROC of the detector", "detection", "auroc_detector_within_bins_sampled"),
+    ("... of the text alone", "detection", "auroc_text_only_within_bins_sampled"),
+    ("... lift of the gaze over the text alone, paired", "detection", "lift_within_bins_sampled"),
+    ("... of the gaze heads' logit attribution, nothing fitted", "detection", "auroc_dla_within_bins_sampled"),
+    ("... of a detector fitted without labels", "fit", "*_auroc_label_free*"),
+    ("... of detectors on random heads of the same layers, mean", "detection", "auroc_random_heads_mean_within_bins_sampled"),
+    ("Calibration error (ECE)", "detection", "ece_sampled"),
+    ("`rewind`: CHAIR_i, relative reduction", "mitigation", "rewind_chair_i_reduction_greedy"),
+    ("`rewind`: change of recall", "mitigation", "rewind_recall_change_greedy"),
+    ("Time of `mark` over plain generation, batch 8", "cost", "time_ratio_mark_batch_8"),
+    ("Time of `rewind` over plain generation, batch 8", "cost", "time_ratio_rewind_batch_8"),
+)
 LABS = {"tiny lab": "", "scenes lab": "_scenes"}  # with the ending of their result files
 SATURATED = 0.995  # an AUROC above it says that the task is too easy to compare methods
 
@@ -63,6 +80,20 @@ def compared(name: str, patterns: list[str]) -> str:
         for lab, made in results.items()
     )
     return "\n".join([*lines, "", "; ".join(said) + ".", ""])
+
+
+def headline() -> str:
+    """The README's table: the figures of `HEADLINE_ROWS` in both labs."""
+    lines = ["| figure | " + " | ".join(LABS) + " |", "|---" * (1 + len(LABS)) + "|"]
+    for name, result, pattern in HEADLINE_ROWS:
+        cells = []
+        for ending in LABS.values():
+            path = ROOT / "evals" / "results" / f"{result}{ending}.json"
+            figures = json.loads(path.read_text("utf-8"))["figures"] if path.is_file() else {}
+            key = next((key for key in figures if fnmatchcase(key, pattern)), pattern)
+            cells.append(_cell(key, figures.get(key)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def _cell(key: str, made: dict | None) -> str:
@@ -123,6 +154,7 @@ def main() -> None:
         path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
     readme, shown = ROOT / "README.md", demo()
     text = DEMO.sub(lambda found: f"{found[1]}{shown}{found[2]}", readme.read_text(encoding="utf-8"))
+    text = HEADLINE.sub(lambda found: f"{found[1]}{headline()}{found[2]}", text)
     readme.write_text(text, encoding="utf-8")
 
 
