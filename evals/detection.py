@@ -80,7 +80,7 @@ class Sizes:
     any_layer: int = 20
 
 
-SIZES = {"tiny": Sizes(200, 80, 250, 200), "scenes": Sizes(100, 30, 100, 50)}
+SIZES = {"tiny": Sizes(200, 80, 250, 200), "scenes": Sizes(250, 40, 180, 60)}
 QUICK = {"tiny": Sizes(50, 20, 30, 16, 2, 2), "scenes": Sizes(16, 5, 8, 4, 2, 2)}
 
 

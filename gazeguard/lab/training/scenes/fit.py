@@ -26,7 +26,7 @@ from gazeguard.lab.worlds import world
 
 def fit(
     folder: Annotated[Path, typer.Option("--out", help="Folder of heads.json and detector.json.")] = PARTS.parent,
-    captions: Annotated[int, typer.Option(help="Greedy and as many sampled captions to fit to.")] = 100,
+    captions: Annotated[int, typer.Option(help="Greedy and as many sampled captions to fit to.")] = 350,
     seed: Annotated[int, typer.Option(help="Seed of the images; training of the model used others.")] = 1,
     keep_heads: Annotated[bool, typer.Option(help="Take the gaze heads that the folder has.")] = False,
 ) -> None:
