@@ -80,7 +80,7 @@ class Sizes:
     any_layer: int = 20
 
 
-SIZES = {"tiny": Sizes(200, 80, 250, 200), "scenes": Sizes(250, 40, 180, 60)}
+SIZES = {"tiny": Sizes(200, 80, 250, 200), "scenes": Sizes(200, 30, 140, 50)}
 QUICK = {"tiny": Sizes(50, 20, 30, 16, 2, 2), "scenes": Sizes(16, 5, 8, 4, 2, 2)}
 
 
