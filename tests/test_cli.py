@@ -216,7 +216,7 @@ def test_help_names_every_command_and_the_exit_codes():
     text = run(app, ["--help"]).output
     assert {name for name, *_ in commands()} == {
         "demo", "policy", "caption", "check", "filter", "replay", "doctor", "heads", "train", "lab", "audit",
-        "eval", "serve",
+        "eval", "serve", "fit",
     }  # fmt: skip
     assert all(name in text for name, *_ in commands())
     assert "Exit codes" in text

@@ -153,4 +153,10 @@ def cached_checkpoint(language_model: str | Path | None = None) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gazeguard"
     content = b"".join(file.read_bytes() for file in (PARTS, *ARTIFACTS) if file.is_file())
     folder = cache / f"scenes-{hashlib.sha256(content).hexdigest()[:12]}"
-    return folder if (folder / "config.json").is_file() else build(folder, language_model)
+    if not (folder / "config.json").is_file():
+        try:
+            build(folder, language_model)
+        except (InputError, OSError):
+            if not (folder / "config.json").is_file():  # otherwise another process has built it meanwhile
+                raise
+    return folder
