@@ -55,8 +55,8 @@ def read_lines(path: Path, kind: type[R]) -> list[R]:
     return rows
 
 
-def read_json(path: Path, kind: Any, what: str, max_bytes: int = MAX_FILE_BYTES) -> Any:
-    """A JSON file of at most ``max_bytes``, plain or ``.gz``, as ``kind``; ``what`` is its content in words.
+def read_json(path: Path, kind: Any, what: str, max_bytes: int | None = None) -> Any:
+    """A JSON file, plain or ``.gz``, as ``kind``; ``what`` is its content in words, ``max_bytes`` by default MAX_FILE_BYTES.
 
     Raises `InputError` with the position of the first error.
     """
@@ -100,7 +100,8 @@ def errors_told() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
-def _content(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+def _content(path: Path, max_bytes: int | None = None) -> bytes:
+    max_bytes = max_bytes or MAX_FILE_BYTES
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(max_bytes + 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -201,7 +201,9 @@ class Tracer:
             row[: len(ids)] = ids
         activations = CapturedActivations(*(tensor[:, :longest] for tensor in vars(captured.activations).values()))
         generated = torch.from_numpy(tokens).to(activations.hidden.device)
-        return trace_batch(self.recorder.backbone, self.recorder.heads, activations, generated, captured.lens)
+        batch = trace_batch(self.recorder.backbone, self.recorder.heads, activations, generated, captured.lens)
+        # Steering changes the states of the image tokens, which then say nothing of how far the image is from known ones.
+        return batch if self.steering is None else replace(batch, image_state=None)
 
     def trace(self, batch: TraceBatch, row: int, steps: Sequence[int] | slice, *caption: Any, finished: bool) -> GazeTrace:
         """One trace out of a batch; ``caption`` is its ids, text, offsets and grid."""

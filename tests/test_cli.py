@@ -152,7 +152,7 @@ def test_heads_are_found_and_kept(tmp_path):
     folder = tmp_path / "artifacts"
     result = run(app, ["heads", str(lab.checkpoint_path()), "--out", str(folder), "--strips", "8"])
     assert result.exit_code == 0, result.output
-    assert "5 of 36 heads, ranked by narration over 8 strips." in result.stdout
+    assert "9 of 36 heads, ranked by narration over 8 strips." in result.stdout
     assert json.loads((folder / "heads.json").read_text())["heads"]
     with Image.open(folder / "heads.png") as drawn:
         assert drawn.width > drawn.height > 400

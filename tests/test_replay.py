@@ -28,6 +28,7 @@ from gazeguard.report import Finding, Report, Verdict
 from gazeguard.vision.grid import ImageGrid
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+AXE = Path(os.environ.get("GAZEGUARD_AXE", "axe.min.js"))
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH (Debian: chromium, chromium-driver)"
 )
@@ -503,19 +504,19 @@ def test_on_a_phone_the_image_stays_in_sight_and_phrases_are_readable(phone: Non
     assert (replay.text("#title"), replay.text("#position")) == ("caption 1", "2 of 5")
 
 
+@pytest.mark.skipif(
+    not AXE.is_file(), reason="needs axe-core: npm install axe-core, and GAZEGUARD_AXE=node_modules/axe-core/axe.min.js"
+)
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(show: Callable[..., Replay], driver: webdriver.Chrome, width: int, scheme: str) -> None:
     """axe-core's rules for WCAG 2.2 A and AA, and its best practices."""
-    path = os.environ.get("GAZEGUARD_AXE", "")
-    if not Path(path).is_file():
-        pytest.skip("needs axe-core: npm install axe-core, and GAZEGUARD_AXE=node_modules/axe-core/axe.min.js")
     replay = show(some(), "#entry=1&word=10")
     replay.media("screen", prefers_color_scheme=scheme)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
-        replay.js(Path(path).read_text(encoding="utf-8"))
+        replay.js(AXE.read_text(encoding="utf-8"))
         for _ in range(2):  # closed, and with the explanations open
             found = driver.execute_async_script("axe.run().then(arguments[0])")
             serious = [

@@ -537,7 +537,7 @@ def test_what_filter_writes_is_read_back_from_where_it_lies(filtered, name, monk
     result = run(app, ["replay", str(filtered[name]), str(tmp_path / "page.html")])
     assert result.exit_code == 0, result.output
     assert "the verdicts in the input are shown as they are" in result.stderr
-    shown = json.loads(re.search(r'"captions":(\[.*\])}', (tmp_path / "page.html").read_text())[1])
+    shown = json.loads(re.search(r'"captions":(\[.*\]),"remedy"', (tmp_path / "page.html").read_text())[1])
     assert [entry["report"]["verdict"] for entry in shown] == [row.fields["gaze_verdict"] for row in rows]
     assert [entry["report"]["reason"] for entry in shown] == [row.fields["gaze_reason"] for row in rows]
     assert {entry["report"]["verdict"] for entry in shown} >= {"unchecked", "flag"}
