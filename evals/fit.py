@@ -115,10 +115,10 @@ def refusal(run: Callable[[], Fitted]) -> tuple[str, dict[str, float]]:
 
 @contextmanager
 def shuffled_features(model: Any) -> Iterator[None]:
-    """Inside, what the connector makes of an image is shuffled over positions and channels, anew in every pass."""
-    generator = torch.Generator().manual_seed(SEED)
+    """Inside, what the connector makes of images is shuffled over positions and channels, another way for other images."""
 
     def shuffle(_: Any, __: Any, states: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(int(states.abs().sum() * 1000) % 2**31)  # the self-test repeats a pass
         return states.flatten()[torch.randperm(states.numel(), generator=generator)].view_as(states)
 
     handle = model.model.connector.register_forward_hook(shuffle)
