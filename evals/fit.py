@@ -59,7 +59,7 @@ class Sizes:
         return Budget(self.drawings, self.pictures, self.swaps, 24, rerank=0)
 
 
-FULL = {"tiny": Sizes(192, 0, 200), "scenes": Sizes(144, 200, 150)}
+FULL = {"tiny": Sizes(192, 0, 200), "scenes": Sizes(72, 48, 72)}  # a quarter of an hour each
 QUICK = {"tiny": Sizes(48, 0, 48, 1), "scenes": Sizes(24, 8, 16, 1)}
 
 
