@@ -97,7 +97,7 @@ def main(
             captions = [report.caption for report in write_captions(guard, samples, DECODING[decoding])]
             figures |= {f"{key}_{decoding}{ending}": value for key, value in chair(world, samples, captions).items()}
         figures |= {f"{key}{ending}": value for key, value in yes_no(world, guard, samples).items()}
-    keys = {} if lab == "tiny" else {measured.chosen.prefix + key: key for key in LAB_KEYS}
+    keys = {} if lab == "tiny" else measured.chosen.keyed(LAB_KEYS)
     command = f"evals.captioner{measured.options()}"
     write(out, with_issue_keys(figures, keys), quick, ids, measured.folder, seed=SEED, command=command, **measured.meta())
 

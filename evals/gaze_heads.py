@@ -401,7 +401,7 @@ def main(
         tiny(out, measured, quick, command)
         return
     figures, meta = scenes_gaze.measure(measured, scenes_gaze.QUICK if quick else scenes_gaze.FULL)
-    figures = with_issue_keys(figures, {measured.chosen.prefix + key: key for key in scenes_gaze.LAB_KEYS})
+    figures = with_issue_keys(figures, measured.chosen.keyed(scenes_gaze.LAB_KEYS))
     write(out, figures, quick, meta.pop("image_ids"), measured.folder, seed=scenes_gaze.SEED, command=command, **meta)
 
 

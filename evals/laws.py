@@ -51,7 +51,7 @@ def main(
                 differences[key].append(float(difference))
     figures = {"mark_ids_identical": figure(np.mean(same)), "captions": figure(len(same))}
     figures |= {f"live_replay_{key}_difference": figure(max(each)) for key, each in differences.items()}
-    keys = {} if lab == "tiny" else {measured.chosen.prefix + key: key for key in figures}
+    keys = {} if lab == "tiny" else measured.chosen.keyed(figures)
     meta = {"command": f"evals.laws{measured.options()}", **measured.meta()}
     write(out, with_issue_keys(figures, keys), quick, [s.id for s in samples], measured.folder, seed=SEED, **meta)
 

@@ -7,6 +7,7 @@ not trained on; its gaze heads and detector are then in its own folder, or in ``
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,10 @@ class Chosen(NamedTuple):
     def prefix(self) -> str:
         """Of the keys that issues ask for: the lab's name, "model" for a model of one's own."""
         return f"{'model' if self.model else self.lab}_"
+
+    def keyed(self, keys: Iterable[str]) -> dict[str, str]:
+        """Key by which an issue asks for a figure -> the figure's own; see `evals.common.with_issue_keys`."""
+        return {self.prefix + key: key for key in keys}
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Evaluation(BaseModel):
         right.plot([0, 1], [0, 1], color="grey", linewidth=1)
         for kind, each in self.calibration.items():
             risk, share, _ = zip(*each.bins, strict=True)
-            right.plot(risk, share, "o-", label=kind)
+            right.plot(risk, share, "o-")
             right.annotate(f" {kind}", (risk[-1], share[-1]))
         right.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted risk", ylabel="share that is false")
         return figure
@@ -226,7 +226,7 @@ def _checked(
                 continue
             every, findings = claims(row.caption), {finding.claim: finding for finding in report.findings}
             text = features.pick(features.features(given(report.trace), every), report.trace.heads, features.TEXT_FEATURES)
-            for claim, false in labelled_claims(row):
+            for claim, false in labelled_claims(row, every):
                 if (finding := findings.get(claim)) is None:
                     unjudged[claim.kind] += 1
                     continue

@@ -114,10 +114,15 @@ def read_captions(path: str | Path) -> list[LabelledCaption]:
     return captions
 
 
-def labelled_claims(row: LabelledCaption) -> Iterator[tuple[Claim, bool]]:
-    """The claims of a caption that its labels or objects decide, each with whether it is false."""
+def labelled_claims(row: LabelledCaption, every: Sequence[Claim] | None = None) -> Iterator[tuple[Claim, bool]]:
+    """The claims of a caption that its labels or objects decide, each with whether it is false.
+
+    Args:
+        row: The caption.
+        every: Its claims, where they are at hand; by default it is parsed for them.
+    """
     objects = None if row.objects is None else {_noun(name) for name in row.objects}
-    for claim in claims(row.caption):
+    for claim in claims(row.caption) if every is None else every:
         for label in row.labels or ():
             if label.kind == claim.kind and label.start < claim.end and claim.start < label.end:
                 yield claim, label.false
@@ -221,10 +226,11 @@ def _examples(
             if report.trace is None:
                 left_out[report.reason] += 1
                 continue
-            labelled = list(labelled_claims(row)) or (_claims_by_asking(guard, row) if ask else [])
+            every = claims(row.caption)
+            labelled = list(labelled_claims(row, every)) or (_claims_by_asking(guard, row, every) if ask else [])
             if not labelled:
                 left_out["no claim has a label"] += 1
-            examples += _with_features(row, report, labelled)
+            examples += _with_features(row, report, every, labelled)
     return examples, left_out
 
 
@@ -256,17 +262,18 @@ def record_labelled(guard: GazeGuard, captions: Sequence[LabelledCaption], first
     return Recorded(rows, ("",) * len(number), first + number, states)
 
 
-def _claims_by_asking(guard: GazeGuard, row: LabelledCaption) -> list[tuple[Claim, bool]]:
+def _claims_by_asking(guard: GazeGuard, row: LabelledCaption, every: Sequence[Claim]) -> list[tuple[Claim, bool]]:
     """The object claims of a caption, each false where the model answers no."""
-    objects = [claim for claim in claims(row.caption) if claim.kind == "object"]
+    objects = [claim for claim in every if claim.kind == "object"]
     if not objects:
         return []
     answers = yes_probability(guard, [row.image] * len(objects), [claim.phrase.head.text for claim in objects])
     return [(claim, answer < 0.5) for claim, answer in zip(objects, answers, strict=True)]
 
 
-def _with_features(row: LabelledCaption, report: Report, labelled: Sequence[tuple[Claim, bool]]) -> Iterator[Example]:
-    every = claims(row.caption)
+def _with_features(
+    row: LabelledCaption, report: Report, every: Sequence[Claim], labelled: Sequence[tuple[Claim, bool]]
+) -> Iterator[Example]:
     x = features.features(given(report.trace), every) if labelled else np.zeros((0, 0))
     for claim, false in labelled:
         yield Example(x[every.index(claim)], false, claim, row, given(report.trace).image_state)

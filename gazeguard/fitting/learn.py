@@ -17,7 +17,7 @@ from gazeguard.detection.cross_fitting import cross_fit
 from gazeguard.detection.detector import Detector
 from gazeguard.detection.domain import Domain
 from gazeguard.detection.gate import Gate
-from gazeguard.detection.metrics import Estimate, bootstrap_images, ranking
+from gazeguard.detection.metrics import Estimate, auroc, lift, ranking
 from gazeguard.detection.regression import Regression
 from gazeguard.detection.table import ClaimTable, stack_states
 from gazeguard.detection.training import known_features
@@ -150,10 +150,12 @@ def gate_figures(rows: Rows, heads: GazeHeads, risk: F64) -> dict[str, float]:
     figures |= {"false_objects": float(claims.false.sum()), "true_objects": float((~claims.false).sum())}
     if 0 < claims.false.sum() < len(claims):
         image = np.unique(claims.image, return_inverse=True)[1]
-        areas = [ranking(claims.false, score, image) for score in (risk[own], _text_only(claims, heads))]
-        lift = bootstrap_images(int(image.max()) + 1, lambda drawn: areas[0](drawn) - areas[1](drawn))
-        ones = np.ones(int(image.max()) + 1, np.int64)
-        figures |= {"auroc": areas[0](ones), "text_auroc": areas[1](ones), **_named("lift", lift)}
+        text, every = _text_only(claims, heads), np.ones(int(image.max()) + 1, np.int64)
+        figures |= {
+            "auroc": ranking(claims.false, risk[own], image)(every),
+            "text_auroc": ranking(claims.false, text, image)(every),
+            **_named("lift", lift(claims.false, risk[own], text, image)),
+        }
     true = rows.of("own") & ~rows.false
     figures |= _ranked(rows, risk, true | rows.of("wrong"), "image_auroc")
     on_images = _ranked(rows, risk, rows.of("picture", "picture-swapped"), "pictures_auroc")
@@ -168,8 +170,7 @@ def _ranked(rows: Rows, risk: F64, chosen: NDArray[np.bool_], name: str) -> dict
     if not 0 < rows.false[part].sum() < part.sum():
         return {}
     image = np.unique(rows.image[part], return_inverse=True)[1]
-    area = ranking(rows.false[part], risk[part], image)
-    return _named(name, bootstrap_images(int(image.max()) + 1, area))
+    return _named(name, auroc(rows.false[part], risk[part], image))
 
 
 def _named(name: str, estimate: Estimate) -> dict[str, float]:
