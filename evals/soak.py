@@ -4,7 +4,8 @@
   filters data sets of all kinds (`evals.mutations`), each into a new folder
 * ``rows_lost``, ``crashes``, ``silent_passes``, ``neighbours_changed``: of that process, as in `evals.torture`
 * ``interrupted_equal``: whether every run of the command that SIGKILL ended (``kills``), or that could write no more
-  (``full_disks``: a limit on the size of files), has the bytes of an unbroken one once it was given again
+  (``full_disks``: a small tmpfs where this process may mount one, else a limit on the size of files; the file says which), has
+  the bytes of an unbroken one once it was given again
 * ``full_disks_named``: whether each of the latter ended with one line that says so
 
 ``--minutes 120`` is what a release should stand; the file says how long it was.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -37,8 +39,9 @@ from evals.torture import RowTorture
 SEED = 2201
 ROWS_OF_A_ROUND = 24
 ROWS_OF_A_COMMAND, CHUNK = 120, 8
-EVERY = 6  # rounds between two interruptions
+EVERY = 2  # rounds between two interruptions
 FILE_LIMIT = 6000  # bytes: less than a chunk's results
+DISK = "16k"  # less than the results
 
 
 def resident_mib() -> float:
@@ -61,6 +64,9 @@ class Interruptions:
         self.expected = bytes_of(work / "unbroken")
         self.kills = self.full_disks = self.named = self.number = 0
         self.unequal: list[str] = []
+        self.mounts = _mount(work / "probe", DISK)
+        if self.mounts:
+            _call("umount", str(work / "probe"))
 
     def interrupt(self) -> None:
         """One run, killed or without room, and what comes of it."""
@@ -73,9 +79,9 @@ class Interruptions:
         self._finish(out)
         if bytes_of(out) != self.expected:
             self.unequal.append(f"interruption {self.number}")
-        for path in sorted(out.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        out.rmdir()
+        if out.is_mount():
+            _call("umount", str(out))
+        shutil.rmtree(out)
 
     def _command(self, out: Path) -> list[str]:
         return [sys.executable, "-m", "gazeguard", "filter", str(self.rows), str(out), "--chunk", str(CHUNK)]
@@ -92,11 +98,27 @@ class Interruptions:
         self.kills += process.returncode == -signal.SIGKILL
 
     def _fill(self, out: Path) -> None:
-        """A limit on the size of files ends a write as a full disk does: with an error of the system."""
-        limited = ["-c", _LIMITED, str(FILE_LIMIT), *self._command(out)[1:]]
-        made = subprocess.run([sys.executable, *limited], check=False, capture_output=True, text=True)
+        """A run that the system refuses a write; there is room afterwards."""
+        command = self._command(out)
+        if self.mounts:
+            _mount(out, DISK)
+        else:
+            command[1:1] = ["-c", _LIMITED, str(FILE_LIMIT)]
+        made = subprocess.run(command, check=False, capture_output=True, text=True)
+        if self.mounts:
+            _call("mount", "-o", "remount,size=16m", str(out))
         self.full_disks += 1
         self.named += made.returncode == 2 and "cannot be written" in made.stderr
+
+
+def _call(*command: str) -> bool:
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def _mount(folder: Path, size: str) -> bool:
+    """Whether there is now a file system of this size at ``folder``: only the superuser of a machine of one's own may."""
+    folder.mkdir()
+    return shutil.which("mount") is not None and _call("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
 
 
 # Sets the limit, and becomes the command.
@@ -113,8 +135,8 @@ def memory_growth(samples: list[float]) -> float:
     return statistics.median(second[-tenth:]) / statistics.median(second[:tenth])
 
 
-def soak(work: Path, seconds: float, seed: int) -> tuple[dict[str, Figure], list[str]]:
-    """The figures of so many seconds, and what went wrong."""
+def soak(work: Path, seconds: float, seed: int) -> tuple[dict[str, Figure], list[str], str]:
+    """The figures of so many seconds, what went wrong, and how the disk was full."""
     torture, beside = RowTorture(seed, 24), Interruptions(work, seed)
     samples: list[float] = []
     kinds = list(WRITERS)
@@ -145,7 +167,8 @@ def soak(work: Path, seconds: float, seed: int) -> tuple[dict[str, Figure], list
         "full_disks_named": figure(beside.named == beside.full_disks),
         "interrupted_equal": figure(not beside.unequal),
     }
-    return figures, tally.lost + tally.crashes + tally.passes + tally.neighbours + beside.unequal
+    trouble = tally.lost + tally.crashes + tally.passes + tally.neighbours + beside.unequal
+    return figures, trouble, "tmpfs" if beside.mounts else "limit on the size of files"
 
 
 Minutes = Annotated[float | None, typer.Option("--minutes", help="How long.", show_default="120, or 0.4 with --quick")]
@@ -157,8 +180,8 @@ def main(out: Out, quick: Quick = False, minutes: Minutes = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     length = minutes if minutes is not None else 0.4 if quick else 120
     with tempfile.TemporaryDirectory() as folder:
-        figures, trouble = soak(Path(folder), length * 60, SEED)
-    write(out, figures, quick, seed=SEED, trouble=trouble)
+        figures, trouble, disk = soak(Path(folder), length * 60, SEED)
+    write(out, figures, quick, seed=SEED, trouble=trouble, full_disk=disk)
 
 
 if __name__ == "__main__":
