@@ -17,7 +17,7 @@ from gazeguard import lab
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "gazeguard.ipynb"
-RUN_ELSEWHERE = {"serve_minimal.py", "lmms_eval/utils.py"}  # tests/test_service.py; lmms-eval itself
+RUN_ELSEWHERE = {"lmms_eval/utils.py"}  # lmms-eval itself
 SAMPLE = lab.samples("test", 2, seed=7)[1]
 CAPTION = SAMPLE.turns[0].answer
 

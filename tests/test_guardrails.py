@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     from gazeguard.errors import InputError
     from gazeguard.integrations.guardrails import SupportedByImage
     from gazeguard.serving.app import create_app
+    from gazeguard.serving.model import Model
 
 settings.rc.enable_metrics = False  # it would report its use to its makers
 pytestmark = pytest.mark.filterwarnings("default")
@@ -96,7 +97,7 @@ class Server(uvicorn.Server):
 def address(dropping):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        server = Server(uvicorn.Config(create_app(dropping, api_key="sesame"), log_level="critical"))
+        server = Server(uvicorn.Config(create_app(Model(dropping), api_key="sesame"), log_level="critical"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
         thread.start()
         assert server.ready.wait(600)

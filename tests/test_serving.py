@@ -17,21 +17,29 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import openai
 import pytest
 import uvicorn
 from PIL import Image
+from servingkit import HELD, die_loading, load_held, load_nothing
+from typer.testing import CliRunner
 
 from gazeguard import lab
+from gazeguard.cli import app
+from gazeguard.errors import GazeGuardError
 from gazeguard.guard import GazeGuard
 from gazeguard.serving.app import create_app
 from gazeguard.serving.batching import BatchQueue, Job
 from gazeguard.serving.contracts import ChatRequest, Conversation, Conversations
 from gazeguard.serving.limits import Limits, RefusedError
 from gazeguard.serving.metrics import reason_of
+from gazeguard.serving.model import Model
+from gazeguard.serving.process import DIED, ModelProcess
 from gazeguard.serving.service import Service
+from gazeguard.serving.tasks import Deltas, Stopped, Task, Worker
 
 PATIENCE = 600  # seconds until an answer counts as lost, however busy the machine is
 PATIENT = Limits(seconds=PATIENCE)
@@ -75,11 +83,12 @@ class Server(uvicorn.Server):
 
 
 @contextmanager
-def serving(guard: GazeGuard, limits: Limits = PATIENT, key: str | None = None) -> Iterator[str]:
+def serving(guard: GazeGuard | Worker, limits: Limits = PATIENT, key: str | None = None) -> Iterator[str]:
     """The address of a server around a guard, which stops as it does after SIGTERM."""
+    worker = Model(guard) if isinstance(guard, GazeGuard) else guard
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        server = Server(create_app(guard, "lab", limits, key))
+        server = Server(create_app(worker, "lab", limits, key))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
         thread.start()
         assert server.ready.wait(PATIENCE)
@@ -448,7 +457,7 @@ def test_a_time_out_frees_the_worker(lab_vlm):
     """503 within the limit; a caption that is being generated ends with it, whole or as a stream."""
     guard = GazeGuard(*lab_vlm)
     guard.model.generation_config.eos_token_id, ends = None, guard.model.generation_config.eos_token_id
-    service = Service(guard, "lab", Limits(seconds=0.3, new_tokens=10**6))
+    service = Service(Model(guard), "lab", Limits(seconds=0.3, new_tokens=10**6))
     request = ChatRequest(messages=[question()], max_tokens=10**6, temperature=0)
 
     async def streamed() -> list[Any]:
@@ -462,6 +471,69 @@ def test_a_time_out_frees_the_worker(lab_vlm):
         service.queue.close()  # returns when the worker has come to an end
     finally:
         guard.model.generation_config.eos_token_id = ends
+
+
+# ------------------------------------------------------------------------------------------------------------ process
+
+
+def test_a_killed_process_of_the_model_is_started_again(tmp_path):
+    """What it worked on is refused with 503, what waited is answered; meanwhile /healthz says what is going on."""
+    for pipe in ("begun", "go"):
+        os.mkfifo(tmp_path / pipe)
+    worker = ModelProcess(partial(load_held, tmp_path), 8)
+    with ThreadPoolExecutor() as callers, serving(worker) as address:
+        under_way = callers.submit(send, address, "/v1/check", {"conversations": [conversation(HELD), conversation()]})
+        (tmp_path / "begun").read_text()
+        waiting = callers.submit(check, address, conversation(FALSE))
+        while send(address, "/healthz")[1]["queue"] < 1:
+            pass
+        os.kill(worker.pid, signal.SIGKILL)
+        status, answer, headers = under_way.result()
+        assert (status, answer["error"]["message"]) == (503, DIED)
+        assert int(headers["Retry-After"]) >= 1
+        while (health := send(address, "/healthz"))[1]["restarts"] == 0:
+            pass
+        assert (health[0], health[1]["status"]) == (503, "loading")
+        (tmp_path / "go").write_text("")
+        assert waiting.result()[1]["verdict"] == "flag"
+        assert check(address, conversation())[1]["verdict"] == "pass"
+        assert send(address, "/healthz")[:2] == (200, health[1] | {"status": "ok", "queue": 0})
+        assert "gazeguard_model_restarts_total 1.0" in send(address, "/metrics")[1]
+        asked = {"model": "any", "messages": [question()], "temperature": 0, "max_tokens": 60, "stream": True}
+        with client(address) as api:
+            *pieces, last = api.chat.completions.create(**asked)
+            assert "".join(piece.choices[0].delta.content for piece in pieces) == last.model_extra["gazeguard"]["caption"]
+            assert len(pieces) > 5
+
+
+class DyingModel(Model):
+    """A worker that is lost after the first piece of a caption."""
+
+    def run(self, task: Task, stopped: Stopped, deltas: Deltas | None = None) -> Sequence[Any]:
+        def last(piece: str) -> None:
+            deltas(piece)
+            raise RefusedError(503, DIED, 1)
+
+        return super().run(task, stopped, last)
+
+
+def test_a_stream_whose_model_is_lost_ends_with_an_error(lab_vlm):
+    """After the pieces that it has; the client raises it."""
+    with serving(DyingModel(GazeGuard(*lab_vlm))) as address, client(address) as api:
+        pieces = api.chat.completions.create(model="any", messages=[question()], temperature=0, stream=True)
+        assert next(pieces).choices[0].delta.role == "assistant"
+        assert next(pieces).choices[0].delta.content
+        with pytest.raises(openai.APIError, match="The process of the model died over this request"):
+            next(pieces)
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [(load_nothing, "^There is no such model.$"), (die_loading, r"died while it was loaded \(signal SIGKILL\)")],
+)
+def test_a_model_that_cannot_be_loaded_is_said(load, message):
+    with pytest.raises(GazeGuardError, match=message):
+        ModelProcess(load, 8)
 
 
 # -------------------------------------------------------------------------------------------------------------- queue
@@ -557,6 +629,17 @@ def test_under_abstain_an_answer_that_cannot_be_checked_is_blocked(lab_vlm):
 
 
 # ------------------------------------------------------------------------------------------------------------ command
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", "nowhere/at all"])
+    assert result.exit_code == 2
+    assert f"Port {port} of 127.0.0.1 cannot be taken: Address already in use. Choose others" in result.stderr
+    result = CliRunner().invoke(app, ["serve", "--host", "nowhere.invalid", "--model", "nowhere/at all"])
+    assert "of nowhere.invalid cannot be taken: " in result.stderr
 
 
 @pytest.mark.slow

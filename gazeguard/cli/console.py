@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 from rich.console import Console
@@ -29,6 +29,18 @@ STYLES = {"pass": "green", "flag": "bold red", "unchecked": "yellow"}
 LINE_STYLES = {"flagged": "red", "reason": "yellow", "filtered": "green"}
 
 _quiet = False
+
+
+class Verbosity(NamedTuple):
+    """What `configure` was told, for another process."""
+
+    verbose: bool
+    quiet: bool
+
+
+def verbosity() -> Verbosity:
+    """What `configure` was told last."""
+    return Verbosity(logging.getLogger("gazeguard").level == logging.INFO, _quiet)
 
 
 def configure(verbose: bool = False, quiet: bool = False) -> None:

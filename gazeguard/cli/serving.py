@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+import socket
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gazeguard.cli.app import Outcome, app, command
-from gazeguard.cli.console import STOPPED, next_step, note
+from gazeguard.cli.console import STOPPED, Verbosity, configure, next_step, note, verbosity
 from gazeguard.cli.options import BatchOption, GuardOptions
 from gazeguard.errors import InputError
+
+if TYPE_CHECKING:
+    from gazeguard.serving.model import Model
 
 KEY = "GAZEGUARD_API_KEY"  # the environment variable, so that the key stands in no list of processes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -45,6 +50,7 @@ def serve(
 
         from gazeguard.serving.app import create_app
         from gazeguard.serving.limits import Limits
+        from gazeguard.serving.process import ModelProcess
     except ImportError as error:
         raise InputError(
             f"gazeguard serve needs {error.name}, which is not installed. Install it: pip install 'gazeguard-vlm[serve]'"
@@ -53,17 +59,39 @@ def serve(
     if key is None and host not in LOOPBACK:
         note(f"anybody who reaches {host} may use the server: {KEY} is not set.")
     limits = Limits(max_body * MIB, max_pixels, timeout, queue, batch_size, max_new_tokens)
-    application = create_app(guarded.guard(), guarded.model or "lab", limits, key)
-    next_step(f"http://{host}:{port}/docs has the requests; curl http://{host}:{port}/healthz says when it is ready.")
+    taken = _bind(host, port)  # before the model, which takes its time
+    worker = ModelProcess(partial(_load, guarded, verbosity()), batch_size)
+    config = uvicorn.Config(
+        create_app(worker, guarded.model or "lab", limits, key),
+        log_level="warning",
+        limit_concurrency=8 * queue,  # beyond what the queue answers with 429, connections get 503
+        timeout_graceful_shutdown=int(timeout) + 1,
+    )
+    address = f"http://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
+    next_step(f"{address}/docs has the requests; curl {address}/healthz says whether it is ready.")
     try:
-        uvicorn.run(
-            application,
-            host=host,
-            port=port,
-            log_level="warning",
-            limit_concurrency=8 * queue,  # beyond what the queue answers with 429, connections get 503
-            timeout_graceful_shutdown=int(timeout) + 1,
-        )
+        uvicorn.Server(config).run(sockets=[taken])
     except KeyboardInterrupt:
         return Outcome("the same command starts the server again.", STOPPED + 2)
     return Outcome("the same command starts the server again.")
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket with the server's address, on which nothing is accepted before the model is loaded."""
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if os.name == "posix":  # elsewhere it would share the port with another server
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+    except OSError as error:
+        taken.close()
+        raise InputError(f"Port {port} of {host} cannot be taken: {error.strerror}. Choose others: --port, --host.") from error
+    return taken
+
+
+def _load(guarded: GuardOptions, told: Verbosity) -> Model:
+    """The model, in the process that it has to itself."""
+    configure(*told)
+    from gazeguard.serving.model import Model
+
+    return Model(guarded.guard())

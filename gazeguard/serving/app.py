@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 
 from gazeguard import __version__
 from gazeguard.errors import GazeGuardError
-from gazeguard.guard import GazeGuard
 from gazeguard.serving.chat import completion, events
 from gazeguard.serving.contracts import ChatRequest, CheckRequest, Conversation, GuardrailRequest
 from gazeguard.serving.conversation import read_exchange
@@ -25,6 +24,7 @@ from gazeguard.serving.limits import Limits, RefusedError
 from gazeguard.serving.middleware import BoundedBody, Measured
 from gazeguard.serving.responses import error_response, json_response
 from gazeguard.serving.service import Service
+from gazeguard.serving.tasks import Worker
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,22 +32,22 @@ DESCRIPTION = """Says which phrases of a caption its image does not support. Ima
 What cannot be checked is an answer, too: `"verdict": "unchecked"`, and why."""
 
 
-def create_app(guard: GazeGuard, name: str = "gazeguard", limits: Limits | None = None, api_key: str | None = None) -> FastAPI:
-    """The application around one guard.
+def create_app(worker: Worker, name: str = "gazeguard", limits: Limits | None = None, api_key: str | None = None) -> FastAPI:
+    """The application around one model.
 
     Args:
-        guard: The guard; from now on nothing else may use its model.
+        worker: Has the model: `Model` around a guard in this process, or `ModelProcess`. The application closes it.
         name: What the model is called in answers.
         limits: What is taken on.
         api_key: What requests have to bring along, as ``Authorization: Bearer KEY`` or ``X-Api-Key: KEY``; None for no key.
     """
     limits = limits or Limits()
-    service = Service(guard, name, limits)
+    service = Service(worker, name, limits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        service.queue.close()
+        service.close()
 
     app = FastAPI(title="GazeGuard", version=__version__, description=DESCRIPTION, lifespan=lifespan)
     app.state.service, app.state.guardrail, app.state.api_key = service, Guardrail(service), api_key
@@ -83,10 +83,16 @@ routes = APIRouter(dependencies=[Depends(_require_key)])
 
 @open_routes.get("/healthz", summary="Whether the server is ready")
 async def healthz(service: Served) -> Response:
-    """200 while it takes requests, 503 while it stops."""
-    status = "stopping" if service.queue.closed else "ok"
-    content = {"status": status, "model": service.name, "policy": service.guard.policy.name, "version": __version__}
-    return json_response(content | {"queue": len(service.queue)}, 503 if service.queue.closed else 200)
+    """200 while it answers requests; 503 while it stops, or loads a model that it has lost."""
+    content = {
+        "status": service.status,
+        "model": service.name,
+        "policy": service.worker.facts.policy.name,
+        "version": __version__,
+        "queue": len(service.queue),
+        "restarts": service.worker.restarts,
+    }
+    return json_response(content, 200 if service.status == "ok" else 503)
 
 
 @open_routes.get("/metrics", summary="Metrics for Prometheus")

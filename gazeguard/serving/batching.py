@@ -46,7 +46,7 @@ class BatchQueue:
     """Jobs in the order of their arrival, and the thread that works them off.
 
     An error of a batch of several is no error of each: they are tried again one by one, so that one row that the model refuses
-    costs no other its answer. The thread outlives whatever a job raises.
+    costs no other its answer; but a `RefusedError` is for all of them. The thread outlives whatever a job raises.
     """
 
     def __init__(self, batch: int, room: int, observe: Callable[[int, float], None] = lambda rows, seconds: None) -> None:
@@ -126,9 +126,10 @@ def _answer(jobs: Sequence[Job]) -> None:
         for job, result in zip(jobs, jobs[0].run(jobs), strict=True):
             job.future.set_result(result)
     except BaseException as error:  # the thread must not end with it
-        if len(jobs) > 1:
+        if len(jobs) == 1 or isinstance(error, RefusedError):
+            for job in jobs:
+                job.future.set_exception(error)
+        else:
             for job in jobs:
                 if not job.future.done():
                     _answer([job])
-        else:
-            jobs[0].future.set_exception(error)

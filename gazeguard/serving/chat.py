@@ -12,7 +12,7 @@ from gazeguard.errors import GazeGuardError
 from gazeguard.serving.contracts import ChatRequest
 from gazeguard.serving.limits import RefusedError
 from gazeguard.serving.responses import error_body, json_text
-from gazeguard.serving.work import Written
+from gazeguard.serving.tasks import Written
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,9 @@ def _finish_reason(written: Written) -> str:
     report = written.report
     if report.caption and not report.filtered_caption:
         return "content_filter"
-    return "stop" if report.trace is None or report.trace.finished else "length"
+    return "stop" if written.finished else "length"
 
 
 def _usage(written: Written) -> dict[str, int]:
-    tokens = 0 if written.report.trace is None else len(written.report.trace)
-    total = written.prompt_tokens + tokens
-    return {"prompt_tokens": written.prompt_tokens, "completion_tokens": tokens, "total_tokens": total}
+    total = written.prompt_tokens + written.tokens
+    return {"prompt_tokens": written.prompt_tokens, "completion_tokens": written.tokens, "total_tokens": total}

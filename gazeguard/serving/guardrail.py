@@ -57,7 +57,7 @@ class Guardrail:
     async def _reports(self, question: Question | str, texts: list[str]) -> list[Report]:
         if isinstance(question, Question):
             return await self.service.check([Exchange(question, text) for text in texts])
-        reports = [self.service.guard.unchecked(text, question) for text in texts]
+        reports = [self.service.unchecked(text, question) for text in texts]
         for report in reports:
             self.service.metrics.count(report)
         return reports

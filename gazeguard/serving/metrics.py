@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from gazeguard.report import Report, Verdict
 from gazeguard.serving.batching import BatchQueue
+from gazeguard.serving.tasks import Worker
 
 # What a reason of an unchecked caption is counted as: the first whose pattern it matches. Reasons themselves name phrases and
 # figures, of which there is no end.
@@ -51,9 +55,10 @@ class Metrics:
         self.busy = Counter("gazeguard_model_seconds", "Seconds that the model was busy.", registry=self.registry)
         self.waiting = Gauge("gazeguard_queue_rows", "Captions that wait.", registry=self.registry)
 
-    def watch(self, queue: BatchQueue) -> None:
-        """Read the number of waiting captions off a queue."""
+    def watch(self, queue: BatchQueue, worker: Worker) -> None:
+        """Read the number of waiting captions off a queue, and the number of restarts off a worker."""
         self.waiting.set_function(lambda: len(queue))
+        self.registry.register(_Restarts(worker))
 
     def observe_batch(self, rows: int, seconds: float) -> None:
         """Take note of a batch."""
@@ -71,3 +76,14 @@ class Metrics:
     def text(self) -> bytes:
         """All of them, in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _Restarts(Collector):
+    """Reads off a worker how often it has lost its model."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The counter, as it stands."""
+        yield CounterMetricFamily("gazeguard_model_restarts", "Times the model was lost and loaded.", self.worker.restarts)

@@ -10,34 +10,46 @@ from typing import Any
 from PIL import Image
 
 from gazeguard.errors import InputError
-from gazeguard.guard import GazeGuard
 from gazeguard.report import Report
 from gazeguard.serving.batching import BatchQueue, Job
 from gazeguard.serving.contracts import ChatRequest
 from gazeguard.serving.conversation import Exchange, read_question
 from gazeguard.serving.limits import DEFAULT_NEW_TOKENS, Limits, RefusedError
 from gazeguard.serving.metrics import Metrics
-from gazeguard.serving.work import CaptionRow, Captions, CheckRow, Checks, Written
+from gazeguard.serving.tasks import Options, Row, Work, Worker, Written
 from gazeguard.vision.images import load_image
 
 
 class Service:
-    """One guard, its queue and its metrics.
+    """One model, its queue and its metrics.
 
     Attributes:
-        guard: The guard; only the queue's thread uses its model.
+        worker: Has the model; only the queue's thread gives it tasks.
         name: What the model is called in answers.
         limits: What is taken on.
         metrics: What has been done.
         queue: What waits for the model.
     """
 
-    def __init__(self, guard: GazeGuard, name: str, limits: Limits) -> None:
-        self.guard, self.name, self.limits = guard, name, limits
+    def __init__(self, worker: Worker, name: str, limits: Limits) -> None:
+        self.worker, self.name, self.limits = worker, name, limits
         self.metrics = Metrics()
         self.queue = BatchQueue(limits.batch, limits.queue, self.metrics.observe_batch)
-        self.metrics.watch(self.queue)
-        self.checks = Checks(guard)
+        self.metrics.watch(self.queue, worker)
+
+    @property
+    def status(self) -> str:
+        """Whether it takes requests and answers them: "ok", "loading" while the model is lost, "stopping" at the end."""
+        return "stopping" if self.queue.closed else "ok" if self.worker.ready else "loading"
+
+    def unchecked(self, caption: str, reason: str) -> Report:
+        """The report on a caption that cannot be checked."""
+        return self.worker.facts.judge.unchecked(caption, reason)
+
+    def close(self) -> None:
+        """Finish what waits, and end the worker."""
+        self.queue.close()
+        self.worker.close()
 
     # ------------------------------------------------------------------------------------------------------- check
 
@@ -53,9 +65,9 @@ class Service:
         jobs: dict[int, Job] = {}
         for i, (exchange, image) in enumerate(zip(exchanges, images, strict=True)):
             if isinstance(image, InputError):
-                reports[i] = self.guard.unchecked(exchange.answer, str(image))
+                reports[i] = self.unchecked(exchange.answer, str(image))
             else:
-                jobs[i] = Job(self.checks, CheckRow(image, exchange.question.prompt, exchange.answer))
+                jobs[i] = Job(Work(self.worker), Row(image, exchange.question.prompt, exchange.answer))
         if jobs:
             self.queue.submit(list(jobs.values()))
             reports |= zip(jobs, await self.results(list(jobs.values()), deadline), strict=True)
@@ -65,7 +77,7 @@ class Service:
 
     def _open(self, data: bytes) -> Image.Image | InputError:
         try:
-            return load_image(data, self.guard.tracer.background, self.limits.pixels)
+            return load_image(data, self.worker.facts.background, self.limits.pixels)
         except InputError as error:
             return error
 
@@ -89,7 +101,7 @@ class Service:
     async def caption(self, request: ChatRequest) -> Written:
         """A guarded caption; requests with the same options share batches."""
         deadline = time.monotonic() + self.limits.seconds
-        job = Job(Captions(self.guard, self._options(request)), await self._row(request))
+        job = Job(Work(self.worker, self._options(request)), await self._row(request))
         self.queue.submit([job])
         (written,) = await self.results([job], deadline)
         self.metrics.count(written.report)
@@ -100,7 +112,7 @@ class Service:
 
         Every piece stands. Where the policy may withhold what it flags, the only piece is what it lets through.
         """
-        if self.guard.policy.on_flag != "keep":
+        if self.worker.facts.policy.on_flag != "keep":
             written = await self.caption(request)
             return _at_once(written)
         deadline = time.monotonic() + self.limits.seconds
@@ -109,7 +121,7 @@ class Service:
         def put(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        job = Job(Captions(self.guard, self._options(request), put), await self._row(request))
+        job = Job(Work(self.worker, self._options(request), put), await self._row(request))
         job.future.add_done_callback(lambda _: put(None))
         self.queue.submit([job])
         return self._pieces(job, pieces, deadline)
@@ -126,14 +138,14 @@ class Service:
         self.metrics.count(written.report)
         yield written
 
-    async def _row(self, request: ChatRequest) -> CaptionRow:
+    async def _row(self, request: ChatRequest) -> Row:
         question = read_question(request.messages)
         image = await asyncio.to_thread(self._open, question.image)
         if isinstance(image, InputError):
             raise image
-        return CaptionRow(image, question.prompt)
+        return Row(image, question.prompt)
 
-    def _options(self, request: ChatRequest) -> tuple[tuple[str, Any], ...]:
+    def _options(self, request: ChatRequest) -> Options:
         """The options of ``generate`` for a request; raises `InputError` for too long a caption."""
         tokens = request.max_completion_tokens or request.max_tokens or min(DEFAULT_NEW_TOKENS, self.limits.new_tokens)
         if tokens > self.limits.new_tokens:

@@ -1,0 +1,43 @@
+"""Models that the tests of the server have loaded in a process of its own, which imports this module: only what it needs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gazeguard.errors import InputError
+
+HELD = "This caption is never answered."
+
+
+def load_held(folder: Path) -> Any:
+    """The lab's model, which comes to no end over the caption `HELD`, and says so through the pipe "begun" of the folder.
+
+    The second time it is loaded once the pipe "go" is written to.
+    """
+    from gazeguard.guard import GazeGuard
+    from gazeguard.serving.model import Model
+
+    class HeldGuard(GazeGuard):
+        def check_all(self, images: Sequence[Any], captions: Sequence[str], prompt: Any = "") -> list[Any]:
+            if HELD in captions:
+                (folder / "begun").write_text("")
+                signal.pause()
+            return super().check_all(images, captions, prompt)
+
+    if (folder / "loaded").exists():
+        (folder / "go").read_text()
+    (folder / "loaded").touch()
+    return Model(HeldGuard.from_pretrained("lab"))
+
+
+def load_nothing() -> Any:
+    """A model that is not there."""
+    raise InputError("There is no such model.")
+
+
+def die_loading() -> Any:
+    """A model that is too large for the machine."""
+    signal.raise_signal(signal.SIGKILL)
