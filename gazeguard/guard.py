@@ -604,7 +604,7 @@ def _check_fit(model: PreTrainedModel, heads: GazeHeads, detector: Detector | No
     if policy.verify is not None and (detector is None or not detector.uses_answers):
         raise MismatchError(
             f"Policy {policy.name!r} asks the model about what a detector doubts, and this guard has no detector that has "
-            "learnt what the answers are worth (answer, in detector.json). Fit one with gazeguard train --verify, or choose a "
-            "policy without verify."
+            "learnt what the answers are worth (answer, in detector.json). Fit one with gazeguard fit (or train --verify), or "
+            "choose a policy without verify."
         )
     return with_measured_strengths(policy, None if detector is None else detector.rerank)

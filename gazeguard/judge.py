@@ -238,19 +238,24 @@ class Judge:
             return "the model gave no finite number for the caption's own tokens"
         return ""
 
-    def _threshold(self, kind: str, rule: str | float | None = None) -> float:
-        """The risk from which claims of a kind count as doubtful; by default the policy's own threshold."""
+    def _threshold(self, kind: str, rule: str | float | None) -> float:
+        """The risk, before any answer, from which claims of a kind count as doubtful; by default the policy's own threshold."""
         return self.fitted.threshold(kind, self.policy.threshold if rule is None else rule)
+
+    def _flag_threshold(self, kind: str) -> float:
+        """The final risk from which claims of a kind are flagged: after the model's answers where the policy verifies."""
+        return self.fitted.threshold(kind, self.policy.threshold, verified=self.policy.verify is not None)
 
     def _counts_answers(self, kind: str, risk: float) -> bool:
         """Whether the model's answer counts for a claim of this kind and risk."""
         if self.fitted.kinds[cast(Kind, kind)].answer is None or kind == _NOT_ASKED:
             return False
-        return risk >= self._threshold(kind, given(self.policy.verify).threshold)
+        asking = given(self.policy.verify).threshold
+        return risk >= (self._flag_threshold(kind) if asking is None else self._threshold(kind, asking))
 
     def _flags(self, claims: Sequence[Claim], risks: F64) -> list[bool]:
         """Which claims are flagged. Of an absent object only the object is: nobody asks for its colour or location."""
-        limits = {kind: self._threshold(kind) for kind in {claim.kind for claim in claims}}
+        limits = {kind: self._flag_threshold(kind) for kind in {claim.kind for claim in claims}}
         over = [bool(risk >= limits[claim.kind]) for claim, risk in zip(claims, risks, strict=True)]
         absent = {claim.phrase for claim, flag in zip(claims, over, strict=True) if flag and claim.kind == "object"}
         return [

@@ -165,7 +165,7 @@ def test_a_folder_of_a_model_keeps_its_files(tmp_path, fitted):
         f"| object | {(KINDS == 'object').sum()} ({FALSE[KINDS == 'object'].sum()}) | {fitted.kinds['object'].data} |" in card
     )
     assert f"{held.claims} ({held.false}) of {held.images} | {held.data} | {held.area} |" in card
-    assert f"| attribute | f1 | {fitted.threshold('attribute', 'f1'):.3f} |" in card
+    assert f"| attribute | f1 | {fitted.threshold('attribute', 'f1'):.3f} | as before |" in card
     with Image.open(tmp_path / "alone" / "reliability.png") as picture:
         assert picture.width > picture.height > 300
     assert "none |" in Detector.fit(X, FALSE, KINDS, HEADS).card(), "what was not validated says so"
@@ -309,7 +309,7 @@ def test_a_rule_without_a_threshold_is_named(fitted):
         alone.threshold("object", "bound_0.02")
     assert str(caught.value) == (
         "This detector has no threshold 'bound_0.02' for claims of kind 'object'; it has f1. Name one of these in the "
-        "policy, give a number, or calibrate the detector on more captions."
+        "policy, give a number, or fit the detector anew, on more captions."
     )
 
 

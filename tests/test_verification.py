@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import invariants
 import numpy as np
@@ -23,7 +24,9 @@ from gazeguard.decoding.verification import (
     question_suffixes,
     with_suffixes,
 )
+from gazeguard.detection.calibration import thresholds
 from gazeguard.detection.detector import Detector
+from gazeguard.detection.table import ClaimTable
 from gazeguard.errors import MismatchError, UnsupportedError
 from gazeguard.guard import GazeGuard
 from gazeguard.judge import MIN_ANSWER_EFFECT
@@ -214,20 +217,79 @@ def test_what_answers_are_worth_is_learnt_from_those_that_were_asked(guard):
     false = rng.random(900) < risk
     told = np.where(kinds == "object", np.where(false, -2, 2) + rng.normal(size=900), rng.normal(size=900))
     told[kinds == "location"] = np.nan
-    made = guard.detector.fit_answers(risk, told, false, kinds).kinds
+    table = ClaimTable(risk[:, None], false, kinds, np.arange(900) // 6)
+    made = guard.detector.fit_answers(risk, told, table).kinds
     assert made["object"].answer[1] < -1.5
     assert made["attribute"].answer[:2] == pytest.approx((1, 0), abs=0.35)
     assert made["location"].answer is None
-    assert made["object"].model_dump(exclude={"answer"}) == guard.detector.kinds["object"].model_dump(exclude={"answer"})
+    left = {"answer", "verified"}
+    assert made["object"].model_dump(exclude=left) == guard.detector.kinds["object"].model_dump(exclude=left)
     few = np.where(np.arange(900) < 40, told, np.nan)
-    assert guard.detector.fit_answers(risk, few, false, kinds).kinds["object"] == guard.detector.kinds["object"]
+    assert guard.detector.fit_answers(risk, few, table).kinds["object"] == guard.detector.kinds["object"]
+
+
+SIX = "There is a star, a moon, a cup, a plane, a bolt and a gear."
+
+
+def invented_claims(images: int, seed: int) -> tuple[np.ndarray, ...]:
+    """Risks, answers, labels (images x 6,): a model that believes in half of what it invents, whatever it is asked."""
+    rng = np.random.default_rng(seed)
+    risk = rng.beta(0.5, 1.5, images * 6)
+    false = rng.random(images * 6) < risk
+    yes = ~false | (rng.random(images * 6) < 0.5)
+    return risk, np.where(yes, 2, -2) + rng.normal(size=images * 6), false
+
+
+def kept_false(guard, detector: Detector, claims: tuple[np.ndarray, ...], **sections) -> tuple[float, float]:
+    """The share of a caption's claims that stay although they are false, and that which is flagged: means over captions."""
+    judge = asking(guard, detector, **sections).judge
+    assessment = judge.assess(guard.check(SAMPLES[0].image, SIX).trace)
+    assert len(assessment.claims) == 6
+    risk, answer, false = (column.reshape(-1, 6) for column in claims)
+    kept, flagged = [], []
+    for row in range(len(risk)):
+        answers = {claim.phrase: told for claim, told in zip(assessment.claims, answer[row], strict=True)}
+        findings = judge.report(replace(assessment, risks=risk[row]), answers).findings
+        flags = np.array([finding.flagged for finding in findings])
+        kept.append((false[row] & ~flags).mean())
+        flagged.append(flags.mean())
+    return float(np.mean(kept)), float(np.mean(flagged))
+
+
+@pytest.mark.parametrize("verify", [{}, {"threshold": 0.02}, {"threshold": "f1"}])
+def test_the_bound_holds_for_what_is_kept_after_the_answers(guard, verify):
+    """On captions that set nothing, from whatever risk is asked; the bound of the risk before would let more stay false."""
+    risk, answer, false = invented_claims(400, 5)
+    table = ClaimTable(risk[:, None], false, np.full(2400, "object"), np.arange(2400) // 6)
+    object_ = guard.detector.kinds["object"].model_copy(update={"thresholds": thresholds(risk, false, table.image)})
+    heard = guard.detector.model_copy(update={"kinds": {"object": object_}}).fit_answers(risk, answer, table)
+    held_out = invented_claims(400, 6)
+    kept, flagged = kept_false(guard, heard, held_out, verify=verify, threshold="bound_0.05")
+    assert kept <= 0.05 + 0.008, "two standard errors of the mean"
+    assert 0 < flagged < 1
+    before, after = heard.threshold("object", "bound_0.05"), heard.threshold("object", "bound_0.05", verified=True)
+    assert after < before
+    void, _ = kept_false(guard, heard, held_out, verify=verify, threshold=before)
+    if not verify:
+        assert kept > 0.04, "not by flagging everything"
+        assert void > 0.05 + 0.016
+
+
+def test_a_bound_of_before_the_answers_is_refused(guard):
+    """A file of an earlier version: its best F1 serves, its bounds would be void."""
+    old = hearing(guard.detector)
+    assert old.threshold("object", "f1", verified=True) == old.threshold("object", "f1")
+    assert old.threshold("location", "bound_0.05", verified=True) == old.threshold("location", "bound_0.05")
+    images, captions, prompts = wrong_captions()
+    with pytest.raises(MismatchError, match=r"no threshold 'bound_0.05' for claims of kind 'object' after self-verification"):
+        asking(guard, old, threshold="bound_0.05").check_all(images, captions, prompts)
 
 
 def test_a_detector_that_has_not_learnt_it_is_refused(guard):
     """An old file loads, and serves every policy but one that asks."""
     plain = guard.detector.model_dump()
     for kind in plain["kinds"].values():
-        del kind["answer"]
+        del kind["answer"], kind["verified"]
     deaf = Detector.model_validate(plain)
     told = r"Policy 'v' asks .* has no detector that has learnt what the answers are worth .* policy without verify"
     with pytest.raises(MismatchError, match=told):

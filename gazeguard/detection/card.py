@@ -32,12 +32,13 @@ relying on them. False is the positive class; intervals are 95 %, over images.
 
 {notes}
 
-| kind of claim | rule | threshold |
-|---|---|---|
+| kind of claim | rule | threshold | after self-verification |
+|---|---|---|---|
 {thresholds}
 
 `bound_0.05`: at most 5 % of the claims stay as false ones, in expectation over captions like these: the same model,
-prompt, decoder and kind of image. Under any other the bound is void.
+prompt, decoder and kind of image. Under any other the bound is void. Under a policy that verifies, thresholds are those of
+the risk after the model's answers.
 
 ![reliability](reliability.png)
 """
@@ -55,12 +56,11 @@ def write_card(model: str, heads: Sequence[tuple[int, int]], kinds: Mapping[Kind
     Returns:
         Markdown with the front matter that the hub reads.
     """
-    rules = [f"| {kind} | {rule} | {risk:.3f} |" for kind, each in kinds.items() for rule, risk in each.thresholds.items()]
     return CARD.format(
         model=model,
         heads=list(heads),
         metrics="\n".join(_metrics(kind, regression) for kind, regression in kinds.items()),
-        thresholds="\n".join(rules),
+        thresholds="\n".join(row for kind, each in kinds.items() for row in _rules(kind, each)),
         notes="\n".join(f"- {note}" for note in notes),
     )
 
@@ -89,6 +89,16 @@ def notes(
     if gate is not None and not gate.usable:
         sentences.append(f"Not usable, every verdict is *unchecked*: {gate.reason}")
     return sentences
+
+
+def _rules(kind: str, regression: Regression) -> list[str]:
+    """The rows of a kind of claim: the threshold of each rule, and that after the answers, "as before" for what nobody asks."""
+    after = {name: f"{risk:.3f}" for name, risk in regression.verified.items()}
+    asked = regression.answer is not None
+    return [
+        f"| {kind} | {rule} | {risk:.3f} | {after.get(rule, 'none') if asked else 'as before'} |"
+        for rule, risk in regression.thresholds.items()
+    ]
 
 
 def _metrics(kind: str, regression: Regression) -> str:

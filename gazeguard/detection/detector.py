@@ -20,6 +20,7 @@ from gazeguard.detection.gate import Gate
 from gazeguard.detection.plots import draw_reliability
 from gazeguard.detection.regression import Regression
 from gazeguard.detection.rerank_evidence import RerankEvidence
+from gazeguard.detection.table import ClaimTable
 from gazeguard.detection.training import calibrate_regressions, fit_regressions, known_features
 from gazeguard.errors import MismatchError
 from gazeguard.heads.artifact import GazeHeads
@@ -134,25 +135,22 @@ class Detector(BaseModel):
         calibrated = calibrate_regressions(self.kinds, self.heads, x, false, kinds, image, weights)
         return self.model_copy(update={"kinds": calibrated})
 
-    def fit_answers(
-        self, risk: NDArray[np.float64], answer: NDArray[np.float64], false: NDArray[np.bool_], kinds: NDArray[np.str_]
-    ) -> Detector:
-        """A copy that weighs self-verification answers, fitted to validation claims (claims,).
+    def fit_answers(self, risk: NDArray[np.float64], answer: NDArray[np.float64], table: ClaimTable) -> Detector:
+        """A copy that weighs self-verification answers, with thresholds of the risk after them, from validation claims.
 
         Args:
             risk: (claims,) risks of this detector.
             answer: (claims,) log-odds of yes against no to the question whether the claim's object is there; NaN where the
                 model was not asked.
-            false: (claims,) labels.
-            kinds: (claims,) kind of each claim.
+            table: The claims with their labels.
 
         Returns:
             The copy; a kind with fewer than `regression.MIN_CLAIMS` true or false answered claims stays as it is.
         """
         fitted = {}
         for kind, regression in self.kinds.items():
-            rows = (kinds == kind) & ~np.isnan(answer)
-            fitted[kind] = regression.fit_answers(risk[rows], answer[rows], false[rows])
+            rows = table.kinds == kind
+            fitted[kind] = regression.fit_answers(risk[rows], answer[rows], table.false[rows], table.image[rows])
         return self.model_copy(update={"kinds": fitted})
 
     # ----------------------------------------------------------------------------------------------------- using
@@ -211,23 +209,25 @@ class Detector(BaseModel):
         rows = zip(x, (self.kinds[cast(Kind, kind)] for kind in kinds), strict=True)
         return [each.reasons(features.pick(row[None], self.heads, each.names), most) for row, each in rows]
 
-    def threshold(self, kind: str, rule: str | float) -> float:
+    def threshold(self, kind: str, rule: str | float, verified: bool = False) -> float:
         """The risk from which claims of a kind are flagged.
 
         Args:
             kind: The kind of claim.
             rule: The name of a rule, or the threshold itself.
+            verified: Whether it is the risk after the model's answers, for kinds that it is asked about.
 
         Raises:
             MismatchError: The detector has no threshold by this rule.
         """
         if not isinstance(rule, str):
             return rule
-        known = self.kinds[cast(Kind, kind)].thresholds
+        known = self.kinds[cast(Kind, kind)].rules(verified)
         if rule not in known:
+            what = " after self-verification" * verified
             raise MismatchError(
-                f"This detector has no threshold {rule!r} for claims of kind {kind!r}; it has {', '.join(known)}. Name one of "
-                "these in the policy, give a number, or calibrate the detector on more captions."
+                f"This detector has no threshold {rule!r} for claims of kind {kind!r}{what}; it has {', '.join(known)}. "
+                "Name one of these in the policy, give a number, or fit the detector anew, on more captions."
             )
         return known[rule]
 

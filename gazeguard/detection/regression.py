@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from gazeguard.detection.calibration import calibration_error, log_odds, logistic, platt, reliability
+from gazeguard.detection.calibration import calibration_error, log_odds, logistic, platt, reliability, thresholds
 from gazeguard.detection.features import meaning
 from gazeguard.detection.metrics import auroc
 from gazeguard.errors import given
 
 MIN_CLAIMS = 5  # false claims of a kind, and true ones, from which anything is fitted to them
+ANSWER_FOLDS = 5
 ROUNDING = 1e-9
 
 
@@ -97,6 +98,8 @@ class Regression(BaseModel):
                 risk is the direct logit attribution of the gaze heads, which needs no training, on a calibrated scale
     answer:     weights of the risk's log-odds and of the self-verification answer's (yes against no), and a bias; None when
                 they were not fitted; see `update_with_answers`
+    verified:   as ``thresholds``, of the risk that is left once the model has been asked about what would be flagged; empty
+                where ``answer`` is None, and in files of earlier versions
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -112,6 +115,7 @@ class Regression(BaseModel):
     data: str = Field(description="fingerprint of the features and labels it was fitted on")
     validation: ValidationMetrics | None = None
     answer: tuple[float, float, float] | None = None
+    verified: dict[str, Share] = Field(default_factory=dict)
     method: Literal["regression", "attribution"] = "regression"
 
     @model_validator(mode="after")
@@ -201,17 +205,42 @@ class Regression(BaseModel):
 
     def update_with_answers(self, risk: NDArray[np.float64], answer: NDArray[np.float64]) -> NDArray[np.float64]:
         """(claims,): the risk given the self-verification answer, from the risk before and the answer's log-odds (claims,)."""
-        risk_weight, answer_weight, bias = given(self.answer)
-        return logistic(risk_weight * log_odds(risk) + answer_weight * answer + bias)
+        return _answered(given(self.answer), risk, answer)
 
-    def fit_answers(self, risk: NDArray[np.float64], answer: NDArray[np.float64], false: NDArray[np.bool_]) -> Regression:
-        """A copy with ``answer`` fitted to claims that were asked about (claims,); unchanged when they are too few."""
-        if not MIN_CLAIMS <= false.sum() <= len(false) - MIN_CLAIMS:
+    def fit_answers(
+        self,
+        risk: NDArray[np.float64],
+        answer: NDArray[np.float64],
+        false: NDArray[np.bool_],
+        image: NDArray[np.int64],
+    ) -> Regression:
+        """A copy with ``answer``, and ``verified`` thresholds, from claims of which some were asked about.
+
+        The thresholds are those of the least risk that asking can leave of a claim, the smaller one of before and after. What a
+        policy keeps is then never more than what they were set on, from whatever risk it asks: a bound holds for each.
+
+        Args:
+            risk: (claims,) the risk before any answer.
+            answer: (claims,) log-odds of yes, NaN where it was not asked.
+            false: (claims,) labels.
+            image: (claims,) index of the image of each claim.
+
+        Returns:
+            The copy; where fewer than `MIN_CLAIMS` false or true claims were asked about, the regression as it is.
+        """
+        asked = ~np.isnan(answer)
+        if not _enough(false[asked]):
             return self
-        from sklearn.linear_model import LogisticRegression
+        weights = _answer_weights(risk[asked], answer[asked], false[asked])
+        least = np.fmin(risk, _held_out_answered(risk, answer, false, image, weights))  # fmin: NaN where it was not asked
+        return self.model_copy(update={"answer": weights, "verified": thresholds(least, false, image)})
 
-        model = LogisticRegression(max_iter=5000).fit(np.stack((log_odds(risk), answer), axis=1), false)
-        return self.model_copy(update={"answer": (*model.coef_[0].tolist(), float(model.intercept_[0]))})
+    def rules(self, verified: bool) -> dict[str, float]:
+        """The thresholds by rule, of the risk as it is, or as the model's answers leave it where it is asked."""
+        if not verified or self.answer is None:
+            return self.thresholds
+        # A file of an earlier version has none of after. The best F1 of before is near it, but a bound would be void.
+        return self.verified or {rule: risk for rule, risk in self.thresholds.items() if not rule.startswith("bound")}
 
     def calibrated(
         self, x: NDArray[np.float64], false: NDArray[np.bool_], weights: NDArray[np.float64] | None = None
@@ -224,6 +253,49 @@ class Regression(BaseModel):
         """A copy whose log-odds are ``slope`` times its own, plus ``shift``."""
         steeper = tuple(weight * slope for weight in self.weights)
         return self.model_copy(update={"weights": steeper, "bias": self.bias * slope + shift})
+
+
+AnswerWeights = tuple[float, float, float]
+
+
+def _enough(false: NDArray[np.bool_]) -> bool:
+    """Whether claims with these labels are enough to fit to."""
+    return bool(MIN_CLAIMS <= false.sum() <= len(false) - MIN_CLAIMS)
+
+
+def _answer_weights(risk: NDArray[np.float64], answer: NDArray[np.float64], false: NDArray[np.bool_]) -> AnswerWeights:
+    """Weights of a risk's log-odds and of an answer, and a bias; of answered claims (claims,)."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(max_iter=5000).fit(np.stack((log_odds(risk), answer), axis=1), false)
+    risk_weight, answer_weight = model.coef_[0].tolist()
+    return risk_weight, answer_weight, float(model.intercept_[0])
+
+
+def _answered(weights: AnswerWeights, risk: NDArray[np.float64], answer: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(claims,): the risk given an answer (claims,), log-odds of yes; NaN where that is NaN."""
+    risk_weight, answer_weight, bias = weights
+    return logistic(risk_weight * log_odds(risk) + answer_weight * answer + bias)
+
+
+def _held_out_answered(
+    risk: NDArray[np.float64],
+    answer: NDArray[np.float64],
+    false: NDArray[np.bool_],
+    image: NDArray[np.int64],
+    weights: AnswerWeights,
+) -> NDArray[np.float64]:
+    """`_answered` with weights that were fitted without the image of each claim; ``weights`` where the others are too few."""
+    from sklearn.model_selection import GroupKFold
+
+    updated = _answered(weights, risk, answer)
+    if (images := len(np.unique(image))) < 2:
+        return updated
+    for others, own in GroupKFold(min(ANSWER_FOLDS, images)).split(risk, groups=image):
+        known = others[~np.isnan(answer[others])]
+        if _enough(false[known]):
+            updated[own] = _answered(_answer_weights(risk[known], answer[known], false[known]), risk[own], answer[own])
+    return updated
 
 
 def fingerprint(x: NDArray[np.float64], false: NDArray[np.bool_]) -> str:

@@ -19,6 +19,7 @@ Claims without a label are left out.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from gazeguard.detection import features
 from gazeguard.detection.cross_fitting import cross_fit
 from gazeguard.detection.detector import Detector
 from gazeguard.detection.table import ClaimTable, stack_states
-from gazeguard.errors import InputError, given
+from gazeguard.errors import GazeGuardError, InputError, given
 from gazeguard.fitting.rows import Recorded, Rows
 from gazeguard.guard import GazeGuard
 from gazeguard.progress import track
@@ -48,6 +49,7 @@ from gazeguard.vision.encoding import encode
 from gazeguard.vision.images import load_image
 from gazeguard.vision.inputs import model_inputs
 
+LOGGER = logging.getLogger(__name__)
 MAX_LINE_BYTES = 2**20
 
 
@@ -193,7 +195,7 @@ def fit_detector(
     table = claim_table(examples)
     detector, risk = cross_fit(table, guard.heads)
     if verify:
-        detector = detector.fit_answers(risk, _answers(guard, examples), table.false, table.kinds)
+        detector = detector.fit_answers(risk, _answers(guard, examples), table)
     return detector, left_out
 
 
@@ -256,7 +258,7 @@ def record_labelled(guard: GazeGuard, captions: Sequence[LabelledCaption], first
         caption=first + table.caption,
         origin=np.full(len(examples), "labelled"),
         style=np.full(len(examples), ""),
-        answer=np.full(len(examples), np.nan),
+        answer=_answers_if_any(guard, examples),
     )
     states = np.zeros((len(number), 0), np.float32) if table.states is None else table.states
     return Recorded(rows, ("",) * len(number), first + number, states)
@@ -280,7 +282,7 @@ def _with_features(
 
 
 def _answers(guard: GazeGuard, examples: Sequence[Example]) -> NDArray[np.float64]:
-    """(examples,) log-odds of yes to the question whether each claim's object is there; NaN for locations."""
+    """(examples,): log-odds of yes to the question whether each claim's object is there; NaN for locations."""
     answers = np.full(len(examples), np.nan)
     of_caption: dict[int, list[int]] = {}
     for i, example in enumerate(examples):
@@ -292,3 +294,12 @@ def _answers(guard: GazeGuard, examples: Sequence[Example]) -> NDArray[np.float6
         log_odds = ask_about(guard.model, guard.processor, [image], [row.prompt], [0] * len(phrases), phrases)
         answers[indices] = log_odds.cpu().numpy()
     return answers
+
+
+def _answers_if_any(guard: GazeGuard, examples: Sequence[Example]) -> NDArray[np.float64]:
+    """(examples,): `_answers`; NaN for all of a model that cannot be asked, as policies that verify will say."""
+    try:
+        return _answers(guard, examples)
+    except GazeGuardError as error:
+        LOGGER.info("the model is not asked about its claims: %s", error)
+        return np.full(len(examples), np.nan)

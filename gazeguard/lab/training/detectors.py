@@ -33,5 +33,5 @@ def fit_detectors(
         detector = cross_fit(train.table, guard.heads, names, SCOPE).detector
         detector = detector.calibrated(held_out.x, held_out.false, held_out.kind, held_out.image)
         risk = detector.risk(held_out.x, held_out.kind.tolist())
-        detectors.append(detector.fit_answers(risk, answers, held_out.false, held_out.kind))
+        detectors.append(detector.fit_answers(risk, answers, held_out.table))
     return detectors
