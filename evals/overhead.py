@@ -4,8 +4,8 @@ All methods generate the same number of tokens. Each repeat runs every method on
 with a plain run before and after it; a ratio is that of the method to the mean of these two, so that a machine whose speed
 drifts favours none. ``aa_baseline`` is plain in the place of a method: the noise floor of the machine. A figure is the
 median over the repeats. ``memory`` is the peak of the process, with what the C library's heap keeps between its blocks,
-which varies from run to run. ``memory_in_use`` is that of a process of its own, twice, whose heap returns every block of
-`RETURNED` bytes at once. ``recorder_dla`` is the recorder with direct logit attribution. The models other than the lab's
+which varies from run to run. ``memory_in_use`` is that of two processes in turn whose heap returns every block of `RETURNED`
+bytes at once. ``recorder_dla`` is the recorder with direct logit attribution. The models other than the lab's
 have random weights, which cost what trained ones cost:
 
 * ``lab``: the VLM that ships with the package;
@@ -203,16 +203,18 @@ def build(name: str, batch: int, new: int, device: str) -> dict[str, Callable[[]
     return methods(*MODELS[name][0](batch, new, device), new)
 
 
-def peak(name: str, batch: int, new: int, method: str) -> int:
-    """Peak bytes of this process during a run of one method."""
-    return time_and_memory(build(name, batch, new, "cpu")[method], "cpu")[1]
+def peaks(name: str, batch: int, new: int, chosen: list[str]) -> dict[str, int]:
+    """Peak bytes of this process during a run of each method, after a first run of plain."""
+    runs = build(name, batch, new, "cpu")
+    runs["plain"]()
+    return {method: time_and_memory(runs[method], "cpu")[1] for method in chosen}
 
 
-def in_use(name: str, batch: int, new: int, method: str) -> int:
-    """`peak` in a process of its own, whose heap keeps no large block that is not in use."""
+def in_use(name: str, batch: int, new: int, chosen: list[str]) -> dict[str, int]:
+    """`peaks` of a process of its own, whose heap keeps no large block that is not in use."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(RETURNED)  # glibc reads it when a process starts, so this one does not change
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-        return alone.submit(peak, name, batch, new, method).result()
+        return alone.submit(peaks, name, batch, new, chosen).result()
 
 
 def ratios_to_plain(
@@ -278,12 +280,10 @@ def main(
                     progress.advance(bar)
                 ratios, seconds = ratios_to_plain(runs, repeats, device, lambda bar=bar: progress.advance(bar))
                 if device == "cpu":
-                    peaks: dict[str, list[int]] = {method: [] for method in runs}
-                    for method in progress.track(list(runs) * 2, description=f"{name}, batch {batch}, memory in use"):
-                        peaks[method].append(in_use(name, batch, new, method))
-                    plain = peaks.pop("plain")
+                    processes = progress.track(range(1 if quick else 2), description=f"{name}, batch {batch}, memory in use")
+                    measured = [in_use(name, batch, new, list(runs)) for _ in processes]
                     ratios["memory_in_use"] = {
-                        method: [a / b for a, b in zip(each, plain, strict=True)] for method, each in peaks.items()
+                        method: [each[method] / each["plain"] for each in measured] for method in runs if method != "plain"
                     }
                 for measure, by_method in ratios.items():
                     for method, each in by_method.items():
