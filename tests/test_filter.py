@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 import re
 import threading
 import warnings
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gazeguard import __version__, lab
-from gazeguard.errors import InputError
+from gazeguard.errors import InputError, UnsupportedError
 from gazeguard.filtering.batches import PREFETCHED, open_image
 from gazeguard.filtering.caption_filter import NO_CAPTION, CaptionFilter, explain_failure
 from gazeguard.filtering.ray import ArrowCaptionFilter
@@ -170,6 +171,22 @@ def test_datasets_map_takes_it_as_it_is(caption_filter, captions):
     assert list(results["gaze_verdict"]) == expected["gaze_verdict"]
     assert list(results["gaze_caption"]) == captions
     assert len(results.filter(lambda row: row["gaze_verdict"] == "pass")) == expected["gaze_verdict"].count("pass")
+
+
+def test_a_pickled_filter_is_its_arguments_and_not_its_weights(caption_filter):
+    """So that datasets finds its cached results again, and hashes no model."""
+    fingerprint = pytest.importorskip("datasets.fingerprint")
+    named = CaptionFilter(model="lab", batch_size=3)
+    again = pickle.loads(pickle.dumps(named))
+    false = {"image": IMAGES[:2], "caption": ["There is a red skull."] * 2}
+    assert again(false) == named(false)
+    assert len(pickle.dumps(named)) < 5000
+    hashed = fingerprint.Hasher.hash(named)
+    assert fingerprint.Hasher.hash(again) == hashed
+    again.batch_size = 4
+    assert fingerprint.Hasher.hash(again) != hashed
+    with pytest.raises(UnsupportedError, match=r"Make it of the model's name: CaptionFilter\(model="):
+        pickle.dumps(caption_filter)
 
 
 def test_a_table_has_the_same_types_whatever_it_holds(caption_filter, captions):

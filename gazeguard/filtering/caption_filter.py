@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from gazeguard import __version__
-from gazeguard.errors import GazeGuardError, InputError
+from gazeguard.errors import GazeGuardError, InputError, UnsupportedError
 from gazeguard.filtering.batches import PendingRow, prefetch
 from gazeguard.filtering.columns import report_columns
 from gazeguard.filtering.readers import Source, fingerprint
@@ -93,11 +93,12 @@ class CaptionFilter:
         if batch_size < 1 or workers < 1 or max_new_tokens < 1:
             numbers = f"{batch_size}, {workers} and {max_new_tokens}"
             raise InputError(f"batch_size, workers and max_new_tokens are {numbers}. Give each at least 1.")
+        self._source: dict[str, Any] | None = None
         if guard is None:
             if model is None:
                 raise InputError("There is neither a guard nor a model. Pass a GazeGuard, or model='folder or hub id'.")
             options |= {"artifacts": artifacts, "device": device, "dtype": dtype, "policy": policy or "mark"}
-            guard = GazeGuard.from_pretrained(model, **options)
+            guard, self._source = GazeGuard.from_pretrained(model, **options), {"model": model, **options}
         elif not isinstance(guard, GazeGuard):
             raise InputError(f"The guard is {guard!r}, expected a GazeGuard. Pass the folder or hub id of a model as model=...")
         elif model is not None or artifacts is not None or policy is not None or options:
@@ -136,6 +137,21 @@ class CaptionFilter:
         results = self.judge(images, captions, prompts)
         added = (self.caption, *COLUMNS) if self.write_captions else COLUMNS
         return {**batch, **{name: [row[name] for row in results] for name in added}}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, a filter that was made of a model's name is its arguments: whoever hashes it (datasets) hashes no weights.
+
+        Raises:
+            UnsupportedError: It was made of a guard, whose model may be too large to copy.
+        """
+        if self._source is None:
+            raise UnsupportedError(
+                "A filter made of a guard cannot be hashed or sent to another process. Make it of the model's name: "
+                "CaptionFilter(model='folder or hub id')."
+            )
+        names = ("batch_size", "workers", "prompt", "max_new_tokens", "image", "caption", "write_captions")
+        own = {name: getattr(self, name) for name in names}
+        return _made_again, (type(self), {**self._source, **own}, _guard_settings(self.guard))
 
     def judge(
         self,
@@ -216,25 +232,15 @@ class CaptionFilter:
 
     def run_settings(self, source: Source, root: str | Path, chunk: int, label_only: bool) -> dict[str, str]:
         """Return all that results depend on, by name: an interrupted run goes on only where all of it is the same."""
-        guard = self.guard
         settings = {
             "input": fingerprint(source, Path(root)),
-            "model": guard.heads.model,
-            "processor": type(guard.processor).__name__,
-            "gaze heads": _digest(guard.heads.model_dump_json()),
-            "detector": "none" if guard.detector is None else _digest(guard.detector.model_dump_json()),
-            "policy": guard.policy.model_dump_json(),
             "prompt": self.prompt,
             "task": f"check {self.caption}; {self._writing()}",
             "image column": self.image,
-            "background": guard.tracer.background,
             "batch size": self.batch_size,
             "chunk": chunk,
             "label-only": label_only,
-            **({"nouns": " ".join(sorted(guard.judge.nouns))} if guard.judge.nouns else {}),
-            "gazeguard": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **_guard_settings(self.guard),
         }
         return {name: str(value) for name, value in settings.items()}
 
@@ -303,6 +309,27 @@ def explain_failure(error: Exception) -> str:
         return "out of memory, even for this row alone"
     message = next(iter(str(error).strip().splitlines()), "")[:MAX_REASON]
     return f"the model raised {type(error).__name__}" + (f": {message}" if message else "")
+
+
+def _guard_settings(guard: GazeGuard) -> dict[str, str]:
+    """All of a guard that results depend on, by name."""
+    return {
+        "model": guard.heads.model,
+        "processor": type(guard.processor).__name__,
+        "gaze heads": _digest(guard.heads.model_dump_json()),
+        "detector": "none" if guard.detector is None else _digest(guard.detector.model_dump_json()),
+        "policy": guard.policy.model_dump_json(),
+        "background": guard.tracer.background,
+        **({"nouns": " ".join(sorted(guard.judge.nouns))} if guard.judge.nouns else {}),
+        "gazeguard": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _made_again(kind: type[CaptionFilter], arguments: dict[str, Any], _: dict[str, str]) -> CaptionFilter:
+    """A filter of the same arguments; the settings of the guard count where the pickled filter is hashed."""
+    return kind(**arguments)
 
 
 def _digest(text: str) -> str:
