@@ -18,14 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerFast
 
+from evals.random_models import WordProcessor, heads_of
 from gazeguard.attention.backbone import find_backbone
 from gazeguard.errors import GazeGuardError, UnsupportedError
 from gazeguard.guard import GazeGuard
-from gazeguard.heads.artifact import GazeHeads, Score, fingerprint
 from gazeguard.policy import load_policy, parse_policy
 from gazeguard.trace import GazeTrace
 from gazeguard.tracing import ReplayPart
@@ -155,25 +153,6 @@ class Outcome:
     unchecked: list[str] = field(default_factory=list)
 
 
-class FamilyProcessor:
-    """The processor of a family whose batches are made by hand: its tokenizer, one word for each id.
-
-    Attributes:
-        tokenizer: The tokenizer.
-    """
-
-    image_processor = None
-    chat_template = None
-
-    def __init__(self, vocabulary: int) -> None:
-        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w1"))
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", bos_token="w1")
-
-    def __call__(self, **_: Any) -> BatchFeature:
-        """Refuse: there are no images, only pixels."""
-        raise UnsupportedError("The families' batches are made by hand. Use Family.batch.")
-
-
 def run(combination: Combination) -> Outcome | None:
     """Run one combination; None where the model itself cannot do it, without any guard."""
     with quietly(), _kernel(combination) as kind:
@@ -252,20 +231,8 @@ def guard_of(kind: Family, inputs: Mapping[str, Tensor], policy: str = "mark") -
     """A guard around a family's model, on a few heads of several layers; where no rule knows the grid, one without places."""
     model = kind.model
     every = find_backbone(model).heads()
-    figures = ("mass", "selectivity", "contrast", "hit_rate", "shuffled_mass", "sink_mass")
-    none = Score(**dict.fromkeys(figures, (0.0,) * len(every)), matrix=())
-    heads = GazeHeads(
-        model=fingerprint(model),
-        model_class=type(model).__name__,
-        heads=tuple(sorted({every[0], every[1], every[-2]})),
-        all_heads=tuple(every),
-        narration=None,
-        query=none,
-        strips=2,
-        panels=2,
-        split_half=1.0,
-    )
-    processor: Any = FamilyProcessor(len(find_backbone(model).unembedding.weight))
+    heads = heads_of(model, {every[0], every[1], every[-2]})
+    processor: Any = WordProcessor(len(find_backbone(model).unembedding.weight))
     return GazeGuard(model, processor, POLICIES[policy], heads=heads, grid=_unknown_grid(kind, inputs))
 
 

@@ -88,9 +88,10 @@ def write(
     quick: bool,
     ids: Sequence[str] = (),
     checkpoint: Path | None = lab.checkpoint_path(),  # noqa: B008
+    show: bool = True,
     **meta: Any,
 ) -> None:
-    """Write the file, and show the figures on stderr.
+    """Write the file, and show the figures on stderr unless ``show`` is False.
 
     ``checkpoint`` is the folder of the model that was measured, None where captions or answers of other models were.
     """
@@ -110,6 +111,8 @@ def write(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"figures": figures, "meta": described}, indent=1) + "\n", encoding="utf-8")
+    if not show:
+        return
     table = Table("figure", "value", "95 % interval", title=str(out))
     for key, each in figures.items():
         interval = "" if each["ci"] is None else f"{each['ci'][0]:.4g} to {each['ci'][1]:.4g}"

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from evals import random_models
 from evals.common import Figure, Out, Quick, median, with_issue_keys, write
 from evals.timing import time_and_memory
 from gazeguard import _compat, lab
@@ -39,8 +40,8 @@ from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.image_tokens import image_token_id
 
+SEED = random_models.SEED
 HEADS = 12  # gaze heads that are recorded, as many as the source paper finds in models of 7 billion parameters
-SEED = 500
 RETURNED = 2**18  # bytes, far less than the blocks of a growing cache
 # Keys by which issues ask for figures.
 ISSUE_KEYS = {
@@ -61,74 +62,22 @@ def small(batch: int, new: int, device: str) -> Model:
     return model.to(device), {name: value.to(device) for name, value in encoded.inputs.items()}
 
 
-def _llava(text: dict[str, Any], vision: dict[str, Any], batch: int, length: int, device: str, dtype: torch.dtype) -> Model:
-    """A LLaVA with random weights, and prompts of ``length`` tokens around one image."""
-    size, patch = vision["image_size"], vision["patch_size"]
-    config = tf.LlavaConfig(
-        text_config={"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, **text},
-        vision_config={"model_type": "clip_vision_model", "projection_dim": 512, **vision},
-        image_token_index=32000,
-    )
-    with torch.device(device):
-        model = tf.AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-    patches = (size // patch) ** 2
-    ids = torch.randint(10, 30000, (batch, length), generator=torch.Generator().manual_seed(SEED))
-    ids[:, 5 : 5 + patches] = 32000
-    pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(SEED)).to(dtype)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    return model, {name: value.to(device) for name, value in inputs.items()}
+def _random(name: str) -> Callable[[int, int, str], Model]:
+    """One of `random_models.SIZES`."""
+    sizes = random_models.SIZES[name]
 
+    def made(batch: int, new: int, device: str) -> Model:
+        model = random_models.build(sizes, device)
+        return model, random_models.batch(sizes, model, batch)
 
-def middle(batch: int, new: int, device: str) -> Model:
-    """Twelve layers, 512 wide, 576 image tokens."""
-    text = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12, "num_attention_heads": 8}
-    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": 336, "patch_size": 14}
-    return _llava(text | {"num_key_value_heads": 8}, vision, batch, 608, device, torch.float32)
-
-
-def llava_7b(batch: int, new: int, device: str) -> Model:
-    """LLaVA-1.5-7B's sizes, bfloat16."""
-    text = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    vision |= {"image_size": 336, "patch_size": 14}
-    return _llava(text, vision, batch, 2000, device, torch.bfloat16)
-
-
-def qwen3_vl_8b(batch: int, new: int, device: str) -> Model:
-    """Qwen3-VL-8B's sizes, bfloat16; an image of 1,024 patches."""
-    config = tf.Qwen3VLConfig(
-        text_config={
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
-        },
-        vision_config={"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096},
-    )
-    with torch.device(device):
-        model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
-    ids = torch.randint(10, 30000, (batch, 2000), generator=torch.Generator().manual_seed(SEED))
-    ids[:, 4], ids[:, 5 : 5 + 1024], ids[:, 5 + 1024] = config.vision_start_token_id, config.image_token_id, 151653
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == config.image_token_id).long(),
-        "pixel_values": torch.randn(batch * 4096, 3 * 2 * 16 * 16, dtype=torch.bfloat16),
-        "image_grid_thw": torch.tensor([[1, 64, 64]] * batch),
-    }
-    return model, {name: value.to(device) for name, value in inputs.items()}
+    return made
 
 
 MODELS: dict[str, tuple[Callable[[int, int, str], Model], tuple[int, ...]]] = {  # builder, batch sizes
     "lab": (small, (1, 8)),
-    "middle": (middle, (1, 8)),
-    "llava-7b": (llava_7b, (1, 16)),
-    "qwen3-vl-8b": (qwen3_vl_8b, (1, 16)),
+    "middle": (_random("middle"), (1, 8)),
+    "llava-7b": (_random("llava-7b"), (1, 16)),
+    "qwen3-vl-8b": (_random("qwen3-vl-8b"), (1, 16)),
 }
 
 

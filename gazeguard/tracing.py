@@ -200,8 +200,11 @@ class Tracer:
         for row, ids in zip(tokens, captions, strict=True):
             row[: len(ids)] = ids
         activations = CapturedActivations(*(tensor[:, :longest] for tensor in vars(captured.activations).values()))
-        generated = torch.from_numpy(tokens).to(activations.hidden.device)
-        batch = trace_batch(self.recorder.backbone, self.recorder.heads, activations, generated, captured.lens)
+        return self.numbers(activations, torch.from_numpy(tokens).to(activations.hidden.device), captured.lens)
+
+    def numbers(self, activations: CapturedActivations, tokens: Tensor, lens: LogitLens | None) -> TraceBatch:
+        """The numbers of tokens (captions, T), from the activations at the steps that generated them."""
+        batch = trace_batch(self.recorder.backbone, self.recorder.heads, activations, tokens, lens)
         # Steering changes the states of the image tokens, which then say nothing of how far the image is from known ones.
         return batch if self.steering is None else replace(batch, image_state=None)
 
@@ -352,7 +355,7 @@ class DraftTraces:
         """Of captions after these prompts, while the tracer records."""
         self.tracer, self.prompts = tracer, prompts
         self._tokens: list[list[int]] = []  # that each pass generated, one per row
-        self._batch: TraceBatch | None = None  # of as many passes as have been asked for, without the logit lens
+        self._batch: TraceBatch | None = None  # of as many passes as have been asked for
 
     def update(self, drafts: Sequence[Draft | None]) -> None:
         """Take note of the newest token of every draft, which replaces another one after a rollback."""
@@ -366,27 +369,20 @@ class DraftTraces:
             if self._batch is not None:  # another token than the one that was there
                 self._batch = self._batch.truncate(newest)
 
-    def _numbers(self) -> TraceBatch:
-        """The numbers of all passes, (batch, passes), without the logit lens, which is costly."""
+    def trace_batch(self) -> TraceBatch:
+        """The numbers of all passes, (batch, passes); each is computed once, when it is asked for first."""
         tracer, done = self.tracer, 0 if self._batch is None else len(self._batch)
         if done < len(self._tokens):
             tokens = torch.tensor(self._tokens[done:], device=tracer.model.device).T
-            recorder = tracer.recorder
-            new = trace_batch(recorder.backbone, recorder.heads, recorder.collect(start=done), tokens, None)
+            new = tracer.numbers(tracer.recorder.collect(start=done), tokens, tracer.logit_lens())
             self._batch = new if self._batch is None else self._batch.concatenate(new)
         return given(self._batch)
-
-    def trace_batch(self) -> TraceBatch:
-        """The numbers of all passes, (batch, passes)."""
-        return self._numbers().with_logit_lens(self.tracer.logit_lens(), torch.tensor(self._tokens).T)
 
     def trace(self, row: int, draft: Draft, ids: NDArray[np.int64]) -> GazeTrace:
         """The trace of one draft, whose ids without an end token are ``ids`` (T,)."""
         text, offsets = decode(self.tracer.processor.tokenizer, ids)
         grid = self.prompts.grids[row * len(self.prompts.grids) // len(self._tokens[0])]
-        numbers, lens = self._numbers().select(row, draft.passes[: len(ids)]), self.tracer.logit_lens()
-        if lens is not None:
-            numbers = numbers.with_logit_lens(lens.select(slice(row, row + 1)), torch.from_numpy(ids)[None])
+        numbers = self.trace_batch().select(row, draft.passes[: len(ids)])
         return self.tracer.trace(numbers, 0, slice(None), ids, text, offsets, grid, finished=True)
 
 

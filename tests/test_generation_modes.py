@@ -16,7 +16,6 @@ import torch
 from families import CACHE, IMAGE, Family, family, gemma3, llava_mistral
 from families.kernels import flash_by_hand, flash_on_cpu, flex_on_cpu, use_kernel
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -27,6 +26,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from evals.host_waits import Waits
 from gazeguard.attention.attribution import token_statistics, top_k_statistics
 from gazeguard.attention.backbone import find_backbone
 from gazeguard.attention.buffers import CapturedActivations
@@ -495,21 +495,6 @@ def test_a_steered_prompt_is_another_prompt():
 
 
 # ----------------------------------------------------------------------------------------------------------------- cost
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations that make the host wait for the device, or carry a tensor from one to the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        moved = name == "_to_copy" and (kwargs or {}).get("device") is not None
-        if moved or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 def counted(own: Any, waits: Waits) -> Any:

@@ -65,16 +65,16 @@ class RerankProcessor(LogitsProcessor):
             self._prompt_length, self._shown = input_ids.shape[1], self._tokens_shown(len(input_ids))
         top, tokens = scores.topk(min(NUM_CONTRAST_TOKENS, scores.shape[-1]), dim=-1)
         plausible = top - top[:, :1] >= math.log(self.policy.plausible)
-        if not plausible[:, 1:].any():
+        objects = plausible & (tokens[:, :, None] == self._shown[:, None]).any(-1)
+        stops = plausible & (tokens[:, :, None] == self._stops).any(-1)
+        # What is computed for a choice that no row has would be paid for by all; the host waits for the device once.
+        chosen, for_objects, for_ends = torch.stack((plausible[:, 1:].any(), objects.any(), stops.any())).tolist()
+        if not chosen:
             return scores
         gain = torch.zeros_like(top)
         if self._attribution_strength:
             gain += self._attribution_strength * _relative(candidate_attribution(self.recorder, *captured, tokens), plausible)
-        objects = plausible & (tokens[:, :, None] == self._shown[:, None]).any(-1)
-        stops = plausible & (tokens[:, :, None] == self._stops).any(-1)
-        # What is computed for a choice that no row has would be paid for by all.
-        for_objects = self._object_strength and objects.any()
-        for_ends = self._end_strength and stops.any()
+        for_objects, for_ends = self._object_strength and for_objects, self._end_strength and for_ends
         if for_objects or for_ends:
             gaze = self.recorder.gaze_at(position)
         if for_objects:
@@ -102,10 +102,10 @@ class RerankProcessor(LogitsProcessor):
         lens = self.recorder.layer_lens()
         if lens is None or not (self._end_strength or self._object_strength):
             return torch.full((rows, 1), -1, device=self.recorder.model.device)
-        names = {token: self.tokenizer.decode([token]).strip() for token in lens.top_id.unique().tolist()}
+        shown = lens.top_id.masked_fill(~(lens.known & (lens.top_logprob > math.log(SHOWN))), -1)
+        names = {token: self.tokenizer.decode([token]).strip() for token in shown.unique().tolist() if token >= 0}
         words = [token for token, name in names.items() if name.isalpha() and len(name) > 2]
-        known = (lens.top_logprob > math.log(SHOWN)) & torch.isin(lens.top_id, lens.top_id.new_tensor(words)) & lens.known
-        return lens.top_id.masked_fill(~known, -1)
+        return shown.masked_fill(~torch.isin(shown, shown.new_tensor(words)), -1)
 
 
 class StopBonus(LogitsProcessor):

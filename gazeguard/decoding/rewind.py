@@ -179,8 +179,7 @@ class RewindLoop:
         stream = _Stream(self.streamer, input_ids, self.prompt_streamed)
         stops = StoppingCriteriaList(each for each in stopping_criteria if not isinstance(each, MaxLengthCriteria))
         while not all(row.done for row in run.rows):
-            run.append(run.choose(run.scores(logits_processor)))
-            run.settle(stops)
+            run.settle(stops, run.append(run.choose(run.scores(logits_processor)), stops))
             stream.put(run.rows[0])
         stream.end()
         self.passes = run.table([row.passes for row in run.rows], 0)
@@ -213,6 +212,7 @@ class _Run:
         self.pad = _compat.padding_token(config)
         self.rows = [_Row(loop.budget) for _ in range(batch)]
         self.ids = input_ids
+        self.done = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)  # as the rows say
         self.candidates: list[tuple[Tensor, Tensor]] = []  # of every pass the top-k log-probabilities and tokens, (batch, C)
         self.kept: dict[str, list[Tensor]] = {name: [] for name in ("scores", "logits") if getattr(config, f"output_{name}")}
 
@@ -230,29 +230,38 @@ class _Run:
             values.append(scores if name == "scores" else logits)
         return scores
 
-    def choose(self, scores: Tensor) -> list[int]:
-        """The next token of every row; the other candidates are kept."""
-        if self.config.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0].tolist()
-        else:
-            tokens = scores.argmax(-1).tolist()
+    def choose(self, scores: Tensor) -> Tensor:
+        """(batch,) the next token of every row; the other candidates are kept."""
+        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.config.do_sample else scores.argmax(-1)
         self.candidates.append(scores.log_softmax(-1).topk(min(MAX_CANDIDATES, scores.shape[-1]), dim=-1))
         return tokens
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Write a token into every row that is not done."""
-        for row, token in zip(self.rows, tokens, strict=True):
+    def append(self, tokens: Tensor, stops: StoppingCriteriaList) -> list[bool]:
+        """Write a token (batch,) into every row that is not done; which rows it ends, of those that are not.
+
+        The host waits for the device here, once per token, as ``generate`` does.
+        """
+        self.ids = torch.cat((self.ids, tokens.masked_fill(self.done, self.pad)[:, None]), dim=1)
+        chosen, ended = torch.stack((tokens, self._ended(stops))).tolist()
+        for row, token in zip(self.rows, chosen, strict=True):
             if not row.done:
                 row.tokens.append(token)
                 row.passes.append(len(self.candidates) - 1)
-        column = [self.pad if row.done else token for row, token in zip(self.rows, tokens, strict=True)]
-        self.ids = torch.cat((self.ids, self.ids.new_tensor(column)[:, None]), dim=1)
+        return list(map(bool, ended))
 
-    def settle(self, stops: StoppingCriteriaList) -> None:
-        """Have the new tokens reviewed, and roll rows back until none is doubtful or can be."""
-        new = [not row.done for row in self.rows]
+    def _ended(self, stops: StoppingCriteriaList) -> Tensor:
+        """(batch,) int64: 1 where the newest token ends the row."""
+        return stops(self.ids, None).long() if len(stops) else torch.zeros_like(self.ids[:, 0])
+
+    def settle(self, stops: StoppingCriteriaList, ended: Sequence[bool]) -> None:
+        """Have the new tokens reviewed, and roll rows back until none is doubtful or can be.
+
+        Args:
+            stops: Say whether a row ends.
+            ended: What they say of the new tokens.
+        """
+        new, done = [not row.done for row in self.rows], sum(row.done for row in self.rows)
         while any(new):
-            ended = stops(self.ids, None).tolist() if len(stops) else [False] * len(self.rows)
             drafts = [
                 Draft(row.tokens, row.passes, end) if is_new else None
                 for row, is_new, end in zip(self.rows, new, ended, strict=True)
@@ -265,6 +274,10 @@ class _Run:
                     row.done, new[b] = ended[b] or len(row.tokens) >= self.max_tokens, False
                 else:
                     self._roll_back(b, alternative)
+            if any(new):
+                ended = list(map(bool, self._ended(stops).tolist()))
+        if sum(row.done for row in self.rows) > done:
+            self.done = self.done.new_tensor([row.done for row in self.rows])
 
     def _alternative(self, b: int, points: range) -> _Alternative | None:
         """Another continuation than the tokens ``points`` of a row; None where none is probable, or none may be tried."""
