@@ -12,10 +12,10 @@ from test_detector import HEADS, NAMES, data, plain
 
 from gazeguard.detection import features
 from gazeguard.detection.calibration import platt
-from gazeguard.detection.cross_fitting import choose_regularisation, cross_fit
+from gazeguard.detection.cross_fitting import beside_text, choose_regularisation, cross_fit, jointly
 from gazeguard.detection.detector import Detector
 from gazeguard.detection.domain import Domain, Region
-from gazeguard.detection.regression import ValidationMetrics
+from gazeguard.detection.regression import Regression, ValidationMetrics
 from gazeguard.detection.table import ClaimTable
 from gazeguard.errors import InputError
 
@@ -144,6 +144,41 @@ def test_regularisation_is_strong_where_there_is_nothing_to_learn_and_weak_where
     noise = ClaimTable(x, rng.random(400) < 0.3, kinds, image)
     signal = ClaimTable(x, x @ np.where(np.arange(20) < 2, 3.0, 0.0) > 0, kinds, image)
     assert choose_regularisation(x, noise, names) < choose_regularisation(x, signal, names)
+
+
+def test_what_is_fitted_beside_a_regression_leaves_its_weights_alone():
+    """The further features explain what is left; under a penalty that allows nothing they do nothing."""
+    rng = np.random.default_rng(0)
+    x, further, ones = rng.normal(size=(600, 2)), rng.normal(size=(600, 2)), np.ones(600)
+    false = x[:, 0] + 2 * further[:, 1] + rng.logistic(size=600) > 1
+    first = Regression.fit(x, false, ["a", "b"], 1e3)
+    both = first.fit_beside(x, further, false, ["c", "d"], 1e3, ones)
+    assert both.names == ("a", "b", "c", "d")
+    assert both.weights[:2] == first.weights
+    assert both.weights[3] > 1
+    rest = first.fit_beside(x, further, false, ["c", "d"], 1e-9, ones)
+    np.testing.assert_allclose(rest.weights[2:], 0, atol=1e-5)
+    columns = np.concatenate((x, further), axis=1)
+    assert roc_auc_score(false, both.logit(columns)) > roc_auc_score(false, first.logit(x)) + 0.1
+
+
+def test_constructed_claims_teach_nothing_about_the_text():
+    """They have a habit of the text that the model's own claims do not have; what the own ones say of the text is kept."""
+    rng = np.random.default_rng(0)
+    nll = NAMES.index("token_nll")
+    x = rng.normal(size=(900, len(NAMES)))
+    own = np.arange(900) < 300
+    false = np.where(own, rng.random(900) < 0.4, True)
+    x[:, nll] += np.where(own, 1.5 * false, -3)
+    x[:, ATTRIBUTION] -= false
+    claims = ClaimTable(x, false, np.full(900, "object"), np.arange(900) // 3, calibrating=own)
+    weights = {}
+    for fit in (jointly, beside_text):
+        detector, risk = cross_fit(claims, HEADS, ("token_nll", "attribution"), fit=fit)
+        weights[fit] = dict(zip(detector.kinds["object"].names, detector.kinds["object"].weights, strict=True))
+    assert weights[jointly].get("token_nll", 0) <= 0 < weights[beside_text]["token_nll"]
+    assert weights[beside_text]["attribution"] < 0
+    assert roc_auc_score(false[own], risk[own]) > 0.8
 
 
 def test_weights_of_claims_count():

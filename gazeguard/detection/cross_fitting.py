@@ -8,7 +8,7 @@ the gaze heads does without any training, that attribution is the detector, on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -29,7 +29,10 @@ from gazeguard.heads.artifact import GazeHeads
 F64 = NDArray[np.float64]
 
 REGULARISATIONS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C, from strong to weak
+TEXT_REGULARISATION = 0.1  # of `beside_text`
 FOLDS, INNER_FOLDS = 5, 3
+# Features (claims, F), the claims, the names of the features and the regularisation -> a regression on them.
+Fit = Callable[[F64, ClaimTable, Sequence[str], float], Regression]
 
 
 class CrossFit(NamedTuple):
@@ -47,17 +50,44 @@ class _Candidate(NamedTuple):
     auroc: float
 
 
+def jointly(x: F64, table: ClaimTable, names: Sequence[str], regularisation: float) -> Regression:
+    """All features at once, to all claims."""
+    return Regression.fit(x, table.false, names, regularisation, table.weights)
+
+
+def beside_text(x: F64, table: ClaimTable, names: Sequence[str], regularisation: float) -> Regression:
+    """Text features first, to the claims that calibrate; then all others, to all claims, beside these log-odds.
+
+    Names are in the order of `features.names`, text first.
+
+    What the text alone knows is never unlearnt for what holds among constructed claims: with strong regularisation the gaze
+    heads can help, and hardly hurt.
+    """
+    is_text = np.array([name in features.TEXT_FEATURES for name in names])
+    own = table.select(table.calibrating)
+    if not is_text.any() or own.false.all() or not own.false.any():
+        return jointly(x, table, names, regularisation)
+    of_text, others = ([name for name, text in zip(names, is_text, strict=True) if text == wanted] for wanted in (True, False))
+    text = Regression.fit(x[table.calibrating][:, is_text], own.false, of_text, TEXT_REGULARISATION, own.weights)
+    return text.fit_beside(x[:, is_text], x[:, ~is_text], table.false, others, regularisation, table.weights)
+
+
 def cross_fit(
-    table: ClaimTable, heads: GazeHeads, names: Sequence[str] | Mapping[str, Sequence[str]] | None = None, scope: str = ""
+    table: ClaimTable,
+    heads: GazeHeads,
+    names: Sequence[str] | None = None,
+    scope: str = "",
+    fit: Fit = jointly,
 ) -> CrossFit:
     """Fit, calibrate and validate a detector on the same claims, one regression per kind.
 
     Args:
         table: The claims.
         heads: The gaze heads whose traces the features are from.
-        names: The features to use, for all kinds or by kind (see `choose_features`); by default all that are finite in every
-            claim. Where "attribution" is not among those for all kinds, it is no substitute for the regression either.
+        names: The features to use; by default all that are finite in every claim. Where "attribution" is not among them, it is
+            no substitute for the regression either.
         scope: What the claims are about, in words; see `Domain`.
+        fit: How a regression is fitted.
 
     Returns:
         The detector with its domain, and the cross-fitted risks. Kinds with fewer than `regression.MIN_CLAIMS` false or true
@@ -67,9 +97,7 @@ def cross_fit(
     Raises:
         InputError: There are too few false or true claims of kind "object".
     """
-    known = known_features(table.x, heads.heads)
-    by_kind = names if isinstance(names, Mapping) else dict.fromkeys(JUDGED, known if names is None else tuple(names))
-    untrained = names is None or isinstance(names, Mapping) or "attribution" in names
+    names = known_features(table.x, heads.heads) if names is None else tuple(names)
     regressions: dict[Kind, Regression] = {}
     left_out: dict[Kind, str] = {}
     risk, gate = np.full(len(table), np.nan), None
@@ -83,7 +111,7 @@ def cross_fit(
                 raise InputError(f"{reason} Add more captions.")
             left_out[kind] = reason
             continue
-        regression, of_kind = _fit_kind(claims, heads, by_kind.get(kind, known), untrained)
+        regression, of_kind = _fit_kind(claims, heads, names, fit)
         if (reason := _no_better_than_chance(regression, kind)) and kind != "object":
             left_out[kind] = reason
             continue
@@ -110,11 +138,11 @@ def _closed(regression: Regression, reason: str) -> Gate:
     return Gate(usable=False, reason=reason, figures={"auroc": metrics.auroc, "auroc_low": low, "auroc_high": high})
 
 
-def _fit_kind(table: ClaimTable, heads: GazeHeads, names: Sequence[str], may_use: bool) -> tuple[Regression, F64]:
-    """The better of regression and, where it may be used, attribution on claims of one kind; and cross-fitted risks."""
+def _fit_kind(table: ClaimTable, heads: GazeHeads, names: Sequence[str], fit: Fit) -> tuple[Regression, F64]:
+    """The better of regression and, where it is among the features, attribution on claims of a kind; and cross-fitted risks."""
     untrained = _attribution(table, heads)
-    learnt = _regression(table, heads, names)
-    prefers_untrained = learnt is None or (may_use and learnt.auroc < untrained.auroc)
+    learnt = _regression(table, heads, names, fit)
+    prefers_untrained = learnt is None or ("attribution" in names and learnt.auroc < untrained.auroc)
     best = untrained if prefers_untrained else given(learnt)
     own = table.calibrating
     slope, shift = platt(best.held_out[own], table.false[own], table.weights[own])
@@ -136,7 +164,7 @@ def _attribution(table: ClaimTable, heads: GazeHeads) -> _Candidate:
     return _Candidate(regression, logit, float(roc_auc_score(table.false[table.calibrating], logit[table.calibrating])))
 
 
-def _regression(table: ClaimTable, heads: GazeHeads, names: Sequence[str]) -> _Candidate | None:
+def _regression(table: ClaimTable, heads: GazeHeads, names: Sequence[str], fit: Fit) -> _Candidate | None:
     """The regression on the features, or None where some part without a fold has no false or no true claim."""
     from sklearn.metrics import roc_auc_score
 
@@ -146,15 +174,14 @@ def _regression(table: ClaimTable, heads: GazeHeads, names: Sequence[str]) -> _C
         if table.false[train].all() or not table.false[train].any():
             return None
         part = table.select(train)
-        chosen = choose_regularisation(x[train], part, names)
-        held_out[test] = Regression.fit(x[train], part.false, names, chosen, part.weights).logit(x[test])
+        held_out[test] = fit(x[train], part, names, choose_regularisation(x[train], part, names, fit)).logit(x[test])
     if np.isnan(held_out).any():
         return None
-    regression = Regression.fit(x, table.false, names, choose_regularisation(x, table, names), table.weights)
+    regression = fit(x, table, names, choose_regularisation(x, table, names, fit))
     return _Candidate(regression, held_out, float(roc_auc_score(table.false[table.calibrating], held_out[table.calibrating])))
 
 
-def choose_regularisation(x: F64, table: ClaimTable, names: Sequence[str]) -> float:
+def choose_regularisation(x: F64, table: ClaimTable, names: Sequence[str], fit: Fit = jointly) -> float:
     """The strongest regularisation whose held-out log-loss is within one standard error of the best (Breiman et al. 1984).
 
     The log-loss is that of calibrated probabilities, over folds of images.
@@ -163,14 +190,14 @@ def choose_regularisation(x: F64, table: ClaimTable, names: Sequence[str]) -> fl
         x: (claims, F) the features that are used.
         table: The claims, all of one kind.
         names: The names of the features.
+        fit: How a regression is fitted.
     """
     losses = []
     splits = [(train, test) for train, test in folds(table, INNER_FOLDS) if 0 < table.false[train].sum() < len(train)]
     for regularisation in REGULARISATIONS:
         held_out = np.zeros(len(x))
         for train, test in splits:
-            part = table.select(train)
-            held_out[test] = Regression.fit(x[train], part.false, names, regularisation, part.weights).logit(x[test])
+            held_out[test] = fit(x[train], table.select(train), names, regularisation).logit(x[test])
         losses.append(calibrated_loss(held_out, table.false, table.weights * table.calibrating))
     best = min(losses, key=np.sum)
     _, image = np.unique(table.image, return_inverse=True)

@@ -144,9 +144,7 @@ class Regression(BaseModel):
         """
         from sklearn.linear_model import LogisticRegression
 
-        mean = np.average(x, axis=0, weights=weights)
-        spread = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
-        scale = np.where(spread > 1e-9 * np.maximum(1, np.abs(mean)), spread, 1.0)  # a constant feature is none
+        mean, scale = _standard(x, weights)
         model = LogisticRegression(C=regularisation, max_iter=5000).fit((x - mean) / scale, false, sample_weight=weights)
         return cls(
             names=tuple(names),
@@ -159,6 +157,50 @@ class Regression(BaseModel):
             false=int(false.sum()),
             data=fingerprint(x, false),
         )
+
+    def fit_beside(
+        self,
+        x: NDArray[np.float64],
+        further: NDArray[np.float64],
+        false: NDArray[np.bool_],
+        names: Sequence[str],
+        regularisation: float,
+        weights: NDArray[np.float64],
+    ) -> Regression:
+        """A copy with further features, fitted to what this regression leaves unexplained: its own weights stay.
+
+        Args:
+            x: (claims, F) the features of this regression.
+            further: (claims, G) the further ones.
+            false: (claims,) labels.
+            names: The names of the further features.
+            regularisation: Inverse strength of the L2 penalty of their weights, scikit-learn's ``C``.
+            weights: (claims,) how much each claim counts.
+        """
+        from scipy.optimize import minimize
+
+        mean, scale = _standard(further, weights)
+        columns, known = (further - mean) / scale, self.logit(x)
+
+        def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            own, shift = parameters[:-1], parameters[-1]
+            z = known + columns @ own + shift
+            error = regularisation * weights * (logistic(z) - false)
+            value = regularisation * weights @ (np.logaddexp(0, z) - false * z) + own @ own / 2
+            return float(value), np.append(columns.T @ error + own, error.sum())
+
+        *own, shift = minimize(loss, np.zeros(columns.shape[1] + 1), jac=True, method="L-BFGS-B").x.tolist()
+        update = {
+            "names": (*self.names, *names),
+            "mean": (*self.mean, *mean.tolist()),
+            "scale": (*self.scale, *scale.tolist()),
+            "weights": (*self.weights, *own),
+            "bias": self.bias + shift,
+            "claims": len(x),
+            "false": int(false.sum()),
+            "data": fingerprint(np.concatenate((x, further), axis=1), false),
+        }
+        return self.model_copy(update=update)
 
     @classmethod
     def attribution(cls, x: NDArray[np.float64], false: NDArray[np.bool_]) -> Regression:
@@ -296,6 +338,13 @@ def _held_out_answered(
         if _enough(false[known]):
             updated[own] = _answered(_answer_weights(risk[known], answer[known], false[known]), risk[own], answer[own])
     return updated
+
+
+def _standard(x: NDArray[np.float64], weights: NDArray[np.float64] | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(F,) mean and (F,) standard deviation of features (claims, F); the latter 1 for a constant feature, which is none."""
+    mean = np.average(x, axis=0, weights=weights)
+    spread = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
+    return mean, np.where(spread > 1e-9 * np.maximum(1, np.abs(mean)), spread, 1.0)
 
 
 def fingerprint(x: NDArray[np.float64], false: NDArray[np.bool_]) -> str:
