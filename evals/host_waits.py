@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gazeguard.errors import given
 
 # Operations of which the host needs the result; on a CPU, too, where nothing waits.
 NEED_RESULT = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
@@ -46,7 +48,7 @@ class Waits(TorchDispatchMode):
 
 def _caller() -> str:
     """Where torch was called from."""
-    frame = sys._getframe(1)
+    frame = given(given(inspect.currentframe()).f_back)
     while frame.f_code.co_filename.startswith(_OWN) and frame.f_back is not None:
         frame = frame.f_back
     return _place(frame.f_code.co_filename, frame.f_lineno)
