@@ -479,6 +479,14 @@ def test_compared_policies_stand_side_by_side_and_the_model_has_its_name(show: C
     assert replay.texts("#beside p .flagged") == ["a blue moon?"] * 2
     assert replay.texts("#beside small:last-child") == ["Filtered caption: nothing.", "Filtered caption: A red ball."]
     assert "org/model (fingerprint toy)" in replay.text("#about")
+    for width in range(5, 15):  # no line begins with the mark
+        lines = replay.js(
+            "$('beside').style.width = arguments[0] + 'rem';"
+            "return [...document.querySelectorAll('#beside .last')].map((one) => one.getBoundingClientRect().height)",
+            width,
+        )
+        assert len(lines) == 2
+        assert max(lines) < 30
     replay.click("#beside div:nth-child(2) button")
     assert replay.js("return location.hash") == "#entry=2&word=9"
     assert replay.texts('#beside [aria-current="true"] button') == ["rewind"]
