@@ -110,8 +110,10 @@ def outputs(notebook: dict[str, Any]) -> list[list[str]]:
     return kinds
 
 
-def test_the_notebook_is_saved_with_outputs_and_pictures():
+def test_the_notebook_is_saved_with_outputs_and_pictures(guard):
+    """Of the lab's present artifacts: else run it again and save it."""
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert repr(guard) in json.dumps(notebook)
     kinds = outputs(notebook)
     assert all(kinds)
     assert sum("image/png" in cell for cell in kinds) >= 5
