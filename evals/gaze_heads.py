@@ -423,6 +423,7 @@ def tiny(out: Path, measured: Subject, quick: bool, command: str) -> None:
         "best_strength_on_validation": figure(max(results["strengths"], key=results["strengths"].get)),
         "agreement_of_halves": figure(list(results["agreement"].values())[-1]),
         "unsteered_captions_unchanged": figure(results["unchanged"]),
+        "distinct_matched_sets": figure(kept.distinct_matched_sets()),
     }
     figures |= {f"steer_panel_by_{name}": mean_of(hit) for name, hit in results["rankings"].items()}
     sweeps = sweeps_of(results, setup)

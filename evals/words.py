@@ -14,13 +14,12 @@ import re
 import warnings
 from collections.abc import Callable, Set
 from functools import cache
+from importlib import import_module
+from typing import Any
 
-from nltk.tokenize import NLTKWordTokenizer
-from textblob.en import parser
-from textblob.en.inflect import singularize
+from gazeguard.errors import InputError
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_TOKENIZER = NLTKWordTokenizer()
 _ENDINGS = {
     "noun": (
         ("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"),
@@ -49,7 +48,7 @@ _IRREGULAR = {kind: dict(zip(said.split()[::2], said.split()[1::2], strict=True)
 
 def sentences(text: str) -> list[list[str]]:
     """The tokens of every sentence."""
-    return [_TOKENIZER.tokenize(sentence) for sentence in _SENTENCE_END.split(text)]
+    return [_tokenizer().tokenize(sentence) for sentence in _SENTENCE_END.split(text)]
 
 
 def singulars(text: str) -> list[str]:
@@ -89,12 +88,30 @@ def lemma(word: str, kind: str, known: Set[str]) -> str:
     return min((form for form in forms if form in known), key=len, default=word)
 
 
-_singular = cache(singularize)
+def library(name: str) -> Any:
+    """A module of the libraries that a plain install lacks. Raises `InputError` where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"{name.partition('.')[0]} is not installed. Install it: pip install 'gazeguard-vlm[evals]'"
+        ) from error
+
+
+@cache
+def _tokenizer() -> Any:
+    return library("nltk.tokenize").NLTKWordTokenizer()
+
+
+@cache
+def _singular(token: str) -> str:
+    return library("textblob.en.inflect").singularize(token)
 
 
 @cache
 def _tagger() -> Callable[[list[str]], list[list[str]]]:
     """Tokens of one sentence -> pairs of token and Penn Treebank tag."""
+    parser = library("textblob.en").parser
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # TextBlob leaves its word list open, at the first call
         parser.find_tags(["a"])

@@ -19,7 +19,7 @@ from gazeguard import __version__
 from gazeguard.claims.parse import JUDGED, Caption, Claim, Kind, Parser, may_end_thing, parse
 from gazeguard.claims.phrases import Phrase
 from gazeguard.claims.removal import without
-from gazeguard.claims.repetition import find_repetition
+from gazeguard.claims.repetition import find_repetition, shortened
 from gazeguard.detection import features
 from gazeguard.detection.calibration import logistic
 from gazeguard.errors import given
@@ -391,7 +391,7 @@ def _distinct(claims: Sequence[Claim]) -> list[Claim]:
 
 def _enumerated(claims: Sequence[Claim]) -> str:
     """Distinct claims in words, at most `MAX_NAMED` of them."""
-    names = list(dict.fromkeys(str(claim) for claim in claims))
+    names = list(dict.fromkeys(shortened(str(claim)) for claim in claims))
     more = [f"{len(names) - MAX_NAMED} more"] * (len(names) > MAX_NAMED)
     return ", ".join(names[:MAX_NAMED] + more)
 

@@ -5,7 +5,9 @@ A processor of one's own is imported from a module that the caller names.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import logging
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from gazeguard.errors import InputError
+from gazeguard.vision.encoding import check_processor
 
 logger = logging.getLogger(__name__)
 LAB = "lab"  # the name of the lab's model, in the place of a folder or hub id; a folder of that name is ./lab
@@ -55,6 +58,8 @@ def load(
     else:
         raise InputError(f"Both device {str(device)!r} and device_map {device_map!r} are given. Leave one of them out.")
     own = None if processor is None else import_processor(processor, source)
+    if own is not None:
+        check_processor(own)
     logger.info("loading %s (dtype %s) on %s", model, dtype, target or f"device_map {device_map}")
     try:
         loaded = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
@@ -78,7 +83,7 @@ def import_processor(name: str, model: str | Path) -> Any:
 
     Args:
         name: "module:attribute". The attribute is a processor, as `gazeguard.vision.encoding.Processor` describes it, or a
-            function that makes one.
+            function or class that makes one.
         model: Folder or hub id of the model, which such a function is called with.
 
     Raises:
@@ -94,7 +99,7 @@ def import_processor(name: str, model: str | Path) -> Any:
         value: Any = importlib.import_module(module)
         for part in attribute.split("."):
             value = getattr(value, part)
-        return value if hasattr(value, "tokenizer") and not isinstance(value, type) else value(model)
+        return value(model) if isinstance(value, type | functools.partial) or inspect.isroutine(value) else value
     except Exception as error:  # whatever code of one's own raises
         raise InputError(
             f"The processor {name} cannot be imported: {type(error).__name__}: {error} Give module:attribute, a processor or a "

@@ -432,6 +432,15 @@ def test_distinct_matched_sets_are_counted(widths, data):
     assert all(len(each) <= len(chosen) for each in drawn)
 
 
+def test_a_control_with_one_set_alone_says_so(caplog):
+    HEADS.matched(np.random.default_rng(0))
+    assert "only 1 distinct layer-matched set" in caplog.text
+    caplog.clear()
+    free = HEADS.model_copy(update={"all_heads": (*HEADS.all_heads, (1, 2))})
+    free.matched(np.random.default_rng(0))
+    assert (free.distinct_matched_sets(), caplog.text) == (2, "")
+
+
 def test_gaze_heads_cannot_be_changed():
     with pytest.raises(ValidationError, match="frozen"):
         HEADS.heads = ()
@@ -520,6 +529,36 @@ def test_noise_on_any_part_that_decides_the_gaze_is_another_model(part):
     found.check_model(untrained())
     with pytest.raises(MismatchError, match="belong to another model"):
         found.check_model(changed)
+
+
+def other_dtype(model):
+    return model.half()
+
+
+def quantised(model):
+    for layer in model.model.text_model.layers:
+        layer.self_attn.o_proj.weight = torch.nn.Parameter(torch.ones(32, 32, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def fine_tuned(model):
+    with torch.no_grad():
+        model.model.text_model.layers[0].self_attn.q_proj.weight += 0.01
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (other_dtype, "Other weights, or the same ones rounded to another dtype: these are float16"),
+        (quantised, "Its weights are quantised"),
+        (fine_tuned, "The output projections of attention are the same, .* this is a fine-tune of it"),
+    ],
+)
+def test_a_changed_copy_is_refused_with_the_likely_reason(change, reason):
+    own = {"model": fingerprint(untrained()), "model_class": type(untrained()).__name__}
+    with pytest.raises(MismatchError, match=rf"belong to another model .*\. {reason}.* Find its own"):
+        HEADS.model_copy(update=own).check_model(change(copy.deepcopy(untrained())))
 
 
 def test_a_part_of_a_fingerprint_is_no_fingerprint():

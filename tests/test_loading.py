@@ -165,6 +165,8 @@ def test_a_processor_of_ones_own_is_imported_from_the_working_directory(tmp_path
         ("json", "The processor is 'json'; expected module:attribute"),
         ("no_such_module:processor", "cannot be imported: ModuleNotFoundError"),
         ("json:nothing", "cannot be imported: AttributeError.*Give module:attribute"),
+        ("json:decoder", "module is not a vision-language processor: it has no tokenizer and no image_processor"),
+        ("string:digits", "str is not a vision-language processor: it has no tokenizer"),
     ],
 )
 def test_a_processor_that_cannot_be_imported_is_said(name, message):

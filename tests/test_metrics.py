@@ -6,6 +6,7 @@ The public files are not part of the project; where they are not at hand, those 
 import gzip
 import json
 import random
+import sys
 import time
 from contextlib import suppress
 
@@ -19,7 +20,7 @@ from evals import amber, chair, coco_ground_truth, pope, records
 from evals.chair import Lineage, WordLists
 from evals.common import write
 from evals.counting import chair_figures, count, indexed, pope_figures
-from evals.words import lemma, lemmas, nouns, singulars
+from evals.words import lemma, lemmas, library, nouns, singulars
 from gazeguard.errors import InputError
 
 DATA = records.DATA
@@ -73,6 +74,13 @@ def test_laws_of_chair(captions):
     worse = counted([([*named, "e"], there) for named, there in captions])
     assert worse["chair_s"] == 1
     assert worse["recall"] == made["recall"]
+
+
+@pytest.mark.parametrize("name", ["nltk.tokenize", "textblob.en"])
+def test_a_plain_install_is_told_what_to_install(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=r"^\w+ is not installed. Install it: pip install 'gazeguard-vlm\[evals\]'$"):
+        library(name)
 
 
 def test_chair_by_hand():

@@ -153,11 +153,24 @@ def test_images_in_lines_are_read_and_urls_are_not_fetched(tmp_path):
     assert [reason.partition(":")[0].partition(";")[0] for reason in opened[2:]] == [
         "the image is a URL, which is not fetched",
         "the image is a URL, which is not fetched",
-        "the image is a data",
-        "the image is a data",
+        "the image is a data URI without base64. Write data",
+        "the image is a data URI with damaged base64",
     ]
     large = f"data:image/png;base64,{'A' * (readers.MAX_IMAGE_BYTES * 4 // 3 + 8)}"
     assert open_image(large).startswith("the image is larger than ")
+    base64_text = base64.b64encode(images[1]).decode()
+    for loose in (
+        base64_text.rstrip("="),
+        base64_text.replace("+", "-").replace("/", "_"),
+        f"{base64_text[:76]}\r\n{base64_text[76:]}",
+        base64_text.replace("+", "%2B"),
+    ):
+        assert open_image(f"data:image/png;base64,{loose}").tobytes() == opened[1].tobytes()
+
+
+def test_a_reason_does_not_depend_on_the_path_whatever_holds_it():
+    assert open_image("no/a.png") == open_image({"bytes": None, "path": "no/a.png"}) == open_image(Path("no/a.png"))
+    assert open_image("no/a.png").startswith("the image cannot be opened: ")
 
 
 def test_a_wrong_column_stops_before_the_work(tmp_path):
@@ -172,6 +185,31 @@ def test_a_wrong_column_stops_before_the_work(tmp_path):
     check_columns(open_source(tmp_path / "a.jsonl", image="image_path", caption="text"))
     check_columns(lines(tmp_path / "b.jsonl", b'{"image": "a.png"}\n{"caption": "A star."}'))
     check_columns(lines(tmp_path / "c.jsonl", b"nonsense"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.tar.gz", "is a packed tar file, .* Unpack it to a .tar first"),
+        ("a.TGZ", "is a packed tar file"),
+        ("a.csv", "is none of .jsonl, .parquet and .tar"),
+        ("", "is no dataset itself, but holds flagged.jsonl, kept.jsonl. Give one of these files"),
+    ],
+)
+def test_what_is_no_dataset_is_said_with_the_way_out(tmp_path, name, message):
+    """The output folder of a filter run, too."""
+    for file in ("kept.jsonl", "flagged.jsonl", "summary.json", "a.tar.gz", "a.TGZ", "a.csv"):
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(InputError, match=message):
+        open_source(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["TAR", "Tar"])
+def test_suffixes_are_read_in_whatever_case(tmp_path, suffix):
+    shard(tmp_path / f"a.{suffix}")
+    for path in (tmp_path, tmp_path / f"a.{suffix}"):
+        assert isinstance(open_source(path), WebDataset)
+        assert open_source(path).count() == 3
 
 
 # ---------------------------------------------------------------------------------------------------------- folders
@@ -229,6 +267,13 @@ def test_sidecars_are_decoded_where_it_is_certain(tmp_path, name):
     assert row.error.endswith(expected[1:])
     (row,) = open_source(tmp_path, encoding=row.error.rpartition(" ")[2]).rows()
     assert row.caption in (TEXT, "A star.")
+
+
+def test_a_single_nul_is_no_sign_of_an_encoding(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "a.txt").write_bytes(b"A red\0star.")
+    (row,) = open_source(tmp_path).rows()
+    assert (row.caption, row.error) == (None, "the sidecar cannot be read: it has NUL characters")
 
 
 def test_sidecars_that_are_not_read_are_counted_and_can_be_named(tmp_path):
@@ -308,9 +353,12 @@ def test_keys_with_a_dot_are_rows_of_their_own(tmp_path):
         add(tar, "25.png", PNG)
         add(tar, "25.txt", b"A star.")
         add(tar, "25.txt", b"A moon.")
+        add(tar, "26.png", PNG)
+        add(tar, "26.png.txt", b"A star.")
     source = open_source(tmp_path / "a.tar")
     rows = {row.fields["key"]: row for row in source.rows()}
-    assert list(rows) == ["22.05", "22.06", "23", "24", "25"]
+    assert list(rows) == ["22.05", "22.06", "23", "24", "25", "26"]
+    assert (rows["26"].caption, rows["26"].error) == ("A star.", "")
     assert [rows[key].caption for key in ("22.05", "22.06", "23")] == ["A star of 22.05.", "A star of 22.06.", "A star."]
     assert [rows[key].error for key in ("22.05", "22.06", "23")] == [""] * 3
     assert rows["24"].error == "the row has 2 images: which one the caption describes is not known"

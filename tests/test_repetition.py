@@ -8,6 +8,8 @@ from gazeguard import lab
 from gazeguard.claims.repetition import LEAST, find_repetition
 from gazeguard.report import CUT_OFF
 
+LONG_SENTENCE = "The image shows a red horse next to a blue dog and there is a green cat looking at a bird"
+
 
 @pytest.mark.parametrize(
     ("text", "phrase", "count"),
@@ -19,6 +21,12 @@ from gazeguard.report import CUT_OFF
         ("a dog and " * 40 + "a", "a dog and", 40),
         ("It is very " + "very " * 9 + "red.", "very", 10),
         ("A Dog, a dog, " * 5, "A Dog", 10),
+        (f"{LONG_SENTENCE}. " * 3, LONG_SENTENCE, 3),
+        ("".join(f"{i}. A red horse\n" for i in range(1, 40)), "1. A red horse", 39),
+        ("A red hors" + "e" * 300, "e", 300),
+        ("A red horse says " + "ha" * 50, "ha", 50),
+        ("redhorse" * 40, "redhorse", 40),
+        ("A red horse. " + "0" * 300, "0", 300),
     ],
 )
 def test_a_loop_is_found_with_its_count(text, phrase, count):
@@ -27,7 +35,17 @@ def test_a_loop_is_found_with_its_count(text, phrase, count):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "...", "a red horse, " * (LEAST - 1), "A book, a book, a book and another book.", "! " * 100],
+    [
+        "",
+        "...",
+        "a red horse, " * (LEAST - 1),
+        "A book, a book, a book and another book.",
+        "! " * 100,
+        f"{LONG_SENTENCE}. " * 2,
+        "A clock shows 1 2 3 4 5 6 7 8 9 10 11 12.",
+        "It costs 100000000000 yen, " + "_" * 40,
+        "Panel 1: a dog. Panel 2: a cat. Panel 3: a dog. Panel 4: a cow. Panel 5: a hen. Panel 6: a pig. Panel 7: a dog.",
+    ],
 )
 def test_what_is_no_loop_is_none(text):
     assert find_repetition(text) is None

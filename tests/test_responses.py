@@ -28,6 +28,11 @@ REFUSALS = [
     "I won't help with that.",
     "I must decline this request.",
     "There is no image attached.",
+    "Sorry, but I can't see the image",
+    "Hmm, I can't see anything.",
+    "Thank you for the image, but I can't describe it.",
+    "It seems there was an issue with the image upload. Please try again.",
+    "Your request was rejected as a result of our safety system.",
 ]
 PLACEHOLDERS = [
     "No image was provided.",
@@ -47,6 +52,13 @@ PLACEHOLDERS = [
     "{caption}",
     "<caption>",
     "unknown",
+    "undefined",
+    "[deleted]",
+    "[content filtered]",
+    "[object Object]",
+    "Ohne Titel",
+    "\u4e0d\u660e",
+    "Describe every panel of the picture in order.",
 ]
 ERRORS = [
     "error: 429 Too Many Requests",
@@ -66,6 +78,17 @@ ERRORS = [
     "An error occurred while processing",
     "failed to load image",
     "ValueError('x')",
+    "[ERROR] timeout",
+    "ERROR",
+    "[WARN] model timeout",
+    "openai.APITimeoutError",
+    "ConnectionError",
+    "FAILED",
+    "upstream connect error or disconnect/reset before headers",
+    "The model is currently overloaded. Please try again later.",
+    "Oops! Something went wrong",
+    "There was an error generating the response.",
+    "Fehler: Zeit\u00fcberschreitung",
 ]
 SPECIAL = [
     "<|endoftext|>",
@@ -76,6 +99,11 @@ SPECIAL = [
     "<end_of_utterance>",
     "<image>",
     "<unk>",
+    "<start_of_image>",
+    "<|im_start|>assistant",
+    "ASSISTANT:",
+    "### Response:",
+    "USER: <image> Describe the image. ASSISTANT:",
 ]
 CAPTIONS = [
     "A red star.",
@@ -95,6 +123,16 @@ CAPTIONS = [
     "Error sign on the wall.",
     "Please do not touch sign on a wall.",
     "Can of soup.",
+    "An error.",
+    "Terror.",
+    "Answer: a red star.",
+    "A removed sticker.",
+    "Unfortunately, the red star is not there.",
+    "The model is wearing a red scarf.",
+    "The server is busy carrying a tray.",
+    "The system is down the hill near a house.",
+    "It looks like a red star.",
+    "Failed harvest in a green field.",
     "The man cannot see the dog.",
 ]
 LONG = [
@@ -113,6 +151,11 @@ LONG = [
     "{",
     "<pad> ",
     "w.",
+    "thank you for ",
+    "it seems the image ",
+    "the model is ",
+    "user: ",
+    "oops ",
 ]
 
 

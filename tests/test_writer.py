@@ -584,6 +584,16 @@ def test_a_run_in_which_nothing_could_be_checked_says_so(empty_rows, tmp_path):
     assert told in again.stderr.splitlines()
 
 
+def test_an_input_without_rows_says_so(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    for name, told in (
+        ("filter", "error: no caption could be checked; the input has no rows."),
+        ("replay", "error: There is nothing to show: the input has no rows."),
+    ):
+        result = run(app, [name, str(tmp_path / "a.jsonl"), str(tmp_path / name)])
+        assert (result.exit_code, told in result.stderr.splitlines()) == (2, True), result.output
+
+
 # ------------------------------------------------------------------------------------------------------ the command
 
 

@@ -19,7 +19,9 @@ REASONS = {
 
 # How the alternatives of a section are joined: those of a whole text, and those that begin a sentence.
 _WHOLE_TEXT = {"special": r"(?:\s*(?:%s))+\s*", "placeholder": r"\W{0,20}(?:%s)\W*", "error": r"\W{0,20}(?:%s)"}
-_SENTENCE_START = r"\W*(?:%s)"
+_THANKS = r"thank(?:s| you)(?: for [^,.!?]{0,40})?"
+_INTERJECTION = rf"(?:(?:hm+|oh|oops|well|uhm?|um+|hello|hi|hey|okay|ok|sure|{_THANKS})\W+(?:but |however\W+)?)?"
+_SENTENCE_START = rf"\W*{_INTERJECTION}(?:%s)"
 
 _STATES = re.compile(
     r"\b(?:but|however)\b,?\s+(?:(?:what\s+)?(?:i|we)\s+(?:can|do|could|see)\b(?!\s?n[o'\u2019]|['\u2019])|there\b|the\b|it\b|an?\b)",
@@ -27,7 +29,8 @@ _STATES = re.compile(
 )
 _MAY_REFUSE = re.compile(
     r"\b(?:i|we|ai|sorry|apolog\w+|unfortunately|regrettably|unable|cannot|can['\u2019]?t|not able|please|kindly|you|no"
-    r"|violates?|load|failed|could not|not)\b",
+    r"|violates?|load|failed|could not|not|rejected|blocked|filtered|flagged|refused|denied|withheld|terminated|interrupted"
+    r"|issues?|problems?|errors?)\b",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"(?:[^.!?\n]|\.(?=\w))+[.!?]*")

@@ -8,7 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,9 +139,8 @@ def _conclude(summary: dict[str, Any], folder: Path, as_json: bool, following: s
         typer.echo(json.dumps(summary))
     else:
         _show_summary(summary, folder)
-    if summary["rows"] and summary["excluded"] == summary["rows"]:
-        reasons = summary["reasons"].get("unchecked", {})
-        _say_none_was_checked(Counter(reasons))
+    if summary["excluded"] == summary["rows"]:
+        _say_none_was_checked(Counter(summary["reasons"].get("unchecked", {})))
         return Outcome(f"see {folder / 'summary.json'} for every reason.", 2)
     return Outcome(f"see them: {following}")
 
@@ -178,6 +177,9 @@ def _ray_pool(guarded: GuardOptions, actors: int | None, options: dict[str, Any]
 
 
 def _say_none_was_checked(reasons: Counter[str]) -> None:
+    if not reasons:
+        err.print("error: no caption could be checked; the input has no rows.")
+        return
     (reason, number), total = reasons.most_common(1)[0], reasons.total()
     err.print(f"error: no caption could be checked; {number} of {total}: {one_line(reason)}.", markup=False, soft_wrap=True)
 
@@ -239,7 +241,11 @@ def replay(
     reasons: Counter[str] = Counter()  # of what is unchecked; "" for every other caption
     with row_progress("replaying", min(most, rows.count())) as advance:
         with_reasons = _with_reasons(judged, reasons)
-        entries = islice(replay_entries(with_reasons, image_column, not skip_passed, background), most)
+        shown = replay_entries(with_reasons, image_column, not skip_passed, background)
+        if (first := next(shown, None)) is None:
+            why = "every caption passed; leave --skip-passed out to see them" if reasons else "the input has no rows"
+            raise InputError(f"There is nothing to show: {why}.")
+        entries = islice(chain([first], shown), most)
         text = page(_counted(entries, advance), title=f"GazeGuard: {source.name}", edge=edge)
     html.write_text(text, encoding="utf-8")
     out.print(f"Replay page: [bold]{escape(str(html))}[/]", soft_wrap=True)

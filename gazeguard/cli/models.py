@@ -126,11 +126,12 @@ def _show_heads(artifact: GazeHeads, folder: Path | None) -> None:
             f"{layer}", f"{head}", f"{score.mass[i]:.2f}", f"{score.shuffled_mass[i]:.2f}", f"{score.hit_rate[i]:.0%}"
         )
     out.print(table)
-    lengths = artifact.length_agreement
+    lengths, sets = artifact.length_agreement, artifact.distinct_matched_sets()
     out.print(
         f"{len(artifact.heads)} of {count(len(artifact.all_heads), 'head')}, ranked by {artifact.ranked_by} over "
         f"{count(artifact.strips, 'strip')}. Both halves of the strips agree on {artifact.split_half:.0%} of them."
         + ("" if lengths is None else f" Strips of another length agree on {lengths:.0%}.")
+        + f" Controls: {count(sets, 'distinct layer-matched set')} of other heads."
     )
     if folder is not None:
         out.print(f"Gaze heads and their figure: [bold]{escape(str(folder))}[/]", soft_wrap=True)

@@ -23,6 +23,7 @@ from gazeguard.filtering.texts import describe_error
 from gazeguard.tracing import Prepared
 from gazeguard.vision.images import BACKGROUND, MAX_IMAGE_BYTES, load_image
 
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 PREFETCHED = 2  # batches that are made ready while the model works on another one
 
 
@@ -100,7 +101,7 @@ def prefetch(
 
 
 def read_uri(uri: str) -> bytes:
-    """Return the bytes of a data: URI.
+    """Return the bytes of a data: URI; broken lines, missing padding and the URL-safe letters of base64 are read, too.
 
     Raises:
         InputError: It holds too much, or no base64; or it is a URL, which is not fetched.
@@ -109,13 +110,14 @@ def read_uri(uri: str) -> bytes:
     if not header.lower().startswith("data:"):
         raise InputError("the image is a URL, which is not fetched; download it first and give its path")
     if not comma or not header.lower().endswith(";base64"):
-        raise InputError("the image is a data: URI without base64. Write data:image/png;base64,...")
+        raise InputError("the image is a data URI without base64. Write data:image/png;base64,...")
     if len(data) * 3 // 4 > MAX_IMAGE_BYTES:
         raise InputError(f"the image is larger than {MAX_IMAGE_BYTES} bytes. Make it smaller first.")
+    content = b"".join(unquote_to_bytes(data).split()).translate(_URL_SAFE).rstrip(b"=")
     try:
-        return base64.b64decode(unquote_to_bytes(data) if "%" in data else data, validate=True)
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
     except ValueError as error:
-        raise InputError(f"the image is a data: URI with damaged base64: {error}") from error
+        raise InputError(f"the image is a data URI with damaged base64: {error}") from error
 
 
 def open_image(source: Any, background: str = BACKGROUND) -> Image.Image | str:
@@ -129,11 +131,11 @@ def open_image(source: Any, background: str = BACKGROUND) -> Image.Image | str:
     Returns:
         The image, upright RGB; or the reason why there is none, in one line that does not depend on the path.
     """
+    if isinstance(source, Mapping):
+        source = source.get("bytes") or source.get("path")
     named = isinstance(source, Path) or (isinstance(source, str) and source and not URI.match(source))
     name = str(source) if named else "the given image"
     try:
-        if isinstance(source, Mapping):
-            source = source.get("bytes") or source.get("path")
         if isinstance(source, str) and URI.match(source):
             source = read_uri(source)
         if isinstance(source, FileSlice):

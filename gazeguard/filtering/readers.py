@@ -35,6 +35,7 @@ MAX_KEPT_TEXT = 2**20  # characters of a line that is too long
 MAX_COLUMNS = 20  # that a message names
 TABLE_ROWS = 64  # of a parquet file that are decoded at once
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True)
@@ -359,19 +360,28 @@ def _choose_reader(path: Path, names: tuple[str, str], texts: tuple[str, str | N
     if path.is_file():
         if path.name.lower().endswith(LINE_SUFFIXES):
             return JsonLines(path, *names, texts[1])
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return ParquetTable((path,), *names)
-        if path.suffix == ".tar":
+        if path.suffix.lower() == ".tar":
             return WebDataset((path,), *texts)
+        if path.name.lower().endswith(PACKED_SUFFIXES):
+            raise InputError(
+                f"{path} is a packed tar file, whose images cannot be reached one by one. Unpack it to a .tar first."
+            )
         raise InputError(f"{path} is none of .jsonl, .parquet and .tar. Give one of these, or a folder.")
     if not path.is_dir():
         raise InputError(f"{path} does not exist. Give a .jsonl, .parquet or .tar file, or a folder.")
-    if tables := sorted(path.glob("*.parquet")):
+    inside = sorted(path.iterdir())
+    if tables := [file for file in inside if file.suffix.lower() == ".parquet"]:
         return ParquetTable(tuple(tables), *names)
-    if shards := sorted(path.glob("*.tar")):
+    if shards := [file for file in inside if file.suffix.lower() == ".tar"]:
         return WebDataset(tuple(shards), *texts)
     folder = ImageFolder(path, *texts)
     if not folder.count():
+        if lines := [file.name for file in inside if file.name.lower().endswith(LINE_SUFFIXES)]:
+            raise InputError(
+                f"{path} is no dataset itself, but holds {', '.join(lines[:MAX_COLUMNS])}. Give one of these files."
+            )
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise InputError(f"{path} holds no images, no .parquet and no .tar files. Images end in {suffixes}.")
     return folder

@@ -138,6 +138,8 @@ def _split_key(stem: str, members: Members, captions: tuple[str, ...]) -> Iterat
     groups: dict[str, Members] = {}
     for suffix, part in members:
         inner, _, last = suffix[1:].rpartition(".")
+        if f".{inner.lower()}" in IMAGE_SUFFIXES and f".{last.lower()}" in captions:
+            inner = ""  # x.png.txt is the caption of x.png
         groups.setdefault(f"{stem}.{inner}" if inner else stem, []).append((f".{last.lower()}", part))
     plain = groups.pop(stem, None)
     extra: Members = []

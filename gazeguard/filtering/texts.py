@@ -8,6 +8,7 @@ from collections.abc import Callable
 from gazeguard.errors import InputError
 
 MAX_TEXT_BYTES = 2**20  # of a caption's file
+MIN_ZEROS = 1 / 8  # of all bytes: half of those of Latin text in UTF-16 are zero
 
 # UTF-32 before UTF-16, whose little-endian mark is the beginning of the other's.
 _MARKS = (
@@ -48,7 +49,7 @@ def decode(data: bytes, encoding: str | None = None, marked: bool = True) -> str
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        guess = "" if mark else _guess(data)
+        guess = "" if mark else _guess(data) or ", perhaps cp1252: --encoding cp1252"
         raise ValueError(f"it is not {encoding.removesuffix('-sig').upper()}{guess}") from error
     if "\0" in text:
         raise ValueError(f"it has NUL characters{_guess(data)}")
@@ -56,12 +57,12 @@ def decode(data: bytes, encoding: str | None = None, marked: bool = True) -> str
 
 
 def _guess(data: bytes) -> str:
-    """The option that may be missing, where the bytes suggest one."""
+    """The option that is likely to be missing, where the bytes look like UTF-16; else ""."""
     even, odd = data[::2].count(0), data[1::2].count(0)
-    if even or odd:
+    if max(even, odd) > len(data) * MIN_ZEROS:
         likely = "utf-16-le" if odd >= even else "utf-16-be"
         return f", perhaps {likely} without a byte order mark: --encoding {likely}"
-    return ", perhaps cp1252: --encoding cp1252"
+    return ""
 
 
 def read_text(size: int, read: Callable[[], bytes], encoding: str | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from gazeguard.errors import InputError, MismatchError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+LOGGER = logging.getLogger("gazeguard")
 MAX_INDEX = 4096  # of a layer, and of a head in it, that a file may name
 FINGERPRINT_SAMPLES = 64  # weights of each matrix
 HALF_FINGERPRINT = 16  # hex digits
@@ -57,11 +59,39 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def _output_fingerprint(model: PreTrainedModel) -> str:
     """The first half of a `fingerprint`."""
-    backbone = find_backbone(model)
-    digest = hashlib.sha256(f"{type(model).__name__}/{len(backbone.attention)}".encode())
-    for layer in backbone.attention:
-        digest.update(_sample(weight_of(backbone.projection(layer))))
+    weights = _outputs(model)
+    digest = hashlib.sha256(f"{type(model).__name__}/{len(weights)}".encode())
+    for weight in weights:
+        digest.update(_sample(weight))
     return digest.hexdigest()[:HALF_FINGERPRINT]
+
+
+def _difference(model: PreTrainedModel, heads: GazeHeads, actual: str) -> str:
+    """In a sentence: what is likely to differ between a model of this fingerprint and that of the heads; "" for two classes."""
+    if type(model).__name__ != heads.model_class:
+        return ""
+    if getattr(model, "is_quantized", False) or not all(_is_plain(weight) for weight in _outputs(model)):
+        return " Its weights are quantised, which moves where it attends: heads are found for each such copy."
+    if heads.model[:HALF_FINGERPRINT] == actual[:HALF_FINGERPRINT]:
+        return (
+            " The output projections of attention are the same, but not all other weights: this is a fine-tune of it (merged "
+            "LoRA adapters mostly change queries and values), or it has another vision encoder or connector."
+        )
+    return (
+        f" Other weights, or the same ones rounded to another dtype: these are {str(model.dtype).removeprefix('torch.')}, and "
+        "only rounding to bfloat16 or from what the checkpoint stores keeps a fingerprint."
+    )
+
+
+def _outputs(model: PreTrainedModel) -> list[Tensor]:
+    """The weights of the output projection of each layer."""
+    backbone = find_backbone(model)
+    return [weight_of(backbone.projection(layer)) for layer in backbone.attention]
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is one number for each of its elements, and not packed in fewer bits."""
+    return weight.is_floating_point() and weight.element_size() > 1
 
 
 def _sample(weight: Tensor) -> bytes:
@@ -200,8 +230,11 @@ class GazeHeads(BaseModel):
         """A random set of other heads with as many of every layer as the gaze heads have: a control.
 
         A layer that has too few gives what it has, and the layers after it make up for that. Where most heads of a layer are
-        gaze heads there are few such sets, and draws repeat: `distinct_matched_sets` counts them.
+        gaze heads there are few such sets, and draws repeat: `distinct_matched_sets` counts them, and where there is one alone
+        a warning is logged.
         """
+        if self.distinct_matched_sets() == 1:
+            LOGGER.warning("There is only 1 distinct layer-matched set of other heads: every draw of this control is the same.")
         drawn: list[Head] = []
         for pool, wanted in self._pools():
             drawn += [pool[i] for i in rng.permutation(len(pool))[:wanted]]
@@ -260,5 +293,6 @@ class GazeHeads(BaseModel):
         if self.model != actual:
             raise MismatchError(
                 f"These gaze heads belong to another model ({self.model_class}, fingerprint {self.model}); this one is "
-                f"{type(model).__name__}, fingerprint {actual}. Find its own with find_heads(model, processor)."
+                f"{type(model).__name__}, fingerprint {actual}.{_difference(model, self, actual)} Find its own with "
+                "find_heads(model, processor)."
             )
