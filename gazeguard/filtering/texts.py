@@ -57,7 +57,7 @@ def decode(data: bytes, encoding: str | None = None, marked: bool = True) -> str
 
 
 def _guess(data: bytes) -> str:
-    """The option that is likely to be missing, where the bytes look like UTF-16; else ""."""
+    """The option that is likely to be missing, where the bytes are those of UTF-16; else ""."""
     even, odd = data[::2].count(0), data[1::2].count(0)
     if max(even, odd) > len(data) * MIN_ZEROS:
         likely = "utf-16-le" if odd >= even else "utf-16-be"
