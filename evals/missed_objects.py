@@ -22,6 +22,7 @@ from evals.guards import lab_guard, random_detector_guard
 from gazeguard import lab
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.labels import write_captions
+from gazeguard.lab.worlds import world
 from gazeguard.report import Report
 
 SEED = 420  # of the images
@@ -40,8 +41,9 @@ def missed_objects(guard: GazeGuard, samples: list[lab.Sample], reports: list[Re
 
 def measure(samples: list[lab.Sample], captions: list[str], added: list[str]) -> dict[str, Figure]:
     """The figures of one decoding method and one set of heads."""
-    before, of_added = count_captions(samples, captions), count_captions(samples, added)
-    after = count_captions(samples, [f"{one} {two}" for one, two in zip(captions, added, strict=True)])
+    count = functools.partial(count_captions, world("tiny"), samples)
+    before, of_added = count(captions), count(added)
+    after = count([f"{one} {two}" for one, two in zip(captions, added, strict=True)])
 
     def change(name: str, drawn: NDArray[np.int64]) -> float:
         return ratio(after, name, drawn) - ratio(before, name, drawn)
