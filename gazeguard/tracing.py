@@ -373,7 +373,7 @@ class DraftTraces:
         """The numbers of all passes, (batch, passes); each is computed once, when it is asked for first."""
         tracer, done = self.tracer, 0 if self._batch is None else len(self._batch)
         if done < len(self._tokens):
-            tokens = torch.tensor(self._tokens[done:], device=tracer.model.device).T
+            tokens = torch.tensor(self._tokens[done:]).T.to(tracer.model.device, non_blocking=True)
             new = tracer.numbers(tracer.recorder.collect(start=done), tokens, tracer.logit_lens())
             self._batch = new if self._batch is None else self._batch.concatenate(new)
         return given(self._batch)

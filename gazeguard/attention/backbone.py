@@ -89,14 +89,16 @@ class Backbone:
     def _residual_weight(self, layer: int, heads: Sequence[int]) -> Tensor:
         """What a unit of the heads' outputs adds to the residual stream, shaped as in `output_weight`."""
         projection, per_head = self.projection(layer), self.width(self.attention[layer])[1]
-        columns = [head * per_head + i for head in heads for i in range(per_head)]
         gate: Tensor | int = 1
         if self.key_source is not None and layer in self.gated:
             gate = weight_of(self.gated[layer], self.key_source.gate).float().tanh().view(-1, 1)
         if type(projection) is nn.Linear:
-            return weight_of(projection)[:, columns].float() * gate
+            # Slices and not an index, which the host would have to send to the device, and wait.
+            slices = [weight_of(projection)[:, head * per_head : (head + 1) * per_head] for head in heads]
+            return torch.cat(slices, 1).float() * gate
         # An adapter or a quantised layer is measured, unit by unit.
         weight = weight_of(self.unembedding)
+        columns = [head * per_head + i for head in heads for i in range(per_head)]
         units = torch.zeros(len(columns) + 1, projection.in_features, device=weight.device, dtype=weight.dtype)
         units[range(len(columns)), columns] = 1
         with torch.no_grad():

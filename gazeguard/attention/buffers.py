@@ -167,8 +167,8 @@ class LayerBuffers:
         keys = scores.shape[3]
         lengths = [length for step, length in self.deferred if step >= start]
         if min(lengths) < keys:
-            device = key.device
-            scores += additive_mask(torch.arange(keys, device=device) < torch.tensor(lengths, device=device)[:, None])
+            ends = torch.tensor(lengths).to(key.device, non_blocking=True)  # the host waits for none of its own values
+            scores += additive_mask(torch.arange(keys, device=key.device) < ends[:, None])
         if self.masks.parts:
             scores += self.masks.joined(start).transpose(1, 2)[..., :keys]
         return scores.softmax(-1)

@@ -63,20 +63,6 @@ class TraceBatch:
     def _each_token(self, change: Callable[[F32], F32]) -> TraceBatch:
         return replace(self, **{name: change(getattr(self, name)) for name in PER_TOKEN})
 
-    def with_logit_lens(self, lens: LogitLens | None, token_ids: Tensor) -> TraceBatch:
-        """The same with attended log-probability, internal confidence and image states.
-
-        Args:
-            lens: The logit lens on the image tokens; None adds nothing.
-            token_ids: (batch, T) int64, the generated tokens.
-        """
-        if lens is None:
-            return self
-        gaze, token_ids = (tensor.to(lens.known.device) for tensor in (torch.from_numpy(self.gaze), token_ids))
-        attended, confidence = (value.cpu().numpy() for value in attended_logprobs(lens, gaze, token_ids))
-        state = lens.mean_states().cpu().numpy()
-        return replace(self, attended_logprob=attended, internal_confidence=confidence, image_state=state)
-
     def trace(
         self,
         row: int,
@@ -122,9 +108,19 @@ def trace_batch(
         lens: The logit lens on the image tokens; None leaves attended log-probability and internal confidence NaN.
     """
     statistics = token_statistics(backbone, heads, captured, token_ids)
-    unknown = torch.full_like(statistics.logprobs, torch.nan)
-    tensors = (
-        *(statistics.logprobs, statistics.entropy, captured.gaze, captured.segment_mass, statistics.attribution),
-        *(unknown, unknown),
-    )
-    return TraceBatch(*(tensor.float().cpu().numpy() for tensor in tensors)).with_logit_lens(lens, token_ids)
+    values = [statistics.logprobs, statistics.entropy, captured.gaze, captured.segment_mass, statistics.attribution]
+    if lens is None:
+        values += [torch.full_like(statistics.logprobs, torch.nan)] * 2
+    else:
+        device = lens.known.device
+        values += [*attended_logprobs(lens, captured.gaze.to(device), token_ids.to(device)), lens.mean_states()]
+    return TraceBatch(*_on_host(values))
+
+
+def _on_host(values: Sequence[Tensor]) -> list[F32]:
+    """The values as float32 arrays; from a GPU in one transfer, since the host waits for each."""
+    if all(value.device.type == "cpu" for value in values):
+        return [value.float().numpy() for value in values]
+    flat = [value.to(values[0].device).float().flatten() for value in values]
+    parts = torch.cat(flat).cpu().split([len(each) for each in flat])
+    return [part.view(value.shape).numpy() for part, value in zip(parts, values, strict=True)]

@@ -393,6 +393,7 @@ def _processed(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, los
         return processors(ids, scores)
     processed = torch.empty_like(scores)
     for count in set(lost):
-        rows = [b for b, lost_by_row in enumerate(lost) if lost_by_row == count]
-        processed[rows] = processors(ids[rows, count:], scores[rows])
+        rows = torch.tensor([b for b, lost_by_row in enumerate(lost) if lost_by_row == count])
+        rows = rows.to(ids.device, non_blocking=True)  # the host waits for none of its own values
+        processed.index_copy_(0, rows, processors(ids[rows, count:], scores[rows]))
     return processed
