@@ -287,12 +287,15 @@ def test_openais_client_captions_whole_and_in_a_stream(marking, address):
         assert last.model_extra["gazeguard"]["phrases"] == expected.to_dict()["phrases"]
         assert usage.usage == answer.usage
         assert api.models.list().data[0].id == "lab"
-        short = api.chat.completions.create(**asked | {"max_tokens": 3})
+        neutral = {"stop": None, "seed": None, "frequency_penalty": 0.0, "logprobs": False, "n": 1}
+        short = api.chat.completions.create(**asked | {"max_tokens": 3} | neutral)
         assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 3)
         sampled = api.chat.completions.create(**asked | {"temperature": 1.5, "top_p": 0.9, "max_tokens": 8})
         assert sampled.choices[0].message.content
         with pytest.raises(openai.BadRequestError, match="5000 tokens are asked for, and the limit is 1024"):
             api.chat.completions.create(**asked | {"max_tokens": 5000})
+        with pytest.raises(openai.UnprocessableEntityError, match="frequency_penalty: Extra inputs are not permitted"):
+            api.chat.completions.create(**asked, frequency_penalty=0.5)
         with pytest.raises(openai.UnprocessableEntityError, match="tools: Extra inputs are not permitted"):
             api.chat.completions.create(**asked, tools=[{"type": "function", "function": {"name": "f"}}])
         with pytest.raises(openai.BadRequestError, match="is not an image that Pillow can read"):

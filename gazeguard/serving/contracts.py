@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from gazeguard.serving.limits import MAX_CONVERSATIONS
 
 MAX_MESSAGES, MAX_PARTS, MAX_NAME = 64, 64, 256
+# What clients send although it asks for nothing; null does not, either.
+NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "parallel_tool_calls": True, "store": False}
 # A red square of 16 x 16 pixels, so that the examples of /docs can be sent as they are.
 EXAMPLE_IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAF0lEQVR4nGM8wUAaYCJR/aiGUQ1DSAMAl+YA6LJqoPkAAAAASUVO"
@@ -110,7 +112,8 @@ class StreamOptions(BaseModel):
 class ChatRequest(BaseModel):
     """A request for a guarded caption, as OpenAI's chat completions take it; what is not listed here is refused.
 
-    ``model`` and ``user`` are taken and not used: a server has one model.
+    ``model`` and ``user`` are taken and not used: a server has one model. Options that are null, or of a value that asks for
+    nothing (``NEUTRAL``), are as good as absent.
     """
 
     model_config = _examples({"messages": [_QUESTION], "max_tokens": 64, "temperature": 0})
@@ -125,6 +128,13 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None and value != NEUTRAL.get(name, ...)}
 
 
 class GuardrailRequest(BaseModel):
