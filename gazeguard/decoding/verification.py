@@ -220,15 +220,21 @@ def ask(
 ) -> Tensor:
     """Ask the model whether each phrase is in the image of its row.
 
-    The images are read once, as part of the prompts (one per image) whose captions named the phrases.
+    The images are read once, as part of the prompts (one per image) whose captions named the phrases, and a question about an
+    image is asked once.
 
     Returns:
         (phrases,) float32, nats: log P(yes) - log P(no); NaN where the model does not answer.
     """
     inputs = encode(model, processor, images, prompts).prompt
     cache = getattr(model(**model_inputs(model, inputs), use_cache=True), _compat.cache_argument_name())
-    suffixes = question_suffixes(model, processor, [existence_question(phrase) for phrase in phrases])
-    return answer_log_odds(model, inputs, rows, suffixes, AnswerTokens.from_tokenizer(processor.tokenizer), cache)
+    asked = list(zip(rows, map(existence_question, phrases), strict=True))
+    unique = {pair: number for number, pair in enumerate(dict.fromkeys(asked))}
+    texts = list(dict.fromkeys(text for _, text in unique))
+    suffixes = dict(zip(texts, question_suffixes(model, processor, texts), strict=True))
+    tokens = AnswerTokens.from_tokenizer(processor.tokenizer)
+    answers = answer_log_odds(model, inputs, [row for row, _ in unique], [suffixes[text] for _, text in unique], tokens, cache)
+    return answers[[unique[pair] for pair in asked]]
 
 
 def _logits_from_cache(

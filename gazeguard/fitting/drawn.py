@@ -149,7 +149,8 @@ def truth(source: World, sample: Any) -> Decide:
 
     def decide(caption: str) -> list[tuple[Claim, bool]]:
         plain = canonical(caption, nouns)
-        own, known = claims(caption), claims(plain)
+        own = claims(caption)
+        known = own if plain == caption else claims(plain)
         if [claim.kind for claim in own] != [claim.kind for claim in known]:
             return []
         decided = {known.index(claim): false for claim, false in source.decided(sample, plain)}

@@ -26,7 +26,6 @@ from gazeguard.fitting.swaps import Site, Swap, companions, cooccurrence, noun_o
 from gazeguard.guard import GazeGuard
 from gazeguard.trace import F32, GazeTrace
 from gazeguard.vision.encoding import encode
-from gazeguard.vision.inputs import model_inputs
 from gazeguard.vision.text import tokenize
 
 F64 = NDArray[np.float64]
@@ -188,14 +187,12 @@ def _replayed(guard: GazeGuard, altered: Sequence[Altered], origin: str) -> Rows
     """
     if not altered:
         return None
-    columns = ([getattr(row, name) for row in altered] for name in ("image", "caption"))
-    images, captions = columns
-    prompts = [row.written.shown.prompt for row in altered]
-    reports = guard.check_all(images, [caption.text for caption in captions], prompts)
+    columns = zip(*((row.image, row.caption.text, row.written.shown.prompt) for row in altered), strict=True)
     rows = []
-    for row, report in zip(altered, reports, strict=True):
-        if report.trace is not None:
-            rows += _false_claims(row, report.trace)
+    for part in guard.tracer.prepare(*columns).parts:
+        traces, _ = guard.tracer.replay(part)
+        for number, trace in zip(part.rows, traces, strict=True):
+            rows += _false_claims(altered[number], trace)
     return _table(rows, origin)
 
 
@@ -276,24 +273,27 @@ def likelihoods(
     guard: GazeGuard, chosen: Sequence[tuple[Written, Site]], options: Sequence[Sequence[str]], batch_size: int = 16
 ) -> list[F64]:
     """For each site the log-probability that the model gives the first token of each option there, nats."""
-    scores: list[F64] = []
     tokenizer, backbone = guard.processor.tokenizer, guard.tracer.recorder.backbone
     first = {word: int(tokenize(tokenizer, f" {word}")[0][0]) for words in options for word in words}
-    for start in range(0, len(chosen), batch_size):
-        part = chosen[start : start + batch_size]
-        columns = zip(*((each.shown.image, each.caption.text, each.shown.prompt) for each, _ in part), strict=True)
-        prepared = guard.tracer.prepare(*columns)
-        found: dict[int, F64] = {}
-        for encoded in prepared.parts:
-            with guard.tracer.record(encoded.prompts) as recorder:
-                guard.model(**model_inputs(guard.model, encoded.batch.inputs), use_cache=False)
+    scores = [np.zeros(len(words)) for words in options]
+    of_caption: dict[int, list[int]] = {}  # by the number of its image; one pass serves all sites of a caption
+    for number, (each, _) in enumerate(chosen):
+        of_caption.setdefault(each.shown.number, []).append(number)
+    groups = list(of_caption.values())
+    for start in range(0, len(groups), batch_size):
+        some = groups[start : start + batch_size]
+        written = [chosen[group[0]][0] for group in some]
+        columns = zip(*((each.shown.image, each.caption.text, each.shown.prompt) for each in written), strict=True)
+        for part in guard.tracer.prepare(*columns).parts:
+            with guard.tracer.record(part.prompts) as recorder:
+                guard.tracer.run(part)
                 hidden = recorder.collect().hidden
-            for row, number in enumerate(encoded.rows):
-                offsets = encoded.batch.offsets[row]
-                step = int((offsets[:, 1] <= part[number][1].start).sum())
-                logprobs = backbone.logits(hidden[row, min(step, len(offsets) - 1)]).log_softmax(-1).cpu().double().numpy()
-                found[number] = logprobs[[first[word] for word in options[start + number]]]
-        scores += [found.get(i, np.zeros(len(options[start + i]))) for i in range(len(part))]
+            for row, group in enumerate(part.rows):
+                offsets = part.batch.offsets[row]
+                for number in some[group]:
+                    step = int((offsets[:, 1] <= chosen[number][1].start).sum())
+                    logits = backbone.logits(hidden[row, min(step, len(offsets) - 1)])
+                    scores[number] = logits.log_softmax(-1).cpu().double().numpy()[[first[word] for word in options[number]]]
     return scores
 
 

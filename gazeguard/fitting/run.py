@@ -15,8 +15,9 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,12 +38,14 @@ from gazeguard.fitting.learn import learn
 from gazeguard.fitting.record import record, write
 from gazeguard.fitting.rerank import measure_rerank
 from gazeguard.fitting.rows import Recorded, Rows
+from gazeguard.fitting.threads import few_threads
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.heads.discovery import find_heads
 from gazeguard.heads.strips import IMAGE_SUFFIXES, draw_strips
 from gazeguard.progress import track
 from gazeguard.prompts import DEFAULT_PROMPT
+from gazeguard.trace import F32
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.images import load_image
 
@@ -137,26 +140,31 @@ def fit(
     chosen = check_styles(available_styles() if styles is None else styles)
     paths = _image_paths(images, size.images)
     out.mkdir(parents=True, exist_ok=True)
-    say("testing whether attention can be recorded")
-    _self_test(model, processor)
-    heads = _heads(model, processor, out, size.strips, heads, say)
-    if heads.unusable:
-        return Fitted(heads, None, {})
-    guard = GazeGuard(model, processor, heads=heads)  # the detector beside the model's weights is left out by that
-    recorder = _Recorder(guard, out / STATE_FOLDER, size, seed, say)
-    recorded = [*recorder.drawings(chosen), *recorder.pictures(paths, prompt)]
-    if captions:
-        recorded.append(record_labelled(guard, captions, FIRST_LABELLED))
-    say("next: the detector, from all claims")
-    states = {int(i): state for part in recorded if part.states.size for i, state in zip(part.images, part.states, strict=True)}
-    learnt = learn(Rows.joined([part.rows for part in recorded]), heads, states)
-    detector = learnt.detector
-    if size.rerank and not (detector.gate and detector.gate.reason):
-        say("next: the evidence that rerank may use")
-        detector = detector.model_copy(update={"rerank": recorder.rerank(chosen)})
-    detector.save_pretrained(out)
-    write_fit_card(out, detector, learnt.figures, chosen, len(paths), len(captions))
-    return Fitted(heads, detector, learnt.figures)
+    with few_threads(model):
+        say("testing whether attention can be recorded")
+        _self_test(model, processor)
+        heads = _heads(model, processor, out, size.strips, heads, say)
+        if heads.unusable:
+            return Fitted(heads, None, {})
+        guard = GazeGuard(model, processor, heads=heads)  # the detector beside the model's weights is left out by that
+        recorder = _Recorder(guard, out / STATE_FOLDER, size, seed, say)
+        recorded = [*recorder.drawings(chosen), *recorder.pictures(paths, prompt)]
+        if captions:
+            recorded.append(record_labelled(guard, captions, FIRST_LABELLED))
+        say("next: the detector, from all claims")
+        learnt = learn(Rows.joined([part.rows for part in recorded]), heads, _states(recorded))
+        detector = learnt.detector
+        if size.rerank and not (detector.gate and detector.gate.reason):
+            say("next: the evidence that rerank may use")
+            detector = detector.model_copy(update={"rerank": recorder.rerank(chosen)})
+        detector.save_pretrained(out)
+        write_fit_card(out, detector, learnt.figures, chosen, len(paths), len(captions))
+        return Fitted(heads, detector, learnt.figures)
+
+
+def _states(recorded: Sequence[Recorded]) -> dict[int, F32]:
+    """By number of an image the state of its tokens, where it has one."""
+    return {int(i): state for part in recorded if part.states.size for i, state in zip(part.images, part.states, strict=True)}
 
 
 def _budget(budget: str | Budget) -> Budget:
@@ -227,12 +235,13 @@ class _Recorder:
     def drawings(self, styles: Sequence[str]) -> list[Recorded]:
         """Claims about drawn images."""
         side = image_side(self.guard)
-        chunks = [(style, first) for first in range(0, -(-self.budget.scenes // len(styles)), CHUNK) for style in styles]
+        each_style = -(-self.budget.scenes // len(styles))
+        firsts = range(0, each_style, CHUNK)
+        chunks = [(style, first, min(CHUNK, each_style - first)) for first in firsts for style in styles]
         prompts = {style: self._answered(style, side) for style in styles}
-        count = min(CHUNK, self.budget.scenes // len(styles))
 
-        def shown(chunk: tuple[str, int]) -> list[Shown]:
-            style, first = chunk
+        def shown(chunk: tuple[str, int, int]) -> list[Shown]:
+            style, first, count = chunk
             base = list(styles).index(style) * 10**5
             return [
                 Shown(base + each.number, each.image, each.prompt, each.style, each.decide)
@@ -299,13 +308,15 @@ class _Recorder:
     def _answered(self, style: str, side: int) -> tuple[str, ...]:
         """The prompts that the model answers with at least half as many claims as it does the world's own prompt."""
         shown = drawn(style, 0, PROBED, self.seed + 1, side)
-
-        def decided(images: Iterable[Shown]) -> int:
-            return sum(len(each.decided) for each in write(self.guard, list(images), False))
-
-        usual = decided(shown)
-        tried = {prompt: decided(Shown(s.number, s.image, prompt, s.style, s.decide) for s in shown) for prompt in PROMPTS}
-        return tuple(prompt for prompt, claims in tried.items() if claims * 2 >= usual)
+        tried = [
+            replace(each, number=turn * PROBED + each.number, prompt=prompt or each.prompt)
+            for turn, prompt in enumerate(("", *PROMPTS))
+            for each in shown
+        ]
+        claims: Counter[int] = Counter()
+        for written in write(self.guard, tried, False):
+            claims[written.shown.number // PROBED] += len(written.decided)
+        return tuple(prompt for turn, prompt in enumerate(PROMPTS, start=1) if claims[turn] * 2 >= claims[0])
 
 
 def _minutes(seconds: float) -> str:
