@@ -35,6 +35,16 @@ test-guardrails:
 	$(VENV)-guardrails/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[serve,guardrails]" pytest hypothesis
 	OTEL_SDK_DISABLED=true $(VENV)-guardrails/bin/pytest -p no:langsmith_plugin -p no:unraisableexception tests/test_guardrails.py
 
+# lmms-eval, which brings a hundred packages along, in an environment of its own, outside of CI. Its torchvision is not of the pinned
+# build of torch, and the lab's processor needs none.
+test-lmms:
+	$(PYTHON) -m venv $(VENV)-lmms
+	$(VENV)-lmms/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-lmms/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable . pytest hypothesis datasets
+	$(VENV)-lmms/bin/pip install --quiet lmms-eval "filelock<3.21"
+	$(VENV)-lmms/bin/pip uninstall --quiet --yes torchvision
+	$(VENV)-lmms/bin/pytest tests/test_lmms.py
+
 # The documents as a site, build/site; any warning is an error.
 docs: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --group docs
@@ -55,4 +65,4 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
-.PHONY: demo test test-slow coverage docs test-oldest test-guardrails
+.PHONY: demo test test-slow coverage docs test-oldest test-guardrails test-lmms

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +17,7 @@ from gazeguard import lab
 from gazeguard.errors import InputError
 from gazeguard.integrations.lmms_eval import GazeGuarded, manifest
 
+EXAMPLE, EXAMPLE_TASK = Path(__file__).resolve().parents[1] / "examples" / "lmms_eval", "gazeguard_lab"
 SAMPLES = lab.samples("test", 5, seed=11)
 DOCUMENTS = {"lab": {"test": [{"image": sample.image} for sample in SAMPLES]}}
 
@@ -91,3 +96,32 @@ def test_lmms_eval_finds_it():
         pytest.skip("lmms-eval is not installed")
     result = manifest()
     assert (result.model_id, result.simple_class_path) == ("gazeguard", "gazeguard.integrations.lmms_eval.GazeGuarded")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lmms_eval") is None,
+    reason="lmms-eval is not installed: make test-lmms has an environment with it",
+)
+def test_lmms_eval_runs_the_task_of_the_examples(tmp_path):
+    """From the command line, as the examples have it: batches of 1, 2 and 4 give the same captions, verdicts and score."""
+    subprocess.run([sys.executable, str(EXAMPLE / "write_data.py"), "lab_data", "4"], cwd=tmp_path, check=True)
+    seen = []
+    for batch in ("1", "2", "4"):
+        reports = tmp_path / f"reports-{batch}.jsonl"
+        command = [sys.executable, "-m", "lmms_eval", "--model", "gazeguard", "--batch_size", batch, "--output_path", batch]
+        command += [
+            "--model_args",
+            f"pretrained=lab,reports={reports}",
+            "--include_path",
+            str(EXAMPLE),
+            "--tasks",
+            EXAMPLE_TASK,
+        ]
+        subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        rows = [json.loads(line) for line in reports.read_text(encoding="utf-8").splitlines()]
+        (scores,) = (tmp_path / batch).rglob("*_results.json")
+        score = json.loads(scores.read_text(encoding="utf-8"))["results"][EXAMPLE_TASK]["objects_named,none"]
+        seen.append(([(row["caption"], row["verdict"]) for row in rows], score))
+    assert len(seen[0][0]) == 4
+    assert seen[0][1] > 0.5
+    assert seen[0] == seen[1] == seen[2]
