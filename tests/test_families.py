@@ -3,9 +3,11 @@
 import copy
 
 import pytest
+import torch
 import transformers
-from invariants import BY_PROCESSOR, EXCEPTIONS, INVARIANTS, LAYOUTS, MAKERS, OTHERS, run_of, works
+from invariants import BY_PROCESSOR, EXCEPTIONS, INVARIANTS, LAYOUTS, MAKERS, OTHERS, run_of, works, write
 
+from gazeguard import _compat
 from gazeguard.attention.backbone import find_backbone
 from gazeguard.attention.families import attention_modules_in_code, logit_changes_in_code, report_unknown_family
 from gazeguard.attention.self_test import run_self_test
@@ -26,6 +28,21 @@ def test_the_family_keeps_the_invariant(name, invariant):
             invariant(name)
     else:
         invariant(name)
+
+
+@pytest.mark.parametrize("name", ["Gemma4", "Gemma4-unified"])
+def test_gemma_4_differs_by_its_positions_alone(name):
+    """The exception from `changes_no_logit`: without the recorder, but at all positions, it computes the recorded bits."""
+    kind, inputs, _, made, _ = run_of(name)
+    plain = write(kind.model, inputs)
+    differences = [float((a - b).abs().max()) for a, b in zip(plain.logits, made.logits, strict=True)]
+    assert 0 < differences[0] < 1e-5
+    assert differences[1:] == [0] * (len(differences) - 1)
+    decoder = kind.model.get_decoder()
+    hook = decoder.register_forward_pre_hook(lambda _, args, kw: (args, _compat.with_all_positions(kw)), with_kwargs=True)
+    everywhere = write(kind.model, inputs)
+    hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(everywhere.logits, made.logits, strict=True))
 
 
 @pytest.mark.parametrize("name", OTHERS)
