@@ -33,6 +33,15 @@ def load_held(folder: Path) -> Any:
     return Model(HeldGuard.from_pretrained("lab"))
 
 
+class Hanging:
+    """A worker that comes to no end."""
+
+    facts = None
+
+    def run(self, *_: Any) -> None:
+        signal.pause()
+
+
 def load_nothing() -> Any:
     """A model that is not there."""
     raise InputError("There is no such model.")

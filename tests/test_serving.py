@@ -24,7 +24,7 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
-from servingkit import HELD, die_loading, load_held, load_nothing
+from servingkit import HELD, Hanging, die_loading, load_held, load_nothing
 from typer.testing import CliRunner
 
 from gazeguard import lab
@@ -39,7 +39,7 @@ from gazeguard.serving.metrics import reason_of
 from gazeguard.serving.model import Model
 from gazeguard.serving.process import DIED, ModelProcess
 from gazeguard.serving.service import Service
-from gazeguard.serving.tasks import Deltas, Stopped, Task, Worker
+from gazeguard.serving.tasks import Deltas, Row, Stopped, Task, Worker
 
 PATIENCE = 600  # seconds until an answer counts as lost, however busy the machine is
 PATIENT = Limits(seconds=PATIENCE)
@@ -507,6 +507,22 @@ def test_a_killed_process_of_the_model_is_started_again(tmp_path):
             *pieces, last = api.chat.completions.create(**asked)
             assert "".join(piece.choices[0].delta.content for piece in pieces) == last.model_extra["gazeguard"]["caption"]
             assert len(pieces) > 5
+
+
+def test_a_process_that_hangs_is_killed():
+    """When nobody waits for its task any more, so that a time-out frees the worker in every case."""
+    worker = ModelProcess(Hanging, 8, patience=0)
+    first = worker.pid
+    try:
+        with pytest.raises(RefusedError, match="died over this request"):
+            worker.run(Task((Row(IMAGE, "", CAPTION),)), lambda _: True)
+        while not worker.ready or worker.pid == first:
+            pass
+        assert worker.restarts == 1
+    finally:
+        worker.close()
+    with pytest.raises(RefusedError, match="The model is being loaded"):
+        worker.run(Task((Row(IMAGE, "", CAPTION),)), lambda _: False)
 
 
 class DyingModel(Model):

@@ -24,6 +24,7 @@ CONTEXT = multiprocessing.get_context("spawn")  # a fork would share threads, an
 TICK = 0.05  # seconds between two questions whether anybody still waits
 PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds before the model is loaded again after that has failed: at first, doubled up to the most
 GRACE = 10.0  # seconds that the process has to end
+PATIENCE = 60.0  # seconds that a task may go on when nobody waits for it any more
 DIED = "The process of the model died over this request, and is started again. Try again later."
 
 
@@ -31,7 +32,7 @@ class ModelProcess:
     """A `Worker` in a process of its own.
 
     When it dies (killed for its memory, crashed on the GPU), the rows under way are refused with 503, and it is started again;
-    rows that wait are answered when the model is loaded.
+    rows that wait are answered when the model is loaded. One that hangs is killed.
 
     Attributes:
         facts: What is known of the model.
@@ -40,17 +41,18 @@ class ModelProcess:
 
     facts: Facts
 
-    def __init__(self, make: Callable[[], Worker], rows: int) -> None:
+    def __init__(self, make: Callable[[], Worker], rows: int, patience: float = PATIENCE) -> None:
         """Start the process, and wait until its model is loaded.
 
         Args:
             make: Loads the model, in the new process, to which it is sent.
             rows: Most rows of a task.
+            patience: Seconds that a task may go on when nobody waits for it any more, before it counts as hanging.
 
         Raises:
             GazeGuardError: The model cannot be loaded.
         """
-        self.restarts = 0
+        self.restarts, self.patience = 0, patience
         self._make, self._stops = make, CONTEXT.RawArray("b", rows)
         self._changed = threading.Condition()
         self._wire: Connection | None = None
@@ -80,10 +82,15 @@ class ModelProcess:
         try:
             self._stops[:] = [False] * len(self._stops)
             wire.send(task)
+            waited_for = time.monotonic()
             while True:
                 while not wire.poll(TICK):
                     for row in rows:
                         self._stops[row] = stopped(row)
+                    if not all(self._stops[: len(rows)]):
+                        waited_for = time.monotonic()
+                    elif time.monotonic() - waited_for > self.patience:
+                        self._process.kill()
                 answer = wire.recv()
                 if not isinstance(answer, str):
                     break
