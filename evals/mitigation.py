@@ -102,7 +102,10 @@ EXTENTS = {
     "tiny": Extent(120, 48, 2, {"test": "", "shifted": "_shifted"}, (), 100, 9),
     "scenes": Extent(100, 24, 1, {"test": ""}, FEW_METHODS, 50, 0, ("greedy",)),
 }
-QUICK = Extent(8, 0, 1, {"test": ""}, QUICK_METHODS, 0, 1, ("greedy",))
+QUICK = {
+    "tiny": Extent(8, 0, 1, {"test": ""}, QUICK_METHODS, 0, 1, ("greedy",)),
+    "scenes": Extent(3, 0, 1, {"test": ""}, QUICK_METHODS, 0, 0, ("greedy",)),
+}
 
 
 # ------------------------------------------------------------------------------------------------- choice of settings
@@ -402,7 +405,7 @@ def plan(setup: Setup, quick: bool, only: str) -> Plan:
     known: Mapping[str, Mapping[str, Callable]] = methods(setup)
     if unknown := sorted(set(only.split(",")) - {"", *known}):
         raise typer.BadParameter(f"Unknown method {unknown[0]!r}; expected some of: {', '.join(known)}.")
-    extent = QUICK if quick else EXTENTS[setup.chosen.lab]
+    extent = (QUICK if quick else EXTENTS)[setup.chosen.lab]
     wanted = only.split(",") if only else extent.names or known
     without_random = () if setup.controls or not quick else ("random_rerank", "random_rewind")
     left_out = {*refused(setup), *without_random}
@@ -449,7 +452,7 @@ def main(
     times: Annotated[bool, typer.Option("--times", help="Only the time ratios anew, others as the file has them.")] = False,
 ) -> None:
     """Measure every decoding method, and draw the curves beside the JSON file."""
-    setup, extent = Setup(Chosen(lab, model, artifacts, dtype)), QUICK if quick else EXTENTS[lab]
+    setup, extent = Setup(Chosen(lab, model, artifacts, dtype)), (QUICK if quick else EXTENTS)[lab]
     if times:
         renew_times(out, setup, quick, extent.pairs)
         return
