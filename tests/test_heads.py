@@ -561,6 +561,23 @@ def test_a_changed_copy_is_refused_with_the_likely_reason(change, reason):
         HEADS.model_copy(update=own).check_model(change(copy.deepcopy(untrained())))
 
 
+class Packed(torch.nn.Module):
+    """As torch's own dynamic quantisation leaves it: the weight is a method."""
+
+    in_features = 32
+
+    def weight(self):
+        return torch.zeros(32, 32)
+
+
+def test_a_layer_without_a_weight_that_can_be_read_is_refused_by_name():
+    changed = copy.deepcopy(untrained())
+    for layer in changed.model.text_model.layers:
+        layer.self_attn.o_proj = Packed()
+    with pytest.raises(UnsupportedError, match=r"test_heads\.Packed holds no tensor of its weight"):
+        HEADS.check_model(changed)
+
+
 def test_a_part_of_a_fingerprint_is_no_fingerprint():
     own = fingerprint(untrained())
     HEADS.model_copy(update={"model": own}).check_model(untrained())

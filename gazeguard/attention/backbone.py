@@ -158,9 +158,19 @@ class Backbone:
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
-    """A module's weight, fetched if accelerate keeps it elsewhere until it is used."""
-    if not getattr(module, name).is_meta:
-        return getattr(module, name)
+    """A module's weight, fetched if accelerate keeps it elsewhere until it is used.
+
+    Raises:
+        UnsupportedError: The module has no such tensor.
+    """
+    weight = getattr(module, name)
+    if not isinstance(weight, Tensor):
+        raise UnsupportedError(
+            f"{type(module).__module__}.{type(module).__name__} holds no tensor of its {name}, so that nothing can be read "
+            "from it. Load the model as it is, or quantised by transformers (quantization_config=...)."
+        )
+    if not weight.is_meta:
+        return weight
     from accelerate.utils import align_module_device  # installed whenever a weight is offloaded
 
     with align_module_device(module):
