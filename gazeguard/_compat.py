@@ -84,6 +84,13 @@ def cache_layer_kinds(cache: Any) -> set[str]:
     return {type(layer).__name__ for layer in cache_layers(cache)}
 
 
+def own_cache_kinds(model: PreTrainedModel) -> set[str]:
+    """The class names of the layers of the cache that a model makes for itself."""
+    from transformers import DynamicCache
+
+    return cache_layer_kinds(DynamicCache(config=model.config.get_text_config(decoder=True)))
+
+
 def layer_grows(cache: Any, layer: int) -> bool:
     """Whether the keys of one cache layer stay what and where they are until the end of a generation."""
     layers = getattr(cache, "layers", ())

@@ -316,28 +316,28 @@ class GazeGuard(Fittable):
     def check(self, image: Any, caption: str, prompt: str = DEFAULT_PROMPT) -> Report:
         """Judge a caption that anything wrote, by one teacher-forced pass. ``prompt`` is what it answers.
 
-        An empty caption, one longer than the model's context, an image that cannot be read or that the processor refuses, and
-        a prompt that names special tokens are *unchecked*.
+        Empty captions and those beyond the model's context, bad images and prompts with special tokens are *unchecked*.
         """
         return self.check_all([image], [caption], prompt)[0]
 
     def check_all(
         self, images: Sequence[Any], captions: Sequence[str], prompt: str | Sequence[str] = DEFAULT_PROMPT
     ) -> list[Report]:
-        """`check` for a batch of images with one caption each, in one pass; ``prompt`` is one for all, or one per caption."""
-        return self.check_prepared(self.prepare(images, captions, prompt))
+        """`check` for a batch, in one pass; ``prompt`` is one for all, or one per caption. An image of several is read once."""
+        prompts = [prompt] * len(captions) if isinstance(prompt, str) else prompt
+        return self.check_prepared(self.tracer.prepare(images, captions, prompts, packed=True))
 
     def prepare(self, images: Sequence[Any], captions: Sequence[str], prompt: str | Sequence[str] = DEFAULT_PROMPT) -> Prepared:
-        """`check_all` up to the model's pass, for `check_prepared`: another thread can do it while the model is busy."""
+        """Captions in rows of their own for `check_prepared`; see `Tracer.prepare`."""
         return self.tracer.prepare(images, captions, [prompt] * len(captions) if isinstance(prompt, str) else prompt)
 
     def check_prepared(self, prepared: Prepared) -> list[Report]:
-        """The reports of `check_all`, in the order of the captions."""
+        """The reports of `check_all`, in the order of the captions; another thread can prepare them."""
         reports = {i: self.unchecked(*row) for i, row in prepared.unchecked.items()}
         for part in prepared.parts:
             traces, cache = self.tracer.replay(part, use_cache=self.verification is not None)
-            assessments = [self.judge.assess(trace) for trace in traces]
-            reports |= zip(part.rows, _reports(self, assessments, part.batch.prompt, cache), strict=True)
+            judged = list(map(self.judge.assess, traces))
+            reports |= zip(part.rows, _reports(self, judged, part.batch.prompt, part.batch.rows, cache), strict=True)
         return [reports[i] for i in sorted(reports)]
 
     def unchecked(self, caption: str, reason: str, trace: GazeTrace | None = None) -> Report:
@@ -367,11 +367,11 @@ def _watched(guard: GazeGuard, call: GenerateCall) -> _Watched:
     prompts = tracer.prompts(call.inputs, call.ids, call.mask, call.image_sizes)
     decoded = _decode(guard, call, prompts) if guard.policy.rewind is None else _decode_with_rewind(guard, call, prompts)
     traces = tracer.traces(decoded.batch, decoded.captions, prompts, decoded.passes)
-    assessments = []
-    for row, trace in enumerate(traces):
-        reason = tracer.unreadable(prompts, row * len(prompts.lengths) // len(traces), trace.token_ids)
+    assessments, rows = [], [number * len(prompts.lengths) // len(traces) for number in range(len(traces))]
+    for row, trace in zip(rows, traces, strict=True):
+        reason = tracer.unreadable(prompts, row, trace.token_ids)
         assessments.append(Assessment(trace, reason) if reason else guard.judge.assess(trace))
-    reports = _reports(guard, assessments, call.prompts(), decoded.cache)
+    reports = _reports(guard, assessments, call.prompts(), rows, decoded.cache)
     return _Watched(call, decoded.output, prompts.start, decoded.captions, reports)
 
 
@@ -393,24 +393,29 @@ class _Watched(NamedTuple):
 
 
 def _reports(
-    guard: GazeGuard, assessments: Sequence[Assessment], inputs: Mapping[str, Any], cache: Cache | None
+    guard: GazeGuard,
+    assessments: Sequence[Assessment],
+    inputs: Mapping[str, Any],
+    rows: Sequence[int],
+    cache: Cache | None,
 ) -> list[Report]:
     """The reports on captions; where the policy verifies, with the model's answers about what is doubtful.
 
     Args:
         guard: Whose policy it is.
         assessments: Of the captions.
-        inputs: Their prompts, each for equally many captions.
+        inputs: Their prompts.
+        rows: For each caption its prompt.
         cache: Of the pass that generated or replayed the captions.
     """
     answers: dict[int, dict[Phrase, float]] = {}
     if guard.verification is not None:
-        asked = [(row, phrase) for row, each in enumerate(assessments) for phrase in guard.judge.questions(each)]
-        rows = [row * len(inputs["input_ids"]) // len(assessments) for row, _ in asked]
-        log_odds = guard.verification.log_odds(inputs, rows, [phrase for _, phrase in asked], cache) if asked else []
-        for (row, phrase), answer in zip(asked, log_odds, strict=True):
-            answers.setdefault(row, {})[phrase] = answer
-    return [guard.judge.report(each, answers.get(row)) for row, each in enumerate(assessments)]
+        asked = [(number, phrase) for number, each in enumerate(assessments) for phrase in guard.judge.questions(each)]
+        about, phrases = [rows[number] for number, _ in asked], [phrase for _, phrase in asked]
+        log_odds = guard.verification.log_odds(inputs, about, phrases, cache) if asked else []
+        for (number, phrase), answer in zip(asked, log_odds, strict=True):
+            answers.setdefault(number, {})[phrase] = answer
+    return [guard.judge.report(each, answers.get(number)) for number, each in enumerate(assessments)]
 
 
 class _Decoded(NamedTuple):

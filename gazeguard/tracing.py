@@ -6,7 +6,7 @@ Nothing is judged here; `gazeguard.judge` does that, and `gazeguard.guard` joins
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,13 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.cache_utils import Cache
 
+from gazeguard import _compat
+from gazeguard.attention.backbone import Backbone
 from gazeguard.attention.buffers import CapturedActivations
 from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.logit_lens import LogitLens
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.attention.steering import SteeringTarget
 from gazeguard.attention.trace_batch import TraceBatch, trace_batch
-from gazeguard.attention.visual_keys import VisualKeys, visual_keys
+from gazeguard.attention.visual_keys import VisualKeys, visual_key_source, visual_keys
 from gazeguard.claims.language import unknown_share
 from gazeguard.decoding.call import GeneratedIds, cache_of
 from gazeguard.decoding.rewind import Draft
@@ -36,14 +38,16 @@ from gazeguard.vision.batch_grids import image_grids
 from gazeguard.vision.encoding import EncodedBatch, check_prompt, encode
 from gazeguard.vision.grid import ImageGrid
 from gazeguard.vision.image_tokens import image_token_ids
-from gazeguard.vision.images import BACKGROUND, background_colour, load_image
+from gazeguard.vision.images import BACKGROUND, background_colour, image_key, load_image
 from gazeguard.vision.inputs import check_inputs, context_length, has_pixels, model_inputs
+from gazeguard.vision.packing import ATTEND_BOTH_WAYS, Packing, worth_packing
 from gazeguard.vision.text import check_text, decode
 
 MAX_UNKNOWN_SHARE = 0.1  # of a prompt's or caption's tokens; above it the model did not read what was written
 MAX_REASON = 300  # characters of a processor's error that a reason repeats
 
 ImageSizes = Sequence[Sequence[tuple[int, int]]]
+Images, Texts = Mapping[int, Image.Image], Sequence[str]
 
 
 class Prompts(NamedTuple):
@@ -70,7 +74,10 @@ class Prompts(NamedTuple):
 
 
 class ReplayPart(NamedTuple):
-    """Captions that go through the model together: their numbers in the whole, and what the model reads."""
+    """Captions that go through the model together: their numbers in the whole, and what the model reads.
+
+    Where captions are packed, several of them belong to one of the prompts: ``batch.rows`` says to which.
+    """
 
     rows: Sequence[int]
     captions: Sequence[str]
@@ -95,6 +102,15 @@ class Captured(NamedTuple):
 
     activations: CapturedActivations
     lens: LogitLens | None
+
+    def unpacked(self, packing: Packing | None) -> Captured:
+        """The same with a row for each caption, of captions that shared rows."""
+        if packing is None:
+            return self
+        device = self.activations.hidden.device
+        rows, steps = torch.tensor(packing.rows, device=device), torch.from_numpy(packing.steps).to(device)
+        activations = CapturedActivations(*(tensor[rows[:, None], steps] for tensor in vars(self.activations).values()))
+        return Captured(activations, None if self.lens is None else self.lens.select(rows))
 
 
 @dataclass(eq=False)
@@ -268,16 +284,18 @@ class Tracer:
 
     # ------------------------------------------------------------------------------------------------------- replay
 
-    def prepare(self, images: Sequence[Any], captions: Sequence[str], prompts: Sequence[str]) -> Prepared:
+    def prepare(self, images: Sequence[Any], captions: Sequence[str], prompts: Sequence[str], packed: bool = False) -> Prepared:
         """Encode captions for `replay`; needs no GPU, so that another thread can do it while the model is busy.
 
         Args:
             images: One per caption: paths, bytes or PIL images.
             captions: The captions.
             prompts: What each caption answers.
+            packed: Captions of one image (the same object, path or bytes) and prompt may share a row of the batch.
         """
         unchecked: dict[int, tuple[str, str]] = {}
         loaded: dict[int, Image.Image] = {}
+        opened: dict[Hashable, Image.Image] = {}
         for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
             try:
                 check_text(caption, "caption")
@@ -286,40 +304,40 @@ class Tracer:
                 if "\0" in caption:
                     raise InputError("the caption has NUL characters, as text read in a wrong encoding has")
                 check_prompt(self.processor, prompts[i])
-                loaded[i] = load_image(image, self.background)
+                key = image_key(image)
+                loaded[i] = opened[key] = opened[key] if key in opened else load_image(image, self.background)
             except InputError as error:
                 unchecked[i] = caption if isinstance(caption, str) else "", str(error)
-        rest = self._encode(list(loaded), loaded, captions, prompts)
+        packed = packed and self.steering is None and can_pack(self.model, self.recorder.backbone)
+        rest = self._encode(list(loaded), loaded, captions, prompts, packed)
         return Prepared({**unchecked, **rest.unchecked}, rest.parts)
 
-    def _encode(
-        self, rows: Sequence[int], images: Mapping[int, Image.Image], captions: Sequence[str], prompts: Sequence[str]
-    ) -> Prepared:
+    def _encode(self, rows: Sequence[int], images: Images, captions: Texts, prompts: Texts, packed: bool) -> Prepared:
         """Some rows as the model reads them; those that it cannot read, or that its context does not hold, are unchecked."""
         if not rows:
             return Prepared({}, [])
-        texts = [captions[i] for i in rows]
+        texts, (first, shared) = [captions[i] for i in rows], _shared_prompts(rows, images, prompts) if packed else (rows, ())
         try:
-            batch = encode(self.model, self.processor, [images[i] for i in rows], [prompts[i] for i in rows], texts)
+            batch = encode(self.model, self.processor, [images[i] for i in first], [prompts[i] for i in first], texts, shared)
         except GazeGuardError:
             raise
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # one image's shape, say, refused for all
             if len(rows) == 1:
                 return Prepared({rows[0]: (texts[0], f"the processor refuses it: {_first_line(error)}")}, [])
             halves = (rows[: len(rows) // 2], rows[len(rows) // 2 :])
-            first, second = (self._encode(half, images, captions, prompts) for half in halves)
-            return Prepared({**first.unchecked, **second.unchecked}, [*first.parts, *second.parts])
+            one, other = (self._encode(half, images, captions, prompts, packed) for half in halves)
+            return Prepared({**one.unchecked, **other.unchecked}, [*one.parts, *other.parts])
         keys = visual_keys(self.model, batch.prompt, batch.prompt_ids, batch.prompt_mask)
         encoded = self._described(keys, (), batch.prompt_ids, batch.prompt_mask)
         unreadable = {
             i: (captions[i], reason)
-            for number, (i, ids) in enumerate(zip(rows, batch.caption_ids, strict=True))
+            for i, number, ids in zip(rows, batch.rows, batch.caption_ids, strict=True)
             if (reason := self.unreadable(encoded, number, ids))
         }
         if unreadable:
-            rest = self._encode([i for i in rows if i not in unreadable], images, captions, prompts)
+            rest = self._encode([i for i in rows if i not in unreadable], images, captions, prompts, packed)
             return Prepared({**unreadable, **rest.unchecked}, rest.parts)
-        sizes = [[images[i].size] for i in rows]
+        sizes = [[images[i].size] for i in first]
         grids = image_grids(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.grid)
         return Prepared({}, [ReplayPart(rows, texts, batch, encoded._replace(grids=grids))])
 
@@ -342,10 +360,25 @@ class Tracer:
         with self.record(part.prompts):
             output = self.run(part, use_cache)
             captured = self.capture()
-        numbers = self.trace_batch(captured, batch.caption_ids)
-        rows = zip(batch.caption_ids, part.captions, batch.offsets, grids, strict=True)
+        numbers = self.trace_batch(captured.unpacked(batch.packing), batch.caption_ids)
+        rows = zip(batch.caption_ids, part.captions, batch.offsets, [grids[row] for row in batch.rows], strict=True)
         traces = [self.trace(numbers, i, slice(len(row[0])), *row, finished=True) for i, row in enumerate(rows)]
         return traces, cache_of(output)
+
+
+def can_pack(model: PreTrainedModel, backbone: Backbone) -> bool:
+    """Whether several captions of one prompt can share a row: every layer attends to all keys that a mask allows it.
+
+    The image must be part of the prompt, which is read from the left, and no layer may keep a state or a window of its own.
+    """
+    return (
+        _compat.attention_kernel(next(iter(backbone.attention.values()))) == "sdpa"
+        and _compat.own_cache_kinds(model) == _compat.PLAIN_LAYERS
+        and not model.config.is_encoder_decoder
+        and visual_key_source(model) is None
+        and model.config.model_type not in ATTEND_BOTH_WAYS
+        and "position_ids" in inspect.signature(model.forward).parameters
+    )
 
 
 class DraftTraces:
@@ -384,6 +417,17 @@ class DraftTraces:
         grid = self.prompts.grids[row * len(self.prompts.grids) // len(self._tokens[0])]
         numbers = self.trace_batch().select(row, draft.passes[: len(ids)])
         return self.tracer.trace(numbers, 0, slice(None), ids, text, offsets, grid, finished=True)
+
+
+def _shared_prompts(rows: Sequence[int], images: Images, prompts: Texts) -> tuple[Sequence[int], Sequence[int]]:
+    """The captions with which each image and prompt comes first, and for each caption which of them is its own.
+
+    All captions, and nothing, where it is not worth it to pack them.
+    """
+    asked = [(id(images[i]), prompts[i]) for i in rows]
+    numbers = {each: number for number, each in enumerate(dict.fromkeys(asked))}
+    shared = [numbers[each] for each in asked]
+    return ([rows[shared.index(number)] for number in range(len(numbers))], shared) if worth_packing(shared) else (rows, ())
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ import base64
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from gazeguard.errors import InputError
 from gazeguard.filtering.rows import URI, FileSlice
 from gazeguard.filtering.texts import describe_error
 from gazeguard.tracing import Prepared
-from gazeguard.vision.images import BACKGROUND, MAX_IMAGE_BYTES, load_image
+from gazeguard.vision.images import BACKGROUND, MAX_IMAGE_BYTES, image_key, load_image
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 PREFETCHED = 2  # batches that are made ready while the model works on another one
@@ -58,6 +58,26 @@ class Batch(NamedTuple):
     prepared: Prepared | None
 
 
+def batches_of(rows: Sequence[PendingRow], size: int) -> list[list[PendingRow]]:
+    """Batches of at most ``size`` rows with captions: rows of one image and prompt together, then neighbours in length."""
+    of_prompt: dict[Hashable, list[PendingRow]] = {}
+    for row in rows:
+        of_prompt.setdefault((image_key(row.image), row.prompt), []).append(row)
+    together = [sorted(group, key=_length) for group in of_prompt.values()]
+    parts = [group[start : start + size] for group in together for start in range(0, len(group), size)]
+    parts.sort(key=lambda part: _length(part[-1]))  # stable: the order depends on nothing but the rows
+    batches: list[list[PendingRow]] = []
+    for part in parts:
+        if not batches or len(batches[-1]) + len(part) > size:
+            batches.append([])
+        batches[-1].extend(part)
+    return batches
+
+
+def _length(row: PendingRow) -> int:
+    return len(row.caption or "")
+
+
 def prefetch(
     groups: Sequence[Sequence[PendingRow]],
     prepare: Callable[[Sequence[PendingRow]], Prepared],
@@ -89,8 +109,11 @@ def prefetch(
     try:
         waiting: deque[Future[Batch]] = deque()
         for group in groups:
-            images = [openers.submit(open_image, row.image, background) for row in group]
-            waiting.append(encoder.submit(make_ready, group, images))
+            opened: dict[Hashable, Future[Image.Image | str]] = {}
+            for row in group:
+                if (key := image_key(row.image)) not in opened:
+                    opened[key] = openers.submit(open_image, row.image, background)
+            waiting.append(encoder.submit(make_ready, group, [opened[image_key(row.image)] for row in group]))
             if len(waiting) > PREFETCHED:
                 yield waiting.popleft().result()
         while waiting:

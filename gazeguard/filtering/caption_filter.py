@@ -23,7 +23,7 @@ import transformers
 
 from gazeguard import __version__
 from gazeguard.errors import GazeGuardError, InputError, UnsupportedError
-from gazeguard.filtering.batches import PendingRow, prefetch
+from gazeguard.filtering.batches import PendingRow, batches_of, prefetch
 from gazeguard.filtering.columns import report_columns
 from gazeguard.filtering.readers import Source, fingerprint
 from gazeguard.filtering.rows import COLUMNS, Row
@@ -59,7 +59,8 @@ class CaptionFilter:
         device: Of the loaded model; "auto" takes the GPU if there is one.
         dtype: Of its weights; "auto" takes the checkpoint's.
         policy: For the loaded model; a guard has its own. By default "mark".
-        batch_size: Rows that the model sees at once, neighbours in length, so that little is padded.
+        batch_size: Rows that the model sees at once: those of one image together, which most models then read once, and
+            otherwise neighbours in length, so that little is padded.
         workers: Threads that open images ahead of the model; one more encodes.
         prompt: What every caption answers, unless the column ``prompt`` says so.
         max_new_tokens: Of a caption that has to be written, greedily.
@@ -192,9 +193,9 @@ class CaptionFilter:
                 yield number, self.guard.unchecked(caption if isinstance(caption, str) else "", reason)
             else:
                 to_check.append(PendingRow(number, image, caption, prompt))
-        to_check.sort(key=lambda row: len(row.caption or ""))  # stable: the order depends on nothing else
         size = self.batch_size
-        groups = [rows[start : start + size] for rows in (to_write, to_check) for start in range(0, len(rows), size)]
+        groups = [to_write[start : start + size] for start in range(0, len(to_write), size)]
+        groups += batches_of(to_check, size)
         for batch in prefetch(groups, self._prepare, self.workers, self.guard.tracer.background):
             for row, reason in batch.refused:
                 yield row.number, self.guard.unchecked(row.caption or "", reason)
@@ -248,9 +249,8 @@ class CaptionFilter:
         return f"write missing ones, at most {self.max_new_tokens} tokens" if self.write_captions else "write none"
 
     def _prepare(self, rows: Sequence[PendingRow]) -> Prepared:
-        return self.guard.prepare(
-            [row.image for row in rows], [row.caption or "" for row in rows], [row.prompt for row in rows]
-        )
+        columns = [row.image for row in rows], [row.caption or "" for row in rows], [row.prompt for row in rows]
+        return self.guard.tracer.prepare(*columns, packed=True)
 
     def _judge_rows(self, rows: Sequence[PendingRow], prepared: Prepared | None = None) -> list[Report]:
         """A report per row. A batch that fails is halved until only the rows that fail alone are left, *unchecked*."""

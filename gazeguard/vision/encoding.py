@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from gazeguard.errors import InputError
 from gazeguard.vision.inputs import append_tokens, check_inputs, context_length, decoder_prompt
+from gazeguard.vision.packing import Packing, pack
 from gazeguard.vision.text import TOKENIZER_LOCK, check_text, tokenize
 
 # Processors that put the image before every prompt themselves, where others want a token in the text.
@@ -71,14 +72,21 @@ class EncodedBatch:
     Attributes:
         prompt: What the processor made.
         inputs: The same, extended by the captions.
-        caption_ids: For each row (T,) int64.
-        offsets: For each row (T, 2) int64, the characters of its caption that each token covers.
+        caption_ids: For each caption (T,) int64.
+        offsets: For each caption (T, 2) int64, the characters of it that each token covers.
+        packing: Where the captions are, if several share a row; None where each has its own.
     """
 
     prompt: dict[str, Any]
     inputs: dict[str, Any]
     caption_ids: tuple[NDArray[np.int64], ...] = ()
     offsets: tuple[NDArray[np.int64], ...] = ()
+    packing: Packing | None = None
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """For each caption the row that it is in."""
+        return range(len(self.caption_ids)) if self.packing is None else self.packing.rows
 
     @property
     def prompt_ids(self) -> Tensor:
@@ -152,6 +160,7 @@ def encode(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
     captions: Sequence[str] = (),
+    rows: Sequence[int] = (),
 ) -> EncodedBatch:
     """One image and one prompt per row, through the processor's chat template; on the model's device.
 
@@ -161,6 +170,7 @@ def encode(
         images: One per row.
         prompts: One per row.
         captions: Empty, or one per row: what follows the prompt.
+        rows: For each caption its row, to pack several captions into one; by default every caption has a row.
 
     Raises:
         InputError: The processor is none, a prompt names special tokens or, without captions, is longer than the model's
@@ -185,7 +195,10 @@ def encode(
     if not captions:
         return EncodedBatch(batch, batch)
     caption_ids, offsets = zip(*(tokenize(processor.tokenizer, caption) for caption in captions), strict=True)
-    return EncodedBatch(batch, append_tokens(model, batch, caption_ids), caption_ids, offsets)
+    if not rows:
+        return EncodedBatch(batch, append_tokens(model, batch, caption_ids), caption_ids, offsets)
+    inputs, packing = pack(model, batch, caption_ids, rows)
+    return EncodedBatch(batch, inputs, caption_ids, offsets, packing)
 
 
 def _processed(

@@ -7,7 +7,9 @@ import math
 import stat
 import threading
 import warnings
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
@@ -61,6 +63,17 @@ def load_image(
             raise InputError(f"{name} cannot be opened: {reason}. Give the path of an image.") from error
         # Pillow's many readers raise almost anything for a damaged file.
         raise InputError(f"{name} is damaged: {error}. Save the image again, or leave it out.") from error
+
+
+def image_key(source: Any) -> Hashable:
+    """What tells whether two sources are of one image: equal for the same path, URI or bytes, and for the same object."""
+    if isinstance(source, Mapping):
+        source = source.get("bytes") or source.get("path")
+    try:
+        hash(source)
+    except TypeError:  # arrays, PIL images
+        return id(source)
+    return source
 
 
 def background_colour(background: str) -> tuple[int, int, int]:

@@ -99,12 +99,15 @@ def decoder_prompt(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What one forward pass takes: the inputs that it knows, and positions that do not count padding, as in ``generate``."""
+    """What one forward pass takes: the inputs that it knows, and positions that do not count padding, as in ``generate``.
+
+    Positions that are given stay.
+    """
     known = inspect.signature(model.forward).parameters
     passed = {name: value for name, value in inputs.items() if name in known}
     if model.config.is_encoder_decoder:  # computes its own positions
         return {**passed, "decoder_input_ids": decoder_prompt(model, inputs)}
     has_spatial_positions = hasattr(getattr(model, "model", model), "get_rope_index")  # M-RoPE models compute their own
-    if "position_ids" in known and not has_spatial_positions:
+    if "position_ids" in known and "position_ids" not in passed and not has_spatial_positions:
         passed["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return passed
