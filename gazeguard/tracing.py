@@ -47,7 +47,8 @@ MAX_UNKNOWN_SHARE = 0.1  # of a prompt's or caption's tokens; above it the model
 MAX_REASON = 300  # characters of a processor's error that a reason repeats
 
 ImageSizes = Sequence[Sequence[tuple[int, int]]]
-Images, Texts = Mapping[int, Image.Image], Sequence[str]
+Images = Mapping[int, Image.Image]
+Texts = Sequence[str]
 
 
 class Prompts(NamedTuple):

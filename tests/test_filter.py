@@ -141,7 +141,8 @@ def test_the_policy_says_what_is_let_through(caption_filter, captions):
 def test_neighbours_in_length_share_a_batch(caption_filter, captions):
     """So that little is padded, wherever the rows stand; results come in the order of the rows."""
     short, long = "A red star.", captions[0]
-    batch = {"image": [IMAGES[0]] * 6, "caption": [short, long] * 3, "prompt": [PROMPTS[0]] * 6}
+    images = [IMAGES[0].copy() for _ in range(6)]  # captions of one and the same would share a row
+    batch = {"image": images, "caption": [short, long] * 3, "prompt": [PROMPTS[0]] * 6}
     seen = []
     handle = caption_filter.guard.model.register_forward_pre_hook(
         lambda _model, _args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
@@ -456,19 +457,19 @@ def test_no_more_images_are_opened_than_are_needed_soon(caption_filter, monkeypa
         return Image.new("RGB", (4, 4))
 
     monkeypatch.setattr("gazeguard.filtering.batches.open_image", count)
-    monkeypatch.setattr(caption_filter.guard, "prepare", lambda images, captions, prompts: len(captions))
+    monkeypatch.setattr(caption_filter.guard.tracer, "prepare", lambda images, captions, prompts, packed: len(captions))
     monkeypatch.setattr(caption_filter.guard, "check_prepared", judge)
-    results = caption_filter({"image": [b""] * 60, "caption": ["A star."] * 60})
+    results = caption_filter({"image": [bytes([n]) for n in range(60)], "caption": ["A star."] * 60})
     assert results["gaze_reason"] == ["not judged"] * 60
     assert 0 < most[0] <= 3 * (PREFETCHED + 1)
 
 
 def test_the_next_batch_is_encoded_while_the_model_is_busy(caption_filter, captions, monkeypatch):
     """The model's first pass waits here until the second batch has been encoded; in turns it would wait for ever."""
-    encoded, waited, prepare = threading.Semaphore(0), [], caption_filter.guard.prepare
+    encoded, waited, prepare = threading.Semaphore(0), [], caption_filter.guard.tracer.prepare
 
-    def count(*arguments):
-        prepared = prepare(*arguments)
+    def count(*arguments, **options):
+        prepared = prepare(*arguments, **options)
         encoded.release()
         return prepared
 
@@ -476,7 +477,7 @@ def test_the_next_batch_is_encoded_while_the_model_is_busy(caption_filter, capti
         if not waited:
             waited.extend(encoded.acquire(timeout=600) for _ in range(2))
 
-    monkeypatch.setattr(caption_filter.guard, "prepare", count)
+    monkeypatch.setattr(caption_filter.guard.tracer, "prepare", count)
     handle = caption_filter.guard.model.register_forward_pre_hook(wait)
     try:
         results = CaptionFilter(caption_filter.guard, batch_size=2)({"image": IMAGES[:4], "caption": captions[:4]})

@@ -283,8 +283,8 @@ def likelihoods(
     for start in range(0, len(groups), batch_size):
         some = groups[start : start + batch_size]
         written = [chosen[group[0]][0] for group in some]
-        columns = zip(*((each.shown.image, each.caption.text, each.shown.prompt) for each in written), strict=True)
-        for part in guard.tracer.prepare(*columns).parts:
+        images, prompts = [each.shown.image for each in written], [each.shown.prompt for each in written]
+        for part in guard.tracer.prepare(images, [each.caption.text for each in written], prompts).parts:
             with guard.tracer.record(part.prompts) as recorder:
                 guard.tracer.run(part)
                 hidden = recorder.collect().hidden
