@@ -368,9 +368,13 @@ def test_reasons_are_counted_under_few_labels(marking):
         marking.unchecked("x", "prompt and caption have 900 tokens, more than the model's context of 512"),
         marking.unchecked("x", "the given image is not an image that Pillow can read. Give a PNG, JPEG or WebP file."),
         marking.unchecked("x", "something nobody has thought of"),
+        marking.check(IMAGE, "I cannot help with that."),
+        marking.check(Image.new("RGB", (64, 64), "red"), CAPTION),
+        marking.unchecked("x", "the detector is not usable for this model: no lift over the text"),
         marking.check(IMAGE, CAPTION),
     ]
-    assert [reason_of(report) for report in reports] == ["caption", "context", "image", "other", ""]
+    labels = ["caption", "context", "image", "other", "no caption", "domain", "gate", ""]
+    assert [reason_of(report) for report in reports] == labels
 
 
 def test_the_key_is_asked_for(marking):

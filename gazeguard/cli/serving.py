@@ -59,7 +59,7 @@ def serve(
     if key is None and host not in LOOPBACK:
         note(f"anybody who reaches {host} may use the server: {KEY} is not set.")
     limits = Limits(max_body * MIB, max_pixels, timeout, queue, batch_size, max_new_tokens)
-    taken = _bind(host, port)  # before the model, which takes its time
+    bound = _bind(host, port)  # before the model, which takes its time
     worker = ModelProcess(partial(_load, guarded, verbosity()), batch_size)
     config = uvicorn.Config(
         create_app(worker, guarded.model or "lab", limits, key),
@@ -67,10 +67,10 @@ def serve(
         limit_concurrency=8 * queue,  # beyond what the queue answers with 429, connections get 503
         timeout_graceful_shutdown=int(timeout) + 1,
     )
-    address = f"http://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
     next_step(f"{address}/docs has the requests; curl {address}/healthz says whether it is ready.")
     try:
-        uvicorn.Server(config).run(sockets=[taken])
+        uvicorn.Server(config).run(sockets=[bound])
     except KeyboardInterrupt:
         return Outcome("the same command starts the server again.", STOPPED + 2)
     return Outcome("the same command starts the server again.")
@@ -78,20 +78,20 @@ def serve(
 
 def _bind(host: str, port: int) -> socket.socket:
     """A socket with the server's address, on which nothing is accepted before the model is loaded."""
-    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     if os.name == "posix":  # elsewhere it would share the port with another server
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        taken.bind((host, port))
+        bound.bind((host, port))
     except OSError as error:
-        taken.close()
+        bound.close()
         raise InputError(f"Port {port} of {host} cannot be taken: {error.strerror}. Choose others: --port, --host.") from error
-    return taken
+    return bound
 
 
-def _load(guarded: GuardOptions, told: Verbosity) -> Model:
+def _load(guarded: GuardOptions, level: Verbosity) -> Model:
     """The model, in the process that it has to itself."""
-    configure(*told)
+    configure(*level)
     from gazeguard.serving.model import Model
 
     return Model(guarded.guard())

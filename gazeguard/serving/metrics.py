@@ -16,6 +16,9 @@ from gazeguard.serving.tasks import Worker
 # What a reason of an unchecked caption is counted as: the first whose pattern it matches. Reasons themselves name phrases and
 # figures, of which there is no end.
 UNCHECKED_REASONS = (
+    ("no caption", r"the text is no caption"),
+    ("domain", r"far from all that"),
+    ("gate", r"detector is not usable"),
     ("cut off", r"cut off by the length limit"),
     ("caption", r"caption is empty|NUL characters|surrogate pair"),
     ("tokens", r"tokenizer does not know|no token covers"),
