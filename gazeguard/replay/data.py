@@ -32,8 +32,10 @@ _WORD = re.compile(r"(?P<before>[^\w\s]*)(?P<word>\w[\w\u0300-\u036f]*(?:['\u201
 # What to do where nothing on a page was checked: words of the reason -> next step. The first that fits counts.
 REMEDIES = {
     "no detector": "Fit a detector for this model: gazeguard fit MODEL --out DIR. Then give --artifacts DIR.",
+    "far from all that": "Fit a detector on images like these: gazeguard fit MODEL --out DIR takes your own (--help).",
+    "detector is not usable": "Fit it on more captions, or on labelled ones: gazeguard train ROWS.jsonl --model MODEL.",
     "cut off": "Allow longer captions (--max-new-tokens).",
-    "": "Each caption's own reason says what is missing; docs/policies.md has the list.",
+    "": "Each caption's own reason says what is missing.",
 }
 
 
