@@ -215,7 +215,8 @@ def main(out: Out, quick: Quick = False) -> None:
         drawn = [Row(row.image, row.caption, row.body, report.to_dict()) for row, report in zip(drawn, reports, strict=True)]
         figures |= speed_figures(port, guard, drawn, 2 if quick else 20)
         figures |= overload_figures(port, drawn, 2 if quick else 8)
-    write(out, figures, quick, seed=SEED, batch=BATCH, queue=QUEUE, callers=2 * BATCH, overload=OVERLOAD)
+    setup = {"batch": BATCH, "queue": QUEUE, "callers": 2 * BATCH, "overload": OVERLOAD, "load_average": os.getloadavg()}
+    write(out, figures, quick, seed=SEED, **setup)
 
 
 if __name__ == "__main__":
