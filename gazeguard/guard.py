@@ -575,7 +575,7 @@ def _find_artifacts(model: PreTrainedModel, heads: Any, detector: Any, artifacts
         where = "" if artifacts is None else f" in {artifacts}"
         raise InputError(
             f"No gaze heads for {name}{where}. Run `gazeguard fit {model.name_or_path or 'MODEL'} --out DIR`, then pass "
-            "`--artifacts DIR` (artifacts=DIR in Python)."
+            "`--artifacts DIR`; in Python gazeguard.fit(model, processor, DIR) finds them, then pass artifacts=DIR."
         )
     heads = heads if isinstance(heads, GazeHeads) else GazeHeads.from_pretrained(heads)
     detector = Detector.from_pretrained(detector) if isinstance(detector, str | Path) else detector

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gazeguard import __version__
-from gazeguard.claims.parse import JUDGED, Caption, Claim, Kind, Parser, may_end_thing, parse
+from gazeguard.claims.parse import JUDGED, Caption, Claim, ClaimKind, Kind, Parser, may_end_thing, parse
 from gazeguard.claims.phrases import Phrase
 from gazeguard.claims.removal import without
 from gazeguard.claims.repetition import find_repetition, shortened
@@ -215,7 +215,9 @@ class Judge:
             why.append(f"a sentence cannot be read: {refused[0][2]}")
         if not why and (missing := [kind for kind in assessment.not_judged if kind in self.policy.require]):
             known = ", ".join(f"{kind}s" for kind in self.fitted.kinds)
-            reasons = [f" ({reason.rstrip('.')})" for kind in missing if (reason := self.fitted.left_out.get(cast(Kind, kind)))]
+            reasons = [
+                f" ({reason.rstrip('.')})" for kind in missing if (reason := self.fitted.left_out.get(cast(ClaimKind, kind)))
+            ]
             names = " and ".join(f"{kind}s" for kind in missing)
             why.append(f"{names} not judged: the detector knows only {known}{''.join(reasons)}")
         return Verdict.FLAG if doubtful else Verdict.UNCHECKED if why else Verdict.PASS, "; ".join(why)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +13,16 @@ import torch
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
+import gazeguard
 from gazeguard import lab
 from gazeguard.claims.parse import claims
 from gazeguard.cli import app
 from gazeguard.detection import features
+from gazeguard.detection.detector import Detector
 from gazeguard.errors import ArtifactError, InputError
+from gazeguard.fitting import run
 from gazeguard.fitting.drawn import available_styles, canonical, drawn
-from gazeguard.fitting.learn import decide, learn, two_sample
+from gazeguard.fitting.learn import decide, learn, left_out, two_sample
 from gazeguard.fitting.record import record
 from gazeguard.fitting.rows import Recorded, Rows
 from gazeguard.fitting.run import Budget, fit
@@ -25,8 +30,10 @@ from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.lab.labels import label_claims, write_captions
 from gazeguard.lab.worlds import world
+from gazeguard.loading import load
 from gazeguard.report import Verdict
 
+PROMPT = "Describe the picture."
 SMALL = Budget(scenes=24, images=8, swaps=1, strips=4, rerank=0)
 
 
@@ -35,17 +42,43 @@ def heads() -> GazeHeads:
     return GazeHeads.from_pretrained(lab.checkpoint_path())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_prompt():
+    """Of the prompts that are tried beside the drawings' own, the one that the lab's model answers: the others cost seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "PROMPTS", (PROMPT,))
+        yield
+
+
 @pytest.fixture(scope="module")
-def fitted(lab_vlm, heads, tmp_path_factory):
-    """A small fit on pictographs, with the lab's test images as a user's own; and its folder and what it said."""
+def bare(lab_vlm, tmp_path_factory):
+    """The lab's model as transformers saves it: a folder without gaze heads."""
+    folder = tmp_path_factory.mktemp("model")
+    for part in lab_vlm:
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(bare, tmp_path_factory):
+    """A small fit of that model on pictographs, with the lab's test images as a user's own; its folder and what it said."""
     folder, images, said = tmp_path_factory.mktemp("fit"), tmp_path_factory.mktemp("images"), []
     for number, sample in enumerate(lab.samples("test", 8, seed=5)):
         sample.image.save(images / f"{number}.png")
-    found = fit(
-        *lab_vlm, folder, images=images, budget=SMALL, styles=["pictographs"], heads=heads, prompt="Describe the picture.",
-        say=said.append,
-    )  # fmt: skip
+    found = gazeguard.fit(
+        *load(bare, device="cpu"), folder, images=images, budget=SMALL, styles=["pictographs"], prompt=PROMPT, say=said.append
+    )
     return found, folder, images, said
+
+
+def test_a_model_without_gaze_heads_is_fitted_from_python(bare, fitted):
+    """No guard can be made of it, and the error names the door; what went through it has heads and verdicts."""
+    with pytest.raises(InputError, match=r"No gaze heads for .*; in Python gazeguard\.fit\(model, processor, DIR\) finds them"):
+        GazeGuard.from_pretrained(bare, device="cpu")
+    guard = GazeGuard.from_pretrained(bare, artifacts=fitted[1], device="cpu")
+    assert guard.heads == fitted[0].heads
+    sample = lab.samples("test", 1, seed=5)[0]
+    assert guard.check(sample.image, sample.turns[0].answer, sample.prompt).findings
 
 
 def test_a_fit_needs_no_label_and_its_detector_judges_what_it_has_not_seen(fitted, lab_vlm):
@@ -54,7 +87,7 @@ def test_a_fit_needs_no_label_and_its_detector_judges_what_it_has_not_seen(fitte
     guard = GazeGuard(*lab_vlm, artifacts=folder)
     assert found.refused == ""
     assert guard.detector.gate.usable
-    fresh = lab.samples("test", 24, seed=9)
+    fresh = lab.samples("test", 16, seed=9)
     torch.manual_seed(0)
     reports = write_captions(guard, fresh, do_sample=True)
     assert Verdict.FLAG in {report.verdict for report in reports}
@@ -68,21 +101,78 @@ def test_a_fit_needs_no_label_and_its_detector_judges_what_it_has_not_seen(fitte
     assert 0.3 < found.figures["pictures_unlike"] <= 1
 
 
-def test_what_was_recorded_is_not_recorded_again(fitted, lab_vlm, heads):
+def test_kinds_that_nothing_decides_are_named_with_what_is_missing(fitted):
+    """Neither drawings nor labels decide counts: the detector, its card, and a verdict that needs them say so."""
+    detector, card = fitted[0].detector, (fitted[1] / "README.md").read_text()
+    assert {*detector.kinds, *detector.left_out} == {"object", "attribute", "location", "count", "relation"}
+    assert "count claims in the fit's captions is known: 5 false and 5 true ones are missing." in detector.left_out["count"]
+    assert f"- count: not judged. {detector.left_out['count']}" in card
+    made = left_out(detector.model_copy(update={"left_out": {}}), ["Two cups are on a table.", "There are three stars."])
+    assert "none of the 2 count claims" in made["count"]
+    assert "none of the 1 relation claims" in made["relation"]
+
+
+def test_what_was_recorded_is_not_recorded_again(fitted, lab_vlm):
     """The second fit reads the first one's files, and comes to the same detector; a damaged file is named."""
     found, folder, images, said = fitted
     files = {path: path.stat().st_mtime_ns for path in (folder / "fit-state").iterdir()}
     assert sum("drawings" in path.name for path in files) == 1
-    again = fit(*lab_vlm, folder, images=images, budget=SMALL, styles=["pictographs"], heads=heads)
+    again = fit(*lab_vlm, folder, images=images, budget=SMALL, styles=["pictographs"], prompt=PROMPT)
     assert again.detector == found.detector
     assert {path: path.stat().st_mtime_ns for path in (folder / "fit-state").iterdir()} == files
     assert any(line.startswith("next: ") for line in said)
-    path = sorted(files)[0]
+    path = sorted(path for path in files if path.suffix == ".npz")[0]
     kept = path.read_bytes()
     path.write_bytes(kept[:100])
     with pytest.raises(ArtifactError, match="cannot be read as an intermediate result of fit"):
         Recorded.load(path)
     path.write_bytes(kept)
+
+
+def test_captions_of_a_file_are_read_from_the_command_line(fitted, tmp_path, monkeypatch):
+    """What `caption --rows` writes is what `fit --captions` reads, once it has lists of objects; before, it is refused."""
+    shutil.copytree(fitted[1], tmp_path / "fit")
+    monkeypatch.setitem(run.BUDGETS, "quick", replace(SMALL, images=0))
+    folder, rows = str(tmp_path / "fit"), tmp_path / "rows.jsonl"
+    again = ["fit", "lab", "--out", folder, "--budget", "quick", "--style", "pictographs", "--captions", str(rows)]
+
+    written = invoke("caption", str(fitted[2]), "--artifacts", folder, "--prompt", PROMPT, "--rows", str(rows))
+    assert written.exit_code in (0, 1, 2)  # what the verdicts are
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(lines) == 8
+    unlabelled = invoke(*again)
+    assert unlabelled.exit_code == 2
+    assert "No claim of 8 captions has a label. Add objects" in flat(unlabelled.stderr)
+    assert "testing" not in unlabelled.stderr, "said before the model runs"
+
+    samples = lab.samples("test", 8, seed=5)
+    for line, sample in zip(lines, samples, strict=True):
+        line["objects"] = sorted(world().nouns(sample))
+    lines.append(lines[0] | {"image": "gone.png"})
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    labelled = invoke(*again)
+    assert labelled.exit_code in (0, 1), labelled.stderr
+    assert "labelled captions that are left out: " in labelled.stderr
+    assert "gone.png" in flat(labelled.stderr)
+    assert "(1 of 9)" in labelled.stderr
+    assert "9 labelled captions outweigh everything else" in (tmp_path / "fit" / "README.md").read_text()
+    [drawings] = (fitted[1] / "fit-state").glob("drawings-*.npz")
+    drawn_claims = int((Recorded.load(drawings).rows.kinds == "object").sum())
+    named = sum(claim.kind == "object" for line in lines[:8] for claim in claims(line["caption"]))
+    assert Detector.from_pretrained(tmp_path / "fit").kinds["object"].claims == drawn_claims + named
+
+    rows.write_text("")
+    assert "has no row" in invoke(*again).stderr
+    rows.write_text('{"image": "a.png", "text": "A star."}\n')
+    assert "line 1: caption: Field required" in flat(invoke(*again).stderr)
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def demo(
         f"{count(false_positives, 'false positive')}[/]."
     )
     out.print(f"Replay page: [bold]{escape(str(path))}[/]", soft_wrap=True)
-    return Outcome(f"open {path} in a browser; for a model of your own, gazeguard heads MODEL --out DIR.")
+    return Outcome(f"open {path} in a browser; for a model of your own, gazeguard fit MODEL --out DIR.")
 
 
 def _demo_entry(sample: Sample, report: Report) -> tuple[Entry, tuple[int, int, int, int]]:

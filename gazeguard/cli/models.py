@@ -194,7 +194,7 @@ def show_detector(detector: Detector) -> None:
         if regression.method == "attribution":
             validated = f"direct logit attribution of the gaze heads, without training; {validated}"
         out.print(f"{kind}: fitted on {count(regression.claims, 'claim')}, {regression.false} of them false; {validated}")
-    for kind, reason in detector.left_out.items():
-        out.print(f"{kind}: not judged: {reason}")
+    for other, reason in detector.left_out.items():
+        out.print(f"{other}: not judged: {reason}")
     if detector.gate is not None and not detector.gate.usable:
         out.print(f"Every verdict will be unchecked: {detector.gate.reason}")

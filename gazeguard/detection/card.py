@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gazeguard.claims.parse import Kind
+from gazeguard.claims.parse import ClaimKind, Kind
 from gazeguard.detection.domain import Domain
 from gazeguard.detection.gate import Gate
 from gazeguard.detection.regression import Regression
@@ -66,7 +66,7 @@ def write_card(model: str, heads: Sequence[tuple[int, int]], kinds: Mapping[Kind
 
 
 def notes(
-    kinds: Mapping[Kind, Regression], left_out: Mapping[Kind, str], domain: Domain | None, gate: Gate | None
+    kinds: Mapping[Kind, Regression], left_out: Mapping[ClaimKind, str], domain: Domain | None, gate: Gate | None
 ) -> list[str]:
     """What to know beside the metrics, each a sentence: how the detector was made, and what it does not judge.
 

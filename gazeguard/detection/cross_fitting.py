@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gazeguard.claims.parse import JUDGED, Kind
+from gazeguard.claims.parse import JUDGED, ClaimKind, Kind
 from gazeguard.detection import features
 from gazeguard.detection.calibration import calibrated_loss, logistic, platt, thresholds
 from gazeguard.detection.detector import Detector
@@ -99,7 +99,7 @@ def cross_fit(
     """
     names = known_features(table.x, heads.heads) if names is None else tuple(names)
     regressions: dict[Kind, Regression] = {}
-    left_out: dict[Kind, str] = {}
+    left_out: dict[ClaimKind, str] = {}
     risk, gate = np.full(len(table), np.nan), None
     for kind in cast(tuple[Kind, ...], JUDGED):
         rows = np.flatnonzero(table.kinds == kind)

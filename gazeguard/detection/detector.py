@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gazeguard.artifacts import DETECTOR_FILE, find_file, push_folder, read_json
-from gazeguard.claims.parse import Kind
+from gazeguard.claims.parse import ClaimKind, Kind
 from gazeguard.detection import features
 from gazeguard.detection.card import notes, write_card
 from gazeguard.detection.domain import Domain
@@ -52,7 +52,7 @@ class Detector(BaseModel):
     gate: Gate | None = None
     domain: Domain | None = None
     rerank: RerankEvidence | None = None
-    left_out: dict[Kind, str] = Field(default_factory=dict)
+    left_out: dict[ClaimKind, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Detector:

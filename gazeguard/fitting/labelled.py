@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +113,8 @@ def read_captions(path: str | Path) -> list[LabelledCaption]:
         raise InputError(
             f"{path}, line {number}: {key}: {first['msg']}. A row has image, caption, and labels or objects."
         ) from error
+    if not captions:
+        raise InputError(f"{path} has no row. Give one line per captioned image: image, caption, and labels or objects.")
     return captions
 
 
@@ -236,18 +238,36 @@ def _examples(
     return examples, left_out
 
 
-def record_labelled(guard: GazeGuard, captions: Sequence[LabelledCaption], first: int, batch_size: int = 16) -> Recorded:
+def check_labelled(captions: Sequence[LabelledCaption]) -> None:
+    """Raise `InputError` for captions of which no claim has a label; needs no model."""
+    if captions and not any(True for row in captions for _ in labelled_claims(row)):
+        raise InputError(
+            f"No claim of {len(captions)} captions has a label. Add objects (every object in the image) or labels to the rows, "
+            "or leave the captions out: a fit needs no labels."
+        )
+
+
+def record_labelled(
+    guard: GazeGuard, captions: Sequence[LabelledCaption], first: int, say: Callable[[str], None], batch_size: int = 16
+) -> Recorded:
     """Replay captions with labels for a fit that has other claims, too.
 
     Args:
         guard: A guard over the model that wrote them.
         captions: The captions.
         first: Number of the first image.
+        say: Is told which captions are left out.
         batch_size: Captions replayed at a time.
+
+    Raises:
+        InputError: No caption is of use; the message says why.
     """
-    examples, _ = _examples(guard, captions, False, batch_size)
+    examples, left_out = _examples(guard, captions, False, batch_size)
+    reasons = [f"{reason} ({number} of {len(captions)})" for reason, number in left_out.items()]
     if not examples:
-        raise InputError(f"No claim of {len(captions)} labelled captions has a label. Give labels or objects with the rows.")
+        raise InputError(f"None of the labelled captions is of use: {'; '.join(reasons)}.")
+    for reason in reasons:
+        say(f"labelled captions that are left out: {reason}")
     table = claim_table(examples)
     number = np.unique(table.image)
     rows = Rows(

@@ -6,19 +6,21 @@ Constructed claims only help to fit the weights: they are never what a user's ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gazeguard.claims.parse import JUDGED, ClaimKind, parse
 from gazeguard.detection import features
 from gazeguard.detection.cross_fitting import beside_text, cross_fit
 from gazeguard.detection.detector import Detector
 from gazeguard.detection.domain import Domain
 from gazeguard.detection.gate import Gate
 from gazeguard.detection.metrics import Estimate, auroc, lift, ranking
-from gazeguard.detection.regression import Regression
+from gazeguard.detection.regression import MIN_CLAIMS, Regression
 from gazeguard.detection.table import ClaimTable, stack_states
 from gazeguard.detection.training import known_features
 from gazeguard.fitting.rows import Origin, Rows
@@ -80,6 +82,25 @@ def learn(rows: Rows, heads: GazeHeads, states: Mapping[int, F32] | None = None,
     figures = gate_figures(rows, heads, fitted.risk)
     update = {"gate": detector.gate or decide(figures), "domain": domain(rows, heads, states or {})}
     return Learnt(detector.model_copy(update=update), figures)
+
+
+def left_out(detector: Detector, captions: Iterable[str]) -> dict[ClaimKind, str]:
+    """Why a detector does not judge each other kind of claim, and how many claims are missing.
+
+    Args:
+        detector: The detector, with the reasons that its fit gives.
+        captions: All that the model wrote for the fit.
+    """
+    made = Counter(claim.kind for text in captions for claim in parse(text).claims)
+    reasons = dict(detector.left_out)
+    for kind in get_args(ClaimKind):
+        if kind not in {*detector.kinds, *reasons}:
+            decided = "" if kind in JUDGED else " Neither drawings nor labels decide this kind."
+            reasons[kind] = (
+                f"the truth of none of the {made[kind]} {kind} claims in the fit's captions is known: {MIN_CLAIMS} false and "
+                f"{MIN_CLAIMS} true ones are missing.{decided}"
+            )
+    return reasons
 
 
 def domain(rows: Rows, heads: GazeHeads, states: Mapping[int, F32]) -> Domain | None:

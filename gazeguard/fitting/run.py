@@ -18,12 +18,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, RootModel
 from transformers import PreTrainedModel, ProcessorMixin
 
 from gazeguard.artifacts import HEADS_FILE, read_json
@@ -33,8 +35,8 @@ from gazeguard.detection.rerank_evidence import RerankEvidence
 from gazeguard.errors import ArtifactError, InputError, MismatchError, UnsupportedError
 from gazeguard.fitting.card import write_fit_card
 from gazeguard.fitting.drawn import Shown, available_styles, check_styles, drawn, drawn_nouns
-from gazeguard.fitting.labelled import LabelledCaption, record_labelled
-from gazeguard.fitting.learn import learn
+from gazeguard.fitting.labelled import LabelledCaption, check_labelled, record_labelled
+from gazeguard.fitting.learn import learn, left_out
 from gazeguard.fitting.record import record, write
 from gazeguard.fitting.rerank import measure_rerank
 from gazeguard.fitting.rows import Recorded, Rows
@@ -139,6 +141,7 @@ def fit(
     size = _budget(budget)
     chosen = check_styles(available_styles() if styles is None else styles)
     paths = _image_paths(images, size.images)
+    check_labelled(captions)
     out.mkdir(parents=True, exist_ok=True)
     with few_threads(model):
         say("testing whether attention can be recorded")
@@ -150,10 +153,11 @@ def fit(
         recorder = _Recorder(guard, out / STATE_FOLDER, size, seed, say)
         recorded = [*recorder.drawings(chosen), *recorder.pictures(paths, prompt)]
         if captions:
-            recorded.append(record_labelled(guard, captions, FIRST_LABELLED))
+            recorded.append(record_labelled(guard, captions, FIRST_LABELLED, say))
         say("next: the detector, from all claims")
         learnt = learn(Rows.joined([part.rows for part in recorded]), heads, _states(recorded))
-        detector = learnt.detector
+        written = (text for part in recorded for text in part.captions)
+        detector = learnt.detector.model_copy(update={"left_out": left_out(learnt.detector, written)})
         if size.rerank and not (detector.gate and detector.gate.reason):
             say("next: the evidence that rerank may use")
             detector = detector.model_copy(update={"rerank": recorder.rerank(chosen)})
@@ -222,6 +226,13 @@ def _heads(
     return heads
 
 
+class Prompts(RootModel[tuple[str, ...]]):
+    """Prompts that a model answers with claims."""
+
+
+Kept = TypeVar("Kept", bound=BaseModel)
+
+
 @dataclass
 class _Recorder:
     """What records the claims of a fit, chunk by chunk, and keeps them."""
@@ -238,7 +249,12 @@ class _Recorder:
         each_style = -(-self.budget.scenes // len(styles))
         firsts = range(0, each_style, CHUNK)
         chunks = [(style, first, min(CHUNK, each_style - first)) for first in firsts for style in styles]
-        prompts = {style: self._answered(style, side) for style in styles}
+        prompts = {
+            style: self._kept(
+                f"prompts-{self._digest((style, side, PROMPTS))}", Prompts, partial(self._answered, style, side)
+            ).root
+            for style in styles
+        }
 
         def shown(chunk: tuple[str, int, int]) -> list[Shown]:
             style, first, count = chunk
@@ -252,10 +268,10 @@ class _Recorder:
 
     def pictures(self, paths: Sequence[Path], prompt: str) -> list[Recorded]:
         """Claims about a user's images."""
-        chunks = list(range(0, len(paths), CHUNK))
+        chunks = [(first, prompt, tuple(map(_named, paths[first : first + CHUNK]))) for first in range(0, len(paths), CHUNK)]
 
-        def shown(first: int) -> list[Shown]:
-            found = []
+        def shown(chunk: tuple[int, str, tuple[str, ...]]) -> list[Shown]:
+            found, first = [], chunk[0]
             for number, path in enumerate(paths[first : first + CHUNK], start=first):
                 try:
                     found.append(Shown(FIRST_PICTURE + number, load_image(path, self.guard.tracer.background), prompt))
@@ -267,13 +283,22 @@ class _Recorder:
 
     def rerank(self, styles: Sequence[str]) -> RerankEvidence:
         """What rerank may use for the model, measured on other drawings than those of the fit, or read from an earlier run."""
-        path = self.folder / f"rerank-{self._digest((styles, self.budget.rerank))}.json"
+
+        def measured() -> RerankEvidence:
+            scenes, nouns = drawn_nouns(styles, self.budget.rerank, self.seed + 2, image_side(self.guard))
+            return measure_rerank(self.guard, scenes, nouns)
+
+        return self._kept(f"rerank-{self._digest((styles, self.budget.rerank))}", RerankEvidence, measured)
+
+    def _kept(self, name: str, kind: type[Kept], measure: Callable[[], Kept]) -> Kept:
+        """What an earlier run has measured, or what is measured now and kept."""
+        path = self.folder / f"{name}.json"
         if path.is_file():
-            return read_json(RerankEvidence, path, "rerank evidence", "gazeguard fit")
-        scenes, nouns = drawn_nouns(styles, self.budget.rerank, self.seed + 2, image_side(self.guard))
-        evidence = measure_rerank(self.guard, scenes, nouns)
-        path.write_text(evidence.model_dump_json(indent=1), encoding="utf-8")
-        return evidence
+            return read_json(kind, path, f"the {name.partition('-')[0]} of an earlier fit", "gazeguard fit")
+        value = measure()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(value.model_dump_json(indent=1), encoding="utf-8")
+        return value
 
     def _chunks(self, what: str, chunks: Sequence[Any], shown: Callable[[Any], list[Shown]]) -> list[Recorded]:
         """Record chunks, or read what an earlier run has recorded of them; the first one tells how long it will take."""
@@ -305,7 +330,7 @@ class _Recorder:
         key = (heads.model, heads.heads, self.seed, self.budget.swaps, chunk)
         return hashlib.sha256(repr(key).encode()).hexdigest()[:12]
 
-    def _answered(self, style: str, side: int) -> tuple[str, ...]:
+    def _answered(self, style: str, side: int) -> Prompts:
         """The prompts that the model answers with at least half as many claims as it does the world's own prompt."""
         shown = drawn(style, 0, PROBED, self.seed + 1, side)
         tried = [
@@ -316,7 +341,12 @@ class _Recorder:
         claims: Counter[int] = Counter()
         for written in write(self.guard, tried, False):
             claims[written.shown.number // PROBED] += len(written.decided)
-        return tuple(prompt for turn, prompt in enumerate(PROMPTS, start=1) if claims[turn] * 2 >= claims[0])
+        return Prompts(tuple(prompt for turn, prompt in enumerate(PROMPTS, start=1) if claims[turn] * 2 >= claims[0]))
+
+
+def _named(path: Path) -> str:
+    """What tells a file from another one."""
+    return f"{path.name} {path.stat().st_size}"
 
 
 def _minutes(seconds: float) -> str:
