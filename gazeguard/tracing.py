@@ -44,6 +44,7 @@ from gazeguard.vision.packing import ATTEND_BOTH_WAYS, Packing, worth_packing
 from gazeguard.vision.text import check_text, decode
 
 MAX_UNKNOWN_SHARE = 0.1  # of a prompt's or caption's tokens; above it the model did not read what was written
+NO_TOKEN = -1
 MAX_REASON = 300  # characters of a processor's error that a reason repeats
 
 ImageSizes = Sequence[Sequence[tuple[int, int]]]
@@ -388,8 +389,9 @@ class DraftTraces:
     def __init__(self, tracer: Tracer, prompts: Prompts) -> None:
         """Of captions after these prompts, while the tracer records."""
         self.tracer, self.prompts = tracer, prompts
-        self._tokens: list[list[int]] = []  # that each pass generated, one per row
+        self._tokens: list[list[int]] = []  # that each pass generated, one per row; `NO_TOKEN` for a row that is done
         self._batch: TraceBatch | None = None  # of as many passes as have been asked for
+        self._replaced: set[tuple[int, int]] = set()  # row and pass of tokens that are others now than in it
 
     def update(self, drafts: Sequence[Draft | None]) -> None:
         """Take note of the newest token of every draft, which replaces another one after a rollback."""
@@ -398,19 +400,33 @@ class DraftTraces:
                 continue
             newest = draft.passes[-1]
             if newest == len(self._tokens):
-                self._tokens.append([0] * len(drafts))
+                self._tokens.append([NO_TOKEN] * len(drafts))
             self._tokens[newest][row] = draft.tokens[-1]
-            if self._batch is not None:  # another token than the one that was there
-                self._batch = self._batch.truncate(newest)
+            if self._batch is not None and newest < len(self._batch):
+                self._replaced.add((row, newest))
 
     def trace_batch(self) -> TraceBatch:
         """The numbers of all passes, (batch, passes); each is computed once, when it is asked for first."""
-        tracer, done = self.tracer, 0 if self._batch is None else len(self._batch)
+        done = 0 if self._batch is None else len(self._batch)
         if done < len(self._tokens):
-            tokens = torch.tensor(self._tokens[done:]).T.to(tracer.model.device, non_blocking=True)
-            new = tracer.numbers(tracer.recorder.collect(start=done), tokens, tracer.logit_lens())
+            new = self._numbers(slice(None), slice(done, len(self._tokens)))
             self._batch = new if self._batch is None else self._batch.concatenate(new)
+        for row, number in sorted(self._replaced):
+            one = self._numbers(slice(row, row + 1), slice(number, number + 1))
+            self._batch = given(self._batch).with_token(row, number, one)
+        self._replaced.clear()
         return given(self._batch)
+
+    def _numbers(self, rows: slice, passes: slice) -> TraceBatch:
+        """The numbers of some rows and passes."""
+        tracer, lens = self.tracer, self.tracer.logit_lens()
+        captured = tracer.recorder.collect(start=passes.start)
+        count = passes.stop - passes.start
+        part = CapturedActivations(*(tensor[rows, :count] for tensor in vars(captured).values()))
+        tokens = torch.tensor(self._tokens[passes]).T[rows].to(tracer.model.device, non_blocking=True)
+        # Of rows that are done nothing is asked: the token that the model would have chosen costs no look at others.
+        tokens = tokens.where(tokens >= 0, part.top_ids[..., 0].clamp(min=0))
+        return tracer.numbers(part, tokens, None if lens is None else lens.select(rows))
 
     def trace(self, row: int, draft: Draft, ids: NDArray[np.int64]) -> GazeTrace:
         """The trace of one draft, whose ids without an end token are ``ids`` (T,)."""

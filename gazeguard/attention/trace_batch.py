@@ -47,13 +47,19 @@ class TraceBatch:
         """Tokens of each row."""
         return self.logprobs.shape[1]
 
-    def truncate(self, tokens: int) -> TraceBatch:
-        """So many tokens of each row, from the first on."""
-        return self if tokens >= len(self) else self._each_token(lambda value: value[:, :tokens])
-
     def concatenate(self, later: TraceBatch) -> TraceBatch:
         """These tokens, followed by ``later`` ones of the same batch."""
         return replace(self, **{n: np.concatenate((getattr(self, n), getattr(later, n)), axis=1) for n in PER_TOKEN})
+
+    def with_token(self, row: int, step: int, other: TraceBatch) -> TraceBatch:
+        """The same with another token at one step of a row, the only one of ``other``."""
+
+        def replaced(name: str) -> F32:
+            value = getattr(self, name).copy()
+            value[row, step] = getattr(other, name)[0, 0]
+            return value
+
+        return replace(self, **{name: replaced(name) for name in PER_TOKEN})
 
     def select(self, row: int, steps: Sequence[int]) -> TraceBatch:
         """The tokens of one row at some steps, a batch of one."""

@@ -187,9 +187,9 @@ def _replayed(guard: GazeGuard, altered: Sequence[Altered], origin: str) -> Rows
     """
     if not altered:
         return None
-    columns = zip(*((row.image, row.caption.text, row.written.shown.prompt) for row in altered), strict=True)
+    images, prompts = [row.image for row in altered], [row.written.shown.prompt for row in altered]
     rows = []
-    for part in guard.tracer.prepare(*columns).parts:
+    for part in guard.tracer.prepare(images, [row.caption.text for row in altered], prompts).parts:
         traces, _ = guard.tracer.replay(part)
         for number, trace in zip(part.rows, traces, strict=True):
             rows += _false_claims(altered[number], trace)
