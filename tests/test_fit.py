@@ -31,6 +31,7 @@ from gazeguard.heads.artifact import GazeHeads
 from gazeguard.lab.labels import label_claims, write_captions
 from gazeguard.lab.worlds import world
 from gazeguard.loading import load
+from gazeguard.policy import parse_policy
 from gazeguard.report import Verdict
 
 PROMPT = "Describe the picture."
@@ -87,6 +88,7 @@ def test_a_fit_needs_no_label_and_its_detector_judges_what_it_has_not_seen(fitte
     guard = GazeGuard(*lab_vlm, artifacts=folder)
     assert found.refused == ""
     assert guard.detector.gate.usable
+    assert guard.detector.kinds["object"].verified.keys() >= {"f1", "bound_0.05"}, "thresholds after self-verification"
     fresh = lab.samples("test", 16, seed=9)
     torch.manual_seed(0)
     reports = write_captions(guard, fresh, do_sample=True)
@@ -292,6 +294,26 @@ def test_a_model_that_does_not_see_is_refused(heads, tmp_path):
     assert any(words in found.refused for words in ("with another image", "that of the text alone", "better than by chance"))
     report = GazeGuard(model, processor, artifacts=tmp_path).check(lab.samples("test", 1)[0].image, "There is a red star.")
     assert report.verdict == Verdict.UNCHECKED
+
+
+@pytest.mark.slow
+def test_the_bound_holds_on_held_out_scenes_after_self_verification(lab_vlm, tmp_path):
+    """At most 2 % of a caption's objects stay although they are not drawn, on drawings that set nothing."""
+    found = gazeguard.fit(*lab_vlm, tmp_path, budget=Budget(96, 0, 1, strips=4, rerank=0), styles=["pictographs"])
+    assert found.detector.kinds["object"].verified["bound_0.02"] < 1
+    policy = parse_policy({"version": 1, "name": "asked", "verify": {}, "threshold": "bound_0.02"})
+    guard = GazeGuard(*lab_vlm, policy, artifacts=tmp_path)
+    samples, kept, false = lab.samples("test", 96, seed=9), [], []
+    torch.manual_seed(0)
+    for sample, report in zip(samples, write_captions(guard, samples, do_sample=True), strict=True):
+        flagged = {finding.claim for finding in report.findings if finding.flagged}
+        objects = [(claim, wrong) for claim, wrong in world().decided(sample, report.caption) if claim.kind == "object"]
+        if report.findings and objects:
+            kept.append(np.mean([wrong and claim not in flagged for claim, wrong in objects]))
+            false.append(np.mean([wrong for _, wrong in objects]))
+    assert len(kept) > 80
+    assert np.mean(kept) <= 0.02 + 2 * np.std(kept) / np.sqrt(len(kept))
+    assert np.mean(false) > 0.04, "a test of nothing where nothing is false"
 
 
 def shuffled(states: torch.Tensor) -> torch.Tensor:
