@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import warnings
@@ -89,6 +90,30 @@ def test_an_image_is_upright_however_the_camera_was_held(how):
     upright = load_image(packed(image, exif=exif))
     assert upright.size == ((12, 8) if how < 5 else (8, 12))
     assert upright.getpixel((1, 1)) == RED
+    assert load_image(upright).tobytes() == upright.tobytes(), "it is not turned again"
+
+
+@pytest.mark.parametrize(
+    "tags", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12"]
+)
+def test_tags_that_cannot_be_read_turn_nothing(tags):
+    image = Image.new("RGB", (12, 8), RED)
+    upright = load_image(packed(image, "JPEG", exif=tags))
+    assert upright.size == (12, 8)
+    np.testing.assert_allclose(upright.getpixel((4, 4)), RED, atol=6)
+
+
+def test_a_data_uri_is_read_and_a_url_is_not_fetched():
+    """Wherever an image is named: by the command line and in Python as in the rows of a dataset."""
+    image = Image.new("RGB", (12, 8), RED)
+    uri = f"data:image/png;base64,{base64.b64encode(packed(image)).decode()}"
+    assert load_image(uri).tobytes() == image.tobytes()
+    for url in ("https://example.org/a.png", "S3://bucket/a.png"):
+        with pytest.raises(InputError, match="the image is a URL, which is not fetched; download it first"):
+            load_image(url)
+    with pytest.raises(InputError) as caught:
+        load_image(f"data:image/png;base64,{'A' * 100_000}")
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("kind", FILES)

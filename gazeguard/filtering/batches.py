@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import re
 from collections import deque
@@ -12,18 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image
 
 from gazeguard.errors import InputError
-from gazeguard.filtering.rows import URI, FileSlice
+from gazeguard.filtering.rows import FileSlice
 from gazeguard.filtering.texts import describe_error
 from gazeguard.tracing import Prepared
-from gazeguard.vision.images import BACKGROUND, MAX_IMAGE_BYTES, image_key, load_image
+from gazeguard.vision.images import BACKGROUND, URI, image_key, load_image
 
-_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 PREFETCHED = 2  # batches that are made ready while the model works on another one
 
 
@@ -123,26 +120,6 @@ def prefetch(
             threads.shutdown(cancel_futures=True)
 
 
-def read_uri(uri: str) -> bytes:
-    """Return the bytes of a data: URI; broken lines, missing padding and the URL-safe letters of base64 are read, too.
-
-    Raises:
-        InputError: It holds too much, or no base64; or it is a URL, which is not fetched.
-    """
-    header, comma, data = uri.partition(",")
-    if not header.lower().startswith("data:"):
-        raise InputError("the image is a URL, which is not fetched; download it first and give its path")
-    if not comma or not header.lower().endswith(";base64"):
-        raise InputError("the image is a data URI without base64. Write data:image/png;base64,...")
-    if len(data) * 3 // 4 > MAX_IMAGE_BYTES:
-        raise InputError(f"the image is larger than {MAX_IMAGE_BYTES} bytes. Make it smaller first.")
-    content = b"".join(unquote_to_bytes(data).split()).translate(_URL_SAFE).rstrip(b"=")
-    try:
-        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
-    except ValueError as error:
-        raise InputError(f"the image is a data URI with damaged base64: {error}") from error
-
-
 def open_image(source: Any, background: str = BACKGROUND) -> Image.Image | str:
     """Open the image of a row.
 
@@ -159,8 +136,6 @@ def open_image(source: Any, background: str = BACKGROUND) -> Image.Image | str:
     named = isinstance(source, Path) or (isinstance(source, str) and source and not URI.match(source))
     name = str(source) if named else "the given image"
     try:
-        if isinstance(source, str) and URI.match(source):
-            source = read_uri(source)
         if isinstance(source, FileSlice):
             source = source.read()
         if isinstance(source, np.ndarray):

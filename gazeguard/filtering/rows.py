@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gazeguard.errors import InputError
-from gazeguard.vision.images import MAX_IMAGE_BYTES
+from gazeguard.vision.images import MAX_IMAGE_BYTES, URI
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 COLUMNS = (  # that a filter run adds to every row
     "gaze_verdict", "gaze_reason", "gaze_risk", "gaze_phrases", "gaze_caption", "gaze_policy", "gaze_version"
 )  # fmt: skip
-URI = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # C:\ is a path
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from gazeguard.filtering.batches import PREFETCHED, open_image
 from gazeguard.filtering.caption_filter import CaptionFilter, OnRows, ignore_rows
 from gazeguard.filtering.ray import RayActorPool
 from gazeguard.filtering.readers import Source
-from gazeguard.filtering.rows import URI, Row
+from gazeguard.filtering.rows import Row
 from gazeguard.filtering.writer import Results
 from gazeguard.progress import bar
 from gazeguard.replay.page import Entry
 from gazeguard.report import Report
-from gazeguard.vision.images import BACKGROUND
+from gazeguard.vision.images import BACKGROUND, URI
 
 
 def filter_files(
