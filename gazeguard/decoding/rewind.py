@@ -214,6 +214,7 @@ class _Run:
         self.ids = input_ids
         self.done = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)  # as the rows say
         self.candidates: list[tuple[Tensor, Tensor]] = []  # of every pass the top-k log-probabilities and tokens, (batch, C)
+        self.known: dict[int, list[tuple[list[float], list[int]]]] = {}  # those of them that the host has read
         self.kept: dict[str, list[Tensor]] = {name: [] for name in ("scores", "logits") if getattr(config, f"output_{name}")}
 
     def scores(self, processors: LogitsProcessorList) -> Tensor:
@@ -277,7 +278,7 @@ class _Run:
             if any(new):
                 ended = list(map(bool, self._ended(stops).tolist()))
         if sum(row.done for row in self.rows) > done:
-            self.done = self.done.new_tensor([row.done for row in self.rows])
+            self.done = _sent([row.done for row in self.rows], self.done.device)
 
     def _alternative(self, b: int, points: range) -> _Alternative | None:
         """Another continuation than the tokens ``points`` of a row; None where none is probable, or none may be tried."""
@@ -290,7 +291,7 @@ class _Run:
             delimits = row.tokens[index] in self.loop.list_delimiters
             banned = list(self.loop.list_delimiters) if delimits else [row.tokens[index]]
             excluded = {*banned, *row.banned.get(index, ())}
-            logprobs, tokens = (tensor[b].tolist() for tensor in self.candidates[row.passes[index]])
+            logprobs, tokens = self._candidates_of(row.passes[index])[b]
             free = [i for i, token in enumerate(tokens) if token not in excluded and logprobs[i] > -math.inf]
             if not free:
                 continue
@@ -300,6 +301,14 @@ class _Run:
             alternatives.append(alternative)
         best = max(alternatives, key=lambda alternative: alternative.logprobs[0], default=None)
         return best if best is not None and best.logprobs[0] > math.log(MIN_PROBABILITY) else None
+
+    def _candidates_of(self, number: int) -> list[tuple[list[float], list[int]]]:
+        """Of every row the log-probabilities and tokens of a pass; the host waits once per pass, for all rows."""
+        if number not in self.known:
+            logprobs, tokens = self.candidates[number]
+            read = torch.stack((logprobs.double(), tokens.double()), 1).tolist()  # in which a token's id is exact, too
+            self.known[number] = [(values, list(map(int, ids))) for values, ids in read]
+        return self.known[number]
 
     def _roll_back(self, b: int, alternative: _Alternative) -> None:
         """Continue row ``b`` with the alternative; the keys of what it discards are masked."""
@@ -314,7 +323,7 @@ class _Run:
                 self.model_kwargs["attention_mask"] = self.ids.new_ones((len(self.rows), keys))
             _mask_keys(self.model_kwargs, b, [self.first_key + number for number in read])
         lost = self.ids.new_full((len(self.candidates) - len(row.tokens),), self.pad)
-        self.ids[b] = torch.cat((lost, self.prompt[b], self.ids.new_tensor(row.tokens)))
+        self.ids[b] = torch.cat((lost, self.prompt[b], _sent(row.tokens, self.ids.device)))
 
     def table(self, values: Sequence[list[int]], filler: int) -> Tensor:
         """(batch, T) int64: lists of different lengths, filled up behind."""
@@ -379,12 +388,18 @@ def _prepare_cache(model_kwargs: dict[str, Any], length: int) -> None:
 
 def _mask_keys(model_kwargs: dict[str, Any], row: int, keys: Sequence[int]) -> None:
     """Mask these keys of a row for all later tokens, and let its next position be that of the first of them."""
-    model_kwargs["attention_mask"][row, list(keys)] = 0
+    mask = model_kwargs["attention_mask"]
+    mask[row].index_fill_(0, _sent(keys, mask.device), 0)
     if (positions := model_kwargs.get("position_ids")) is not None:  # (..., batch or 1, length)
         batch = len(model_kwargs["attention_mask"])
         positions = positions.expand(*positions.shape[:-2], batch, -1).clone()
         positions[..., row, -1] = positions[..., row, keys[0]]
         model_kwargs["position_ids"] = positions
+
+
+def _sent(values: Sequence[int], device: torch.device) -> Tensor:
+    """The host's values (n,) on the device; it waits for none of its own."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def _processed(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, lost: Sequence[int]) -> Tensor:
@@ -393,7 +408,6 @@ def _processed(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, los
         return processors(ids, scores)
     processed = torch.empty_like(scores)
     for count in set(lost):
-        rows = torch.tensor([b for b, lost_by_row in enumerate(lost) if lost_by_row == count])
-        rows = rows.to(ids.device, non_blocking=True)  # the host waits for none of its own values
+        rows = _sent([b for b, lost_by_row in enumerate(lost) if lost_by_row == count], ids.device)
         processed.index_copy_(0, rows, processors(ids[rows, count:], scores[rows]))
     return processed
