@@ -13,6 +13,7 @@ from gazeguard.detection import features
 from gazeguard.detection.calibration import calibration_error, conformal, least_flagged
 from gazeguard.detection.detector import Detector
 from gazeguard.detection.metrics import draws, estimate, ranking
+from gazeguard.fitting.rows import Rows
 from gazeguard.lab.labels import LabelledClaims
 
 BIN = 10  # tokens
@@ -23,7 +24,7 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 
-def position_bins(labelled: LabelledClaims, heads: Sequence[tuple[int, int]]) -> I64:
+def position_bins(labelled: LabelledClaims | Rows, heads: Sequence[tuple[int, int]]) -> I64:
     """(claims,) bins of `BIN` tokens."""
     return (np.expm1(features.pick(labelled.x, heads, ("position",))[:, 0]).round().astype(np.int64)) // BIN
 

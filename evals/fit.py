@@ -4,15 +4,17 @@
 shipped detector. ``scenes_*``: the scenes lab's model, fitted on pictographs alone and tested on OpenMoji scenes, which no fit
 has seen; ``with_pictures``: the same fit with unlabelled OpenMoji images as a user's own; ``labelled``: fitted on as many
 captions of OpenMoji training scenes with labels. AUROC of objects is the mean within bins of ten tokens. ``lift``: over a
-regression on text features fitted on the same drawings, paired. ``ece``: calibration error on the other world.
-``refused_*``: 1 when the gate refuses a model that does not look: a copy of the lab's whose image features are shuffled over
-positions and channels, and one with random weights. The drawings, captions and swaps are those of `gazeguard fit`."""
+regression on text features fitted on the same drawings, paired; ``over_its_text_features``: over one on the two of them that
+the detector itself has; ``over_token_nll``: over the log-probability of the token. ``ece``: calibration error on the other
+world; ``outside_domain``: share of the test captions that are unlike the drawings, and *unchecked* for that. ``rerank_*``: what
+was measured for rerank with the shipped detector. ``gate_*``: what the gate answers to models that do not look, or not well;
+see `evals.blind_models`. The drawings, captions and swaps are those of `gazeguard fit`.
+
+What is recorded is kept in ``--work FOLDER``: an interrupted run goes on from there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -21,172 +23,189 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from transformers import AutoModelForImageTextToText
 
+from evals.blind_models import FEW, SUBJECTS, Subject, ask_gate, gate_figures, recorded, text_only, together
 from evals.common import Figure, Out, Quick, auroc, figure, over_images, write
 from evals.detection_figures import position_bins
 from gazeguard import lab
-from gazeguard.detection import features
 from gazeguard.detection.calibration import calibration_error
 from gazeguard.detection.cross_fitting import cross_fit
 from gazeguard.detection.detector import Detector
-from gazeguard.detection.metrics import ranking
+from gazeguard.detection.features import TEXT_FEATURES, pick
+from gazeguard.detection.metrics import lift, ranking
 from gazeguard.detection.table import ClaimTable
-from gazeguard.errors import InputError, given
+from gazeguard.errors import given
+from gazeguard.fitting.learn import TRANSFERRED, learn
 from gazeguard.fitting.rows import Recorded, Rows
-from gazeguard.fitting.run import STATE_FOLDER, Budget, Fitted, fit
+from gazeguard.fitting.run import Budget, Fitted, fit
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
-from gazeguard.lab.labels import LabelledClaims, caption_and_label, label_claims, write_captions
-from gazeguard.lab.worlds import world
+from gazeguard.lab.labels import label_claims, write_captions
+from gazeguard.lab.worlds import World, world
+from gazeguard.progress import track
 
 SEED, LABELLED_SEED, PICTURES_SEED = 200, 31, 77  # of the test images, the labelled captions, and the user's images
 PROMPT = "Describe the picture."
+TEXT = tuple(name for name in TRANSFERRED if name in TEXT_FEATURES)
+UNIT = 24  # captions that are recorded together, and kept as one file
 F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images of each part."""
+    """How much is recorded: drawings, a user's images, captions with labels, test captions, swaps per caption, comic pages for
+    the gaze heads (0: those that ship), and the models that are put to the gate."""
 
     drawings: int
     pictures: int
+    labelled: int
     test: int
     swaps: int = 2
+    strips: int = 24
+    subjects: tuple[Subject, ...] = SUBJECTS
 
     @property
     def budget(self) -> Budget:
-        return Budget(self.drawings, self.pictures, self.swaps, 24, rerank=0)
+        return Budget(self.drawings, self.pictures, self.swaps, max(1, self.strips), rerank=0)
 
 
-FULL = {"tiny": Sizes(192, 0, 200), "scenes": Sizes(72, 48, 72)}  # a quarter of an hour each
-QUICK = {"tiny": Sizes(48, 0, 48, 1), "scenes": Sizes(24, 8, 16, 1)}
-
-
-# ------------------------------------------------------------------------------------------------------------- tiny
+FULL = {"tiny": Sizes(192, 0, 0, 200, strips=0), "scenes": Sizes(96, 200, 120, 144), "gate": Sizes(240, 0, 0, 100)}
+QUICK = {
+    "tiny": Sizes(24, 0, 0, 24, 1, 0),
+    "scenes": Sizes(8, 2, 12, 8, 1, 0),
+    "gate": Sizes(12, 0, 0, 8, 1, 4, FEW),
+}
 
 
 def tiny(size: Sizes, folder: Path) -> dict[str, Figure]:
-    """The tiny lab: both detectors on the same captions, and the models that do not look."""
+    """The tiny lab: both detectors on the same captions."""
     model, processor = lab.load()
     shipped = GazeGuard(model, processor)
     fitted = fit(model, processor, folder / "tiny", budget=size.budget, styles=["pictographs"], heads=shipped.heads)
-    torch.manual_seed(SEED)
-    samples = world("tiny").samples("test", size.test, SEED)
-    test = label_claims(world("tiny").decided, samples, write_captions(shipped, samples, do_sample=True))
-    risks = {"label_free": given(fitted.detector), "labelled": given(shipped.detector)}
-    found = compared(test, {name: each.risk(test.x, test.kind.tolist()) for name, each in risks.items()}, shipped.heads, "tiny")
+    test = captioned(shipped, world("tiny"), "test", size.test, SEED, True, folder / "tiny-captions").rows
+    return tiny_figures(given(fitted.detector), shipped, test)
+
+
+def tiny_figures(label_free: Detector, shipped: GazeGuard, test: Rows) -> dict[str, Figure]:
+    """The figures of a detector fitted without labels, beside the shipped one, on test captions."""
+    risks = {"label_free": risk(label_free, test), "labelled": risk(given(shipped.detector), test)}
+    found = compared(test, risks, shipped.heads, "tiny")
     for kind in ("attribute", "location"):
-        part = test.select(test.kind == kind)
-        if kind in given(fitted.detector).kinds:
-            risk = given(fitted.detector).risk(part.x, part.kind.tolist())
-            found[f"tiny_auroc_{kind}_label_free"] = auroc(part.false, risk, part.image)
-    return found | blind(size, folder, shipped.heads)
+        rows = test.kinds == kind
+        part, judged = test.select(rows), kind in label_free.kinds
+        found[f"tiny_refused_{kind}"] = figure(float(not judged))
+        area = auroc(part.false, risks["label_free"][rows], part.image) if judged else figure(0.5)  # nothing is ranked
+        found[f"tiny_auroc_{kind}_label_free"] = area
+    return found | rerank_figures(given(shipped.detector), "tiny")
 
 
-def blind(size: Sizes, folder: Path, heads: GazeHeads) -> dict[str, Figure]:
-    """Gate figures of models that do not look."""
-    found = {}
-    model, processor = lab.load()
-    with shuffled_features(model):
-        few = Budget(min(96, size.drawings), 0, 1, 24, rerank=0)
-        options: dict[str, Any] = {"budget": few, "styles": ["pictographs"]}
-        given_heads = refusal(lambda: fit(model, processor, folder / "shuffled", heads=heads, **options))
-        own_heads = refusal(lambda: fit(model, processor, folder / "shuffled-own", **options))
-    torch.manual_seed(SEED)
-    untrained = AutoModelForImageTextToText.from_config(model.config).eval()
-    random = refusal(lambda: fit(untrained, processor, folder / "random", **options))
-    for name, (reason, figures) in {"shuffled": given_heads, "shuffled_own_heads": own_heads, "random": random}.items():
-        print(f"{name}: {reason or 'NOT REFUSED'}")
-        found[f"refused_{name}"] = figure(float(bool(reason)))
-        if "lift" in figures:
-            found[f"lift_{name}"] = figure(figures["lift"], (figures["lift_low"], figures["lift_high"]))
-    return found
-
-
-def refusal(run: Callable[[], Fitted]) -> tuple[str, dict[str, float]]:
-    """Why a fit is refused, "" if it is not; and its figures."""
-    try:
-        fitted = run()
-    except InputError as error:
-        return str(error), {}
-    return fitted.refused, fitted.figures
-
-
-@contextmanager
-def shuffled_features(model: Any) -> Iterator[None]:
-    """Inside, what the connector makes of images is shuffled over positions and channels, another way for other images."""
-
-    def shuffle(_: Any, __: Any, states: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(int(states.abs().sum() * 1000) % 2**31)  # the self-test repeats a pass
-        return states.flatten()[torch.randperm(states.numel(), generator=generator)].view_as(states)
-
-    handle = model.model.connector.register_forward_hook(shuffle)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-# ----------------------------------------------------------------------------------------------------------- scenes
+def gate(size: Sizes, folder: Path) -> dict[str, Figure]:
+    """The gate's answers to models that do not look, or not well."""
+    subjects = track(size.subjects, "models that do not look")
+    return gate_figures({each: ask_gate(each, size.budget, size.test, folder / "gate" / each.name) for each in subjects})
 
 
 def scenes(size: Sizes, folder: Path) -> dict[str, Figure]:
     """The scenes lab: from pictographs to OpenMoji."""
     model, processor = lab.load("scenes")
     other = world("scenes")
-    options: dict[str, Any] = {"budget": size.budget, "styles": ["pictographs"], "prompt": PROMPT}
-    alone = fit(model, processor, folder / "scenes", **options)
-    alone_detector = given(alone.detector)
+    shipped = GazeGuard(model, processor)
+    heads = None if size.strips else shipped.heads
     images = folder / "pictures"
     images.mkdir(parents=True, exist_ok=True)
     for number, sample in enumerate(other.samples("train", size.pictures, PICTURES_SEED)):
         sample.image.save(images / f"{number:04}.png")
+    options: dict[str, Any] = {"budget": size.budget, "styles": ["pictographs"], "prompt": PROMPT, "heads": heads}
     joined = fit(model, processor, folder / "scenes", images=images, **options)
-    guard = GazeGuard(model, processor, heads=alone.heads)
-    known = caption_and_label(guard, other, "train", size.drawings // 2, LABELLED_SEED)
-    labelled = cross_fit(ClaimTable(known.x, known.false, known.kind, known.image), alone.heads).detector
-    torch.manual_seed(SEED)
-    samples = other.samples("test", size.test, SEED)
-    test = label_claims(other.decided, samples, write_captions(guard, samples, do_sample=True))
+    alone = without_images(folder / "scenes", joined.heads)
+    guard, captions = GazeGuard(model, processor, heads=alone.heads), folder / "scenes-captions"
+    half = size.labelled // 2
+    known = [captioned(guard, other, "train", half, LABELLED_SEED + greedy, not greedy, captions).rows for greedy in (0, 1)]
+    known[1] = replace(known[1], image=known[1].image + half)
+    test = captioned(guard, other, "test", size.test, SEED, True, captions)
+    found = scenes_figures(alone, joined, Rows.joined(known), test, recorded(folder / "scenes").rows)
+    return found | rerank_figures(given(shipped.detector), "scenes")
+
+
+def without_images(folder: Path, heads: GazeHeads) -> Fitted:
+    """What a fit would have found without the user's images, from what it recorded of drawings."""
+    drawings = recorded(folder)
+    states = dict(zip(drawings.images.tolist(), drawings.states, strict=True)) if drawings.states.size else {}
+    learnt = learn(drawings.rows, heads, states)
+    return Fitted(heads, learnt.detector, learnt.figures)
+
+
+def scenes_figures(alone: Fitted, joined: Fitted, known: Rows, test: Recorded, drawings: Rows) -> dict[str, Figure]:
+    """The figures of fits to drawings alone, and with a user's images, on test captions; beside a fit to labelled claims."""
+    heads = alone.heads
     detectors = {
-        "label_free_other_style": alone_detector,
-        "labelled": labelled,
+        "label_free_other_style": given(alone.detector),
+        "labelled": cross_fit(ClaimTable(known.x, known.false, known.kinds, known.image), heads).detector,
         "label_free_with_pictures": given(joined.detector),
-        "text_only_other_style": text_only(recorded(folder / "scenes"), alone.heads),
+        "text_only_other_style": text_only(drawings, heads),
     }
-    risks = {name: each.risk(test.x, test.kind.tolist()) for name, each in detectors.items()}
-    found = compared(test, risks, alone.heads, "scenes")
-    objects = test.kind == "object"
-    for key, name in (("", "label_free_other_style"), ("_with_pictures", "label_free_with_pictures")):
-        found[f"scenes_ece_label_free{key}"] = ece(test.select(objects), risks[name][objects])
-        found[f"scenes_lift_label_free{key}"] = lift(test, risks[name], risks["text_only_other_style"], alone.heads)
-    found["scenes_ece_labelled"] = ece(test.select(objects), risks["labelled"][objects])
-    for key, each in (("", alone), ("_with_pictures", joined)):
+    risks = {name: risk(each, test.rows) for name, each in detectors.items()}
+    texts = {
+        "": risks["text_only_other_style"],
+        "_over_its_text_features": risk(text_only(drawings, heads, TEXT), test.rows),
+        "_over_token_nll": pick(test.rows.x, heads.heads, ("token_nll",))[:, 0],
+    }
+    found = compared(test.rows, risks, heads, "scenes")
+    found["scenes_ece_labelled"] = ece(test.rows, risks["labelled"])
+    for key, name, each in (
+        ("", "label_free_other_style", alone), ("_with_pictures", "label_free_with_pictures", joined),
+    ):  # fmt: skip
+        found[f"scenes_ece_label_free{key}"] = ece(test.rows, risks[name])
+        for over, score in texts.items():
+            found[f"scenes_lift_label_free{over}{key}"] = lift_within_bins(test.rows, risks[name], score, heads)
+        found[f"scenes_outside_domain{key}"] = outside(test, detectors[name])
         found[f"scenes_usable{key}"] = figure(float(not each.refused))
-        found |= {f"scenes_gate{key}_{name}": figure(value) for name, value in each.figures.items()}
-        print(f"scenes{key}: {each.refused or 'usable'}; features {given(each.detector).kinds['object'].names}")
+        found |= {f"scenes_gate{key}_{of_gate}": figure(value) for of_gate, value in each.figures.items()}
+        print(f"scenes{key}: {each.refused or 'usable'}")
     return found
 
 
-def recorded(folder: Path) -> Rows:
-    """The claims about drawings that a fit has recorded."""
-    return Rows.joined([Recorded.load(path).rows for path in sorted((folder / STATE_FOLDER).glob("drawings-*.npz"))])
+def rerank_figures(detector: Detector, prefix: str) -> dict[str, Figure]:
+    """What the shipped detector says of rerank: how far below the trivial frontier, at equal recall, and whether that helps."""
+    evidence = given(detector.rerank)
+    found = {f"{prefix}_rerank_{name}": figure(value) for name, value in evidence.figures.items() if "against" not in name}
+    value, *ends = (evidence.figures[f"against_frontier{end}"] for end in ("", "_low", "_high"))
+    found[f"{prefix}_rerank_against_frontier"] = figure(value, tuple(ends))
+    return found | {f"{prefix}_rerank_usable": figure(float(evidence.usable))}
 
 
-def text_only(rows: Rows, heads: GazeHeads) -> Detector:
-    """A detector on text features alone, fitted on the model's own claims about drawings."""
-    own = rows.select(rows.of("own"))
-    table = ClaimTable(own.x, own.false, own.kinds, own.image)
-    return cross_fit(table, heads, features.TEXT_FEATURES).detector
+def captioned(guard: GazeGuard, source: World, split: str, count: int, seed: int, do_sample: bool, folder: Path) -> Recorded:
+    """Captions of a split's images and their claims with labels, unit by unit; what the folder has is not recorded again."""
+    parts = []
+    for first in track(range(0, count, UNIT), f"captions of {split} images"):
+        stop = min(first + UNIT, count)
+        path = folder / f"{split}-{seed}-{'sampled' if do_sample else 'greedy'}-{first:04}-{stop:04}.npz"
+        if not path.is_file():
+            torch.manual_seed(seed * 10**4 + first)
+            samples = source.samples(split, stop, seed)[first:]
+            reports = write_captions(guard, samples, do_sample, UNIT)
+            claims = label_claims(source.decided, samples, reports)
+            image, of_rows = claims.image + first, np.full(len(claims.x), "labelled")
+            unknown = np.full(len(claims.x), np.nan)
+            rows = Rows(claims.x, claims.false, claims.kind, image, image, of_rows, np.full(len(claims.x), ""), unknown)
+            states = np.zeros((len(samples), 0), np.float32) if claims.states is None else claims.states
+            numbers = np.arange(first, stop)
+            Recorded(rows, tuple(report.caption for report in reports), numbers, states).save(path)
+        parts.append(Recorded.load(path))
+    return together(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
 
 
-def compared(test: LabelledClaims, risks: dict[str, F64], heads: GazeHeads, prefix: str) -> dict[str, Figure]:
+def risk(detector: Detector, rows: Rows) -> F64:
+    """(claims,): the detector's risks."""
+    return detector.risk(rows.x, rows.kinds.tolist())
+
+
+def compared(test: Rows, risks: dict[str, F64], heads: GazeHeads, prefix: str) -> dict[str, Figure]:
     """AUROC of objects within bins by each detector, and paired differences from the labelled one."""
-    rows = test.kind == "object"
+    rows = test.kinds == "object"
     part = test.select(rows)
     bins, count = position_bins(part, heads.heads), int(part.image.max()) + 1
     areas = {name: ranking(part.false, risk[rows], part.image, bins) for name, risk in risks.items()}
@@ -199,38 +218,48 @@ def compared(test: LabelledClaims, risks: dict[str, F64], heads: GazeHeads, pref
     return found
 
 
-def lift(test: LabelledClaims, risk: F64, text: F64, heads: GazeHeads) -> Figure:
+def lift_within_bins(test: Rows, risk: F64, text: F64, heads: GazeHeads) -> Figure:
     """Paired difference of AUROC of objects within bins, over the text alone."""
-    rows = test.kind == "object"
+    rows = test.kinds == "object"
     part = test.select(rows)
-    bins = position_bins(part, heads.heads)
-    areas = [ranking(part.false, each[rows], part.image, bins) for each in (risk, text)]
-    return over_images(int(part.image.max()) + 1, lambda drawn: areas[0](drawn) - areas[1](drawn))
+    return figure(*lift(part.false, risk[rows], text[rows], part.image, position_bins(part, heads.heads)))
 
 
-def ece(part: LabelledClaims, risk: F64) -> Figure:
-    """Expected calibration error."""
+def ece(test: Rows, risk: F64) -> Figure:
+    """Expected calibration error of objects."""
+    rows = test.kinds == "object"
+    part, of_part = test.select(rows), risk[rows]
 
     def error(drawn: NDArray[np.int64]) -> float:
-        return calibration_error(np.repeat(risk, drawn[part.image]), np.repeat(part.false, drawn[part.image]))
+        return calibration_error(np.repeat(of_part, drawn[part.image]), np.repeat(part.false, drawn[part.image]))
 
     return over_images(int(part.image.max()) + 1, error)
 
 
-MEASURED = {"tiny": tiny, "scenes": scenes}
+def outside(test: Recorded, detector: Detector) -> Figure:
+    """Share of captions that lie outside of the detector's domain."""
+    domain, rows = given(detector.domain), test.rows
+    answers = [
+        bool(domain.outside(rows.x[rows.image == image], detector.heads, state if state.size else None))
+        for image, state in zip(test.images, test.states, strict=True)
+    ]
+    return over_images(len(answers), lambda drawn: float(np.average(answers, weights=drawn)))
+
+
+MEASURED = {"tiny": tiny, "scenes": scenes, "gate": gate}
 
 
 def main(
     out: Out,
-    lab: Annotated[str, typer.Option("--lab", help="tiny, scenes, or both.")] = "both",
-    work: Annotated[Path | None, typer.Option(help="Folder of the fits, to go on with; by default a temporary one.")] = None,
+    part: Annotated[str, typer.Option("--lab", help="tiny, scenes, gate (altered models of the tiny lab), or all.")] = "all",
+    work: Annotated[Path | None, typer.Option(help="Folder of what is recorded, to go on from; by default temporary.")] = None,
     quick: Quick = False,
 ) -> None:
     """Measure fits without labels."""
-    chosen = list(MEASURED) if lab == "both" else [lab]
+    chosen = list(MEASURED) if part == "all" else [part]
     figures: dict[str, Figure] = {}
     with TemporaryDirectory() as temporary:
-        for name in chosen:
+        for name in track(chosen, "fits without labels"):
             figures |= MEASURED[name]((QUICK if quick else FULL)[name], work or Path(temporary))
     write(out, figures, quick, seed=SEED, labs=chosen)
 

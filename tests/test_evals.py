@@ -11,19 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from labkit import make_trace
 from sklearn.metrics import roc_auc_score
 
-from evals import captioner, plots, scenes_gaze
+from evals import blind_models, captioner, plots, scenes_gaze
 from evals.common import auroc, over_images, rate, with_issue_keys
 from evals.gaze_heads import described_panels, named_objects, staircase, staircase_accuracy
 from evals.tables import DEMO, DOCUMENTS, compared, demo, renewed
+from gazeguard import lab
 from gazeguard.detection.metrics import ranking
 from gazeguard.lab.world import Drawing, DrawnObject, Sample
 from gazeguard.report import Report, Verdict
+from gazeguard.vision.encoding import encode
 from gazeguard.vision.grid import ImageGrid
+from gazeguard.vision.inputs import model_inputs
 
 ROOT = Path(__file__).parents[1]
 needs_scenes = pytest.mark.skipif(
@@ -70,6 +74,7 @@ RESULT_KEYS = {
         "scenes_auroc_label_free_other_style", "scenes_auroc_labelled", "scenes_lift_label_free",
         "scenes_auroc_label_free_with_pictures", "scenes_ece_label_free",
     ],
+    "fit_gate": ["tiny_gate_blind_models", "tiny_gate_blind_accepted", "tiny_gate_looks_models", "tiny_gate_looks_accepted"],
     "reading": [
         "head_f1", "head_f1_modern", "attribute_f1", "spurious_object_share", "vb_thing", "vb_attribute", "vb_relation",
     ],
@@ -244,6 +249,45 @@ def test_evaluations_run_in_the_scenes_lab(name, keys, tmp_path):
         [sys.executable, "-m", f"evals.{name}", "--lab", "scenes", "--out", str(out), "--quick"], check=True, cwd=ROOT
     )
     assert {f"scenes_{key}" for key in keys} <= set(json.loads(out.read_text())["figures"])
+
+
+@pytest.mark.slow
+@needs_scenes
+def test_fits_without_labels_run_in_both_labs(tmp_path):
+    """`python -m evals.fit --out FILE --quick` writes the figures by the keys of the issue."""
+    out = tmp_path / "out.json"
+    subprocess.run([sys.executable, "-m", "evals.fit", "--out", str(out), "--quick"], check=True, cwd=ROOT)
+    keys = {key for name in ("fit", "fit_scenes", "fit_gate") for key in RESULT_KEYS[name]}
+    assert keys <= set(json.loads(out.read_text())["figures"])
+
+
+@torch.no_grad()
+def test_altered_models_alter_each_image_alone_and_always_alike(lab_vlm):
+    """What an image becomes does not depend on the batch; blind models give no image what it looked like."""
+    model, processor = lab_vlm
+    samples, seen = lab.samples("test", 3, seed=4), {}
+
+    def states(images: list, alter) -> torch.Tensor:
+        inputs = encode(model, processor, images, ["Describe the picture."] * len(images)).inputs
+        with blind_models.altered(model, alter, 1):
+            handle = model.model.connector.register_forward_hook(lambda _, __, made: seen.update(made=made))
+            model(**model_inputs(model, inputs), use_cache=False)
+            handle.remove()
+        return seen["made"]
+
+    images = [sample.image for sample in samples]
+    plain = states(images, None)
+    for subject in blind_models.SUBJECTS:
+        alter = blind_models.alteration(subject, model, processor)
+        if alter is None or subject.seed:
+            continue
+        made = states(images, alter)
+        torch.testing.assert_close(made[1:], states(images[1:], alter), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(made, plain, atol=0.1)
+        if subject.kind in ("zeros", "mean"):
+            assert (made == made[:1]).all()
+        if subject.kind == "places":
+            torch.testing.assert_close(made[0].sum(0), plain[0].sum(0), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "keys"), [*ISSUE_KEYS.items(), *RESULT_KEYS.items()])

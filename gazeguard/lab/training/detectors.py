@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from gazeguard.artifacts import DETECTOR_FILE
 from gazeguard.detection.cross_fitting import cross_fit
 from gazeguard.detection.detector import Detector
+from gazeguard.detection.rerank_evidence import RerankEvidence
 from gazeguard.guard import GazeGuard
+from gazeguard.heads.artifact import GazeHeads
 from gazeguard.lab.labels import caption_and_label, self_verification_answers
 from gazeguard.lab.worlds import World
 
@@ -35,3 +39,11 @@ def fit_detectors(
         risk = detector.risk(held_out.x, held_out.kind.tolist())
         detectors.append(detector.fit_answers(risk, answers, held_out.table))
     return detectors
+
+
+def measured_before(folder: Path, heads: GazeHeads) -> RerankEvidence | None:
+    """What was measured for rerank with the same heads of the same model; `gazeguard.fitting.rerank` measures it anew."""
+    if not (folder / DETECTOR_FILE).is_file():
+        return None
+    before = Detector.from_pretrained(folder)
+    return before.rerank if (before.model, before.heads) == (heads.model, heads.heads) else None

@@ -12,14 +12,10 @@ from typing import Annotated
 import typer
 
 from gazeguard import lab
-from gazeguard.artifacts import DETECTOR_FILE
 from gazeguard.detection import features
-from gazeguard.detection.detector import Detector
-from gazeguard.detection.rerank_evidence import RerankEvidence
 from gazeguard.guard import GazeGuard
-from gazeguard.heads.artifact import GazeHeads
 from gazeguard.heads.discovery import find_heads
-from gazeguard.lab.training.detectors import fit_detectors
+from gazeguard.lab.training.detectors import fit_detectors, measured_before
 from gazeguard.lab.worlds import world
 
 TEXT_ONLY = "text-only"  # folder of the detector that uses `TEXT_FEATURES` alone
@@ -38,15 +34,7 @@ def fit(
     names = (features.names(heads.heads), features.TEXT_FEATURES)
     detectors = fit_detectors(guard, world(), captions, seed, names)
     for detector, folder in zip(detectors, (checkpoint, checkpoint / TEXT_ONLY), strict=True):
-        detector.model_copy(update={"rerank": _measured_before(folder, heads)}).save_pretrained(folder)
-
-
-def _measured_before(folder: Path, heads: GazeHeads) -> RerankEvidence | None:
-    """What was measured for rerank with the same heads of the same model; `gazeguard.fitting.rerank` measures it anew."""
-    if not (folder / DETECTOR_FILE).is_file():
-        return None
-    before = Detector.from_pretrained(folder)
-    return before.rerank if (before.model, before.heads) == (heads.model, heads.heads) else None
+        detector.model_copy(update={"rerank": measured_before(folder, heads)}).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from gazeguard.heads.artifact import GazeHeads
 from gazeguard.heads.discovery import find_heads
 from gazeguard.lab.scenes.model import PARTS
 from gazeguard.lab.scenes.strips import strips
-from gazeguard.lab.training.detectors import fit_detectors
+from gazeguard.lab.training.detectors import fit_detectors, measured_before
 from gazeguard.lab.worlds import world
 
 
@@ -36,7 +36,7 @@ def fit(
     heads.save_pretrained(folder)
     guard = GazeGuard(model, processor, heads=heads)
     (detector,) = fit_detectors(guard, world("scenes"), captions, seed, [features.names(heads.heads)])
-    detector.save_pretrained(folder)
+    detector.model_copy(update={"rerank": measured_before(folder, heads)}).save_pretrained(folder)
 
 
 if __name__ == "__main__":
