@@ -1,4 +1,4 @@
-"""Models that do not look, that look through noise, and that look: does the gate of a fit without labels tell them apart?
+"""Models that are blind, that see through noise, and that see: does the gate of a fit without labels tell them apart?
 
 Each is the tiny lab's model with its image features (what the connector hands to the language model) altered, or with random
 weights; none was there when the gate's rules were written but ``shuffled`` of seed 0. The lab's gaze heads are given to all but
@@ -48,7 +48,7 @@ from gazeguard.vision.inputs import model_inputs
 
 TEST_SEED, BANK_SEED, BANK = 300, 301, 32  # of the test drawings, and of those whose features are the mean and the others
 Alter = Callable[[Tensor, torch.Generator], Tensor]  # of one image: features (tokens, width) -> features
-Sees = Literal["blind", "partly", "looks"]
+Sees = Literal["blind", "partly", "sighted"]
 
 
 class Subject(NamedTuple):
@@ -77,7 +77,7 @@ SUBJECTS = (
     *(Subject("blind", "random", seed, own_heads=True) for seed in range(3)),
     *(Subject("partly", "noise", 0, level) for level in (0.5, 1.0, 2.0, 4.0)),
     Subject("partly", "places", 0),
-    *(Subject("looks", "as it is", seed) for seed in (2, 3, 4)),
+    *(Subject("sighted", "as it is", seed) for seed in (2, 3, 4)),
 )
 FEW = SUBJECTS[:1]
 
@@ -94,7 +94,7 @@ class Answer(NamedTuple):
 def gate_figures(answers: Mapping[Subject, Answer]) -> dict[str, Figure]:
     """The gate's answers to the models, counted and one by one; ``with_lift``: what the rule of the lift alone would accept."""
     found = {}
-    for sees in ("blind", "partly", "looks"):
+    for sees in ("blind", "partly", "sighted"):
         of_kind = {subject: answer for subject, answer in answers.items() if subject.sees == sees}
         passed = [answer for answer in of_kind.values() if answer.figures.get("lift_low", 0) > 0]
         found[f"tiny_gate_{sees}_models"] = figure(len(of_kind))
@@ -126,7 +126,7 @@ def ask_gate(subject: Subject, budget: Budget, test: int, folder: Path) -> Answe
         model = AutoModelForImageTextToText.from_config(model.config).eval()
     with altered(model, alteration(subject, model, processor), subject.seed):
         options: dict[str, Any] = {"budget": budget, "styles": ["pictographs"], "heads": heads, "seed": 1}
-        if subject.sees == "looks":
+        if subject.sees == "sighted":
             options["seed"] = subject.seed
         answer, fitted = refusal(lambda: fit(model, processor, folder, **options))
         print(f"{subject.name}: {answer.refused or 'usable'}", flush=True)

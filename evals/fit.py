@@ -7,7 +7,7 @@ captions of OpenMoji training scenes with labels. AUROC of objects is the mean w
 regression on text features fitted on the same drawings, paired; ``over_its_text_features``: over one on the two of them that
 the detector itself has; ``over_token_nll``: over the log-probability of the token. ``ece``: calibration error on the other
 world; ``outside_domain``: share of the test captions that are unlike the drawings, and *unchecked* for that. ``rerank_*``: what
-was measured for rerank with the shipped detector. ``gate_*``: what the gate answers to models that do not look, or not well;
+was measured for rerank with the shipped detector. ``gate_*``: what the gate answers to models that are blind, or nearly;
 see `evals.blind_models`. The drawings, captions and swaps are those of `gazeguard fit`.
 
 What is recorded is kept in ``--work FOLDER``: an interrupted run goes on from there."""
@@ -100,8 +100,8 @@ def tiny_figures(label_free: Detector, shipped: GazeGuard, test: Rows) -> dict[s
 
 
 def gate(size: Sizes, folder: Path) -> dict[str, Figure]:
-    """The gate's answers to models that do not look, or not well."""
-    subjects = track(size.subjects, "models that do not look")
+    """The gate's answers to models that are blind, or nearly."""
+    subjects = track(size.subjects, "altered models")
     return gate_figures({each: ask_gate(each, size.budget, size.test, folder / "gate" / each.name) for each in subjects})
 
 

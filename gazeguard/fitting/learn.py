@@ -44,7 +44,7 @@ LIKE = 0.7  # area from which a user's images are called unlike the drawn ones
 # What a detector learns from drawings has to hold for other images. How often claims are false at a position, or when repeated,
 # is a fact about the captions of a fit: on a held-out model `repeated` had a weight of -2.7, which passed what was invented
 # twice. The columns of single heads fit the style that is drawn: with them a model of the scenes lab that was fitted on
-# pictographs ranked OpenMoji validation scenes less well, and a model that does not look seemed to look (`evals.fit`).
+# pictographs ranked OpenMoji validation scenes less well, and a blind model seemed to see (`evals.fit`).
 TRANSFERRED = ("token_nll", "entropy", *features.GAZE_FEATURES)
 TEXT_FREE = (*features.GAZE_FEATURES, *features.HEAD_FEATURES)
 
