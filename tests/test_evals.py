@@ -74,7 +74,9 @@ RESULT_KEYS = {
         "scenes_auroc_label_free_other_style", "scenes_auroc_labelled", "scenes_lift_label_free",
         "scenes_auroc_label_free_with_pictures", "scenes_ece_label_free",
     ],
-    "fit_gate": ["tiny_gate_blind_models", "tiny_gate_blind_accepted", "tiny_gate_sighted_models", "tiny_gate_sighted_accepted"],
+    "fit_gate": [
+        "tiny_gate_blind_models", "tiny_gate_blind_accepted", "tiny_gate_sighted_models", "tiny_gate_sighted_accepted",
+    ],
     "reading": [
         "head_f1", "head_f1_modern", "attribute_f1", "spurious_object_share", "vb_thing", "vb_attribute", "vb_relation",
     ],
