@@ -19,7 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -172,12 +174,9 @@ def recorded(folder: Path) -> Recorded:
 
 def together(parts: Sequence[Recorded]) -> Recorded:
     """Several recordings as one."""
-    return Recorded(
-        Rows.joined([part.rows for part in parts]),
-        tuple(caption for part in parts for caption in part.captions),
-        np.concatenate([part.images for part in parts]),
-        np.concatenate([part.states for part in parts]),
-    )
+    columns = {each.name: [getattr(part, each.name) for part in parts] for each in fields(Recorded)}
+    joined: dict[str, Any] = {name: np.concatenate(column) for name, column in columns.items() if name not in ("rows", "captions")}
+    return Recorded(rows=Rows.joined(columns["rows"]), captions=tuple(chain(*columns["captions"])), **joined)
 
 
 def text_only(rows: Rows, heads: GazeHeads, names: Sequence[str] = TEXT_FEATURES) -> Detector:
