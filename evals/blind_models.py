@@ -175,8 +175,8 @@ def recorded(folder: Path) -> Recorded:
 def together(parts: Sequence[Recorded]) -> Recorded:
     """Several recordings as one."""
     columns = {each.name: [getattr(part, each.name) for part in parts] for each in fields(Recorded)}
-    joined: dict[str, Any] = {name: np.concatenate(column) for name, column in columns.items() if name not in ("rows", "captions")}
-    return Recorded(rows=Rows.joined(columns["rows"]), captions=tuple(chain(*columns["captions"])), **joined)
+    rows, captions = Rows.joined(columns.pop("rows")), tuple(chain(*columns.pop("captions")))
+    return Recorded(rows, captions, **{name: np.concatenate(column) for name, column in columns.items()})
 
 
 def text_only(rows: Rows, heads: GazeHeads, names: Sequence[str] = TEXT_FEATURES) -> Detector:
