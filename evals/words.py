@@ -94,7 +94,7 @@ def library(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise InputError(
-            f"{name.partition('.')[0]} is not installed. Install it: pip install 'gazeguard-vlm[evals]'"
+            f"{name.partition('.')[0]} is not installed. Install it: pip install '.[evals]' in the checkout"
         ) from error
 
 

@@ -14,9 +14,18 @@ from gazeguard import GazeGuard
 BATCH = 16  # captions that the model sees at once
 
 
+def row_of(source: str, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+        row["image"], row["caption"]
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{source}, line {number}: expected a JSON object with image and caption ({error!r}).")
+    return row
+
+
 def main(source: str, target: str, model: str = "lab", artifacts: str | None = None) -> None:
     guard = GazeGuard.from_pretrained(model, artifacts=artifacts)
-    rows = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]
+    rows = [row_of(source, *line) for line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1)]
     images = [Path(source).parent / row["image"] for row in rows]
     captions = [row["caption"] for row in rows]
     starts = range(0, len(rows), BATCH)
@@ -30,4 +39,6 @@ def main(source: str, target: str, model: str = "lab", artifacts: str | None = N
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv[1:]) <= 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -78,12 +78,39 @@ def find_file(source: str | Path, name: str, **download: Any) -> Path:
         return path
     from huggingface_hub import hf_hub_download
 
+    if not download:  # with options of its own the repository may be one that is asked for in another way
+        check_repository(str(source), name)
     try:
         return Path(hf_hub_download(str(source), name, **download))
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArtifactError(
             f"There is no folder {str(source)!r}, and no {name} from the hub's repository ({reason})."
+        ) from error
+
+
+def check_repository(repository: str, name: str) -> None:
+    """Ask the hub once whether there is a repository: the loaders of libraries would ask again and again, for half a minute.
+
+    Args:
+        repository: A hub id; it is not asked for where `name` is in the hub's cache.
+        name: A file that the repository has to have.
+
+    Raises:
+        ArtifactError: There is none, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
+
+    try:
+        if not isinstance(try_to_load_from_cache(repository, name), str):
+            HfApi().model_info(repository, timeout=10)
+    except HFValidationError as error:
+        raise ArtifactError(f"There is no folder {repository!r}, and it is no id of the hub.") from error
+    except Exception as error:  # what the client raises differs between its releases, and between its HTTP libraries
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArtifactError(
+            f"There is no folder {repository!r}, and the hub has no such repository or cannot be reached ({reason})."
         ) from error
 
 

@@ -49,6 +49,11 @@ class PolicyError(GazeGuardError, ValueError):
     """A policy lacks a key, or has an unknown key or value."""
 
 
+def extra(name: str) -> str:
+    """How an extra of the package is installed, for messages."""
+    return f"pip install '.[{name}]' in a checkout of GazeGuard"
+
+
 def given(value: T | None) -> T:
     """A value that is None elsewhere and cannot be None here; a `TypeError` where it is, after all."""
     if value is None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from gazeguard.claims.english import count
 from gazeguard.claims.parse import claims
 from gazeguard.detection import features, metrics
 from gazeguard.detection.calibration import calibration_error, reliability
@@ -95,8 +96,8 @@ class Evaluation(BaseModel):
     def table(self) -> str:
         """The figures in Markdown."""
         lines = [
-            f"Model `{self.model}`, policy {self.policy}, {self.captions:,} captions. AUROC with 95 % intervals by image; "
-            "false is the positive class.",
+            f"Model `{self.model}`, policy {self.policy}, {count(self.captions, 'caption')}. AUROC with 95 % intervals "
+            "by image; false is the positive class.",
             "",
             "| kind | part | claims (false), images | detector | text only | lift |",
             "|---|---|---|---|---|---|",
@@ -109,9 +110,12 @@ class Evaluation(BaseModel):
         for kind, each in self.calibration.items():
             precision = "nothing is flagged" if each.precision is None else f"{each.precision:.2f}"
             lines.append(f"| {kind} | {each.ece:.3f} | {precision} | {each.recall:.2f} |")
-        notes = [f"- {number:,} captions left out: {reason}" for reason, number in self.skipped.items()]
-        notes += [f"- {number:,} labelled claims of kind {kind} are not judged" for kind, number in self.unjudged.items()]
-        notes += [f"- {number:,} claims of kind {kind} are all true or all false" for kind, number in self.one_class.items()]
+        notes = [f"- {count(number, 'caption')} left out: {reason}" for reason, number in self.skipped.items()]
+        notes += [f"- {count(number, 'labelled claim')} of kind {kind} not judged" for kind, number in self.unjudged.items()]
+        notes += [
+            f"- {count(number, 'claim')} of kind {kind}: all true or all false, which gives no ranking"
+            for kind, number in self.one_class.items()
+        ]
         return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
     def plot(self) -> Figure:
@@ -186,7 +190,8 @@ def evaluate(guard: GazeGuard, captions: Sequence[LabelledCaption], batch_size: 
     table, skipped, unjudged = _checked(guard, captions, batch_size)
     if not len(table.risk):
         reasons = "; ".join(f"{number} x {reason}" for reason, number in (skipped + unjudged).most_common(3))
-        raise InputError(f"No labelled claim of {len(captions)} captions was judged: {reasons or 'there are none'}.")
+        nothing = "no label is on a claim of its kind; docs/evaluation-guide.md has the format"
+        raise InputError(f"No labelled claim of {count(len(captions), 'caption')} was judged: {reasons or nothing}.")
     rankings: list[Ranking] = []
     calibration: dict[str, Calibration] = {}
     one_class: dict[str, int] = {}

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils import CONFIG_NAME
 
-from gazeguard.errors import InputError
+from gazeguard.artifacts import check_repository
+from gazeguard.errors import InputError, extra
 from gazeguard.vision.encoding import check_processor
 
 logger = logging.getLogger(__name__)
@@ -62,13 +64,14 @@ def load(
         check_processor(own)
     logger.info("loading %s (dtype %s) on %s", model, dtype, target or f"device_map {device_map}")
     try:
+        if not Path(source).exists():
+            check_repository(str(source), CONFIG_NAME)
         loaded = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
         used = own if own is not None else AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # of a folder that is no model transformers raises almost anything
         if isinstance(error, ImportError) and "torchvision" in str(error).lower():
             raise InputError(
-                f"The processor of {model} needs torchvision, which is not installed. Install it: pip install "
-                "'gazeguard-vlm[vision]'"
+                f"The processor of {model} needs torchvision, which is not installed. Install it: {extra('vision')}."
             ) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gazeguard.audit import Share, audit_model, page
+from gazeguard.audit import Share, Unguarded, audit_model, page
 from gazeguard.cli import app
 from gazeguard.detection.metrics import wilson
 from gazeguard.errors import InputError
@@ -45,6 +45,16 @@ def test_a_model_with_shuffled_image_features_is_found_out(lab_vlm):
     audit = audit_model(GazeGuard(model, processor), SCENES)
     assert not audit.uses_image
     assert audit.right < 0.5
+
+
+def test_a_model_without_gaze_heads_is_audited_by_its_words(lab_vlm, audit):
+    """The same words, and so the same shares; nothing is said of a guard that is not there."""
+    alone = audit_model(Unguarded(*lab_vlm), SCENES)
+    assert alone.uses_image
+    assert alone.lift == audit.lift
+    assert [each.changed for each in alone.probes] == [each.changed for each in audit.probes]
+    assert all(each.noticed is None and not each.verdicts for each in alone.probes)
+    assert page(alone).count("<tr>") == 1 + len(alone.probes)
 
 
 def test_the_page_stands_alone_and_says_every_figure(audit):

@@ -341,7 +341,7 @@ def test_artifacts_are_found_in_a_folder(picture, tmp_path):
     shutil.copy(lab.checkpoint_path() / "heads.json", tmp_path)
     result = run(app, arguments)
     assert result.exit_code == 2
-    assert steps(result.stderr) == [f"next: fit a detector: gazeguard train ROWS.jsonl --model lab --artifacts {tmp_path}"]
+    assert steps(result.stderr) == [f"next: fit a detector, without labels: gazeguard fit lab --out {tmp_path}"]
     shutil.copy(lab.checkpoint_path() / "detector.json", tmp_path)
     assert run(app, arguments).exit_code in (0, 1)
     heads = ["--heads", str(tmp_path / "heads.json"), "--detector", str(tmp_path / "detector.json")]
@@ -355,6 +355,21 @@ def test_output_is_not_wrapped_when_it_is_piped(picture):
     told = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert max(map(len, told.stdout.splitlines())) > 400
     assert not any(line != line.rstrip() for line in told.stdout.splitlines())
+
+
+@pytest.mark.parametrize("command", [["policy", "list"], ["heads", "show", str(lab.checkpoint_path())]])
+def test_tables_end_where_their_text_ends_when_they_are_piped(command, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = run(app, command).stdout.splitlines()
+    assert len(lines) > 4
+    assert not any(line != line.rstrip() for line in lines)
+
+
+def test_what_is_needed_first_is_listed_first():
+    """The help and the next steps name the way of the README: demo, then fit."""
+    listed = list(typer.main.get_command(app).commands)
+    assert listed[0] == "demo"
+    assert listed.index("fit") < min(listed.index(name) for name in ("heads", "train", "audit", "doctor"))
 
 
 def test_numbers_and_their_nouns():

@@ -119,7 +119,7 @@ def test_from_a_model_to_its_reports_by_the_command_line(model_folder, rows, tmp
 
     code, shown, told = command("doctor", model_folder)
     assert code == 0, shown
-    assert told.splitlines()[-1] == f"next: find its gaze heads: gazeguard heads {model_folder} --out DIR"
+    assert told.splitlines()[-1] == f"next: fit a detector, without labels: gazeguard fit {model_folder} --out DIR"
 
     code, shown, told = command("heads", model_folder, "--out", artifacts, "--strips", 4, "--panels", 2)
     assert code == 1, shown
@@ -138,9 +138,7 @@ def test_from_a_model_to_its_reports_by_the_command_line(model_folder, rows, tmp
 
     code, _, told = command("check", image, "--caption", caption, *chosen)
     assert code == 2  # recorded, not judged: there is no detector
-    assert told.splitlines()[-1] == (
-        f"next: fit a detector: gazeguard train ROWS.jsonl --model {model_folder} --artifacts {artifacts}"
-    )
+    assert told.splitlines()[-1] == f"next: fit a detector, without labels: gazeguard fit {model_folder} --out {artifacts}"
 
     code, shown, told = command("train", rows, *chosen)
     assert code == 0, told

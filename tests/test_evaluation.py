@@ -87,5 +87,5 @@ def test_without_a_detector_or_a_judged_claim_there_are_no_figures(guard, rows):
     bare = GazeGuard(guard.model, guard.processor, heads=guard.heads)
     with pytest.raises(InputError, match=r"no detector to evaluate.*gazeguard train"):
         evaluate(bare, read_captions(rows))
-    with pytest.raises(InputError, match=r"No labelled claim of 1 captions was judged: 1 x .*missing"):
+    with pytest.raises(InputError, match=r"No labelled claim of 1 caption was judged: 1 x .*missing"):
         evaluate(guard, read_captions(rows)[-1:])

@@ -157,7 +157,7 @@ def test_no_usable_gaze_heads_is_a_result():
         r"\(chance 25%, needed 62%\) and have 2\d% of their attention mass on it \(chance 25%, needed 50%\)\. Where this "
         r"model attends cannot be read from these strips; try strips of another style, or of your own\. The words may be the "
         r"cause, too: this model may be used to another prompt, other leads \(\"In panel one there is\"\) or other questions\. "
-        r"A JSON file of strips of your own sets them\.",
+        r"JSON files of pages of your own set them: docs/fitting\.md has their format\.",
         found.unusable,
     )
     with pytest.raises(UnsupportedError, match="No usable gaze heads: the best 1 of 4"):

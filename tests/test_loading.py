@@ -76,7 +76,8 @@ def test_a_missing_torchvision_is_said_with_what_to_install(monkeypatch):
     with pytest.raises(InputError) as caught:
         load("lab", device="cpu")
     assert str(caught.value) == (
-        "The processor of lab needs torchvision, which is not installed. Install it: pip install 'gazeguard-vlm[vision]'"
+        "The processor of lab needs torchvision, which is not installed. Install it: pip install '.[vision]' in a "
+        "checkout of GazeGuard."
     )
 
 

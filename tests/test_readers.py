@@ -72,7 +72,7 @@ def test_lines_are_rows(tmp_path):
         (b"9" * 5000, "the line is not JSON"),
         (b"[" * 100_000, "the line is not JSON"),
         (b"[]", "the line is not a JSON object"),
-        (b"{}", "'image' is not the path of an image"),
+        (b"{}", "'image' is not a key of the row; --image-column names the one of the image"),
         (b'{"image": 7}', "'image' is not the path of an image"),
         (b'{"image": "a", "prompt": 7}', "'prompt' is not text"),
         (b'{"caption": "caf\xe9"}', "the line cannot be read: it is not UTF-8, perhaps cp1252: --encoding cp1252"),

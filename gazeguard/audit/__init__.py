@@ -5,6 +5,6 @@ Path("audit.html").write_text(page(audit))
 """
 
 from gazeguard.audit.page import page
-from gazeguard.audit.probes import Audit, Probe, Share, audit_model
+from gazeguard.audit.probes import Audit, Probe, Share, Unguarded, audit_model
 
-__all__ = ["Audit", "Probe", "Share", "audit_model", "page"]
+__all__ = ["Audit", "Probe", "Share", "Unguarded", "audit_model", "page"]

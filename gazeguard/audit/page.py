@@ -18,11 +18,13 @@ _PAGE = Template("""<!doctype html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid #ccc }
+h1 { overflow-wrap: anywhere }
 th[scope=row] small { display: block; font-weight: normal; color: #555 } img { max-width: 100% }
 </style></head><body>
 <h1>Audit of $model</h1>
 <p><strong>$conclusion</strong></p>
-<p>$scenes drawn scenes, greedy captions. Shares of scenes with 95 % intervals (Wilson); how many of how many in brackets.</p>
+<p>$scenes drawn scenes, greedy captions. Shares of scenes with 95 % intervals (Wilson); in brackets how many of how many, of
+the scenes to which a probe applies.</p>
 <table><thead><tr><th scope="col">probe</th><th scope="col">words change</th><th scope="col">guard withholds or flags</th>
 <th scope="col">verdicts</th></tr></thead><tbody>
 $rows

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
 
+from gazeguard import __version__
 from gazeguard.claims.english import with_article
 from gazeguard.detection.metrics import Estimate, bootstrap_images, wilson
 from gazeguard.errors import InputError
@@ -24,6 +28,15 @@ from gazeguard.progress import track
 from gazeguard.prompts import DEFAULT_PROMPT
 from gazeguard.report import Report, Verdict
 from gazeguard.vision.encoding import encode
+
+
+@dataclass(frozen=True)
+class Unguarded:
+    """A model without gaze heads that could be watched: whether its words change can be audited, not what a guard notices."""
+
+    model: PreTrainedModel
+    processor: Any
+
 
 SCENES, QUICK_SCENES, MIN_SCENES = 48, 16, 4
 MISLEADING = "There is {noun}. {prompt}"
@@ -58,8 +71,8 @@ class Probe(BaseModel):
         name: Of the probe.
         question: What was done, and what a model that uses the image does then.
         changed: Scenes whose caption says something else than without the change; None where nothing was generated.
-        noticed: Scenes in which the guard did not let pass what the change made false.
-        verdicts: The guard's verdicts on those captions, by name.
+        noticed: Scenes in which the guard did not let pass what the change made false; None without a guard.
+        verdicts: The guard's verdicts on those captions, by name; empty without one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,7 +80,7 @@ class Probe(BaseModel):
     name: str
     question: str
     changed: Share | None
-    noticed: Share
+    noticed: Share | None
     verdicts: dict[str, int]
 
 
@@ -107,9 +120,9 @@ class Audit(BaseModel):
 
 @dataclass(frozen=True)
 class _Subject:
-    """The audited guard, how many captions it takes at a time, and the drawn scenes."""
+    """The audited guard or model, how many captions it takes at a time, and the drawn scenes."""
 
-    guard: GazeGuard
+    guard: GazeGuard | Unguarded
     batch_size: int
     scenes: Sequence[Sample]
 
@@ -120,11 +133,16 @@ class _Subject:
             part = slice(start, start + self.batch_size)
             inputs = encode(self.guard.model, self.guard.processor, images[part], prompts[part]).inputs
             options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
-            reports += self.guard.generate_with_reports(**inputs, **options)[1]
+            if isinstance(self.guard, GazeGuard):
+                reports += self.guard.generate_with_reports(**inputs, **options)[1]
+            else:
+                reports += map(_unguarded, _generate(self.guard, {**inputs, **options}))
         return reports
 
     def check(self, images: Sequence[Image.Image], captions: Sequence[str]) -> list[Report]:
         """Captions replayed with other images."""
+        if isinstance(self.guard, Unguarded):
+            return [_unguarded(caption) for caption in captions]
         reports: list[Report] = []
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -132,11 +150,24 @@ class _Subject:
         return reports
 
 
-def audit_model(guard: GazeGuard, scenes: int = SCENES, batch_size: int = 8, seed: int = 0) -> Audit:
+@torch.no_grad()
+def _generate(subject: Unguarded, arguments: dict[str, Any]) -> list[str]:
+    """Captions by `model.generate` alone."""
+    ids = subject.model.generate(**arguments)
+    start = 0 if subject.model.config.is_encoder_decoder else arguments["input_ids"].shape[1]
+    return [text.strip() for text in subject.processor.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)]
+
+
+def _unguarded(caption: str) -> Report:
+    return Report(caption, Verdict.UNCHECKED, "there is no guard", (), "none", "", __version__)
+
+
+def audit_model(guard: GazeGuard | Unguarded, scenes: int = SCENES, batch_size: int = 8, seed: int = 0) -> Audit:
     """Audit a model on drawn scenes.
 
     Args:
-        guard: Over the model; its detector gives the verdicts, and without one nothing passes.
+        guard: Over the model; its detector gives the verdicts, and without one nothing passes. Or the model alone, whose words
+            are audited.
         scenes: How many.
         batch_size: Captions at a time.
         seed: Of the scenes.
@@ -152,12 +183,14 @@ def audit_model(guard: GazeGuard, scenes: int = SCENES, batch_size: int = 8, see
     plain = subject.write(images, [DEFAULT_PROMPT] * scenes)
     probes: tuple[Callable[..., Probe], ...] = (_own, _blank, _wrong, _misled, _recoloured)
     found = tuple(probe(subject, words, images, plain) for probe in track(probes, "auditing"))
+    if isinstance(guard, Unguarded):
+        found = tuple(each.model_copy(update={"noticed": None, "verdicts": {}}) for each in found)
     captions = [report.caption for report in plain]
     right, elsewhere = (_right(captions, subject.scenes, words, shift) for shift in (0, scenes // 2))
     known = np.isfinite(right)
     lift = _lift(right[known] - elsewhere[known])
     return Audit(
-        model=f"{type(guard.model).__name__} from {guard.model.name_or_path or 'memory'}",
+        model=f"{type(guard.model).__name__} from {_short(guard.model.name_or_path)}",
         scenes=scenes,
         uses_image=lift is not None and lift[1] > 0,
         right=float(right[known].mean()) if known.any() else 0.0,
@@ -165,6 +198,11 @@ def audit_model(guard: GazeGuard, scenes: int = SCENES, batch_size: int = 8, see
         lift=lift,
         probes=found,
     )
+
+
+def _short(source: str) -> str:
+    """Where a model is from, without the folders around it."""
+    return Path(source).resolve().name if source and Path(source).exists() else source or "memory"
 
 
 def _right(captions: Sequence[str], scenes: Sequence[Sample], words: Vocabulary, shift: int) -> NDArray[np.float64]:
@@ -216,7 +254,7 @@ Images = Sequence[Image.Image]
 def _own(subject: _Subject, _: Vocabulary, __: Images, plain: Sequence[Report]) -> Probe:
     pairs = zip(subject.scenes, plain, strict=True)
     true = [report for scene, report in pairs if not any(false for *_, false in decided_claims(scene.drawing, report.caption))]
-    question = "Nothing is changed, and the caption is true in all that the scene decides: to withhold it is a false positive."
+    question = "Nothing is changed; counted are the captions that are wholly true, where to withhold one is a false positive."
     return _probe("own image", question, None, _withheld(true), true)
 
 

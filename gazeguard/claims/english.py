@@ -63,6 +63,11 @@ def plural(noun: str) -> str:
     return noun + ("es" if re.search(r"(?:s|x|ch|sh)$", noun) else "s")
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun: "1 false positive", "2,000 false positives"."""
+    return f"{number:,} {noun if number == 1 else plural(noun)}"
+
+
 def is_plural(noun: str) -> bool:
     """Whether a noun's last word is a plural."""
     last = noun.lower().rpartition(" ")[2]

@@ -23,7 +23,7 @@ Exit codes:
 
 * 2: something could not be checked, or the call was wrong, or a file cannot be read or written
 
-* 130, 143: stopped by Ctrl-C or SIGTERM; the same filter command then continues
+* 130, 143: stopped by Ctrl-C or SIGTERM; the same filter or fit command then continues
 """
 
 app = typer.Typer(

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from gazeguard.cli.app import Outcome, app, command
-from gazeguard.cli.console import FLAGGED, out
+from gazeguard.cli.console import FLAGGED, note, out
 from gazeguard.cli.models import MODELS
 from gazeguard.cli.options import GuardOptions
+from gazeguard.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from gazeguard.audit import Unguarded
+    from gazeguard.guard import GazeGuard
+
+
+def _subject(guarded: GuardOptions) -> GazeGuard | Unguarded:
+    """The guard; or the model alone, where no artifacts are named and none are beside it, or its heads are of no use."""
+    from gazeguard.audit import Unguarded
+
+    loaded = guarded.load()
+    try:
+        return guarded.watch(*loaded)
+    except (InputError, UnsupportedError) as error:
+        if isinstance(error, InputError) and any((guarded.artifacts, guarded.heads, guarded.detector)):
+            raise
+        note(f"only its words are audited, not what a guard notices. {error}")
+        return Unguarded(*loaded)
 
 
 @command(app, panel=MODELS)
@@ -26,14 +45,15 @@ def audit(
 ) -> Outcome:
     """Does a model use the image at all? Blank and wrong images, misleading prompts, swapped colours.
 
-    Says how often its words change, and how often the guard notices. Exit code 1 when the model does not use the image.
+    Says how often its words change and, with the gaze heads and the detector of gazeguard fit, how often the guard notices.
+    Exit code 1 when the model does not use the image.
     """
     from gazeguard.audit import audit_model
     from gazeguard.audit.page import in_words
     from gazeguard.audit.page import page as write_page
     from gazeguard.audit.probes import QUICK_SCENES, SCENES
 
-    result = audit_model(guarded.guard(), QUICK_SCENES if quick else SCENES)
+    result = audit_model(_subject(guarded), QUICK_SCENES if quick else SCENES)
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(write_page(result), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -218,8 +219,8 @@ def _finish(guard: GazeGuard, guarded: GuardOptions, entries: Sequence[Entry], h
         err.print(f"replay page: {html}", soft_wrap=True, markup=False)
     verdicts = {entry.report.verdict for entry in entries}
     if guard.detector is None:
-        artifacts = guarded.artifacts or "DIR"
-        following = f"fit a detector: gazeguard train ROWS.jsonl{ModelOptions.arguments(guarded, artifacts=artifacts)}"
+        folder = shlex.quote(guarded.artifacts or "DIR")
+        following = f"fit a detector, without labels: gazeguard fit {shlex.quote(guarded.model or 'lab')} --out {folder}"
     elif html is not None:
         following = f"open {html} in a browser."
     else:

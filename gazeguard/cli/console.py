@@ -5,24 +5,40 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.text import Text
 
-from gazeguard.claims.english import plural
+from gazeguard.claims.english import count as count
 from gazeguard.errors import GazeGuardError
 from gazeguard.progress import show_progress
 
 if TYPE_CHECKING:
     from gazeguard.report import Report
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    """A console whose lines, where it is no terminal, end where their text ends: rich pads them to the width of the console."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.is_terminal:
+            super().print(*objects, **options)
+            return
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        self.file.write("\n".join(line.rstrip(" ") for line in captured.get().split("\n")))
+        self.file.flush()
+
+
+out, err = _Console(highlight=False), _Console(stderr=True, highlight=False)
 UNWRAPPED = 1_000_000  # columns of a console that is no terminal: no line is wrapped
 FLAGGED, FAILED, STOPPED = 1, 2, 128  # exit codes; STOPPED plus the number of the signal
 STYLES = {"pass": "green", "flag": "bold red", "unchecked": "yellow"}
@@ -59,6 +75,8 @@ def configure(verbose: bool = False, quiet: bool = False) -> None:
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = UNWRAPPED
     show_progress(not quiet)
+    if quiet or not err.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which tqdm reads when it is imported
     logger = logging.getLogger("gazeguard")
     logger.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
     logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _ErrorStream)]
@@ -91,11 +109,6 @@ def one_line(text: str) -> str:
     )
 
 
-def count(number: int, noun: str) -> str:
-    """A number with its noun: "1 false positive", "2 false positives"."""
-    return f"{number} {noun if number == 1 else plural(noun)}"
-
-
 @contextmanager
 def errors() -> Iterator[None]:
     """Turn what GazeGuard raises on purpose, and files that cannot be read or written, into one line and exit code 2."""
@@ -109,9 +122,36 @@ def errors() -> Iterator[None]:
         raise typer.Exit(FAILED) from error
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM, as clusters send it, ends a run in good order, as Ctrl-C does; both say that the run can continue."""
+    caught = [signal.SIGINT]
+
+    def stop(number: int, _: Any) -> None:
+        caught[0] = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        err.print(f"stopped by {caught[0].name}. Finished chunks are kept: the same command continues from there.")
+        raise typer.Exit(STOPPED + caught[0]) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def indented(text: str, by: int, style: str = "") -> None:
     """Print text on stdout, indented also where a narrow terminal wraps it."""
     out.print(Padding(Text(text, style=style), (0, 0, 0, by), expand=False))
+
+
+def show_markdown(text: str) -> None:
+    """Print Markdown on stdout: drawn on a terminal, as it is into a file."""
+    if out.is_terminal:
+        out.print(Markdown(text))
+    else:
+        typer.echo(text, nl=False)
 
 
 def show_report(title: str, report: Report, truth: Sequence[str] = ()) -> None:

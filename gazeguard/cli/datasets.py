@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from gazeguard.cli.app import Outcome, app, command
-from gazeguard.cli.console import STOPPED, count, err, indented, note, one_line, out
+from gazeguard.cli.console import count, err, indented, note, one_line, out, stoppable
 from gazeguard.cli.options import (
     BatchOption,
     CaptionColumn,
@@ -37,29 +36,11 @@ if TYPE_CHECKING:
     from gazeguard.filtering.readers import Source
     from gazeguard.filtering.rows import Row
     from gazeguard.filtering.shards import WebDataset
+    from gazeguard.filtering.writer import Results
     from gazeguard.replay.page import Entry
     from gazeguard.report import Report
 
 DATASETS = "Filter data sets"
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM, as clusters send it, ends a run in good order, as Ctrl-C does; both say that the run can continue."""
-    caught = [signal.SIGINT]
-
-    def stop(number: int, _: Any) -> None:
-        caught[0] = signal.Signals(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        err.print(f"stopped by {caught[0].name}. Finished chunks are kept: the same command continues from there.")
-        raise typer.Exit(STOPPED + caught[0]) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @command(app, "filter", panel=DATASETS)
@@ -106,22 +87,31 @@ def filter_captions(
     from gazeguard.filtering.readers import check_columns, open_source
     from gazeguard.filtering.run import filter_files
     from gazeguard.filtering.shard_writer import write_shards
-    from gazeguard.filtering.writer import Results
 
     options = {"batch_size": batch_size, "workers": workers, "prompt": prompt, "max_new_tokens": max_new_tokens}
     options |= {"image": image_column, "caption": caption_column, "write_captions": write_captions}
-    with _stoppable(), ExitStack() as stack:
+    with stoppable(), ExitStack() as stack:
         rows = open_source(source, image_column, caption_column, caption_ext, encoding)
         check_columns(rows, write_captions)
         packed = _as_shards(rows) if shards else None
         _announce(write_captions)
         judge = stack.enter_context(_ray_pool(guarded, actors, options)) if ray else _local_filter(guarded, options)
         settings = judge.run_settings(rows, source if source.is_dir() else source.parent, chunk, label_only)
-        summary = filter_files(judge, rows, Results(folder, settings, label_only), chunk, progress=True)
+        summary = filter_files(judge, rows, _results(folder, settings, label_only), chunk, progress=True)
         if packed is not None:
             write_shards(folder, packed)
     given = _input_options(image_column, caption_column, caption_ext, encoding) + guarded.arguments()
     return _conclude(summary, folder, as_json, f"gazeguard replay {shlex.quote(str(source))} PAGE.html --skip-passed{given}")
+
+
+def _results(folder: Path, settings: dict[str, Any], label_only: bool) -> Results:
+    """The folder of the results, with a note where it is complete already."""
+    from gazeguard.filtering.writer import Results
+
+    results = Results(folder, settings, label_only)
+    if results.finished():
+        note(f"{folder} is complete already: nothing is judged again.")
+    return results
 
 
 def _as_shards(source: Source) -> WebDataset:

@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markdown import Markdown
 from rich.markup import escape
 
 from gazeguard.cli.app import Outcome, app, command
-from gazeguard.cli.console import out
-from gazeguard.cli.models import MODELS
+from gazeguard.cli.console import out, show_markdown
+from gazeguard.cli.models import MODELS, ROWS_HELP
 from gazeguard.cli.options import BatchOption, GuardOptions
 
 
 @command(app, "eval", panel=MODELS)
 def evaluate_rows(
-    rows: Annotated[Path, typer.Argument(help="JSONL: image, caption, and labels or objects; see gazeguard.fitting.")],
+    rows: Annotated[Path, typer.Argument(help=ROWS_HELP)],
     guarded: GuardOptions,
     folder: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder of the table, the figures and the diagram.")
@@ -34,6 +33,6 @@ def evaluate_rows(
     captions = read_captions(rows)
     evaluation = evaluate(guarded.guard(), captions, batch_size)
     evaluation.save(folder)
-    out.print(Markdown(evaluation.table()))
+    show_markdown(evaluation.table())
     out.print(f"{TABLE_FILE}, {JSON_FILE}, {PLOT_FILE}: [bold]{escape(str(folder))}[/]", soft_wrap=True)
     return Outcome(f"filter a dataset: gazeguard filter IN OUT{guarded.arguments()}")

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from gazeguard.artifacts import DETECTOR_FILE, HEADS_FILE
 from gazeguard.cli.app import Outcome, app, command
-from gazeguard.cli.console import FLAGGED, count, note, out
+from gazeguard.cli.console import FLAGGED, count, note, out, stoppable
 from gazeguard.cli.models import DEFAULT_FOLDER, MODELS, show_detector
 from gazeguard.cli.options import ModelOptions, PromptOption
 from gazeguard.prompts import DEFAULT_PROMPT
@@ -44,9 +44,15 @@ def fit(
     ] = None,
     rows: Annotated[
         Path | None,
-        typer.Option("--captions", metavar="ROWS", help="Labelled captions, if there are any: as for gazeguard train."),
+        typer.Option(
+            "--captions",
+            metavar="ROWS",
+            help="Labelled captions, if there are any, as gazeguard train takes them: docs/evaluation-guide.md.",
+        ),
     ] = None,
-    budget: Annotated[BudgetChoice, typer.Option(help="How many images are described.")] = BudgetChoice.STANDARD,
+    budget: Annotated[
+        BudgetChoice, typer.Option(help="How many images are described: docs/fitting.md says how long each takes.")
+    ] = BudgetChoice.STANDARD,
     style: Annotated[
         list[str] | None,
         typer.Option(help="Style of the drawings; may be repeated.", show_default="all that can be drawn here"),
@@ -64,17 +70,18 @@ def fit(
     from gazeguard.fitting.run import fit as run
 
     captions = () if rows is None else read_captions(rows)
-    fitted = run(
-        *loading.load(),
-        folder,
-        images=images,
-        captions=captions,
-        budget=budget.value,
-        prompt=prompt,
-        styles=style,
-        seed=seed,
-        say=note,
-    )
+    with stoppable():
+        fitted = run(
+            *loading.load(),
+            folder,
+            images=images,
+            captions=captions,
+            budget=budget.value,
+            prompt=prompt,
+            styles=style,
+            seed=seed,
+            say=note,
+        )
     return _outcome(fitted, folder, loading, model)
 
 
@@ -82,9 +89,13 @@ def _outcome(fitted: Fitted, folder: Path, loading: ModelOptions, model: str) ->
     """What was fitted, on stdout, and what to do next."""
     files = f"{HEADS_FILE}, {DETECTOR_FILE} and their card"
     if fitted.detector is None:
-        out.print(f"No usable gaze heads: {escape(fitted.refused)}", soft_wrap=True)
+        out.print(f"{escape(fitted.refused)}", soft_wrap=True)
+        kept = escape(str(folder / HEADS_FILE))
+        out.print(f"{kept} keeps the figures. It is marked as unusable: no command judges with it.", soft_wrap=True)
         return Outcome(
-            f"try comics that the model understands: gazeguard heads {shlex.quote(model)} --material FOLDER", FLAGGED
+            f"try comics that the model understands: gazeguard heads {shlex.quote(model)} --material FOLDER --out "
+            f"{shlex.quote(str(folder))}; docs/fitting.md has the format of FOLDER",
+            FLAGGED,
         )
     out.print(f"{count(len(fitted.heads.heads), 'gaze head')}; {files}: [bold]{escape(str(folder))}[/]", soft_wrap=True)
     show_detector(fitted.detector)

@@ -33,8 +33,11 @@ def build(
     ] = None,
 ) -> Outcome:
     """Write a laboratory's model as an ordinary checkpoint folder: language model plus the trained parts of the package."""
+    from transformers.utils.logging import disable_progress_bar
+
     from gazeguard.lab.scenes.model import build as build_scenes
 
+    disable_progress_bar()
     with status(f"building the model of the {laboratory} laboratory"):
         folder = build_scenes(directory, language_model)
     out.print(str(folder))

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 MODELS = "Prepare a model of your own"
 DEFAULT_FOLDER = Path("gazeguard-artifacts")
+ROWS_HELP = (
+    'JSONL, a line per image: {"image": PATH, "caption": TEXT, "labels": [{"start": 0, "end": 8, "kind": "object", "false": '
+    'true}]}, or "objects": [NAME, ...] in the place of labels. docs/evaluation-guide.md has the keys.'
+)
 
 
 @command(app, panel=MODELS)
@@ -52,7 +56,7 @@ def doctor(
         out.print(Text.assemble(("works " if check.ok else "FAILS ", "green" if check.ok else "bold red"), str(check)))
     name = shlex.quote(model or "lab")
     if all(check.ok for check in checks):
-        return Outcome(f"find its gaze heads: gazeguard heads {name} --out DIR")
+        return Outcome(f"fit a detector, without labels: gazeguard fit {name} --out DIR")
     return Outcome(f"try another image: gazeguard doctor {name} --image IMAGE", FLAGGED)
 
 
@@ -103,8 +107,8 @@ def heads(
         following = f"try other material: gazeguard heads {shlex.quote(model)} --material FOLDER-OF-COMICS"
         return Outcome(following if model != "show" else "find others: gazeguard heads MODEL --out DIR", FLAGGED)
     if model == "show":
-        return Outcome("fit a detector for them: gazeguard train ROWS.jsonl --model MODEL --artifacts DIR")
-    return Outcome(f"fit a detector: gazeguard train ROWS.jsonl{loading.arguments(artifacts=folder)}")
+        return Outcome("fit a detector for them, without labels: gazeguard fit MODEL --out DIR")
+    return Outcome(f"fit a detector for them: gazeguard fit {shlex.quote(model)} --out {shlex.quote(str(folder))}")
 
 
 def _find(loading: ModelOptions, material: str, strips: int, panels: int, keep: Path | None) -> GazeHeads:
@@ -141,7 +145,7 @@ def _show_heads(artifact: GazeHeads, folder: Path | None) -> None:
 
 @command(app, panel=MODELS)
 def train(
-    rows: Annotated[Path, typer.Argument(help="JSONL: image, caption, and labels or objects; see gazeguard.fitting.")],
+    rows: Annotated[Path, typer.Argument(help=ROWS_HELP)],
     loading: ModelOptions,
     artifacts: ArtifactsOption = None,
     heads_file: HeadsOption = None,

@@ -152,10 +152,14 @@ class GuardOptions(ModelOptions):
 
     def guard(self) -> GazeGuard:
         """Load the model and its guard."""
-        policy = load_policy(self.policy)  # before the model, which takes its time
-        model, processor = self.load()
+        load_policy(self.policy)  # before the model, which takes its time
+        return self.watch(*self.load())
+
+    def watch(self, model: Any, processor: Any) -> GazeGuard:
+        """The guard of a model that is loaded."""
         from gazeguard.guard import GazeGuard
 
+        policy = load_policy(self.policy)
         given: dict[str, Any] = {"artifacts": self.artifacts, "heads": self.heads, "detector": self.detector}
         nouns = () if self.nouns is None else read_nouns(self.nouns)
         return GazeGuard(model, processor, policy=policy, nouns=nouns, **given)

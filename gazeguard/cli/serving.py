@@ -12,7 +12,7 @@ import typer
 from gazeguard.cli.app import Outcome, app, command
 from gazeguard.cli.console import STOPPED, Verbosity, configure, next_step, note, verbosity
 from gazeguard.cli.options import BatchOption, GuardOptions
-from gazeguard.errors import InputError
+from gazeguard.errors import InputError, extra
 
 if TYPE_CHECKING:
     from gazeguard.serving.model import Model
@@ -53,7 +53,7 @@ def serve(
         from gazeguard.serving.process import ModelProcess
     except ImportError as error:
         raise InputError(
-            f"gazeguard serve needs {error.name}, which is not installed. Install it: pip install 'gazeguard-vlm[serve]'"
+            f"gazeguard serve needs {error.name}, which is not installed. Install it: {extra('serve')}."
         ) from error
     key = os.environ.get(KEY) or None
     if key is None and host not in LOOPBACK:

@@ -36,7 +36,7 @@ from gazeguard.vision.encoding import encode
 from gazeguard.vision.inputs import has_pixels
 
 MAX_REASON = 300  # characters of the model's own error in a reason
-NO_CAPTION = "there is no caption: add one, or have it written (--write-captions)"
+NO_CAPTION = "there is no caption: name another key (--caption-column), or have it written (--write-captions)"
 
 OnRows = Callable[[int], object]  # is told how many more rows are done
 

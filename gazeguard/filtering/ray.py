@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gazeguard.errors import InputError
+from gazeguard.errors import InputError, extra
 from gazeguard.filtering.caption_filter import MAX_REASON, CaptionFilter, OnRows, explain_failure
 from gazeguard.filtering.columns import append_columns
 from gazeguard.filtering.readers import Source
@@ -151,7 +151,7 @@ def _import_ray() -> ModuleType:
     try:
         import ray.data
     except ImportError as error:
-        raise InputError("Ray is not installed: pip install 'gazeguard-vlm[ray]'.") from error
+        raise InputError(f"Ray is not installed: {extra('ray')}.") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
-from gazeguard.errors import InputError
+from gazeguard.errors import InputError, extra
 from gazeguard.filtering.messages import find_messages, read_conversation
 from gazeguard.filtering.rows import COLUMNS, IMAGE_SUFFIXES, Row, image_source
 from gazeguard.filtering.shards import WebDataset
@@ -137,7 +137,11 @@ class JsonLines:
                 return Row(fields, None, caption, error=talk.error)
         image = image_source(value, self.path.parent)
         if image is None:
-            return Row(fields, None, caption, error=f"{self.image!r} is not the path of an image")
+            named = self.image in fields
+            why = (
+                "is not the path of an image" if named else "is not a key of the row; --image-column names the one of the image"
+            )
+            return Row(fields, None, caption, error=f"{self.image!r} {why}")
         if prompt is not None and not isinstance(prompt, str):
             return Row(fields, image, caption, error="'prompt' is not text")
         return Row(fields, image, caption, prompt)
@@ -368,7 +372,7 @@ def _choose_reader(path: Path, names: tuple[str, str], texts: tuple[str, str | N
             raise InputError(
                 f"{path} is a packed tar file, whose images cannot be reached one by one. Unpack it to a .tar first."
             )
-        raise InputError(f"{path} is none of .jsonl, .parquet and .tar. Give one of these, or a folder.")
+        raise InputError(f"{path} is none of .jsonl, .parquet and .tar (.csv is not read). Give one of these, or a folder.")
     if not path.is_dir():
         raise InputError(f"{path} does not exist. Give a .jsonl, .parquet or .tar file, or a folder.")
     inside = sorted(path.iterdir())
@@ -435,5 +439,5 @@ def import_pyarrow() -> ModuleType:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError("Parquet needs pyarrow, which is not installed: pip install 'gazeguard-vlm[data]'.") from error
+        raise InputError(f"Parquet needs pyarrow, which is not installed: {extra('data')}.") from error
     return pyarrow

@@ -16,7 +16,7 @@ from PIL import Image
 
 from gazeguard.claims.english import is_plural, plural, singular
 from gazeguard.claims.parse import Claim, claims
-from gazeguard.errors import InputError
+from gazeguard.errors import InputError, extra
 from gazeguard.fitting.visual_words import DrawnScene
 from gazeguard.lab.worlds import World, world
 
@@ -85,7 +85,7 @@ def check_styles(styles: Sequence[str]) -> tuple[str, ...]:
         if name not in STYLES:
             raise InputError(f"Unknown style of drawings {name!r}; expected one of: {', '.join(STYLES)}.")
         if name not in available_styles():
-            raise InputError(f"Style {name!r} draws with OpenMoji. Install it with: pip install 'gazeguard-vlm[scenes]'.")
+            raise InputError(f"Style {name!r} draws with OpenMoji. Install it: {extra('scenes')}.")
     if not styles:
         raise InputError(f"No style of drawings is given; expected some of: {', '.join(STYLES)}.")
     return tuple(dict.fromkeys(styles))

