@@ -238,10 +238,10 @@ class GazeGuard(Fittable):
 
     @contextmanager
     def watch(self) -> Iterator[GazeGuard]:
-        """Inside, ``model.generate`` is `generate`; outside, the model is what it was."""
+        """Inside, ``model.generate`` is `generate`; outside, the model is what it was. Earlier reports go."""
         if "generate" in self.model.__dict__:
             raise UnsupportedError("This model's generate is already wrapped. Leave the other watch first.")
-        self.model.generate, self.model.generate_batch = self.generate, _no_continuous_batching
+        self.reports, self.model.generate, self.model.generate_batch = [], self.generate, _no_continuous_batching
         try:
             yield self
         finally:

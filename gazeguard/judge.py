@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gazeguard import __version__
+from gazeguard.claims.ending import open_ending
 from gazeguard.claims.parse import JUDGED, Caption, Claim, ClaimKind, Kind, Parser, may_end_thing, parse
 from gazeguard.claims.phrases import Phrase
 from gazeguard.claims.removal import without
@@ -24,7 +25,7 @@ from gazeguard.detection import features
 from gazeguard.detection.calibration import logistic
 from gazeguard.errors import given
 from gazeguard.policy import Policy
-from gazeguard.report import CUT_OFF, UNSUPPORTED, Finding, Report, Verdict, gaze_boxes
+from gazeguard.report import CUT_OFF, ENDS_OPEN, UNSUPPORTED, Finding, Report, Verdict, gaze_boxes
 from gazeguard.trace import SEGMENTS, GazeTrace
 
 if TYPE_CHECKING:  # at run time it would bring torch along
@@ -34,6 +35,7 @@ MAX_NAMED = 10  # doubtful claims in a reason
 MIN_ANSWER_EFFECT = 0.1  # nats of the risk's log-odds; an answer that moves it less is no reason
 MIN_IMAGE_MASS = 0.01  # attention mass; gaze heads that never reach it wrote the caption without the image
 _LAST_WORD = re.compile(r"[^\W_][\w'-]*$")
+ABSENT = ("its object is flagged",)  # why a claim over its threshold is not flagged itself
 _NOT_ASKED = "location"  # the kind of claim: a yes/no question about an object says nothing about its location
 
 F64 = NDArray[np.float64]
@@ -135,7 +137,7 @@ class Judge:
         values, kinds = features.features(trace, claims), [claim.kind for claim in claims]
         if reason := self._not_finite(trace, values, kinds):
             return Assessment(trace, reason, caption, not_judged)
-        if reason := self._outside(values, trace):
+        if reason := _outside(self.detector, trace, values, caption.phrases):
             return Assessment(trace, reason, caption, not_judged)
         return Assessment(trace, "", caption, not_judged, degenerate, claims, values, self.detector.risk(values, kinds))
 
@@ -197,7 +199,7 @@ class Judge:
         """
         kinds = [claims[i].kind for i in objects]
         values = features.features(trace, claims, objects)
-        if self._refused() or self.fitted.unknown(values, kinds) or self._outside(values[:0], trace):
+        if self._refused() or self.fitted.unknown(values, kinds) or _outside(self.fitted, trace):
             return None  # the whole caption will be unchecked
         over = self.fitted.risk(values, kinds) >= self._threshold("object", given(self.policy.rewind).threshold)
         return claims[objects[int(np.argmax(over))]] if over.any() else None
@@ -211,6 +213,8 @@ class Judge:
             why.append(f"{UNSUPPORTED}{_enumerated(doubtful)}")
         if not assessment.trace.finished:
             why.append(CUT_OFF)
+        elif ending := open_ending(given(assessment.caption).reading):
+            why.append(f"{ENDS_OPEN}: {shortened(ending)!r}")
         if not why and (refused := given(assessment.caption).reading.refused):
             why.append(f"a sentence cannot be read: {refused[0][2]}")
         if not why and (missing := [kind for kind in assessment.not_judged if kind in self.policy.require]):
@@ -226,11 +230,6 @@ class Judge:
         """Why the detector may judge nothing at all, or ""."""
         gate = self.fitted.gate
         return "" if gate is None or gate.usable else f"the detector is not usable for this model: {gate.reason}"
-
-    def _outside(self, values: F64, trace: GazeTrace) -> str:
-        """What lies outside of the detector's domain, of the image or of features (claims, F), with the figure; or ""."""
-        domain = self.fitted.domain
-        return "" if domain is None else domain.outside(values, self.fitted.heads, trace.image_state)
 
     def _not_finite(self, trace: GazeTrace, values: F64, kinds: Sequence[str]) -> str:
         """Which of the model's numbers is not finite, or ""."""
@@ -248,6 +247,10 @@ class Judge:
         """The final risk from which claims of a kind are flagged: after the model's answers where the policy verifies."""
         return self.fitted.threshold(kind, self.policy.threshold, verified=self.policy.verify is not None)
 
+    def _limits(self, claims: Sequence[Claim]) -> dict[str, float]:
+        """`_flag_threshold` of each kind of these claims."""
+        return {kind: self._flag_threshold(kind) for kind in {claim.kind for claim in claims}}
+
     def _counts_answers(self, kind: str, risk: float) -> bool:
         """Whether the model's answer counts for a claim of this kind and risk."""
         if self.fitted.kinds[cast(Kind, kind)].answer is None or kind == _NOT_ASKED:
@@ -257,7 +260,7 @@ class Judge:
 
     def _flags(self, claims: Sequence[Claim], risks: F64) -> list[bool]:
         """Which claims are flagged. Of an absent object only the object is: nobody asks for its colour or location."""
-        limits = {kind: self._flag_threshold(kind) for kind in {claim.kind for claim in claims}}
+        limits = self._limits(claims)
         over = [bool(risk >= limits[claim.kind]) for claim, risk in zip(claims, risks, strict=True)]
         absent = {claim.phrase for claim, flag in zip(claims, over, strict=True) if flag and claim.kind == "object"}
         return [
@@ -265,8 +268,9 @@ class Judge:
         ]
 
     def _findings(self, assessment: Assessment, risks: F64, flags: Sequence[bool], log_odds: F64) -> tuple[Finding, ...]:
-        """One finding per claim; reasons are given for flagged claims and for answers that count."""
+        """One finding per claim; reasons are given for claims over the threshold and for answers that count."""
         trace, claims = assessment.trace, assessment.claims
+        limits = self._limits(claims)
         kinds = [claim.kind for claim, flag in zip(claims, flags, strict=True) if flag]
         reasons = iter(self.fitted.reasons(assessment.values[list(flags)], kinds))
         boxes = gaze_boxes(trace, [trace.tokens(claim.span.start, claim.span.end) for claim in claims])
@@ -275,9 +279,11 @@ class Judge:
                 claim=claim,
                 risk=float(risk),
                 flagged=flag,
-                reasons=(next(reasons) if flag else ()) + self._answer_reason(claim.kind, answer),
+                reasons=(next(reasons) if flag else ABSENT * bool(risk >= limits[claim.kind]))
+                + self._answer_reason(claim.kind, answer),
                 box=box,
                 answer=None if np.isnan(answer) else float(logistic(answer)),
+                threshold=float(limits[claim.kind]),
             )
             for claim, risk, flag, box, answer in zip(claims, risks, flags, boxes, log_odds, strict=True)
         )
@@ -411,6 +417,22 @@ def _cut_spans(assessment: Assessment, doubtful: Sequence[Claim]) -> list[tuple[
     said = Counter(claim.phrase for claim in dict.fromkeys(doubtful) if claim.kind != "object")
     spans = [(claim.start, claim.end) for claim in doubtful]
     return spans + [(phrase.start, phrase.end) for phrase, false in said.items() if false > 1]
+
+
+def _outside(detector: Detector, trace: GazeTrace, values: F64 | None = None, phrases: Sequence[Phrase] = ()) -> str:
+    """What of a caption lies outside of a detector's domain, with the figure; or "".
+
+    Args:
+        detector: The detector.
+        trace: The caption's trace.
+        values: (claims, F) features of its claims; without them only the image is compared.
+        phrases: All its phrases.
+    """
+    if (domain := detector.domain) is None:
+        return ""
+    if values is None:
+        return domain.outside(np.zeros((0, 0)), detector.heads, trace.image_state)
+    return domain.outside(values, detector.heads, trace.image_state, features.wording_nll(trace, phrases))
 
 
 def _no_evidence(trace: GazeTrace) -> str:

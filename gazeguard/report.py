@@ -36,6 +36,7 @@ MAX_PRINTED_FLAGS = 8
 MAX_REPR_FLAGS = 3
 UNSUPPORTED = "not supported by the image: "  # in a reason, before the flagged claims
 CUT_OFF = "the caption was cut off by the length limit"
+ENDS_OPEN = "the caption ends in the middle of a clause"  # and then its last words
 MAX_REPR_TEXT = 60  # characters of a claim or a reason in a repr
 FRAME = "#ffffff"
 
@@ -58,10 +59,11 @@ class Finding:
     Attributes:
         claim: The claim.
         risk: Probability in [0, 1] that the claim is false.
-        flagged: Whether the risk reaches the threshold of the policy.
-        reasons: Short English: the evidence that raised the risk.
+        flagged: Whether it is flagged: the risk reaches the threshold, and the claim is none about an object that is flagged.
+        reasons: Short English: the evidence that raised the risk; or why a claim with such a risk is not flagged itself.
         box: The attended region, x0 y0 x1 y1 in pixels of the first image; None without attention on a location.
         answer: Probability that the model, asked whether the object is there, says yes and not no; None when it was not asked.
+        threshold: The risk from which the policy flags a claim of this kind; None in reports of earlier versions.
 
     Raises:
         InputError: The risk is not a probability.
@@ -73,6 +75,7 @@ class Finding:
     reasons: tuple[str, ...] = ()
     box: Box | None = None
     answer: float | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.risk <= 1:  # also false for NaN, which no threshold would ever flag
@@ -97,6 +100,7 @@ class Finding:
             "reasons": list(self.reasons),
             "box": self.rounded_box,
             "answer": None if self.answer is None else float(self.answer),
+            "threshold": None if self.threshold is None else float(self.threshold),
         }
 
 
@@ -203,7 +207,8 @@ class Report:
         if self.verdict != Verdict.FLAG:
             return [self.reason] if self.reason else []
         before, listed, _ = self.reason.partition(UNSUPPORTED)
-        parts = (before.removesuffix("; ") if listed else "", CUT_OFF if self.reason.endswith(CUT_OFF) else "")
+        ending = self.reason.rpartition("; ")[2]
+        parts = (before.removesuffix("; ") if listed else "", ending if ending.startswith((CUT_OFF, ENDS_OPEN)) else "")
         return [part for part in parts if part]
 
     def marked(self) -> str:

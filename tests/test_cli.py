@@ -45,7 +45,7 @@ def test_demo_shows_captions_truth_and_a_page(tmp_path):
     assert result.exit_code == 0, result.output
     assert len(re.findall(r"^(PASS|FLAG|UNCHECKED)", result.stdout, re.M)) == 4
     assert result.stdout.count("truth:") >= 4
-    summed = r"4 images, \d+ objects named, \d+ of them hallucinated \(absent, elsewhere or of another colour\): \d+ flagged, "
+    summed = r"4 images, \d+ objects named, \d+ of them hallucinated \(absent, elsewhere or of another colour; CHAIR_i "
     assert re.search(summed, " ".join(result.stdout.split()))
     page = (tmp_path / "replay.html").read_text(encoding="utf-8")
     assert "Content-Security-Policy" in page

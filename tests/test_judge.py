@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from sklearn.datasets import load_sample_image
 
 from gazeguard import lab
+from gazeguard.claims.ending import open_ending
+from gazeguard.claims.parse import parse
 from gazeguard.detection.detector import Detector
 from gazeguard.detection.gate import Gate
 from gazeguard.guard import GazeGuard
@@ -395,3 +397,61 @@ def test_images_of_the_lab_are_judged_whatever_is_said_of_them(guard):
 def test_a_gate_says_why_and_in_numbers(wrong):
     with pytest.raises(ValidationError):
         Gate(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("caption", "ending"),
+    [
+        ("There is a red star at the top and a", "top and a"),
+        ("There is a red star at the top,", "at the top,"),
+        ("There is a red star and a small blue", "a small blue"),
+        ("There is a red star and there is", "and there is"),
+        ("A group of", "A group of"),
+        ("A star with", "A star with"),
+        ("A red star", ""),
+        ("There is a red star on the left", ""),
+        ("A bench to sit on", ""),
+        ("The star is red", ""),
+        ("- a star\n- a moon", ""),
+        ("He looks at her", ""),
+        ("A star (white)", ""),
+        ("", ""),
+    ],
+)
+def test_a_text_that_stops_in_the_middle_of_a_clause_is_told_by_its_last_words(caption, ending):
+    """A full stop that is missing is no such end."""
+    assert open_ending(parse(caption).reading) == ending
+
+
+def test_a_caption_that_stops_in_the_middle_of_a_clause_does_not_pass(lab_vlm):
+    """Invariant (g), for a caption that somebody else cut off; a flag stays a flag, and says both."""
+    guard = GazeGuard(*lab_vlm)
+    report = next(
+        r
+        for r in (guard.caption(s.image, s.prompt) for s in lab.samples("test", 20, seed=7) if not s.drawing.panels)
+        if r.verdict is Verdict.PASS and len(r.findings) > 4
+    )
+    trace, end = report.trace, report.caption.rindex(" and a")
+    tokens = trace.tokens(0, end + len(" and a"))
+    fields = ("token_ids", "offsets", "logprobs", "entropy", "gaze", "segment_mass", "attribution")
+    part = {name: getattr(trace, name)[: len(tokens)] for name in (*fields, "attended_logprob", "internal_confidence")}
+    cut = replace(trace, text=report.caption[: end + len(" and a")], **part)
+    unchecked = guard.judge(cut)
+    assert (unchecked.verdict, unchecked.filtered_caption) == (Verdict.UNCHECKED, cut.text)
+    assert re.fullmatch(r"the caption ends in the middle of a clause: '.* and a'", unchecked.reason)
+    strict = replace(guard.judge, policy=parse_policy({"version": 1, "name": "own", "threshold": 0.0}))(cut)
+    assert strict.verdict is Verdict.FLAG
+    assert str(strict).splitlines()[-1].strip() == unchecked.reason
+
+
+def test_what_is_over_its_threshold_and_not_flagged_says_why(lab_vlm):
+    """The colour of an object that is not there; the threshold stands beside every risk."""
+    judge = GazeGuard(*lab_vlm, policy=parse_policy({"version": 1, "name": "own", "threshold": 0.0})).judge
+    trace = GazeGuard(*lab_vlm).caption(SAMPLES[1].image, SAMPLES[1].prompt).trace
+    of_objects, others = [], []
+    for finding in judge(trace).findings:
+        (of_objects if finding.claim.kind == "object" else others).append(finding)
+        assert finding.threshold == 0.0
+    assert others
+    assert all(finding.flagged for finding in of_objects)
+    assert {(finding.flagged, finding.reasons) for finding in others} == {(False, ("its object is flagged",))}

@@ -95,6 +95,7 @@ def test_the_report_survives_json() -> None:
         "reasons": ["gaze wanders"],
         "box": [12.0, 0.0, 48.0, 36.0],
         "answer": None,
+        "threshold": None,
     }
     assert plain["phrases"][0]["box"] is None
 

@@ -53,7 +53,7 @@ def demo(
     guard = GazeGuard(*ModelOptions("lab").load(), policy=policy)
     samples = lab.samples("test", images, seed)
     reports = write_captions(guard, samples, do_sample=False, batch_size=5)
-    entries, totals = [], [0, 0, 0, 0]
+    entries, totals = [], [0, 0, 0, 0, 0]
     for sample, report in zip(samples, reports, strict=True):
         entry, counts = _demo_entry(sample, report)
         entries.append(entry)
@@ -61,18 +61,18 @@ def demo(
         show_report(entry.title, report, entry.truth or ["everything is in the image"])
     path = folder / "replay.html"
     path.write_text(page(entries, title="GazeGuard demo"), encoding="utf-8")
-    named, false, caught, false_positives = totals
+    named, absent, false, caught, false_positives = totals
     out.print(
         f"{count(len(samples), 'image')}, {count(named, 'object')} named, {false} of them hallucinated (absent, elsewhere or "
-        f"of another colour): [bold]{caught} flagged, {count(false - caught, 'false negative')}, "
-        f"{count(false_positives, 'false positive')}[/]."
+        f"of another colour; CHAIR_i counts the {absent} absent alone): [bold]{caught} flagged, "
+        f"{count(false - caught, 'false negative')}, {count(false_positives, 'false positive')}[/]."
     )
     out.print(f"Replay page: [bold]{escape(str(path))}[/]", soft_wrap=True)
     return Outcome(f"open {path} in a browser; for a model of your own, gazeguard fit MODEL --out DIR.")
 
 
-def _demo_entry(sample: Sample, report: Report) -> tuple[Entry, tuple[int, int, int, int]]:
-    """A caption of the demo with its truth: objects named, false ones, those of them that are flagged, false positives."""
+def _demo_entry(sample: Sample, report: Report) -> tuple[Entry, tuple[int, int, int, int, int]]:
+    """A caption of the demo with its truth: objects named, absent ones, false ones, flagged ones of these, false positives."""
     from gazeguard.lab.truth import decided_claims, mentions
     from gazeguard.replay.page import Entry
 
@@ -86,7 +86,8 @@ def _demo_entry(sample: Sample, report: Report) -> tuple[Entry, tuple[int, int, 
     title = f"strip of {panels}" if panels else "scene"
     boxes = tuple((f"panel {n + 1}", sample.drawing.panel_box(n)) for n in range(panels))
     entry = Entry(f"{title} ({sample.id})", sample.image, report, tuple(truth), boxes)
-    return entry, (len(known), len(false), len(false & flagged), len(flagged - false))
+    absent = sum(not mention.present for mention in known.values())
+    return entry, (len(known), absent, len(false), len(false & flagged), len(flagged - false))
 
 
 @command(app, panel=CAPTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ F64 = NDArray[np.float64]
 MAX_COMPONENTS = 32  # principal components of a region; the rest of its variance is taken as equal in every direction
 OUTSIDE_SHARE = 0.005  # of vectors like those it was fitted on that a region calls outside
 SLACK = 2  # for the attention behind captions that somebody else wrote, which are farther away than the model's own
+WORDING_SLACK = 2  # for texts of which a claim was altered: the words behind it are less probable, too
+MIN_NLL = 0.5  # nats per token; the limit of greedy captions alone would refuse sampled ones
 FOLDS = 5
 COMPARED = ("image_mass", "concentration")
 MIN_IMAGES = 10  # from which a region is fitted
@@ -115,11 +118,34 @@ def _upper_limit(distances: F64) -> float:
     return max(tail, float(np.quantile(distances, 1 - OUTSIDE_SHARE, method="higher")))
 
 
+class Wording(BaseModel):
+    """How improbable captions may be to the model, by `features.wording_nll`, in nats per token. Immutable.
+
+    Attributes:
+        limit: The figure above which a caption lies outside.
+        count: Number of captions that set the limit, all written by the model itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limit: PositiveFloat
+    count: int = Field(ge=1)
+
+    @classmethod
+    def fit(cls, wording_nll: F64) -> Wording | None:
+        """The limit from the model's own captions (captions,), NaN for those without a word that counts; None for too few."""
+        known = wording_nll[np.isfinite(wording_nll)]
+        if len(known) < MIN_IMAGES:
+            return None
+        return cls(limit=WORDING_SLACK * max(_upper_limit(known), MIN_NLL), count=len(known))
+
+
 class Distance(NamedTuple):
-    """How far a caption is from a region: the distance, and the limit above which it lies outside."""
+    """How far a caption is from a region: the distance, the limit above which it lies outside, and what they measure."""
 
     value: float
     limit: float
+    measure: str = "Mahalanobis distance"
 
     @property
     def outside(self) -> bool:
@@ -138,6 +164,7 @@ class Domain(BaseModel):
         states: The region of the images: the mean state of an image's tokens in the last layer; None where the model has no
             such tokens.
         scope: What the detector was fitted on, in words, where that says more than the distance ("the drawings of the lab").
+        wording: Of the words that claim nothing; None in files of earlier versions, which compare none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -146,6 +173,7 @@ class Domain(BaseModel):
     features: Region
     states: Region | None = None
     scope: str = Field("", max_length=200)
+    wording: Wording | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Domain:
@@ -177,47 +205,57 @@ class Domain(BaseModel):
             known = images[np.isfinite(table.states[images]).all(1)]
             if len(known) >= MIN_IMAGES:
                 states = Region.fit(table.states[known].astype(float), np.zeros(len(known), int), known)
-        return cls(names=tuple(names), features=claims, states=states, scope=scope)
+        wording = None if table.wording_nll is None else Wording.fit(table.wording_nll)
+        return cls(names=tuple(names), features=claims, states=states, scope=scope, wording=wording)
 
     def notes(self) -> list[str]:
         """What the card says of it."""
-        compared = "images and attention" if self.states is not None else "attention"
+        what = {"images": self.states, "wording": self.wording, "attention": self.features}
+        *others, last = (name for name, region in what.items() if region is not None)
+        compared = f"{', '.join(others)} or {last}" if others else last
         scope = f" It was fitted on {self.scope}." * bool(self.scope)
         return [
             f"Captions whose {compared} are unlike those of the {self.features.count:,} claims that it was fitted on stay "
-            f"*unchecked*; of captions like these fewer than {2 * OUTSIDE_SHARE:.0%} do.{scope}"
+            f"*unchecked*; of captions like these fewer than {len(what) * OUTSIDE_SHARE:.1%} do.{scope}"
         ]
 
-    def distances(self, x: F64, heads: Sequence[tuple[int, int]], state: NDArray[Any] | None) -> dict[str, Distance]:
+    def distances(
+        self, x: F64, heads: Sequence[tuple[int, int]], state: NDArray[Any] | None, wording_nll: float = math.nan
+    ) -> dict[str, Distance]:
         """How far a caption lies from what the detector was fitted on.
 
         Args:
             x: (claims, F) `features` of its claims; of none, only the image is compared.
             heads: The gaze heads as (layer, head).
             state: `GazeTrace.image_state`; None, or another width than that of the region, is not compared.
+            wording_nll: `features.wording_nll`; NaN is not compared.
 
         Returns:
-            Of "image", where it can be compared, and of "attention", that is of the features.
+            Of "image" and "wording", where they can be compared, and of "attention", that is of the features.
         """
         found = {}
         if self.states is not None and state is not None and len(state) == len(self.states.scale):
             found["image"] = Distance(float(self.states.distances(np.asarray(state, float)[None])[0]), self.states.limit)
+        if self.wording is not None and not math.isnan(wording_nll):
+            found["wording"] = Distance(wording_nll, self.wording.limit, "token NLL in nats")
         if len(x):
             claims = self.features.distances(features.pick(x, heads, self.names))
             found["attention"] = Distance(float(claims.mean()), self.features.limit)
         return found
 
-    def outside(self, x: F64, heads: Sequence[tuple[int, int]], state: NDArray[Any] | None) -> str:
+    def outside(
+        self, x: F64, heads: Sequence[tuple[int, int]], state: NDArray[Any] | None, wording_nll: float = math.nan
+    ) -> str:
         """In words, with the figure, what of a caption lies outside of the domain; "" for one that lies inside.
 
         Args:
-            x, heads, state: As for `distances`.
+            x, heads, state, wording_nll: As for `distances`.
         """
-        for what, distance in self.distances(x, heads, state).items():
+        for what, distance in self.distances(x, heads, state, wording_nll).items():
             if distance.outside:
                 scope = f" ({self.scope})" * bool(self.scope)
                 return (
-                    f"the {what} is far from all that the detector was fitted on{scope}: Mahalanobis distance "
+                    f"the {what} is far from all that the detector was fitted on{scope}: {distance.measure} "
                     f"{distance.value:.1f}, limit {distance.limit:.1f}"
                 )
         return ""

@@ -57,6 +57,8 @@ MEANING = {
     "token_nll": ("the model gave this word high probability", "the model gave this word low probability"),
     "entropy": ("the next-token distribution has low entropy here", "the next-token distribution has high entropy here"),
 }
+# What the first one says includes the second: beside it the second is no further reason.
+INCLUDES = {"no image token predicts this word": "the attended image tokens do not predict this word"}
 
 
 def names(heads: Sequence[tuple[int, int]]) -> tuple[str, ...]:
@@ -117,6 +119,25 @@ def features(trace: GazeTrace, claims: Sequence[Claim], wanted: Sequence[int] | 
         axis=1,
         dtype=np.float64,
     )
+
+
+def wording_nll(trace: GazeTrace, phrases: Sequence[Phrase]) -> float:
+    """How improbable the model finds a caption's wording: mean negative log-probability of its tokens, nats; NaN for none.
+
+    Only the tokens outside of its phrases count, and a first token that is no word of a claim, such as "A": a false word that
+    the model would never write is to be flagged, and says nothing of the wording.
+
+    Args:
+        trace: The trace of the caption.
+        phrases: All its objects and locations.
+    """
+    counts = np.ones(len(trace), bool)
+    for phrase in phrases:
+        tokens = _tokens(trace, phrase)
+        counts[tokens.start : tokens.stop] = False
+    words = [span for phrase in phrases for span in (phrase.head, phrase.count, *phrase.attributes) if span is not None]
+    counts[:1] = not any(0 in _tokens(trace, span) for span in words)
+    return -float(trace.logprobs[counts].mean()) if counts.any() else float("nan")
 
 
 def pick(x: F64, heads: Sequence[tuple[int, int]], wanted: Sequence[str]) -> F64:

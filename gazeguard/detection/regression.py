@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gazeguard.detection.calibration import calibration_error, log_odds, logistic, platt, reliability, thresholds
-from gazeguard.detection.features import meaning
+from gazeguard.detection.features import INCLUDES, meaning
 from gazeguard.detection.metrics import auroc
 from gazeguard.errors import given
 
@@ -236,12 +236,16 @@ class Regression(BaseModel):
     def reasons(self, x: NDArray[np.float64], most: int) -> tuple[str, ...]:
         """The reasons that raise the risk of one claim (1, F) most, strongest first.
 
-        Contributions of features with the same reason, as those of the heads, are summed.
+        Contributions of features with the same reason, as those of the heads, are summed, and so are those of a reason and one
+        that it includes.
         """
         totals: dict[str, float] = {}
         for name, value, usual, contribution in zip(self.names, x[0], self.mean, self.contributions(x)[0], strict=True):
             text = meaning(name, high=bool(value > usual))
             totals[text] = totals.get(text, 0.0) + float(contribution)
+        for wider, narrower in INCLUDES.items():
+            if totals.get(wider, 0) > 0 and totals.get(narrower, 0) > 0:
+                totals[wider] += totals.pop(narrower)
         strongest = sorted(totals, key=totals.__getitem__, reverse=True)[:most]
         return tuple(text for text in strongest if totals[text] > 0)
 

@@ -14,6 +14,8 @@ from gazeguard.trace import F32
 
 F64 = NDArray[np.float64]
 
+_OF_NO_CLAIM = ("states", "wording_nll")  # columns whose rows are images, or captions
+
 
 @dataclass(frozen=True, eq=False)
 class ClaimTable:
@@ -30,6 +32,7 @@ class ClaimTable:
             will judge do; the others only help to fit the weights. By default all do.
         states: (images, width) `GazeTrace.image_state` by the number of the image, NaN where unknown; None where no image
             has one.
+        wording_nll: (captions,) `features.wording_nll` of captions that the model itself wrote; None where unknown.
     """
 
     x: F64
@@ -40,6 +43,7 @@ class ClaimTable:
     caption: NDArray[np.int64] = None  # type: ignore[assignment]
     calibrating: NDArray[np.bool_] = None  # type: ignore[assignment]
     states: NDArray[np.floating[Any]] | None = None
+    wording_nll: F64 | None = None
 
     def __post_init__(self) -> None:
         """Fill in the defaults; raises `InputError` for columns of different lengths."""
@@ -48,7 +52,7 @@ class ClaimTable:
         object.__setattr__(self, "calibrating", np.ones(len(self.x), bool) if self.calibrating is None else self.calibrating)
         for field in fields(self):
             column = getattr(self, field.name)
-            if field.name != "states" and len(column) != len(self.x):
+            if field.name not in _OF_NO_CLAIM and len(column) != len(self.x):
                 raise InputError(f"{field.name} has {len(column)} rows, the features have {len(self.x)}; expected as many.")
 
     def __len__(self) -> int:
@@ -57,7 +61,7 @@ class ClaimTable:
     def select(self, rows: NDArray[Any]) -> ClaimTable:
         """Some of the claims, by number or by a mask; image numbers stay."""
         return replace(
-            self, **{field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "states"}
+            self, **{field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name not in _OF_NO_CLAIM}
         )
 
 

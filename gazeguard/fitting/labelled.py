@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gazeguard.claims.english import article, is_plural, singular
-from gazeguard.claims.parse import Claim, Kind, claims
+from gazeguard.claims.parse import Caption, Claim, Kind, claims, parse
 from gazeguard.decoding.verification import AnswerTokens
 from gazeguard.decoding.verification import ask as ask_about
 from gazeguard.detection import features
@@ -78,13 +78,14 @@ class LabelledCaption(BaseModel):
 
 
 class Example(NamedTuple):
-    """One labelled claim with its features (F,), and the caption that it is from, and the state of its image."""
+    """One labelled claim with its features (F,), its caption and the `wording_nll` of that, and its image's state."""
 
     x: NDArray[np.float64]
     false: bool
     claim: Claim
     source: LabelledCaption
     state: F32 | None
+    wording_nll: float
 
 
 def read_captions(path: str | Path) -> list[LabelledCaption]:
@@ -213,6 +214,7 @@ def claim_table(examples: Sequence[Example]) -> ClaimTable:
         image=image,
         caption=np.array([sources[id(each.source)] for each in examples]),
         states=stack_states([states[number] for number in range(len(paths))]),
+        wording_nll=np.array(list({id(each.source): each.wording_nll for each in examples}.values())),
     )
 
 
@@ -230,11 +232,12 @@ def _examples(
             if report.trace is None:
                 left_out[report.reason] += 1
                 continue
-            every = claims(row.caption)
+            caption = parse(row.caption)
+            every = caption.claims
             labelled = list(labelled_claims(row, every)) or (_claims_by_asking(guard, row, every) if ask else [])
             if not labelled:
                 left_out["no claim has a label"] += 1
-            examples += _with_features(row, report, every, labelled)
+            examples += _with_features(row, report, caption, labelled)
     return examples, left_out
 
 
@@ -281,7 +284,7 @@ def record_labelled(
         answer=_answers_if_any(guard, examples),
     )
     states = np.zeros((len(number), 0), np.float32) if table.states is None else table.states
-    return Recorded(rows, ("",) * len(number), first + number, states)
+    return Recorded(rows, ("",) * len(number), first + number, states, given(table.wording_nll))
 
 
 def _claims_by_asking(guard: GazeGuard, row: LabelledCaption, every: Sequence[Claim]) -> list[tuple[Claim, bool]]:
@@ -294,11 +297,14 @@ def _claims_by_asking(guard: GazeGuard, row: LabelledCaption, every: Sequence[Cl
 
 
 def _with_features(
-    row: LabelledCaption, report: Report, every: Sequence[Claim], labelled: Sequence[tuple[Claim, bool]]
+    row: LabelledCaption, report: Report, caption: Caption, labelled: Sequence[tuple[Claim, bool]]
 ) -> Iterator[Example]:
-    x = features.features(given(report.trace), every) if labelled else np.zeros((0, 0))
+    if not labelled:
+        return
+    trace = given(report.trace)
+    x, wording_nll = features.features(trace, caption.claims), features.wording_nll(trace, caption.phrases)
     for claim, false in labelled:
-        yield Example(x[every.index(claim)], false, claim, row, given(report.trace).image_state)
+        yield Example(x[caption.claims.index(claim)], false, claim, row, trace.image_state, wording_nll)
 
 
 def _answers(guard: GazeGuard, examples: Sequence[Example]) -> NDArray[np.float64]:

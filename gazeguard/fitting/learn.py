@@ -56,7 +56,13 @@ class Learnt(NamedTuple):
     figures: dict[str, float]
 
 
-def learn(rows: Rows, heads: GazeHeads, states: Mapping[int, F32] | None = None, names: Sequence[str] | None = None) -> Learnt:
+def learn(
+    rows: Rows,
+    heads: GazeHeads,
+    states: Mapping[int, F32] | None = None,
+    names: Sequence[str] | None = None,
+    wording_nll: F64 | None = None,
+) -> Learnt:
     """Fit, calibrate and gate a detector.
 
     Args:
@@ -64,6 +70,7 @@ def learn(rows: Rows, heads: GazeHeads, states: Mapping[int, F32] | None = None,
         heads: The gaze heads.
         states: By number of an image, the state of its tokens, for the detector's domain.
         names: The features; by default those of `TRANSFERRED` that the model has.
+        wording_nll: (captions,) `features.wording_nll` of the model's own captions, for the domain.
 
     Raises:
         InputError: There are too few false or true claims about objects to fit anything.
@@ -80,7 +87,7 @@ def learn(rows: Rows, heads: GazeHeads, states: Mapping[int, F32] | None = None,
     own = calibrating(rows)
     detector = fitted.detector.fit_answers(fitted.risk[own], rows.answer[own], table(rows, weights).select(own))
     figures = gate_figures(rows, heads, fitted.risk)
-    update = {"gate": detector.gate or decide(figures), "domain": domain(rows, heads, states or {})}
+    update = {"gate": detector.gate or decide(figures), "domain": domain(rows, heads, states or {}, wording_nll)}
     return Learnt(detector.model_copy(update=update), figures)
 
 
@@ -103,12 +110,12 @@ def left_out(detector: Detector, captions: Iterable[str]) -> dict[ClaimKind, str
     return reasons
 
 
-def domain(rows: Rows, heads: GazeHeads, states: Mapping[int, F32]) -> Domain | None:
+def domain(rows: Rows, heads: GazeHeads, states: Mapping[int, F32], wording_nll: F64 | None = None) -> Domain | None:
     """What the model's own captions are like: of drawings and, where there are any, of a user's images."""
     own = rows.select(rows.of("own", "picture", "labelled"))
     images, image = np.unique(own.image, return_inverse=True)
     known = stack_states([states.get(number) for number in images.tolist()])
-    claims = ClaimTable(own.x, own.false, own.kinds, image, caption=own.caption, states=known)
+    claims = ClaimTable(own.x, own.false, own.kinds, image, caption=own.caption, states=known, wording_nll=wording_nll)
     scope = "drawings and your images" if own.of("picture").any() else "drawings"
     return Domain.fit(claims, heads.heads, scope)
 

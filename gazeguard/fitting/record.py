@@ -46,6 +46,7 @@ class Written:
         x: (judged claims, F) `features` of the claims of `judged`.
         decided: Index of each claim of `judged` whose truth is known -> whether it is false.
         state: The state of the image's tokens; None where there is none.
+        wording_nll: `features.wording_nll`.
     """
 
     shown: Shown
@@ -53,6 +54,7 @@ class Written:
     x: F64
     decided: Mapping[int, bool]
     state: F32 | None
+    wording_nll: float
 
     @property
     def judged(self) -> list[int]:
@@ -95,6 +97,7 @@ def record(
         tuple(captions),
         np.array([each.shown.number for each in written], np.int64),
         np.zeros((len(written), 0), np.float32) if states is None else states,
+        np.array([each.wording_nll for each in written]),
     )
 
 
@@ -110,7 +113,8 @@ def write(guard: GazeGuard, shown: Sequence[Shown], do_sample: bool) -> list[Wri
         claims = [caption.claims[i] for i in judged(caption)]
         if claims:
             x, decided = features.features(report.trace, claims), _decided(each, caption, claims)
-            written.append(Written(each, caption, x, decided, report.trace.image_state))
+            wording_nll = features.wording_nll(report.trace, caption.phrases)
+            written.append(Written(each, caption, x, decided, report.trace.image_state, wording_nll))
     return written
 
 

@@ -76,19 +76,22 @@ class Recorded:
         captions: The captions that the model wrote.
         images: (captions,) the number of the image of each.
         states: (captions, width) `GazeTrace.image_state` of each; width 0 where there is none.
+        wording_nll: (captions,) `features.wording_nll` of each; of none in files of earlier versions.
     """
 
     rows: Rows
     captions: tuple[str, ...]
     images: NDArray[np.int64]
     states: F32
+    wording_nll: F64
 
     def save(self, path: Path) -> None:
         """Write to a file of arrays, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part.npz")
         captions = np.array(self.captions, dtype=str)
-        np.savez_compressed(temporary, captions=captions, images=self.images, states=self.states, **vars(self.rows))
+        arrays = {name: getattr(self, name) for name in ("images", "states", "wording_nll")}
+        np.savez_compressed(temporary, captions=captions, **arrays, **vars(self.rows))
         temporary.replace(path)
 
     @classmethod
@@ -101,7 +104,8 @@ class Recorded:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 rows = Rows(**{field.name: arrays[field.name] for field in fields(Rows)})
-                return cls(rows, tuple(map(str, arrays["captions"])), arrays["images"], arrays["states"])
+                wording_nll = arrays.get("wording_nll", np.zeros(0))
+                return cls(rows, tuple(map(str, arrays["captions"])), arrays["images"], arrays["states"], wording_nll)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ArtifactError(
                 f"{path} cannot be read as an intermediate result of fit ({error}). Delete it; fit makes it anew."

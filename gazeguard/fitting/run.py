@@ -155,7 +155,8 @@ def fit(
         if captions:
             recorded.append(record_labelled(guard, captions, FIRST_LABELLED, say))
         say("next: the detector, from all claims")
-        learnt = learn(Rows.joined([part.rows for part in recorded]), heads, _states(recorded))
+        wording_nll = np.concatenate([part.wording_nll for part in recorded])
+        learnt = learn(Rows.joined([part.rows for part in recorded]), heads, _states(recorded), wording_nll=wording_nll)
         written = (text for part in recorded for text in part.captions)
         detector = learnt.detector.model_copy(update={"left_out": left_out(learnt.detector, written)})
         if size.rerank and not (detector.gate and detector.gate.reason):

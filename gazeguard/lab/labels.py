@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gazeguard.claims.parse import Claim, claims
+from gazeguard.claims.parse import Claim, parse
 from gazeguard.decoding.verification import ask
 from gazeguard.detection import features
 from gazeguard.detection.table import ClaimTable, stack_states
@@ -44,6 +44,7 @@ class LabelledClaims:
     image:    (claims,) index of the image of each
     claims:   the claims themselves
     states:   (images, width) `GazeTrace.image_state` of each image; None where no image has one
+    wording_nll: (captions,) `features.wording_nll` of each caption
     """
 
     x: NDArray[np.float64]
@@ -52,17 +53,20 @@ class LabelledClaims:
     image: NDArray[np.int64]
     claims: tuple[Claim, ...]
     states: NDArray[np.float32] | None = None
+    wording_nll: NDArray[np.float64] | None = None
 
     @property
     def table(self) -> ClaimTable:
         """As detectors are fitted to it."""
-        return ClaimTable(self.x, self.false, self.kind, self.image, states=self.states)
+        return ClaimTable(self.x, self.false, self.kind, self.image, states=self.states, wording_nll=self.wording_nll)
 
     def select(self, chosen: NDArray[np.bool_]) -> LabelledClaims:
         """Some of the claims: ``chosen`` (claims,)."""
         rows = np.flatnonzero(chosen)
         claims = tuple(self.claims[i] for i in rows)
-        return LabelledClaims(self.x[rows], self.false[rows], self.kind[rows], self.image[rows], claims, self.states)
+        return LabelledClaims(
+            self.x[rows], self.false[rows], self.kind[rows], self.image[rows], claims, self.states, self.wording_nll
+        )
 
 
 def label_claims(decided: Decide, samples: Sequence[Sample], reports: Sequence[Report]) -> LabelledClaims:
@@ -73,20 +77,22 @@ def label_claims(decided: Decide, samples: Sequence[Sample], reports: Sequence[R
         samples: What the captions describe.
         reports: One per sample.
     """
-    rows, image = [], []
+    rows, image, wording_nll = [], [], []
     labelled: list[tuple[Claim, bool]] = []
     for index, (sample, report) in enumerate(zip(samples, reports, strict=True)):
         of_caption = decided(sample, report.caption)
         if report.trace is None or not of_caption:
             continue
-        every = claims(report.caption)
+        caption = parse(report.caption)
+        every = list(caption.claims)
+        wording_nll.append(features.wording_nll(report.trace, caption.phrases))
         rows.append(features.features(report.trace, every)[[every.index(claim) for claim, _ in of_caption]])
         image += [index] * len(of_caption)
         labelled += of_caption
     chosen, false = zip(*labelled, strict=True)
     kinds = np.array([claim.kind for claim in chosen])
     states = stack_states([None if report.trace is None else report.trace.image_state for report in reports])
-    return LabelledClaims(np.concatenate(rows), np.array(false), kinds, np.array(image), chosen, states)
+    return LabelledClaims(np.concatenate(rows), np.array(false), kinds, np.array(image), chosen, states, np.array(wording_nll))
 
 
 def caption_and_label(guard: GazeGuard, world: World, split: str, n: int, seed: int) -> LabelledClaims:
