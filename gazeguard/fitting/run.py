@@ -36,7 +36,7 @@ from gazeguard.errors import ArtifactError, InputError, MismatchError, Unsupport
 from gazeguard.fitting.card import write_fit_card
 from gazeguard.fitting.drawn import Shown, available_styles, check_styles, drawn, drawn_nouns
 from gazeguard.fitting.labelled import LabelledCaption, check_labelled, record_labelled
-from gazeguard.fitting.learn import learn, left_out
+from gazeguard.fitting.learn import Learnt, learn, left_out
 from gazeguard.fitting.record import record, write
 from gazeguard.fitting.rerank import measure_rerank
 from gazeguard.fitting.rows import Recorded, Rows
@@ -155,8 +155,7 @@ def fit(
         if captions:
             recorded.append(record_labelled(guard, captions, FIRST_LABELLED, say))
         say("next: the detector, from all claims")
-        wording_nll = np.concatenate([part.wording_nll for part in recorded])
-        learnt = learn(Rows.joined([part.rows for part in recorded]), heads, _states(recorded), wording_nll=wording_nll)
+        learnt = _learn(recorded, heads)
         written = (text for part in recorded for text in part.captions)
         detector = learnt.detector.model_copy(update={"left_out": left_out(learnt.detector, written)})
         if size.rerank and not (detector.gate and detector.gate.reason):
@@ -165,6 +164,12 @@ def fit(
         detector.save_pretrained(out)
         write_fit_card(out, detector, learnt.figures, chosen, len(paths), len(captions))
         return Fitted(heads, detector, learnt.figures)
+
+
+def _learn(recorded: Sequence[Recorded], heads: GazeHeads) -> Learnt:
+    """`learn` from all that was recorded."""
+    wording_nll = np.concatenate([part.wording_nll for part in recorded])
+    return learn(Rows.joined([part.rows for part in recorded]), heads, _states(recorded), wording_nll=wording_nll)
 
 
 def _states(recorded: Sequence[Recorded]) -> dict[int, F32]:
