@@ -3,6 +3,7 @@
 For every model and batch size, and each of ``mark``, ``rerank``, ``rewind`` and ``aa_baseline`` (plain in a policy's place):
 
 * ``..._time_ratio``: seconds over those of plain, both of one turn; the order rotates from turn to turn. Median of the turns
+* ``..._cpu_time_ratio``: the same of the process's CPU time, on a CPU that others use, too
 * ``..._seconds``: median seconds; ``plain_seconds`` beside it
 * ``..._memory_ratio``: peak of the GPU's allocator over that of plain, of the process on a CPU; model included
 * ``..._passes_ratio``: forward passes over those of plain: what rolled back phrases cost by themselves
@@ -20,6 +21,7 @@ evidence at every step, which trained models do at some. ``rewind`` rolls the fi
 from __future__ import annotations
 
 import gc
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -37,7 +39,7 @@ from transformers import PreTrainedModel
 from evals.common import Figure, Out, figure, median, write
 from evals.host_waits import count_waits
 from evals.random_models import SEED, SIZES, Sizes, WordProcessor, batch, build, heads_of, middle_heads, tiny
-from evals.timing import seconds, time_and_memory
+from evals.timing import interleaved, time_and_memory
 from gazeguard.detection import features
 from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
@@ -215,20 +217,13 @@ def time_figures(runs: dict[str, Callable[[], object]], device: str, limit: floa
         if device == "cuda":
             torch.cuda.synchronize()
 
-    names, taken = list(runs), {name: [] for name in runs}
-    begun = time.perf_counter()
-    for turn in range(MOST_TURNS):
-        if turn >= LEAST_TURNS and (time.perf_counter() - begun) * (turn + 1) / turn > limit:
-            break
-        for i in range(len(names)):
-            name = names[(i + turn) % len(names)]
-            taken[name].append(seconds(partial(finished, runs[name])))
-        CONSOLE.print(f"  turn {turn + 1}: " + ", ".join(f"{name} {each[-1]:.2f} s" for name, each in taken.items()))
-    figures = {f"{name}_seconds": median(each) for name, each in taken.items()}
-    plain = taken.pop("plain")
-    for name, each in taken.items():
-        figures[f"{name}_time_ratio"] = median([a / b for a, b in zip(each, plain, strict=True)])
-    return figures | {"turns": figure(len(plain))}
+    turns = interleaved({name: partial(finished, run) for name, run in runs.items()}, MOST_TURNS, limit, LEAST_TURNS)
+    figures = {f"{name}_seconds": median(each) for name, each in turns.clock.items()}
+    for name in runs:
+        if name != "plain":
+            figures[f"{name}_time_ratio"] = turns.ratio(name, "plain")
+            figures |= {f"{name}_cpu_time_ratio": turns.cpu_ratio(name, "plain")} if device == "cpu" else {}
+    return figures | {"turns": figure(len(turns.clock["plain"]))}
 
 
 def measure(setting: Setting, name: str, rows: int, new: int, device: str, limit: float, results: Results) -> None:
@@ -236,10 +231,11 @@ def measure(setting: Setting, name: str, rows: int, new: int, device: str, limit
     begun = time.perf_counter()
     CONSOLE.print(f"{name}, batch {rows}: memory and passes")
     results.add(name, rows, first_figures(setting, rows, new, device, results))
-    CONSOLE.print(f"{name}, batch {rows}: waiting ({time.perf_counter() - begun:.0f} s so far)")
-    figures, places = wait_figures(setting, rows, device, placed=name not in results.meta["waits"])
-    results.meta["waits"].setdefault(name, places)
-    results.add(name, rows, figures)
+    if device == "cuda" or results.meta["tiny"]:  # on a CPU nothing waits
+        CONSOLE.print(f"{name}, batch {rows}: waiting ({time.perf_counter() - begun:.0f} s so far)")
+        figures, places = wait_figures(setting, rows, device, placed=name not in results.meta["waits"])
+        results.meta["waits"].setdefault(name, places)
+        results.add(name, rows, figures)
     CONSOLE.print(f"{name}, batch {rows}: time ({time.perf_counter() - begun:.0f} s so far)")
     left = limit - (time.perf_counter() - begun)
     results.add(name, rows, time_figures(setting.runs(rows, new), device, left))
@@ -250,7 +246,7 @@ def main(
     models: Annotated[str, typer.Option(help=f"Which, by comma: {', '.join(SIZES)}.")] = "qwen3-vl-8b,llava-7b",
     batches: Annotated[str, typer.Option(help="Batch sizes, by comma.")] = "1,16",
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    layers: Annotated[int | None, typer.Option(help="Layers of the text decoder. [default: all]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of text decoder and vision encoder. [default: all]")] = None,
     new: Annotated[int, typer.Option(help="Tokens to generate.")] = 48,
     limit: Annotated[float, typer.Option("--seconds", help="About how long all of it may take.")] = 270.0,
     tiny_models: Annotated[bool, typer.Option("--tiny", help="Models of two small layers, on the CPU.")] = False,
@@ -258,7 +254,16 @@ def main(
     """Measure what watching costs on models of real size."""
     device = "cpu" if tiny_models else device
     machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    meta = {"machine": machine, "new_tokens": new, "layers": layers, "tiny": tiny_models, "seed": SEED}
+    load = [round(each, 1) for each in os.getloadavg()]
+    meta = {
+        "machine": machine,
+        "load": load,
+        "cores": os.cpu_count(),
+        "new_tokens": new,
+        "layers": layers,
+        "tiny": tiny_models,
+        "seed": SEED,
+    }
     results = Results(out, {**meta, "waits": {}, "failed": {}})
     names, rows_of_batches = models.split(","), [int(each) for each in batches.split(",")]
     steps, begun = len(names) * len(rows_of_batches), time.perf_counter()

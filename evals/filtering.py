@@ -7,6 +7,10 @@ The captions are those of the lab's world, true and false, about drawings of the
 * ``throughput_ratio``: rows per second from the input's files to the results' files, over those of a bare loop of the model's
   forward passes over the same batches, whose inputs lie ready in memory; ``throughput_ratio_to_inputs``: over a loop that opens
   the images and calls the processor, too. Interleaved in one process; the interval is that of the median
+* ``filter_kv_reuse_time_ratio``: five captions of a picture with one reading of image and prompt, over a reading each (also in
+  CPU time); ``..._same_verdicts`` and ``..._risk_difference`` say how equal the two are
+* ``rows_per_core_second``: rows over the CPU time of the process, one caption a picture; ``share_outside_model`` of it is not
+  spent in the model's forward pass (images, tokens, logit lens, claims, detector, report)
 * ``ray_equal``: two Ray actors, one of them killed, beside a run without Ray; left out where Ray is not installed
 """
 
@@ -26,14 +30,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from evals.common import Figure, Out, Quick, figure, write
-from evals.timing import seconds
-from gazeguard import lab
+from evals.common import Figure, Lab, Out, Quick, figure, with_issue_keys, write
+from evals.subject import Chosen, Subject, subject
+from evals.timing import interleaved, seconds
+from gazeguard import lab as laboratory
 from gazeguard.filtering.caption_filter import CaptionFilter
 from gazeguard.filtering.ray import RayActorPool
 from gazeguard.filtering.readers import open_source
@@ -41,6 +48,7 @@ from gazeguard.filtering.run import filter_files
 from gazeguard.filtering.writer import FILE_NAMES, Results
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.world import describe
+from gazeguard.report import Report
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.images import load_image
 from gazeguard.vision.inputs import model_inputs
@@ -48,6 +56,7 @@ from gazeguard.vision.inputs import model_inputs
 SEED = 900
 KILLS = 5
 CHUNK = 256
+EACH = 5  # captions of a picture, as in COCO
 
 
 def draw(folder: Path, count: int) -> Path:
@@ -57,7 +66,7 @@ def draw(folder: Path, count: int) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for i, sample in enumerate(lab.samples("test", count, SEED)):
+    for i, sample in enumerate(laboratory.samples("test", count, SEED)):
         sample.image.save(folder / f"{i}.png")
         caption = describe(sample.drawing, random.Random(f"{SEED} {i}"))
         rows.append(json.dumps({"id": i, "image": f"{i}.png", "caption": caption, "prompt": sample.prompt}) + "\n")
@@ -110,7 +119,7 @@ def kill_figures(work: Path, count: int, kills: int) -> dict[str, Figure]:
 def speed_figures(work: Path, count: int, turns: int) -> dict[str, Figure]:
     """The filter beside bare loops over the same batches, on one thread, as a pool of one process per core runs."""
     torch.set_num_threads(1)
-    model, processor = lab.load()
+    model, processor = laboratory.load()
     caption_filter = CaptionFilter(GazeGuard(model, processor))
     source = open_source(draw(work / "speed", count))
     rows = sorted(source.rows(), key=lambda row: len(row.caption))  # as `CaptionFilter.judge` batches them
@@ -162,13 +171,68 @@ def speed_figures(work: Path, count: int, turns: int) -> dict[str, Figure]:
     }
 
 
+def captions_of_pictures(measured: Subject, pictures: int) -> tuple[list[Image.Image], list[str], list[str]]:
+    """Images, captions and prompts of so many pictures with `EACH` captions: a true one, and true ones of other pictures."""
+    samples = list(measured.world.samples("test", pictures + EACH, SEED))
+    told = [measured.world.true_caption(sample) for sample in samples]
+    shown = [(sample.image, sample.prompt) for sample in samples[:pictures]]
+    rows = [(shown[n][0], told[n + k], shown[n][1]) for n in range(pictures) for k in range(EACH)]
+    images, captions, prompts = (list(column) for column in zip(*rows, strict=True))
+    return images, captions, prompts
+
+
+def reuse_figures(measured: Subject, pictures: int, turns: int) -> dict[str, Figure]:
+    """Several captions of a picture with one reading of it, beside a reading each."""
+    guard, rows = measured.guard(), captions_of_pictures(measured, pictures)
+
+    def check(packed: bool) -> list[Report]:
+        return guard.check_prepared(guard.tracer.prepare(*rows, packed=packed))
+
+    pairs = list(zip(check(True), check(False), strict=True))
+    risks = [(a.risk - b.risk) for one, other in pairs for a, b in zip(one.findings, other.findings, strict=True)]
+    runs = {"once": lambda: check(True), "each": lambda: check(False)}
+    taken = interleaved(runs, turns)
+    return {
+        "filter_kv_reuse_time_ratio": taken.ratio("once", "each"),
+        "filter_kv_reuse_cpu_time_ratio": taken.cpu_ratio("once", "each"),
+        "filter_kv_reuse_same_verdicts": figure(float(np.mean([one.verdict == other.verdict for one, other in pairs]))),
+        "filter_kv_reuse_risk_difference": figure(max(map(abs, risks), default=0.0)),
+    }
+
+
+def model_figures(measured: Subject, count: int) -> dict[str, Figure]:
+    """Rows that a core filters per second of its own time, one caption a picture, and what of that is not the model's."""
+    samples = measured.world.samples("test", count, SEED)
+    caption_filter = CaptionFilter(measured.guard())
+    columns = {
+        "image": [sample.image for sample in samples],
+        "caption": [measured.world.true_caption(sample) for sample in samples],
+        "prompt": [sample.prompt for sample in samples],
+    }
+    inside, begun = [0.0], [0.0]
+    model = measured.model
+    handles = [
+        model.register_forward_pre_hook(lambda *_: begun.__setitem__(0, time.thread_time())),
+        model.register_forward_hook(lambda *_: inside.__setitem__(0, inside[0] + time.thread_time() - begun[0])),
+    ]
+    start = time.process_time()
+    caption_filter(columns)
+    taken = time.process_time() - start
+    for handle in handles:
+        handle.remove()
+    return {
+        "rows_per_core_second": figure(count / taken),
+        "share_outside_model": figure(1 - inside[0] / taken),
+    }
+
+
 def ray_figures(work: Path, count: int, chunk: int) -> dict[str, Figure]:
     """Two actors, the first killed when the first chunk is there, beside the command in one process."""
     if importlib.util.find_spec("ray") is None:
         return {}
     path = draw(work / "ray", count)
     source, killed = open_source(path), []
-    with RayActorPool(lab.checkpoint_path(), 2) as pool:
+    with RayActorPool(laboratory.checkpoint_path(), 2) as pool:
 
         def kill_one(_: int) -> None:
             if not killed:
@@ -185,12 +249,31 @@ def ray_figures(work: Path, count: int, chunk: int) -> dict[str, Figure]:
     }
 
 
-Only = Annotated[str | None, typer.Option("--only", help="speed, kills or ray: this part anew, others as the file has them.")]
+Only = Annotated[
+    str | None, typer.Option("--only", help="speed, reuse, kills or ray: this part anew, others as the file has them.")
+]
 
 
-def main(out: Out, quick: Quick = False, only: Only = None) -> None:
-    """Filter, kill, and time."""
+def reuse(lab_name: str, quick: bool) -> dict[str, Figure]:
+    """`reuse_figures` and `model_figures` in a lab, on one thread."""
+    torch.set_num_threads(1)
+    measured = subject(Chosen(lab_name))
+    tiny = lab_name == "tiny"
+    figures = reuse_figures(measured, 3 if tiny else 2, 2 if quick else 12 if tiny else 4)
+    return figures | model_figures(measured, 32 if tiny and not quick else 8)
+
+
+def main(out: Out, quick: Quick = False, only: Only = None, lab: Lab = "tiny") -> None:
+    """Filter, kill, and time; in the scenes lab, whose model is large, only what the model's own time decides."""
+    if lab != "tiny":
+        measured = subject(Chosen(lab))
+        made = reuse(lab, quick)
+        keys = {f"{lab}_{key}": key for key in made}
+        told = {"command": f"evals.filtering --lab {lab}", "load": [round(each, 1) for each in os.getloadavg()]}
+        write(out, with_issue_keys(made, keys), quick, checkpoint=measured.folder, seed=SEED, **told)
+        return
     parts: dict[str, Callable[[Path], dict[str, Figure]]] = {
+        "reuse": lambda _: reuse(lab, quick),
         "speed": lambda work: speed_figures(work, 32 if quick else CHUNK, 2 if quick else 12),
         "kills": lambda work: kill_figures(work, 60 if quick else 5000, 1 if quick else KILLS),
         "ray": lambda work: ray_figures(work, 32 if quick else 128, 8 if quick else 16),

@@ -84,7 +84,7 @@ SIZES = {
         2000,
         (32, 32),
     ),
-    # Qwen/Qwen2.5-VL-3B-Instruct; an image of 560 x 560 pixels
+    # Qwen/Qwen2.5-VL-3B-Instruct; an image of 280 x 280 pixels
     "qwen2.5-vl-3b": Sizes(
         "qwen2.5-vl",
         {
@@ -98,8 +98,8 @@ SIZES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         },
         {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048},
-        600,
-        (20, 20),
+        300,
+        (10, 10),
     ),
     # HuggingFaceTB/SmolVLM2-2.2B-Instruct; an image that is not cut into tiles
     "smolvlm-2b": Sizes(
@@ -192,16 +192,24 @@ CONFIGS = {
 }
 
 
+# What names layers of the vision encoder by their numbers.
+LISTS_OF_LAYERS = {"qwen3-vl": ("deepstack_visual_indexes",), "qwen2.5-vl": ("fullatt_block_indexes",)}
+
+
 def build(sizes: Sizes, device: str, layers: int | None = None) -> PreTrainedModel:
     """A model of these sizes, its weights drawn on the device.
 
     Args:
         sizes: Its sizes.
         device: Where it is made.
-        layers: Layers of the text decoder, if fewer than it has are to be made.
+        layers: Layers of the text decoder and of the vision encoder, if fewer than they have are to be made.
     """
-    text = dict(sizes.text) | ({} if layers is None else {"num_hidden_layers": layers})
-    config = CONFIGS[sizes.family](text, dict(sizes.vision))
+    text, vision = dict(sizes.text), dict(sizes.vision)
+    if layers is not None:
+        text["num_hidden_layers"] = layers
+        vision["depth" if "depth" in vision else "num_hidden_layers"] = layers
+        vision |= {name: [layers - 1] for name in LISTS_OF_LAYERS.get(sizes.family, ())}
+    config = CONFIGS[sizes.family](text, vision)
     torch.manual_seed(SEED)
     with torch.device(device):
         model = tf.AutoModelForImageTextToText.from_config(config, dtype=sizes.dtype).eval()
