@@ -122,6 +122,7 @@ def main(out: Out, quick: Quick = False, lab: Lab = "tiny", model: Model = None,
         checkpoint=measured.folder,
         seed=SEED,
         new_tokens=NEW_TOKENS_QUICK if quick else NEW_TOKENS,
+        command=f"evals.cost{measured.options()}",
         **load,
         **measured.meta(),
     )

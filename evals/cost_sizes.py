@@ -264,7 +264,9 @@ def main(
         "tiny": tiny_models,
         "seed": SEED,
     }
-    results = Results(out, {**meta, "waits": {}, "failed": {}})
+    options = {"models": models, "batches": batches, "device": device, "layers": layers, "new": new, "seconds": f"{limit:g}"}
+    command = " ".join(["evals.cost_sizes", *(f"--{name} {value}" for name, value in options.items() if value)])
+    results = Results(out, {**meta, "command": command, "waits": {}, "failed": {}})
     names, rows_of_batches = models.split(","), [int(each) for each in batches.split(",")]
     steps, begun = len(names) * len(rows_of_batches), time.perf_counter()
     for name in names:
