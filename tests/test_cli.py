@@ -1,5 +1,6 @@
 """The commands, run as a user runs them: data on stdout, progress on stderr, exit codes as documented."""
 
+import base64
 import json
 import os
 import re
@@ -94,6 +95,7 @@ def test_check_flags_what_is_not_there(picture):
         (["heads", "lab", "--out", "heads.json"], "--out takes the folder"),
         (["heads", "show"], "The file to show is missing"),
         (["check", "pyproject.toml", "--caption", "A star."], "Pillow can read"),
+        (["check", "https://example.org/a.png", "--caption", "A star."], "the image is a URL, which is not fetched"),
         (["caption", "PICTURE", "--policy", "mrak"], "Unknown policy 'mrak'; expected one of: "),
         (["caption", "PICTURE", "--model", "no/such/folder"], "cannot be loaded as a vision-language model"),
         (["heads", "no/such/folder"], "cannot be loaded as a vision-language model"),
@@ -115,6 +117,15 @@ def test_an_empty_caption_is_unchecked_and_exit_code_2(picture):
     result = run(app, ["check", str(picture[0]), "--caption", "", "--json"])
     assert result.exit_code == 2
     assert json.loads(result.stdout)["verdict"] == "unchecked"
+
+
+def test_a_data_uri_is_named_short_for_people_and_whole_for_programs(picture, tmp_path):
+    uri = f"data:image/png;base64,{base64.b64encode(picture[0].read_bytes()).decode()}"
+    shown = run(app, ["caption", uri, "--temperature", "0", "--rows", str(tmp_path / "rows.jsonl")])
+    by_path = run(app, ["caption", str(picture[0]), "--temperature", "0"])
+    assert shown.stdout.splitlines()[0].endswith("\u2026")
+    assert shown.stdout.splitlines()[1:] == by_path.stdout.splitlines()[1:]
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["image"] == uri
 
 
 def test_replay_makes_one_page_of_many_rows(picture, tmp_path):

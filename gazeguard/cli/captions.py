@@ -128,11 +128,15 @@ def _write_rows(path: Path, entries: Sequence[Entry], prompt: str) -> None:
 
     image_id is the number that the name ends in, as COCO's and AMBER's do; a name without one gives none.
     """
+    from gazeguard.vision.images import URI
+
     lines = []
     for entry in entries:
         if entry.report.caption:
-            number = re.search(r"\d+$", Path(entry.title).stem)
-            row = {"image": os.path.relpath(entry.title, path.parent)} | ({"image_id": int(number[0])} if number else {})
+            is_uri = URI.match(entry.title)
+            number = None if is_uri else re.search(r"\d+$", Path(entry.title).stem)
+            row = {"image": entry.title if is_uri else os.path.relpath(entry.title, path.parent)}
+            row |= {"image_id": int(number[0])} if number else {}
             lines.append(json.dumps(row | {"caption": entry.report.caption, "prompt": prompt}, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
     err.print(f"rows: {path}", soft_wrap=True, markup=False)
@@ -208,13 +212,15 @@ def check(
 
 def _finish(guard: GazeGuard, guarded: GuardOptions, entries: Sequence[Entry], html: Path | None, as_json: bool) -> Outcome:
     """Print reports, write the page, and choose the next step and the exit code that fits the verdicts."""
+    from gazeguard.claims.repetition import shortened
     from gazeguard.replay.page import page
+    from gazeguard.vision.images import URI
 
     for entry in entries:
         if as_json:
             typer.echo(json.dumps({"image": entry.title, **entry.report.to_dict()}, allow_nan=False))
         else:
-            show_report(entry.title, entry.report)
+            show_report(shortened(entry.title) if URI.match(entry.title) else entry.title, entry.report)
     if html is not None:
         html.write_text(page(entries), encoding="utf-8")
         err.print(f"replay page: {html}", soft_wrap=True, markup=False)
