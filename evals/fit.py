@@ -131,7 +131,7 @@ def without_images(folder: Path, heads: GazeHeads) -> Fitted:
     """What a fit would have found without the user's images, from what it recorded of drawings."""
     drawings = recorded(folder)
     states = dict(zip(drawings.images.tolist(), drawings.states, strict=True)) if drawings.states.size else {}
-    learnt = learn(drawings.rows, heads, states)
+    learnt = learn(drawings.rows, heads, states, wording_nll=drawings.wording_nll)
     return Fitted(heads, learnt.detector, learnt.figures)
 
 
@@ -190,7 +190,8 @@ def captioned(guard: GazeGuard, source: World, split: str, count: int, seed: int
             rows = Rows(claims.x, claims.false, claims.kind, image, image, of_rows, np.full(len(claims.x), ""), unknown)
             states = np.zeros((len(samples), 0), np.float32) if claims.states is None else claims.states
             numbers = np.arange(first, stop)
-            Recorded(rows, tuple(report.caption for report in reports), numbers, states).save(path)
+            captions = tuple(report.caption for report in reports)
+            Recorded(rows, captions, numbers, states, given(claims.wording_nll)).save(path)
         parts.append(Recorded.load(path))
     return together(parts)
 
