@@ -135,7 +135,7 @@ def _write_rows(path: Path, entries: Sequence[Entry], prompt: str) -> None:
         if entry.report.caption:
             is_uri = URI.match(entry.title)
             number = None if is_uri else re.search(r"\d+$", Path(entry.title).stem)
-            row = {"image": entry.title if is_uri else os.path.relpath(entry.title, path.parent)}
+            row: dict[str, Any] = {"image": entry.title if is_uri else os.path.relpath(entry.title, path.parent)}
             row |= {"image_id": int(number[0])} if number else {}
             lines.append(json.dumps(row | {"caption": entry.report.caption, "prompt": prompt}, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
