@@ -97,7 +97,7 @@ def caption(
     prompt: PromptOption = DEFAULT_PROMPT,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a caption at most, in tokens.")] = 256,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="Sample at this temperature; 0: greedy.", show_default="as the model has it")
+        float | None, typer.Option(min=0, help="Sample at this temperature; 0: greedy.", show_default="the model's own setting")
     ] = None,
     batch_size: BatchOption = 8,
     rows: Annotated[

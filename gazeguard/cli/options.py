@@ -70,9 +70,7 @@ class ModelOptions:
     ] = "auto"
     dtype: Annotated[
         str,
-        typer.Option(
-            "--dtype", help="bfloat16, float16, float32; auto: as the checkpoint has it.", rich_help_panel=MODEL_PANEL
-        ),
+        typer.Option("--dtype", help="bfloat16, float16, float32; auto: that of the checkpoint.", rich_help_panel=MODEL_PANEL),
     ] = "auto"
     device_map: Annotated[
         str | None,

@@ -18,7 +18,7 @@ def few_threads(model: PreTrainedModel) -> Iterator[None]:
     Threads wait for each other by spinning: on matrices this small they double the CPU time on an idle machine, and where other
     programs run, too, made a fit of the tiny lab's model several times as long.
     """
-    from threadpoolctl import threadpool_limits  # of scikit-learn
+    from threadpoolctl import threadpool_limits
 
     before = torch.get_num_threads()
     width = getattr(model.config.get_text_config(decoder=True), "hidden_size", NARROW)
