@@ -108,7 +108,17 @@ def test_lmms_eval_runs_the_task_of_the_examples(tmp_path):
     seen = []
     for batch in ("1", "2", "4"):
         reports = tmp_path / f"reports-{batch}.jsonl"
-        command = [sys.executable, "-m", "lmms_eval", "--model", "gazeguard", "--batch_size", batch, "--output_path", batch]
+        command = [
+            sys.executable,
+            "-m",
+            "lmms_eval",
+            "--model",
+            "gazeguard",
+            "--batch_size",
+            batch,
+            "--output_path",
+            f"scores-{batch}",
+        ]
         command += [
             "--model_args",
             f"pretrained=lab,reports={reports}",
@@ -119,7 +129,7 @@ def test_lmms_eval_runs_the_task_of_the_examples(tmp_path):
         ]
         subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         rows = [json.loads(line) for line in reports.read_text(encoding="utf-8").splitlines()]
-        (scores,) = (tmp_path / batch).rglob("*_results.json")
+        (scores,) = (tmp_path / f"scores-{batch}").rglob("*_results.json")
         score = json.loads(scores.read_text(encoding="utf-8"))["results"][EXAMPLE_TASK]["objects_named,none"]
         seen.append(([(row["caption"], row["verdict"]) for row in rows], score))
     assert len(seen[0][0]) == 4
