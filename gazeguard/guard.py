@@ -51,7 +51,7 @@ from gazeguard.decoding.call import (
 )
 from gazeguard.decoding.let_through import LetThrough, let_through
 from gazeguard.decoding.rerank import RerankProcessor
-from gazeguard.decoding.rewind import CommittedPrefix, Draft, RewindLoop, list_delimiters, rollback_span
+from gazeguard.decoding.rewind import CommittedPrefix, Draft, RewindLoop, list_delimiters, list_ends, rollback_span
 from gazeguard.decoding.verification import SelfVerification
 from gazeguard.detection.detector import Detector
 from gazeguard.detection.rerank_evidence import with_measured_strengths
@@ -480,9 +480,10 @@ def _decode_with_rewind(guard: GazeGuard, call: GenerateCall, prompts: Prompts) 
     """Generate in a loop that rolls doubtful phrases back."""
     with guard.tracer.record(prompts) as recorder:
         drafts = DraftTraces(guard.tracer, prompts)
-        reviewer = _Reviewer(guard.judge, drafts, end_tokens(call.config))
-        delimiters = list_delimiters(guard.processor.tokenizer)
-        loop = RewindLoop(reviewer, given(guard.policy.rewind).budget, delimiters, _reranker(guard, recorder))
+        tokenizer, ends = guard.processor.tokenizer, end_tokens(call.config)
+        reviewer, budget = _Reviewer(guard.judge, drafts, ends), given(guard.policy.rewind).budget
+        loop = RewindLoop(reviewer, budget, list_delimiters(tokenizer), _reranker(guard, recorder))
+        loop.list_ends = [*list_ends(tokenizer), *ends]
         output = call.run([], loop)
         batch = drafts.trace_batch()
     captions = call.captions(output, prompts.start)

@@ -34,9 +34,11 @@ from gazeguard.decoding.rerank import RerankProcessor, tokens_spelling
 from gazeguard.errors import UnsupportedError, given
 
 MIN_PROBABILITY = 0.01  # a continuation that the model itself gives less than this is no alternative
+MIN_END_PROBABILITY = 0.001  # of the end of a sentence in place of a list's next object; nothing may be left to say
 PASSES_PER_ROLLBACK = 12  # forward passes that one rollback may cost, on average over a caption's budget
 MAX_CANDIDATES = 64  # top-k tokens of each pass, among which an alternative is chosen when a row comes back to it
 _DELIMITERS = (",", ";", "and", "or", "plus", "with", "&")  # what leads from one object of a list to the next
+_ENDS = (".", ".\u010a", ".\u010a\u010a")  # of a sentence; BPE has tokens of a full stop and the line ends behind it
 _DELIMITER = re.compile(r"(?:[,;]?\s*(?:\b(?:and|or|plus|with)|&)|[,;])?\s*$")
 
 
@@ -81,6 +83,11 @@ def rollback_span(claim: Claim, text: str) -> tuple[int, int]:
 def list_delimiters(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that lead from one object of a list to the next."""
     return tokens_spelling(tokenizer, _DELIMITERS).tolist()
+
+
+def list_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a list with its sentence."""
+    return tokens_spelling(tokenizer, _ENDS).tolist()
 
 
 @dataclass(eq=False)
@@ -135,18 +142,19 @@ class _Alternative(NamedTuple):
 class RewindLoop:
     """The decode loop that rolls back doubtful phrases; one object serves one ``generate``.
 
-    At a doubtful phrase the row goes back to the list delimiter that led to it, and the list ends there: all delimiters are
-    banned. A phrase that no delimiter leads to is rolled back to the one of its rollback points whose second-best token was
-    most probable; the token that stood there is banned, unless no other has `MIN_PROBABILITY`. The other token is chosen, or
-    drawn, from the `MAX_CANDIDATES` of the pass that generated the discarded one, so a rollback costs no pass by itself. Once
-    the budget is spent, what is generated stays. With a budget of 0 everything is as in ``generate``. A cache that was rolled
-    back holds masked keys, so it is not returned.
+    At a doubtful phrase the row goes back to the list delimiter that led to it, and the list ends there, with its sentence: any
+    other word would leave a broken one. Where that has not `MIN_END_PROBABILITY`, and where no delimiter leads to it, a phrase
+    is rolled back to the one of its rollback points whose second-best token was most probable; the token that stood there is
+    banned, unless no other has `MIN_PROBABILITY`. The other token is chosen, or drawn, from the `MAX_CANDIDATES` of the pass
+    that generated the discarded one, so a rollback costs no pass by itself. Once the budget is spent, what is generated stays.
+    With a budget of 0 everything is as in ``generate``. A cache that was rolled back holds masked keys, so it is not returned.
 
     Attributes:
         review: Called after each pass with the draft of every row (None for a row that is done); returns a
             `CommittedPrefix` for each. Called again for the rows that were rolled back.
         budget: How often each row is rolled back at most.
         list_delimiters: The tokens that lead from one object of a list to the next.
+        list_ends: The tokens that may end a list; empty for all but the delimiters.
         rerank: Changes the scores of every pass.
         streamer: Gets the prompt, and then whatever can no longer be rolled back.
         prompt_streamed: Whether the streamer has got the prompt already.
@@ -162,6 +170,7 @@ class RewindLoop:
     rerank: RerankProcessor | None = None
     streamer: BaseStreamer | None = None
     prompt_streamed: bool = False
+    list_ends: Sequence[int] = ()
     passes: Tensor | None = None
     cache: Cache | None = None
 
@@ -293,10 +302,13 @@ class _Run:
             excluded = {*banned, *row.banned.get(index, ())}
             logprobs, tokens = self._candidates_of(row.passes[index])[b]
             free = [i for i, token in enumerate(tokens) if token not in excluded and logprobs[i] > -math.inf]
+            ends_list = delimits and index == points.start
+            if ends_list and self.loop.list_ends:
+                free = [i for i in free if tokens[i] in self.loop.list_ends and logprobs[i] > math.log(MIN_END_PROBABILITY)]
             if not free:
                 continue
             alternative = _Alternative(index, banned, [tokens[i] for i in free], [logprobs[i] for i in free])
-            if delimits and index == points.start:
+            if ends_list:
                 return alternative
             alternatives.append(alternative)
         best = max(alternatives, key=lambda alternative: alternative.logprobs[0], default=None)
