@@ -286,6 +286,7 @@ def test_artifacts_from_the_hub(guard, lab_vlm, tmp_path, monkeypatch):
         return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)  # the repository is there
     missing = None
     assert GazeGuard(*lab_vlm, artifacts="someone/artifacts").detector == guard.detector
     missing = "detector.json"

@@ -195,5 +195,5 @@ def test_the_command_with_ray_gives_the_same_files(cluster, rows, alone, tmp_pat
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"pip install 'gazeguard-vlm\[ray\]'"):
+    with pytest.raises(InputError, match=r"pip install '.\[ray\]'"):
         RayActorPool(lab.checkpoint_path())
