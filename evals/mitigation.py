@@ -392,7 +392,7 @@ def renew_times(out: Path, setup: Setup, quick: bool, pairs: int) -> None:
     write(out, with_issue_keys(figures, keys), ids=result["meta"]["image_ids"], checkpoint=subject(setup.chosen).folder, **meta)
 
 
-KEPT_META = ("quick", "seed", "chosen", "curves", "coverage", "refused", "lab", "model", "artifacts", "command")
+KEPT_META = ("quick", "seed", "chosen", "curves", "coverage", "refused", "lab", "model", "artifacts", "dtype", "command")
 
 
 def issue_keys(chosen: Chosen) -> dict[str, str]:
