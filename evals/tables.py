@@ -1,9 +1,9 @@
-"""Tables of the documents, rewritten from the result files, and the README's demo: ``python -m evals.tables``.
+"""Tables of the documents, rewritten from the result files, and the demo's output: ``python -m evals.tables``.
 
 A table stands between ``<!-- table NAME: PATTERN... -->`` and ``<!-- end -->``: the figures of ``evals/results/NAME.json``
 whose keys match one of the patterns, in the order of the patterns. Between ``<!-- compare NAME: PATTERN... -->`` and the end
 both labs stand side by side, from ``NAME.json`` and ``NAME_scenes.json``. The demo's real output stands between
-``<!-- demo -->`` and ``<!-- end demo -->``, its table of both labs between ``<!-- headline -->`` and
+``<!-- demo -->`` and ``<!-- end demo -->``, the README's table of both labs between ``<!-- headline -->`` and
 ``<!-- end headline -->``. ``evals/results/families.md`` is made whole.
 """
 
@@ -26,6 +26,7 @@ DOCUMENTS = (
     ROOT / "evals" / "README.md",
     ROOT / "gazeguard" / "lab" / "checkpoint" / "README.md",
 )
+WITH_DEMO = ROOT / "docs" / "how-it-works.md"
 DEMO = re.compile(r"(<!-- demo -->\n).*?(<!-- end demo -->)", re.S)
 TABLE = re.compile(r"(<!-- table (\w+): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 COMPARED = re.compile(r"(<!-- compare (\w+): ([^>]*?) -->\n).*?(<!-- end -->)", re.S)
@@ -152,10 +153,9 @@ def main() -> None:
     (ROOT / "evals" / "results" / "families.md").write_text(families(), encoding="utf-8")
     for path in DOCUMENTS:
         path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
-    readme, shown = ROOT / "README.md", demo()
-    text = DEMO.sub(lambda found: f"{found[1]}{shown}{found[2]}", readme.read_text(encoding="utf-8"))
-    text = HEADLINE.sub(lambda found: f"{found[1]}{headline()}{found[2]}", text)
-    readme.write_text(text, encoding="utf-8")
+    for path, part, shown in ((ROOT / "README.md", HEADLINE, headline()), (WITH_DEMO, DEMO, demo())):
+        text = part.sub(lambda found, shown=shown: f"{found[1]}{shown}{found[2]}", path.read_text(encoding="utf-8"))
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
