@@ -339,7 +339,7 @@ class Tracer:
         if unreadable:
             rest = self._encode([i for i in rows if i not in unreadable], images, captions, prompts, packed)
             return Prepared({**unreadable, **rest.unchecked}, rest.parts)
-        sizes = [[images[i].size] for i in first]
+        sizes = [[images[i].size] for i in (rows if batch.packing is None else first)]
         grids = image_grids(self.model, self.processor, batch.inputs, keys.ids, keys.mask, sizes, self.grid)
         return Prepared({}, [ReplayPart(rows, texts, batch, encoded._replace(grids=grids))])
 

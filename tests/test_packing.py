@@ -15,6 +15,7 @@ from gazeguard.filtering.batches import PendingRow, batches_of
 from gazeguard.filtering.caption_filter import CaptionFilter
 from gazeguard.guard import GazeGuard
 from gazeguard.tracing import Captured, can_pack
+from gazeguard.vision import packing
 from gazeguard.vision.inputs import append_tokens, model_inputs
 from gazeguard.vision.packing import pack, worth_packing
 
@@ -121,6 +122,21 @@ def test_a_caption_that_cannot_be_read_costs_the_others_of_its_image_nothing(gua
     assert [report.verdict for report in reports[1::2]] == ["unchecked"] * 3
     assert "context" in reports[3].reason
     assert "cannot be opened" in reports[5].reason
+
+
+def test_captions_whose_mask_would_fill_the_memory_are_read_apart(lab_vlm, monkeypatch):
+    """One endless caption beside others of its image costs no memory; many long ones are judged as each alone."""
+    guard = GazeGuard(*lab_vlm, "mark")
+    images, captions, prompts = several(lab_vlm)
+    monkeypatch.setattr(packing, "MAX_MASK", 10**5)
+    prepared = guard.tracer.prepare(images, captions, prompts, packed=True)
+    assert prepared.parts[0].batch.packing is None
+    for one, other in zip(
+        guard.check_prepared(prepared), guard.check_prepared(guard.prepare(images, captions, prompts)), strict=True
+    ):
+        assert one.to_json() == other.to_json()
+    assert not packing.fits(200, [np.zeros(400_000, np.int64), np.zeros(9, np.int64)], [0, 0])
+    assert packing.fits(10, [np.zeros(9, np.int64)] * 3, [0, 0, 1])
 
 
 def test_steered_captions_are_read_apart(guard):

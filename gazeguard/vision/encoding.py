@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from gazeguard.errors import InputError
 from gazeguard.vision.inputs import append_tokens, check_inputs, context_length, decoder_prompt
-from gazeguard.vision.packing import Packing, pack
+from gazeguard.vision.packing import Packing, fits, pack
 from gazeguard.vision.text import TOKENIZER_LOCK, check_text, tokenize
 
 # Processors that put the image before every prompt themselves, where others want a token in the text.
@@ -170,7 +170,8 @@ def encode(
         images: One per row.
         prompts: One per row.
         captions: Empty, or one per row: what follows the prompt.
-        rows: For each caption its row, to pack several captions into one; by default every caption has a row.
+        rows: For each caption its row, to pack several captions into one; by default, and where a row would be too long,
+            every caption has a row.
 
     Raises:
         InputError: The processor is none, a prompt names special tokens or, without captions, is longer than the model's
@@ -197,6 +198,8 @@ def encode(
     caption_ids, offsets = zip(*(tokenize(processor.tokenizer, caption) for caption in captions), strict=True)
     if not rows:
         return EncodedBatch(batch, append_tokens(model, batch, caption_ids), caption_ids, offsets)
+    if not fits(batch["input_ids"].shape[1], caption_ids, rows):  # one endless caption is enough
+        return encode(model, processor, [images[row] for row in rows], [prompts[row] for row in rows], captions)
     inputs, packing = pack(model, batch, caption_ids, rows)
     return EncodedBatch(batch, inputs, caption_ids, offsets, packing)
 

@@ -21,6 +21,9 @@ from gazeguard.vision.inputs import append_tokens
 ATTEND_BOTH_WAYS = ("paligemma", "molmo2")
 
 
+MAX_MASK = 2**28  # bytes of a batch's attention mask, which grows with the square of its rows' length
+
+
 class Packing(NamedTuple):
     """Where packed captions are.
 
@@ -41,6 +44,12 @@ def worth_packing(rows: Sequence[int]) -> bool:
     """
     counts = np.bincount(rows)
     return bool(len(counts) * (1 + counts.max()) < 2 * len(rows))
+
+
+def fits(prompt_length: int, token_ids: Sequence[NDArray[np.int64]], rows: Sequence[int]) -> bool:
+    """Whether the attention mask of packed captions is small enough; of the arguments of `pack`, and a prompt's tokens."""
+    longest = int(np.bincount(rows, [len(ids) for ids in token_ids]).max())
+    return bool((max(rows) + 1) * (prompt_length + longest) ** 2 <= MAX_MASK)
 
 
 def pack(
