@@ -8,14 +8,19 @@ import sys
 from datasets import Dataset
 
 from gazeguard import CaptionFilter
-from gazeguard.lab import samples
+from gazeguard.lab import Sample, samples
 
-CAPTION = "There is a red star and a green skull."
+
+def false_caption(sample: Sample) -> str:
+    """A caption in the words of the lab's model that names what is not there."""
+    return sample.turns[0].answer.replace(sample.drawing.objects[0].noun, "skull", 1)
 
 
 def main(model: str = "lab", artifacts: str | None = None) -> Dataset:
     drawn = samples("test", 3, seed=7)
-    dataset = Dataset.from_dict({"image": [sample.image for sample in drawn], "caption": [CAPTION] * len(drawn)})
+    dataset = Dataset.from_dict(
+        {"image": [sample.image for sample in drawn], "caption": [false_caption(sample) for sample in drawn]}
+    )
     caption_filter = CaptionFilter(model=model, artifacts=artifacts, batch_size=8)
     filtered = dataset.map(caption_filter, batched=True, batch_size=64)
     for row in filtered:

@@ -9,13 +9,17 @@ import numpy as np
 import ray
 
 from gazeguard.filtering.ray import ray_filter
-from gazeguard.lab import samples
+from gazeguard.lab import Sample, samples
 
-CAPTION = "There is a red star and a green skull."
+
+def false_caption(sample: Sample) -> str:
+    """A caption in the words of the lab's model that names what is not there."""
+    return sample.turns[0].answer.replace(sample.drawing.objects[0].noun, "skull", 1)
 
 
 def main(model: str = "lab", actors: str | int = 1) -> list[dict]:
-    dataset = ray.data.from_items([{"image": np.asarray(s.image), "caption": CAPTION} for s in samples("test", 3, seed=7)])
+    drawn = samples("test", 3, seed=7)
+    dataset = ray.data.from_items([{"image": np.asarray(s.image), "caption": false_caption(s)} for s in drawn])
     filtered = ray_filter(dataset, model, actors=int(actors), rows=64, batch_size=8)
     rows = filtered.select_columns(["caption", "gaze_verdict", "gaze_reason"]).take_all()
     for row in rows:

@@ -1,11 +1,15 @@
 """The lab's own model, loaded once, on one thread: real, small, and the same in every test."""
 
+import shutil
+
 import families
 import pytest
 import torch
 from hypothesis import settings
 
 from gazeguard import lab
+from gazeguard.artifacts import DETECTOR_FILE
+from gazeguard.detection.detector import Detector
 from gazeguard.guard import GazeGuard
 
 torch.set_num_threads(1)
@@ -21,9 +25,15 @@ def quietly():
 
 
 @pytest.fixture(scope="session")
-def lab_vlm():
-    """The lab's model and processor."""
-    return lab.load()
+def lab_vlm(tmp_path_factory):
+    """The lab's model and processor, in a folder whose detector judges captions in any wording: many tests say what no model
+    would say so. `tests/test_wording.py` has the detector that ships."""
+    folder = tmp_path_factory.mktemp("lab") / lab.checkpoint_path().name
+    shutil.copytree(lab.checkpoint_path(), folder)
+    detector = Detector.from_pretrained(folder)
+    domain = detector.domain.model_copy(update={"wording": None})
+    (folder / DETECTOR_FILE).write_text(detector.model_copy(update={"domain": domain}).model_dump_json(), encoding="utf-8")
+    return lab.load(folder)
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def guard():
-    return GazeGuard(*lab.load())
+def guard(lab_vlm):
+    return GazeGuard(*lab_vlm)
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,12 @@ def test_text_alone_stands_beside_every_area(evaluation):
         assert low <= row.auroc.value <= high
 
 
-def test_the_command_writes_table_figures_and_diagram(rows, evaluation, tmp_path):
-    result = CliRunner().invoke(app, ["eval", str(rows), "--out", str(tmp_path), "--model", "lab"])
+def test_the_command_writes_table_figures_and_diagram(guard, rows, evaluation, tmp_path):
+    model = guard.model.name_or_path
+    result = CliRunner().invoke(app, ["eval", str(rows), "--out", str(tmp_path), "--model", model])
     assert result.exit_code == 0, result.stderr
     assert "text only" in result.stdout
-    assert "next: filter a dataset: gazeguard filter IN OUT --model lab" in result.stderr
+    assert "next: filter a dataset: gazeguard filter IN OUT --model" in result.stderr
     saved = Evaluation.model_validate_json((tmp_path / JSON_FILE).read_bytes())
     assert saved.rankings[0].claims == evaluation.rankings[0].claims
     assert saved.table() == (tmp_path / TABLE_FILE).read_text()

@@ -57,21 +57,22 @@ def test_wrapping_generate(capsys, tmp_path):
 
 def test_checking_a_jsonl_file(capsys, tmp_path):
     SAMPLE.image.save(tmp_path / "image.png")
-    captions = [CAPTION, "There is a red skull.", ""]
+    first = SAMPLE.drawing.objects[0]
+    captions = [CAPTION, CAPTION.replace(first.noun, "skull", 1), ""]
     rows = [{"image": "image.png", "caption": caption, "id": i} for i, caption in enumerate(captions)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     run("check_jsonl.py", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
     checked = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["verdict"] for row in checked] == ["pass", "flag", "unchecked"]
-    assert [row["flagged"] for row in checked] == [[], ["a red skull"], []]
+    assert [row["flagged"] for row in checked] == [[], [f"a {first.colour} skull"], []]
     assert [{name: row[name] for name in rows[0]} for row in checked] == rows
-    assert "flag\timage.png\ta red skull" in capsys.readouterr().out
+    assert f"flag\timage.png\ta {first.colour} skull" in capsys.readouterr().out
 
 
 def test_mapping_a_dataset(capsys):
     filtered = run("datasets_map.py")["main"]()
     assert {"image", "caption", "gaze_verdict", "gaze_phrases"} <= set(filtered.column_names)
-    assert "not supported by the image: a red star" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(" skull") >= 6  # in each caption, and in why it is flagged
 
 
 @pytest.mark.slow  # an actor of its own
@@ -95,7 +96,7 @@ def test_filtering_with_ray(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("flag\tThere is a red star and a green skull.") == 3
+    assert result.stdout.count("flag\t") == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ notebook

@@ -69,10 +69,9 @@ def table(samples):
     for i, sample in enumerate(samples):
         buffer = io.BytesIO()
         sample.image.save(buffer, "PNG")
-        thing = sample.drawing.objects[0]
         columns["image"].append(buffer.getvalue() if i % 5 else b"")
-        there = f"There is a {thing.colour} {thing.noun}."
-        columns["caption"].append("There is a pink castle and a green skull." if i % 5 == 3 else there)
+        there = sample.turns[0].answer
+        columns["caption"].append(there.replace(sample.drawing.objects[0].noun, "skull", 1) if i % 5 == 3 else there)
     return columns
 
 

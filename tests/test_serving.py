@@ -46,7 +46,7 @@ PATIENT = Limits(seconds=PATIENCE)
 SAMPLES = lab.samples("test", 6, seed=7)
 IMAGE, CAPTION = SAMPLES[1].image, SAMPLES[1].turns[0].answer
 FLAGGED = lab.samples("test", 7, seed=900)  # number 2 has a flag within 40 tokens, number 6 a rollback
-FALSE = "There is a red skull."
+FALSE = CAPTION.replace(SAMPLES[1].drawing.objects[0].noun, "skull", 1)
 KEY = "sesame"
 
 
