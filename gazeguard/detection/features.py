@@ -137,7 +137,7 @@ def wording_nll(trace: GazeTrace, phrases: Sequence[Phrase]) -> float:
         counts[tokens.start : tokens.stop] = False
     words = [span for phrase in phrases for span in (phrase.head, phrase.count, *phrase.attributes) if span is not None]
     counts[:1] = not any(0 in _tokens(trace, span) for span in words)
-    return -float(trace.logprobs[counts].mean()) if counts.any() else float("nan")
+    return -float(trace.logprobs[counts].mean(dtype=np.float64)) if counts.any() else float("nan")
 
 
 def pick(x: F64, heads: Sequence[tuple[int, int]], wanted: Sequence[str]) -> F64:
