@@ -236,7 +236,7 @@ def test_nothing_is_fetched_or_read(address, url, monkeypatch):
     ("body", "status", "message"),
     [
         (b"", 422, "Field required"),
-        (b"{", 422, "JSON decode error"),
+        (b"{", 422, "The body is not JSON at character"),
         (b"[" * 100_000, 400, "error parsing the body"),
         (b"\xff", 400, "error parsing the body"),
         (b"[]", 422, "valid dictionary"),

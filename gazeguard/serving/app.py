@@ -163,6 +163,9 @@ async def _refusal(request: Request, error: Any) -> Response:
 async def _invalid(request: Request, error: Any) -> Response:
     """A body that is not of the form: where, and what is expected; what was given may be a whole image."""
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        what = f"The body is not JSON at character {first['loc'][-1]}: {first['ctx']['error']}. /docs has the form."
+        return error_response(422, what, None)
     param = ".".join(str(part) for part in first["loc"] if part not in ("body", "one", "several"))
     return error_response(422, f"{param or 'the body'}: {first['msg']}. /docs has the form.", param or None)
 
