@@ -444,7 +444,7 @@ def test_a_command_on_a_full_disk_says_so_and_goes_on_when_there_is_room(rows, u
 def test_exit_codes_are_in_the_help():
     text = " ".join(run(app, ["--help"], env={"COLUMNS": "200"}).output.split())
     assert "2: something could not be checked, or the call was wrong, or a file cannot be read or written" in text
-    assert "130, 143: stopped by Ctrl-C or SIGTERM; the same filter command then continues" in text
+    assert "130, 143: stopped by Ctrl-C or SIGTERM; the same filter or fit command then continues" in text
 
 
 def test_a_place_that_cannot_be_written_is_said(caption_filter, rows, tmp_path):
