@@ -25,15 +25,23 @@ def quietly():
 
 
 @pytest.fixture(scope="session")
-def lab_vlm(tmp_path_factory):
-    """The lab's model and processor, in a folder whose detector judges captions in any wording: many tests say what no model
-    would say so. `tests/test_wording.py` has the detector that ships."""
+def lab_folder(tmp_path_factory):
+    """The lab's checkpoint, with a detector that judges captions in any wording: many tests say what no model would say so.
+
+    `tests/test_wording.py` has the detector that ships.
+    """
     folder = tmp_path_factory.mktemp("lab") / lab.checkpoint_path().name
     shutil.copytree(lab.checkpoint_path(), folder)
     detector = Detector.from_pretrained(folder)
     domain = detector.domain.model_copy(update={"wording": None})
     (folder / DETECTOR_FILE).write_text(detector.model_copy(update={"domain": domain}).model_dump_json(), encoding="utf-8")
-    return lab.load(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lab_vlm(lab_folder):
+    """The model and processor of `lab_folder`."""
+    return lab.load(lab_folder)
 
 
 @pytest.fixture

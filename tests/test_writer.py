@@ -348,9 +348,15 @@ app()
 """
 
 
-def interrupt(rows: Path, folder: Path, number: signal.Signals) -> tuple[int, str, list[str]]:
+def command_of(rows: Path, folder: Path, lab_folder: Path) -> list[str]:
+    """The command whose results are those of ``unbroken``."""
+    options = ["--model", str(lab_folder), "--chunk", str(CHUNK), "--batch-size", "2"]
+    return ["filter", str(rows), str(folder), *options]
+
+
+def interrupt(arguments: list[str], number: signal.Signals) -> tuple[int, str, list[str]]:
     """The command, sent a signal while it waits behind its second chunk: exit code, stderr and the parts."""
-    command = [sys.executable, "-c", WAITING, "filter", str(rows), str(folder), "--chunk", str(CHUNK), "--batch-size", "2"]
+    command = [sys.executable, "-c", WAITING, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
@@ -358,19 +364,20 @@ def interrupt(rows: Path, folder: Path, number: signal.Signals) -> tuple[int, st
         process.send_signal(number)
         process.wait(600)  # before stdin is closed, which would let it go on
         errors = process.stderr.read()
-    return process.returncode, errors, sorted(path.name for path in (folder / "parts").iterdir())
+    return process.returncode, errors, sorted(path.name for path in Path(arguments[2], "parts").iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_command_that_is_stopped_goes_on(rows, unbroken, tmp_path, number):
+def test_a_command_that_is_stopped_goes_on(rows, unbroken, lab_folder, tmp_path, number):
     """Byte for byte the results of a run that was not; what was finished is not done again; a polite signal is answered."""
-    code, errors, parts = interrupt(rows, tmp_path / "out", number)
+    arguments = command_of(rows, tmp_path / "out", lab_folder)
+    code, errors, parts = interrupt(arguments, number)
     assert parts == ["00000000.jsonl", "00000001.jsonl", "lock", "run.json"]
     assert code == (-9 if number == signal.SIGKILL else 128 + number)
     assert number == signal.SIGKILL or f"stopped by {number.name}. Finished chunks are kept" in errors
     first = tmp_path / "out/parts/00000000.jsonl"
     first.write_bytes(marked := first.read_bytes().replace(b'"gaze_policy"', b'"gaze_policy" '))  # it is taken as it is
-    result = run(app, ["filter", str(rows), str(tmp_path / "out"), "--chunk", str(CHUNK), "--batch-size", "2"])
+    result = run(app, arguments)
     assert result.exit_code == 0, result.output
     results, expected = files(tmp_path / "out"), files(unbroken)
     assert sum(data.count(b'"gaze_policy" ') for data in results.values()) == marked.count(b'"gaze_policy" ') == CHUNK
@@ -420,13 +427,12 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(caption_filter, rows, u
         assert files(out) == files(unbroken)
 
 
-def test_a_command_on_a_full_disk_says_so_and_goes_on_when_there_is_room(rows, unbroken, tmp_path):
+def test_a_command_on_a_full_disk_says_so_and_goes_on_when_there_is_room(rows, unbroken, lab_folder, tmp_path):
     """Here no file may have more than 4 KiB: the chunks fit, the results do not. Exit code 2, one line, every chunk kept."""
     tight = (
         "import os, resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\nos.execv(sys.argv[1], sys.argv[1:])"
     )
-    command = [sys.executable, "-m", "gazeguard", "filter", str(rows), str(tmp_path / "out"), "--chunk", str(CHUNK)]
-    command += ["--batch-size", "2"]
+    command = [sys.executable, "-m", "gazeguard", *command_of(rows, tmp_path / "out", lab_folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     ended = subprocess.run([sys.executable, "-c", tight, *command], env=environment, capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr
@@ -597,14 +603,14 @@ def test_an_input_without_rows_says_so(tmp_path):
 # ------------------------------------------------------------------------------------------------------ the command
 
 
-def test_captions_are_not_written_because_the_first_row_has_none(rows, tmp_path):
+def test_captions_are_not_written_because_the_first_row_has_none(rows, lab_folder, tmp_path):
     """The rows' own texts stay in the output; the first line says what is done; --write-captions fills what is missing."""
     lines = [json.loads(line) for line in rows.read_text().splitlines()[1:4]]
     own = [None, *(line["caption"] for line in lines[1:])]
     del lines[0]["caption"]
     source = rows.parent / "first.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    arguments = ["filter", str(source), "--label-only", "--batch-size", "2"]
+    arguments = ["filter", str(source), "--label-only", "--batch-size", "2", "--model", str(lab_folder)]
     checked = run(app, [*arguments[:2], str(tmp_path / "out"), *arguments[2:]])
     assert checked.exit_code == 0, checked.output
     assert checked.stderr.splitlines()[0].startswith("note: captions are checked, none is written")
@@ -619,9 +625,9 @@ def test_captions_are_not_written_because_the_first_row_has_none(rows, tmp_path)
     assert [row["gaze_verdict"] for row in again[1:]] == [row["gaze_verdict"] for row in results[1:]]
 
 
-def test_the_command_prints_counts_and_reasons(rows, unbroken, tmp_path):
+def test_the_command_prints_counts_and_reasons(rows, unbroken, lab_folder, tmp_path):
     """Text for people, JSON for programs; progress on stderr alone."""
-    arguments = ["filter", str(rows), str(tmp_path / "out"), "--chunk", str(CHUNK), "--batch-size", "2"]
+    arguments = command_of(rows, tmp_path / "out", lab_folder)
     result = run(app, arguments)
     assert result.exit_code == 0, result.output
     assert f"{ROWS} rows: " in result.stdout
