@@ -58,9 +58,7 @@ class Interruptions:
     def __init__(self, work: Path, seed: int) -> None:
         self.work, self.rng = work, random.Random(seed)
         self.rows = draw(work / "rows", ROWS_OF_A_COMMAND)
-        start = time.monotonic()
         self._finish(work / "unbroken")
-        self.duration = time.monotonic() - start
         self.expected = bytes_of(work / "unbroken")
         self.kills = self.full_disks = self.named = self.number = 0
         self.unequal: list[str] = []
@@ -90,11 +88,12 @@ class Interruptions:
         subprocess.run(self._command(out), check=True, capture_output=True)
 
     def _kill(self, out: Path) -> None:
+        """A run that is killed when some of its chunks are finished."""
+        chunks = self.rng.randrange(1, ROWS_OF_A_COMMAND // CHUNK)
         with subprocess.Popen(self._command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            try:
-                process.wait(self.rng.uniform(0.2, 0.8) * self.duration)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
+            while process.poll() is None and len(list(out.glob("parts/*.jsonl"))) < chunks:
+                time.sleep(0.01)
+            process.kill()
         self.kills += process.returncode == -signal.SIGKILL
 
     def _fill(self, out: Path) -> None:
