@@ -106,6 +106,7 @@ def written(lab_vlm, tmp_path_factory):
     return folder, samples, reports
 
 
+@pytest.mark.slow
 def test_train_makes_a_detector_from_labels(written, guard):
     """The command, as a user runs it: the detector works on unseen pictures, and the card says how it was made."""
     folder, *_ = written
@@ -125,6 +126,7 @@ def test_train_makes_a_detector_from_labels(written, guard):
     assert roc_auc_score(objects.false, detector.risk(objects.x, objects.kind)) > 0.95
 
 
+@pytest.mark.slow
 def test_no_picture_is_on_both_sides(written, guard):
     """What is held out is held out picture by picture, and is what `fit_detector` says it is."""
     folder, samples, _ = written
