@@ -17,9 +17,9 @@ test: $(VENV)/installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2 -m "not slow"
 
-# The tests that take longer, after `make test`.
+# The tests that take longer, after `make test`. One thread a process: with more, those of two workers wait for each other.
 test-slow: $(VENV)/installed
-	$(VENV)/bin/pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 -m slow
 
 # The default suite with the share of lines that it runs, by module.
 coverage: $(VENV)/installed
