@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from gazeguard import _compat
 from gazeguard.attention.backbone import Backbone
-from gazeguard.attention.buffers import CapturedActivations
+from gazeguard.attention.buffers import CapturedActivations, sent
 from gazeguard.attention.layout import KeyLayout
 from gazeguard.attention.logit_lens import LogitLens
 from gazeguard.attention.recorder import AttentionRecorder
@@ -423,7 +423,7 @@ class DraftTraces:
         captured = tracer.recorder.collect(start=passes.start)
         count = passes.stop - passes.start
         part = CapturedActivations(*(tensor[rows, :count] for tensor in vars(captured).values()))
-        tokens = torch.tensor(self._tokens[passes]).T[rows].to(tracer.model.device, non_blocking=True)
+        tokens = sent(self._tokens[passes], tracer.model.device).T[rows]
         # Of rows that are done nothing is asked: the token that the model would have chosen costs no look at others.
         tokens = tokens.where(tokens >= 0, part.top_ids[..., 0].clamp(min=0))
         return tracer.numbers(part, tokens, None if lens is None else lens.select(rows))

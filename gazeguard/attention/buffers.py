@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,11 @@ from gazeguard.errors import given
 
 BLOCK = 64  # rows that are kept in one piece of memory
 MASK_WIDTH = 256  # the width of kept masks is a multiple of this, so that many rows share a block
+
+
+def sent(values: Sequence[Any], device: torch.device) -> Tensor:
+    """The host's numbers as a tensor on the device; the host waits for none of its own."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class LayerBuffers:
         keys = scores.shape[3]
         lengths = [length for step, length in self.deferred if step >= start]
         if min(lengths) < keys:
-            ends = torch.tensor(lengths).to(key.device, non_blocking=True)  # the host waits for none of its own values
+            ends = sent(lengths, key.device)
             scores += additive_mask(torch.arange(keys, device=key.device) < ends[:, None])
         if self.masks.parts:
             scores += self.masks.joined(start).transpose(1, 2)[..., :keys]

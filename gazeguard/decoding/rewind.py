@@ -29,6 +29,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from gazeguard import _compat
+from gazeguard.attention.buffers import sent
 from gazeguard.claims.parse import Claim
 from gazeguard.decoding.rerank import RerankProcessor, tokens_spelling
 from gazeguard.errors import UnsupportedError, given
@@ -287,7 +288,7 @@ class _Run:
             if any(new):
                 ended = list(map(bool, self._ended(stops).tolist()))
         if sum(row.done for row in self.rows) > done:
-            self.done = _sent([row.done for row in self.rows], self.done.device)
+            self.done = sent([row.done for row in self.rows], self.done.device)
 
     def _alternative(self, b: int, points: range) -> _Alternative | None:
         """Another continuation than the tokens ``points`` of a row; None where none is probable, or none may be tried."""
@@ -335,7 +336,7 @@ class _Run:
                 self.model_kwargs["attention_mask"] = self.ids.new_ones((len(self.rows), keys))
             _mask_keys(self.model_kwargs, b, [self.first_key + number for number in read])
         lost = self.ids.new_full((len(self.candidates) - len(row.tokens),), self.pad)
-        self.ids[b] = torch.cat((lost, self.prompt[b], _sent(row.tokens, self.ids.device)))
+        self.ids[b] = torch.cat((lost, self.prompt[b], sent(row.tokens, self.ids.device)))
 
     def table(self, values: Sequence[list[int]], filler: int) -> Tensor:
         """(batch, T) int64: lists of different lengths, filled up behind."""
@@ -401,17 +402,12 @@ def _prepare_cache(model_kwargs: dict[str, Any], length: int) -> None:
 def _mask_keys(model_kwargs: dict[str, Any], row: int, keys: Sequence[int]) -> None:
     """Mask these keys of a row for all later tokens, and let its next position be that of the first of them."""
     mask = model_kwargs["attention_mask"]
-    mask[row].index_fill_(0, _sent(keys, mask.device), 0)
+    mask[row].index_fill_(0, sent(keys, mask.device), 0)
     if (positions := model_kwargs.get("position_ids")) is not None:  # (..., batch or 1, length)
         batch = len(model_kwargs["attention_mask"])
         positions = positions.expand(*positions.shape[:-2], batch, -1).clone()
         positions[..., row, -1] = positions[..., row, keys[0]]
         model_kwargs["position_ids"] = positions
-
-
-def _sent(values: Sequence[int], device: torch.device) -> Tensor:
-    """The host's values (n,) on the device; it waits for none of its own."""
-    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def _processed(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, lost: Sequence[int]) -> Tensor:
@@ -420,6 +416,6 @@ def _processed(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, los
         return processors(ids, scores)
     processed = torch.empty_like(scores)
     for count in set(lost):
-        rows = _sent([b for b, lost_by_row in enumerate(lost) if lost_by_row == count], ids.device)
+        rows = sent([b for b, lost_by_row in enumerate(lost) if lost_by_row == count], ids.device)
         processed.index_copy_(0, rows, processors(ids[rows, count:], scores[rows]))
     return processed
