@@ -38,12 +38,12 @@ _BACK = frozenset(
 _SINGLE = frozenset(["a", "an", "one", "another", "each", "every", "this", "that"])
 
 _TAIL = r"[^,;.c|sBvbhiw'G]*(?:w[^,;.c|s']*)?"  # what hangs on an object, up to the next part of the sentence
-_HANGS = re.compile(_TAIL)
+_HANGS = re.compile(rf"G?{_TAIL}")  # with a stray mark of possession, of an owner of nothing
 _LEFT, _RIGHT = re.compile(r"(?:,?[c|]|,)$"), re.compile(r",?[c|]|,")
 _LISTED = re.compile(rf"[KX]{_TAIL}$")
 _COMMA_OF_LIST = re.compile(rf",(?=[KX]{_TAIL}$)")
 _LOOSE = re.compile(r"(?:D[aerngc]*)?$")  # an article and adjectives that the phrase left out
-_BEFORE = re.compile(r"r?(?:[ar](?=t))?[potq]+$")  # "in", "next to", "close to", "in front of"
+_BEFORE = re.compile(r"(?:[potq]*rr(?=o)|r?(?:[ar](?=t))?)[potq]+$")  # "in", "close to", "in front of", "with a lot of"
 # Where one clause ends and the next begins, given that something finite came before.
 _CLAUSE = re.compile(rf";|,?(?<!q)s|,?c(?=[Pr,]*(?:[KX]{_TAIL}(?<![tp])|[ih])[Bvb])|,(?=r?(?:h|i)[Bvb])")
 
@@ -163,7 +163,7 @@ def _cut_predicate(units: list[Unit], i: int) -> list[Unit] | None:
 
 def _cut_object(units: list[Unit], i: int) -> list[Unit] | None:
     codes = _codes(units)
-    if re.match(r"G[^,;.']", codes[i + 1 :]):  # an owner: "the man's hat" leaves "the hat"
+    if re.match(r"G[^,;.'c|]", codes[i + 1 :]):  # an owner: "the man's hat" leaves "the hat"
         the = "The" if units[i].text[:1].isupper() else "the"
         return [*units[:i], Unit("D", units[i].gap, the), *units[i + 2 :]]
     if codes[:i].endswith("G"):
@@ -273,6 +273,8 @@ def _cut_participle(units: list[Unit], k: int, j: int) -> list[Unit] | None:
     left, right = codes[:k], codes[j:]
     if led := re.search(r"[pqs]$", left):
         k, left = led.start(), left[: led.start()]
+    elif left.endswith("P") and units[k - 1].text.endswith(" of"):  # "in the middle of throwing a ball"
+        k, left = k - 1, left[:-1]
     if left == "":
         return [*units[j + 1 :]] if right.startswith(",") and re.search(r"[Bv]", right) else None
     if more := re.match(r",?[c|](?=r?g)", right):  # "wearing a hat and holding a cup" without its first half
