@@ -13,6 +13,8 @@ the altered model describes: does its detector rank false objects above true one
     noise       normal noise added, so many standard deviations of the features; other noise for other images
     places      the image's tokens in another order: what is there can be seen, and not where
     as it is    unaltered, with other seeds of the fit
+
+What is recorded is kept in ``--work FOLDER``: an interrupted run goes on from there.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from evals.common import Figure, figure
+from evals.common import Figure, Out, Quick, Work, figure, work_folder, write
 from evals.detection_figures import position_bins
 from gazeguard import lab
 from gazeguard.detection.cross_fitting import cross_fit
@@ -45,6 +48,7 @@ from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.lab.labels import LabelledClaims, label_claims, write_captions
 from gazeguard.lab.worlds import world
+from gazeguard.progress import track
 from gazeguard.vision.encoding import encode
 from gazeguard.vision.inputs import model_inputs
 
@@ -81,7 +85,8 @@ SUBJECTS = (
     Subject("partly", "places", 0),
     *(Subject("sighted", "as it is", seed) for seed in (2, 3, 4)),
 )
-FEW = SUBJECTS[:1]
+FULL = (SUBJECTS, Budget(scenes=240, images=0, swaps=2, strips=24, rerank=0), 100)  # models, budget, test drawings
+QUICK = (SUBJECTS[:1], Budget(scenes=12, images=0, swaps=1, strips=4, rerank=0), 8)
 
 
 class Answer(NamedTuple):
@@ -256,3 +261,15 @@ def _bank(model: Any, processor: Any) -> Tensor:
     model(**model_inputs(model, inputs), use_cache=False)
     handle.remove()
     return torch.cat(kept)
+
+
+def main(out: Out, work: Work = None, quick: Quick = False) -> None:
+    """Put blind models to the gate of a fit without labels."""
+    subjects, budget, test = QUICK if quick else FULL
+    with work_folder(work) as folder:
+        answers = {each: ask_gate(each, budget, test, folder / each.name) for each in track(subjects, "altered models")}
+    write(out, gate_figures(answers), quick, seed=TEST_SEED, drawings=budget.scenes, test=test)
+
+
+if __name__ == "__main__":
+    typer.run(main)

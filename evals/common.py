@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -33,10 +35,18 @@ Quick = Annotated[bool, typer.Option("--quick", help="Few images: under 45 secon
 Lab = Annotated[str, typer.Option("--lab", help="tiny or scenes: whose images, and, without --model, whose model.")]
 Model = Annotated[str | None, typer.Option("--model", help="Folder or hub id of another model, shown the lab's images.")]
 Artifacts = Annotated[str | None, typer.Option("--artifacts", help="Its gaze heads and detector; by default in its folder.")]
+Work = Annotated[Path | None, typer.Option("--work", help="Folder of what is recorded, to go on from; by default temporary.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the weights: float32, bfloat16; auto is the checkpoint's.")]
 
 Figure = dict[str, Any]
 DECODING = {"greedy": False, "sampled": True}  # do_sample of each
+
+
+@contextmanager
+def work_folder(work: Path | None) -> Iterator[Path]:
+    """The folder of ``--work``; without one a temporary folder, which is removed at the end."""
+    with TemporaryDirectory() as temporary:
+        yield work or Path(temporary)
 
 
 def figure(value: float, interval: tuple[float, float] | None = None) -> Figure:

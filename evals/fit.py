@@ -7,27 +7,27 @@ captions of OpenMoji training scenes with labels. AUROC of objects is the mean w
 regression on text features fitted on the same drawings, paired; ``over_its_text_features``: over one on the two of them that
 the detector itself has; ``over_token_nll``: over the log-probability of the token. ``ece``: calibration error on the other
 world; ``outside_domain``: share of the test captions that are unlike the drawings, and *unchecked* for that. ``rerank_*``: what
-was measured for rerank with the shipped detector. ``gate_*``: what the gate answers to models that are blind, or nearly;
-see `evals.blind_models`. The drawings, captions and swaps are those of `gazeguard fit`.
+was measured for rerank with the shipped detector. The drawings, captions and swaps are those of `gazeguard fit`.
+What the gate answers to blind models is measured by `evals.blind_models`.
 
 What is recorded is kept in ``--work FOLDER``: an interrupted run goes on from there."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
 
-from evals.blind_models import FEW, SUBJECTS, Subject, ask_gate, gate_figures, recorded, text_only, together
-from evals.common import Figure, Out, Quick, auroc, figure, over_images, write
+from evals.blind_models import recorded, text_only, together
+from evals.common import Figure, Lab, Out, Quick, Work, auroc, figure, over_images, work_folder, write
 from evals.detection_figures import position_bins
-from gazeguard import lab
+from evals.subject import Chosen, Subject, subject
 from gazeguard.detection.calibration import calibration_error
 from gazeguard.detection.cross_fitting import cross_fit
 from gazeguard.detection.detector import Detector
@@ -41,7 +41,7 @@ from gazeguard.fitting.run import Budget, Fitted, fit
 from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.lab.labels import label_claims, write_captions
-from gazeguard.lab.worlds import World, world
+from gazeguard.lab.worlds import World
 from gazeguard.progress import track
 
 SEED, LABELLED_SEED, PICTURES_SEED = 200, 31, 77  # of the test images, the labelled captions, and the user's images
@@ -54,7 +54,7 @@ F64 = NDArray[np.float64]
 @dataclass(frozen=True)
 class Sizes:
     """How much is recorded: drawings, a user's images, captions with labels, test captions, swaps per caption, comic pages for
-    the gaze heads (0: those that ship), and the models that are put to the gate."""
+    the gaze heads (0: those that ship), and drawings on which each prompt is tried."""
 
     drawings: int
     pictures: int
@@ -62,27 +62,23 @@ class Sizes:
     test: int
     swaps: int = 2
     strips: int = 24
-    subjects: tuple[Subject, ...] = SUBJECTS
+    probes: int = 8
 
     @property
     def budget(self) -> Budget:
-        return Budget(self.drawings, self.pictures, self.swaps, max(1, self.strips), rerank=0)
+        return Budget(self.drawings, self.pictures, self.swaps, max(1, self.strips), rerank=0, probes=self.probes)
 
 
-FULL = {"tiny": Sizes(192, 0, 0, 200, strips=0), "scenes": Sizes(96, 200, 120, 144), "gate": Sizes(240, 0, 0, 100)}
-QUICK = {
-    "tiny": Sizes(24, 0, 0, 24, 1, 0),
-    "scenes": Sizes(8, 2, 12, 8, 1, 0),
-    "gate": Sizes(12, 0, 0, 8, 1, 4, FEW),
-}
+FULL = {"tiny": Sizes(192, 0, 0, 200, strips=0), "scenes": Sizes(96, 200, 120, 144)}
+QUICK = {"tiny": Sizes(24, 0, 0, 24, 1, 0), "scenes": Sizes(4, 1, 8, 6, 1, 0, probes=1)}
 
 
-def tiny(size: Sizes, folder: Path) -> dict[str, Figure]:
+def tiny(measured: Subject, size: Sizes, folder: Path) -> dict[str, Figure]:
     """The tiny lab: both detectors on the same captions."""
-    model, processor = lab.load()
-    shipped = GazeGuard(model, processor)
-    fitted = fit(model, processor, folder / "tiny", budget=size.budget, styles=["pictographs"], heads=shipped.heads)
-    test = captioned(shipped, world("tiny"), "test", size.test, SEED, True, folder / "tiny-captions").rows
+    shipped = measured.guard()
+    options: dict[str, Any] = {"budget": size.budget, "styles": ["pictographs"], "heads": shipped.heads}
+    fitted = fit(measured.model, measured.processor, folder / "tiny", **options)
+    test = captioned(shipped, measured.world, "test", size.test, SEED, True, folder / "tiny-captions").rows
     return tiny_figures(given(fitted.detector), shipped, test)
 
 
@@ -99,17 +95,10 @@ def tiny_figures(label_free: Detector, shipped: GazeGuard, test: Rows) -> dict[s
     return found | rerank_figures(given(shipped.detector), "tiny")
 
 
-def gate(size: Sizes, folder: Path) -> dict[str, Figure]:
-    """The gate's answers to models that are blind, or nearly."""
-    subjects = track(size.subjects, "altered models")
-    return gate_figures({each: ask_gate(each, size.budget, size.test, folder / "gate" / each.name) for each in subjects})
-
-
-def scenes(size: Sizes, folder: Path) -> dict[str, Figure]:
+def scenes(measured: Subject, size: Sizes, folder: Path) -> dict[str, Figure]:
     """The scenes lab: from pictographs to OpenMoji."""
-    model, processor = lab.load("scenes")
-    other = world("scenes")
-    shipped = GazeGuard(model, processor)
+    model, processor, other = measured.model, measured.processor, measured.world
+    shipped = measured.guard()
     heads = None if size.strips else shipped.heads
     images = folder / "pictures"
     images.mkdir(parents=True, exist_ok=True)
@@ -249,22 +238,16 @@ def outside(test: Recorded, detector: Detector) -> Figure:
     return over_images(len(answers), lambda drawn: float(np.average(answers, weights=drawn)))
 
 
-MEASURED = {"tiny": tiny, "scenes": scenes, "gate": gate}
+MEASURED: dict[str, Callable[[Subject, Sizes, Path], dict[str, Figure]]] = {"tiny": tiny, "scenes": scenes}
 
 
-def main(
-    out: Out,
-    part: Annotated[str, typer.Option("--lab", help="tiny, scenes, gate (altered models of the tiny lab), or all.")] = "all",
-    work: Annotated[Path | None, typer.Option(help="Folder of what is recorded, to go on from; by default temporary.")] = None,
-    quick: Quick = False,
-) -> None:
+def main(out: Out, lab: Lab = "tiny", work: Work = None, quick: Quick = False) -> None:
     """Measure fits without labels."""
-    chosen = list(MEASURED) if part == "all" else [part]
-    figures: dict[str, Figure] = {}
-    with TemporaryDirectory() as temporary:
-        for name in track(chosen, "fits without labels"):
-            figures |= MEASURED[name]((QUICK if quick else FULL)[name], work or Path(temporary))
-    write(out, figures, quick, seed=SEED, labs=chosen)
+    measured, size = subject(Chosen(lab)), (QUICK if quick else FULL)[lab]
+    with work_folder(work) as folder:
+        figures = MEASURED[lab](measured, size, folder)
+    command = f"evals.fit{measured.options()}"
+    write(out, figures, quick, checkpoint=measured.folder, seed=SEED, command=command, **measured.meta(), **asdict(size))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ RESULT_KEYS = {
         "scenes_auroc_label_free_other_style", "scenes_auroc_labelled", "scenes_lift_label_free",
         "scenes_auroc_label_free_with_pictures", "scenes_ece_label_free",
     ],
-    "fit_gate": [
+    "blind_models": [
         "tiny_gate_blind_models", "tiny_gate_blind_accepted", "tiny_gate_sighted_models", "tiny_gate_sighted_accepted",
     ],
     "reading": [
@@ -201,6 +201,8 @@ def test_a_staircase_counts_the_tokens_that_describe():
         ("soak", ["memory_growth", "rows_lost", "interrupted_equal", "minutes"]),
         ("laws", ["mark_ids_identical", "live_replay_gaze_difference"]),
         ("mitigation", [*ISSUE_KEYS["mitigation"], "drop_false_removed_at_10", "tiny_rewind_under_frontier"]),
+        ("fit", RESULT_KEYS["fit"]),
+        ("blind_models", RESULT_KEYS["blind_models"]),
         ("missed_objects", ["recall_change_sampled", "chair_i_change_sampled", "new_share_sampled"]),
         ("serving", ["serving_throughput_ratio", "serving_p99_seconds", "serving_overload_lost", "serving_overload_mixed"]),
         ("filtering", ["throughput_ratio", "rows_per_second", "rows_exactly_once", "byte_equal", "kills"]),
@@ -240,6 +242,13 @@ def test_each_evaluation_runs_and_names_its_figures(name, keys, tmp_path):
             "mitigation",
             ["rewind_chair_i_reduction", "rewind_recall_change", "rerank_under_frontier", "rewind_under_frontier"],
         ),
+        (
+            "fit",
+            [
+                "auroc_label_free_other_style", "auroc_labelled", "lift_label_free", "auroc_label_free_with_pictures",
+                "ece_label_free",
+            ],
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.slow
@@ -251,16 +260,6 @@ def test_evaluations_run_in_the_scenes_lab(name, keys, tmp_path):
         [sys.executable, "-m", f"evals.{name}", "--lab", "scenes", "--out", str(out), "--quick"], check=True, cwd=ROOT
     )
     assert {f"scenes_{key}" for key in keys} <= set(json.loads(out.read_text())["figures"])
-
-
-@pytest.mark.slow
-@needs_scenes
-def test_fits_without_labels_run_in_both_labs(tmp_path):
-    """`python -m evals.fit --out FILE --quick` writes the figures by the keys of the issue."""
-    out = tmp_path / "out.json"
-    subprocess.run([sys.executable, "-m", "evals.fit", "--out", str(out), "--quick"], check=True, cwd=ROOT)
-    keys = {key for name in ("fit", "fit_scenes", "fit_gate") for key in RESULT_KEYS[name]}
-    assert keys <= set(json.loads(out.read_text())["figures"])
 
 
 @torch.no_grad()

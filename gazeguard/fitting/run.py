@@ -56,7 +56,6 @@ STATE_FOLDER = "fit-state"
 CHUNK = 24  # images that are captioned and altered together, and kept as one file
 MIN_IMAGE_TOKENS = 36  # of a drawing; smaller ones are enlarged
 SIDES = (144, 288, 448, 672)
-PROBED = 8  # images on which a prompt is tried
 # Beside what the drawn worlds' own prompts are; one that a model does not answer with claims is left out.
 PROMPTS = (DEFAULT_PROMPT, "Describe the picture and say where everything is.", "Describe the image in detail.")
 FIRST_PICTURE, FIRST_LABELLED = 10**6, 2 * 10**6  # numbers of images that are not drawn
@@ -72,6 +71,7 @@ class Budget:
         swaps: Per caption.
         strips: Comic pages for the gaze heads at most.
         rerank: Drawn images on which the evidence that rerank may use is measured; 0 leaves it out.
+        probes: Drawn images of each style on which each prompt is tried.
     """
 
     scenes: int
@@ -79,6 +79,7 @@ class Budget:
     swaps: int = 3
     strips: int = 48
     rerank: int = 32
+    probes: int = 8
 
 
 BudgetName = Literal["quick", "standard", "thorough"]
@@ -258,7 +259,9 @@ class _Recorder:
         chunks = [(style, first, min(CHUNK, each_style - first)) for first in firsts for style in styles]
         prompts = {
             style: self._kept(
-                f"prompts-{self._digest((style, side, PROMPTS))}", Prompts, partial(self._answered, style, side)
+                f"prompts-{self._digest((style, side, PROMPTS, self.budget.probes))}",
+                Prompts,
+                partial(self._answered, style, side),
             ).root
             for style in styles
         }
@@ -339,15 +342,16 @@ class _Recorder:
 
     def _answered(self, style: str, side: int) -> Prompts:
         """The prompts that the model answers with at least half as many claims as it does the world's own prompt."""
-        shown = drawn(style, 0, PROBED, self.seed + 1, side)
+        probes = self.budget.probes
+        shown = drawn(style, 0, probes, self.seed + 1, side)
         tried = [
-            replace(each, number=turn * PROBED + each.number, prompt=prompt or each.prompt)
+            replace(each, number=turn * probes + each.number, prompt=prompt or each.prompt)
             for turn, prompt in enumerate(("", *PROMPTS))
             for each in shown
         ]
         claims: Counter[int] = Counter()
         for written in write(self.guard, tried, False):
-            claims[written.shown.number // PROBED] += len(written.decided)
+            claims[written.shown.number // probes] += len(written.decided)
         return Prompts(tuple(prompt for turn, prompt in enumerate(PROMPTS, start=1) if claims[turn] * 2 >= claims[0]))
 
 
