@@ -41,5 +41,8 @@ def invented(samples: Any, reports: Any) -> int:
 def two_lengths(vlm: tuple) -> tuple[list, list[str], dict[str, Tensor]]:
     """Samples, prompts and batch of twelve images with prompts of two lengths, so that rows are left-padded."""
     samples = lab.samples("validation", 12, seed=7)
-    prompts = ["Describe panel one." if i % 3 == 0 and s.drawing.panels else s.prompt for i, s in enumerate(samples)]
-    return samples, prompts, encode(*vlm, [s.image for s in samples], prompts).inputs
+    long = "Describe the panels in any order."
+    prompts = [long if i % 3 == 0 and s.drawing.panels else s.prompt for i, s in enumerate(samples)]
+    inputs = encode(*vlm, [s.image for s in samples], prompts).inputs
+    assert not inputs["attention_mask"][:, 0].all(), "a row is padded"
+    return samples, prompts, inputs

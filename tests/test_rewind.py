@@ -37,6 +37,12 @@ def batch(lab_vlm):
     return two_lengths(lab_vlm)
 
 
+@pytest.fixture(scope="module")
+def few(batch):
+    """Four of them, two with a phrase that is rolled back."""
+    return {name: value[4:8] for name, value in batch[2].items()}
+
+
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
@@ -104,22 +110,22 @@ def test_a_banned_token_never_comes_back_where_it_stood():
         assert made.sequences[0, inputs["input_ids"].shape[1]] == order[min(budget, likely)]
 
 
-def test_without_a_budget_it_is_generate(lab_vlm, batch):
+def test_without_a_budget_it_is_generate(lab_vlm, few):
     """Greedy and sampled, ids and scores; the caption's reports, too."""
     model, _ = lab_vlm
     none = GazeGuard(*lab_vlm, policy=parse_policy({**REWIND, "rewind": {"budget": 0}}))
     mark = GazeGuard(*lab_vlm)
     for sample in (False, True):
         torch.manual_seed(1)
-        wanted = plain(model, batch[2], do_sample=sample, output_scores=True, return_dict_in_generate=True)
+        wanted = plain(model, few, do_sample=sample, output_scores=True, return_dict_in_generate=True)
         torch.manual_seed(1)
-        made = plain(none, batch[2], do_sample=sample, output_scores=True, return_dict_in_generate=True)
+        made = plain(none, few, do_sample=sample, output_scores=True, return_dict_in_generate=True)
         assert torch.equal(made.sequences, wanted.sequences)
         for t, (ours, theirs) in enumerate(zip(made.scores, wanted.scores, strict=True)):
-            going_on = wanted.sequences[:, batch[2]["input_ids"].shape[1] + t] != model.generation_config.pad_token_id
+            going_on = wanted.sequences[:, few["input_ids"].shape[1] + t] != model.generation_config.pad_token_id
             torch.testing.assert_close(ours[going_on], theirs[going_on], msg=f"word {t}")
         torch.manual_seed(1)
-        plain(mark, batch[2], do_sample=sample)
+        plain(mark, few, do_sample=sample)
         for ours, theirs in zip(none.reports, mark.reports, strict=True):
             assert [f.to_dict() | {"risk": 0} for f in ours.findings] == [f.to_dict() | {"risk": 0} for f in theirs.findings]
             np.testing.assert_allclose(ours.trace.gaze, theirs.trace.gaze, atol=1e-5)
@@ -165,7 +171,7 @@ def test_what_is_written_instead_is_a_sentence(batch, rewound):
     for report in rewound[0].reports:
         found = list(sentence.finditer(report.caption))
         assert " ".join(match[0] for match in found) == report.caption
-        panels = [match["panel"] for match in found]
+        panels = [match["panel"] for match in found if match["panel"]]
         assert len(set(panels)) == len(panels)
 
 
@@ -190,14 +196,16 @@ def test_a_row_is_written_as_if_alone(lab_vlm, batch, rewound):
         assert report.caption == rewound[0].reports[i].caption
 
 
-def test_static_caches_and_the_other_entrances_write_the_same(lab_vlm, batch, rewound):
+def test_static_caches_and_the_other_entrances_write_the_same(lab_vlm, few):
     model, _ = lab_vlm
     guard = GazeGuard(*lab_vlm, policy="rewind")
-    assert torch.equal(plain(guard, batch[2], cache_implementation="static"), rewound[1])
-    assert torch.equal(plain(model, batch[2], custom_generate=guard), rewound[1])
+    written = plain(guard, few)
+    assert not torch.equal(written, plain(model, few)), "something was rolled back"
+    assert torch.equal(plain(guard, few, cache_implementation="static"), written)
+    assert torch.equal(plain(model, few, custom_generate=guard), written)
     with guard.watch():
-        assert torch.equal(plain(model, batch[2]), rewound[1])
-    assert plain(guard, batch[2], return_dict_in_generate=True).get("cache") is None
+        assert torch.equal(plain(model, few), written)
+    assert plain(guard, few, return_dict_in_generate=True).get("cache") is None
 
 
 def test_sampling_rolls_back_too(lab_vlm, batch):
@@ -226,7 +234,7 @@ def test_a_stream_never_shows_what_is_rolled_back(lab_vlm, batch, rewound):
     samples, prompts, _ = batch
     guard = GazeGuard(*lab_vlm, policy="rewind")
     rewinds = 0
-    for i in range(6):
+    for i in (3, 4, 5):
         inputs = encode(*lab_vlm, [samples[i].image], [prompts[i]]).inputs
         stream = Collected()
         ids = plain(guard, inputs, streamer=stream)

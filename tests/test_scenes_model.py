@@ -270,7 +270,7 @@ def test_the_real_model_is_built_and_describes_what_it_sees(tmp_path):
     guard = GazeGuard(vlm, processor)  # raises where the heads or the detector in the folder are of other weights
     assert guard.detector is not None
     assert guard.heads.unusable == ""
-    drawn = [sample.truth for sample in samples("test", 8, seed=11)]
+    drawn = [sample.truth for sample in samples("test", 4, seed=11)]
     told = answers(vlm, processor, drawn, ["Describe the picture."] * len(drawn), 40)
     scores = truth.Scores()
     for image, caption in zip(drawn, told, strict=True):
