@@ -156,7 +156,8 @@ class GazeGuard(Fittable):
         lens = judging is None or judging.uses_lens
         self.tracer = Tracer(model, processor, gaze_heads, grid, lens, background=background)
         self.tracer.recorder.read_layer(rules.rerank.layer if rules.rerank is not None else None)
-        self.judge = Judge(judging, rules, gaze_heads.model, nlp, frozenset(nouns), _model_name(model))
+        unusable = gaze_heads.unusable.partition(". ")[0]
+        self.judge = Judge(judging, rules, gaze_heads.model, nlp, frozenset(nouns), _model_name(model), unusable)
         self.reports: list[Report] = []
 
     @classmethod
@@ -291,7 +292,11 @@ class GazeGuard(Fittable):
 
         with guard.steer({0: left, 20: right}):  # two boxes, the other one from the 20th new token on
             guard.caption(image, "Describe a panel.")
+
+        Raises:
+            UnsupportedError: The gaze heads are unusable.
         """
+        self.heads.check_usable()
         with self.tracer.steer(SteeringTarget(targets, strength, mode, prompt, image)):
             yield self
 
@@ -564,7 +569,7 @@ def _as_policy(policy: Any) -> Policy:
 
 
 def _find_artifacts(model: PreTrainedModel, heads: Any, detector: Any, artifacts: Any) -> tuple[GazeHeads, Detector | None]:
-    """The gaze heads and the detector, given or beside one another."""
+    """The gaze heads and the detector, given or beside one another; no detector where the heads are unusable."""
     for name, value, kind in (("heads", heads, GazeHeads), ("detector", detector, Detector)):
         if not isinstance(value, kind | str | Path | None):
             raise InputError(f"{name} is {value!r:.80}; expected {kind.__name__}, or the path or hub id of such a file.")
@@ -580,7 +585,7 @@ def _find_artifacts(model: PreTrainedModel, heads: Any, detector: Any, artifacts
         )
     heads = heads if isinstance(heads, GazeHeads) else GazeHeads.from_pretrained(heads)
     detector = Detector.from_pretrained(detector) if isinstance(detector, str | Path) else detector
-    return heads, detector
+    return heads, None if heads.unusable else detector
 
 
 def _optional(source: str | Path, name: str, remote: bool) -> Path | None:
@@ -598,14 +603,13 @@ def _optional(source: str | Path, name: str, remote: bool) -> Path | None:
 def _check_fit(model: PreTrainedModel, heads: GazeHeads, detector: Detector | None, policy: Policy) -> Policy:
     """Raise unless model, heads, detector and policy belong together; the policy with the strengths measured for rerank."""
     heads.check_model(model)
-    if heads.unusable:
-        raise UnsupportedError(f"These heads of {heads.model_class} are not worth watching. {heads.unusable}")
     if detector is not None:
         detector.check_heads(heads)
     elif policy.rewind is not None:
+        advice = heads.unusable or "Fit one with gazeguard fit."
         raise InputError(
-            f"Policy {policy.name!r} rolls back what a detector doubts, and there is none for this model. Fit one with "
-            "gazeguard fit, or choose a policy without rewind."
+            f"Policy {policy.name!r} rolls back what a detector doubts, and there is none for this model. {advice} Or choose a "
+            "policy without rewind."
         )
     if policy.verify is not None and (detector is None or not detector.uses_answers):
         raise MismatchError(

@@ -80,6 +80,7 @@ class Judge:
         nlp: A spaCy pipeline for the parser of captions; by default the package's own tagger.
         nouns: Nouns that are objects although the parser takes them for abstract ("radiation").
         model_name: What the model is called, for the reports.
+        unusable: Why the gaze heads are unusable; then there is no detector, and this is the reason of every verdict.
     """
 
     detector: Detector | None
@@ -88,6 +89,7 @@ class Judge:
     nlp: Parser | None = None
     nouns: frozenset[str] = frozenset()
     model_name: str = ""
+    unusable: str = ""
 
     @property
     def fitted(self) -> Detector:
@@ -122,12 +124,10 @@ class Judge:
         claims = _judged_claims(caption)
         if not claims:
             return Assessment(trace, _nothing_claimed(caption), caption)
-        if self.detector is None:
-            return Assessment(trace, "no detector is fitted for this model", caption)
         if reason := self._refused():
             return Assessment(trace, reason, caption)
-        not_judged = tuple(kind for kind in caption.kinds if kind not in self.detector.kinds)
-        if not (claims := [claim for claim in claims if claim.kind in self.detector.kinds]):
+        not_judged = tuple(kind for kind in caption.kinds if kind not in self.fitted.kinds)
+        if not (claims := [claim for claim in claims if claim.kind in self.fitted.kinds]):
             return Assessment(trace, "the detector knows none of the kinds of claims in the caption", caption, not_judged)
         if reason := _uncovered(trace, claims):
             return Assessment(trace, reason, caption, not_judged)
@@ -137,9 +137,9 @@ class Judge:
         values, kinds = features.features(trace, claims), [claim.kind for claim in claims]
         if reason := self._not_finite(trace, values, kinds):
             return Assessment(trace, reason, caption, not_judged)
-        if reason := _outside(self.detector, trace, values, caption.phrases):
+        if reason := _outside(self.fitted, trace, values, caption.phrases):
             return Assessment(trace, reason, caption, not_judged)
-        return Assessment(trace, "", caption, not_judged, degenerate, claims, values, self.detector.risk(values, kinds))
+        return Assessment(trace, "", caption, not_judged, degenerate, claims, values, self.fitted.risk(values, kinds))
 
     def questions(self, assessment: Assessment) -> tuple[Phrase, ...]:
         """The phrases that the model is to be asked about under a policy that verifies, each once: those of doubtful claims."""
@@ -227,8 +227,10 @@ class Judge:
         return Verdict.FLAG if doubtful else Verdict.UNCHECKED if why else Verdict.PASS, "; ".join(why)
 
     def _refused(self) -> str:
-        """Why the detector may judge nothing at all, or ""."""
-        gate = self.fitted.gate
+        """Why nothing at all may be judged, or ""."""
+        if self.detector is None:
+            return self.unusable or "no detector is fitted for this model"
+        gate = self.detector.gate
         return "" if gate is None or gate.usable else f"the detector is not usable for this model: {gate.reason}"
 
     def _not_finite(self, trace: GazeTrace, values: F64, kinds: Sequence[str]) -> str:

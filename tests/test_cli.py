@@ -15,10 +15,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from gazeguard import lab
+from gazeguard.artifacts import DETECTOR_FILE
 from gazeguard.cli import app
 from gazeguard.cli.console import count
 from gazeguard.cli.options import LAB_NOTE
 from gazeguard.fitting import read_captions
+from gazeguard.heads.artifact import GazeHeads
 from gazeguard.lab.truth import decided_claims, mentions
 from gazeguard.policy import load_policy, policy_folder, policy_names
 from gazeguard.progress import status, track
@@ -189,7 +191,29 @@ def test_own_comics_find_heads_and_unusable_ones_are_said(tmp_path):
     assert result.exit_code == 1, result.output
     assert "ranked by query over 2 strips" in result.stdout
     assert "No usable gaze heads" in result.stdout
-    assert "next: try other material: gazeguard heads " in result.stderr
+    assert "next: try comics that the model understands: gazeguard heads " in result.stderr
+
+
+def test_unusable_gaze_heads_leave_every_caption_unchecked(picture, lab_folder, tmp_path):
+    """check and filter give the verdict and its reason; a detector cannot be fitted to such heads."""
+    why = "No usable gaze heads: the best 2 of 48 heads attend to nothing. Find others."
+    GazeHeads.from_pretrained(lab_folder).model_copy(update={"unusable": why}).save_pretrained(tmp_path / "heads")
+    options = ["--model", str(lab_folder), "--artifacts", str(tmp_path / "heads")]
+    shutil.copy(lab_folder / DETECTOR_FILE, tmp_path / "heads")
+    checked = run(app, ["check", str(picture[0]), "--caption", "There is a red star.", "--json", *options])
+    report = json.loads(checked.stdout)
+    assert (checked.exit_code, report["verdict"]) == (2, "unchecked")
+    assert report["reason"] == why.partition(". ")[0]
+    assert "next: try comics that the model understands: gazeguard heads " in checked.stderr
+
+    rows = tmp_path / "rows.jsonl"
+    row = {"image": str(picture[0]), "caption": "There is a red star.", "objects": ["star"]}
+    rows.write_text(json.dumps(row))
+    filtered = run(app, ["filter", str(rows), str(tmp_path / "out"), "--json", *options])
+    assert (filtered.exit_code, json.loads(filtered.stdout)["reasons"]) == (2, {"unchecked": {"No usable gaze heads": 1}})
+    trained = run(app, ["train", str(rows), *options])
+    assert trained.exit_code == 2
+    assert why in " ".join(trained.stderr.split())
 
 
 def test_a_policy_is_shown_so_that_the_output_is_one_again(tmp_path):

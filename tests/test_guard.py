@@ -47,6 +47,18 @@ def test_mark_writes_what_plain_generate_writes(guard, how):
     assert len(guard.reports) == len(plain)
 
 
+def test_unusable_gaze_heads_judge_nothing_and_steer_nothing(guard):
+    """What generate writes is unchecked for that reason, and policies that need a detector are refused."""
+    heads = guard.heads.model_copy(update={"unusable": "No head follows the narration. Find others."})
+    blind = GazeGuard(guard.model, guard.processor, heads=heads, detector=guard.detector)
+    blind.generate(**batch_of(guard))
+    assert {(report.verdict, report.reason) for report in blind.reports} == {("unchecked", "No head follows the narration")}
+    with pytest.raises(UnsupportedError, match="No head follows the narration"), blind.steer((0, 0, 8, 8)):
+        pass
+    with pytest.raises(InputError, match="No head follows the narration"):
+        GazeGuard(guard.model, guard.processor, "rewind", heads=heads, detector=guard.detector)
+
+
 def test_three_ways_in_are_one(guard):
     """generate, watch and custom_generate give the same ids and traces."""
     inputs = batch_of(guard)

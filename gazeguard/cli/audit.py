@@ -25,7 +25,9 @@ def _subject(guarded: GuardOptions) -> GazeGuard | Unguarded:
 
     loaded = guarded.load()
     try:
-        return guarded.watch(*loaded)
+        guard = guarded.watch(*loaded)
+        guard.heads.check_usable()
+        return guard
     except (InputError, UnsupportedError) as error:
         if isinstance(error, InputError) and any((guarded.artifacts, guarded.heads, guarded.detector)):
             raise

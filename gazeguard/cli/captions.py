@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from gazeguard.cli.app import Outcome, app, command
-from gazeguard.cli.console import FAILED, FLAGGED, count, err, out, show_report
+from gazeguard.cli.console import FAILED, FLAGGED, count, err, other_heads, out, show_report
 from gazeguard.cli.options import BatchOption, GuardOptions, JsonOption, ModelOptions, PageOption, PromptOption
 from gazeguard.errors import GazeGuardError, InputError
 from gazeguard.progress import status, track
@@ -225,9 +225,11 @@ def _finish(guard: GazeGuard, guarded: GuardOptions, entries: Sequence[Entry], h
         html.write_text(page(entries), encoding="utf-8")
         err.print(f"replay page: {html}", soft_wrap=True, markup=False)
     verdicts = {entry.report.verdict for entry in entries}
-    if guard.detector is None:
-        folder = shlex.quote(guarded.artifacts or "DIR")
-        following = f"fit a detector, without labels: gazeguard fit {shlex.quote(guarded.model or 'lab')} --out {folder}"
+    model, folder = guarded.model or "lab", guarded.artifacts or "DIR"
+    if guard.heads.unusable:
+        following = other_heads(model, folder)
+    elif guard.detector is None:
+        following = f"fit a detector, without labels: {shlex.join(['gazeguard', 'fit', model, '--out', folder])}"
     elif html is not None:
         following = f"open {html} in a browser."
     else:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
@@ -100,6 +102,12 @@ def next_step(text: str) -> None:
     """Print what to do next on stderr, unless the command is quiet."""
     if not _quiet:
         err.print(Text.assemble(("next:", "bold"), " ", one_line(text)), soft_wrap=True)
+
+
+def other_heads(model: str, folder: str | Path) -> str:
+    """The next step where the gaze heads of a model are unusable."""
+    command = shlex.join(["gazeguard", "heads", model, "--material", "FOLDER", "--out", str(folder)])
+    return f"try comics that the model understands: {command}; docs/fitting.md has the format of FOLDER"
 
 
 def one_line(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,7 @@ from rich.markup import escape
 
 from gazeguard.artifacts import DETECTOR_FILE, HEADS_FILE
 from gazeguard.cli.app import Outcome, app, command
-from gazeguard.cli.console import FLAGGED, count, note, out, stoppable
+from gazeguard.cli.console import FLAGGED, count, note, other_heads, out, stoppable
 from gazeguard.cli.models import DEFAULT_FOLDER, MODELS, show_detector
 from gazeguard.cli.options import ModelOptions, PromptOption
 from gazeguard.prompts import DEFAULT_PROMPT
@@ -91,12 +90,8 @@ def _outcome(fitted: Fitted, folder: Path, loading: ModelOptions, model: str) ->
     if fitted.detector is None:
         out.print(f"{escape(fitted.refused)}", soft_wrap=True)
         kept = escape(str(folder / HEADS_FILE))
-        out.print(f"{kept} keeps the figures. It is marked as unusable: no command judges with it.", soft_wrap=True)
-        return Outcome(
-            f"try comics that the model understands: gazeguard heads {shlex.quote(model)} --material FOLDER --out "
-            f"{shlex.quote(str(folder))}; docs/fitting.md has the format of FOLDER",
-            FLAGGED,
-        )
+        out.print(f"{kept} keeps the figures. It is marked as unusable: every verdict will be unchecked.", soft_wrap=True)
+        return Outcome(other_heads(model, folder), FLAGGED)
     out.print(f"{count(len(fitted.heads.heads), 'gaze head')}; {files}: [bold]{escape(str(folder))}[/]", soft_wrap=True)
     show_detector(fitted.detector)
     if fitted.refused:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gazeguard.artifacts import DETECTOR_FILE, HEADS_FILE
 from gazeguard.cli.app import Outcome, app, command
-from gazeguard.cli.console import FLAGGED, count, out
+from gazeguard.cli.console import FLAGGED, count, other_heads, out
 from gazeguard.cli.options import ArtifactsOption, BatchOption, HeadsOption, ModelOptions
 from gazeguard.errors import InputError
 from gazeguard.progress import status
@@ -104,8 +104,7 @@ def heads(
         draw_heads(artifact).savefig((folder / HEADS_FILE).with_suffix(".png"), dpi=110)
     _show_heads(artifact, folder)
     if artifact.unusable:
-        following = f"try other material: gazeguard heads {shlex.quote(model)} --material FOLDER-OF-COMICS"
-        return Outcome(following if model != "show" else "find others: gazeguard heads MODEL --out DIR", FLAGGED)
+        return Outcome(other_heads("MODEL" if model == "show" else model, folder or "DIR"), FLAGGED)
     if model == "show":
         return Outcome("fit a detector for them, without labels: gazeguard fit MODEL --out DIR")
     return Outcome(f"fit a detector for them: gazeguard fit {shlex.quote(model)} --out {shlex.quote(str(folder))}")

@@ -189,7 +189,9 @@ def fit_detector(
 
     Raises:
         InputError: There are too few false or true claims.
+        UnsupportedError: The gaze heads are unusable.
     """
+    guard.heads.check_usable()
     examples, left_out = _examples(guard, captions, ask, batch_size)
     if not examples:
         raise InputError(

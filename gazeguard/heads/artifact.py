@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from gazeguard.artifacts import HEADS_FILE, find_file, push_folder, read_json
 from gazeguard.attention.backbone import Head, find_backbone, weight_of
-from gazeguard.errors import InputError, MismatchError
+from gazeguard.errors import InputError, MismatchError, UnsupportedError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -217,6 +217,11 @@ class GazeHeads(BaseModel):
         """(len(heads),) float64: the attention mass of some heads on the described panel."""
         index = {head: i for i, head in enumerate(self.all_heads)}
         return np.array([self.score(probe).mass[index[head]] for head in heads])
+
+    def check_usable(self) -> None:
+        """Raise `UnsupportedError`, with the reason, where the heads do not follow the narration."""
+        if self.unusable:
+            raise UnsupportedError(f"The gaze heads of {self.model_class} are unusable. {self.unusable}")
 
     def others(self) -> tuple[Head, ...]:
         """All heads that are not gaze heads."""

@@ -31,6 +31,7 @@ MAX_HEAD_BYTES = 8 * 2**20  # of the attention of single heads, in all: captions
 _WORD = re.compile(r"(?P<before>[^\w\s]*)(?P<word>\w[\w\u0300-\u036f]*(?:['\u2019\-]\w+)*)(?P<after>[^\w\s]*)|[^\w\s]+")
 # What to do where nothing on a page was checked: words of the reason -> next step. The first that fits counts.
 REMEDIES = {
+    "No usable gaze heads": "Find others with comics that the model understands: gazeguard heads MODEL --material FOLDER.",
     "no detector": "Fit a detector for this model: gazeguard fit MODEL --out DIR. Then give --artifacts DIR.",
     "far from all that": "Fit a detector on images like these: gazeguard fit MODEL --out DIR takes your own (--help).",
     "detector is not usable": "Fit it on more captions, or on labelled ones: gazeguard train ROWS.jsonl --model MODEL.",

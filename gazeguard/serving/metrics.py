@@ -18,6 +18,7 @@ from gazeguard.serving.tasks import Worker
 UNCHECKED_REASONS = (
     ("no caption", r"the text is no caption"),
     ("domain", r"far from all that"),
+    ("gaze heads", r"No usable gaze heads"),
     ("gate", r"detector is not usable"),
     ("cut off", r"cut off by the length limit"),
     ("caption", r"caption is empty|NUL characters|surrogate pair"),
