@@ -156,8 +156,7 @@ class GazeGuard(Fittable):
         lens = judging is None or judging.uses_lens
         self.tracer = Tracer(model, processor, gaze_heads, grid, lens, background=background)
         self.tracer.recorder.read_layer(rules.rerank.layer if rules.rerank is not None else None)
-        unusable = gaze_heads.unusable.partition(". ")[0]
-        self.judge = Judge(judging, rules, gaze_heads.model, nlp, frozenset(nouns), _model_name(model), unusable)
+        self.judge = Judge(judging, rules, gaze_heads.model, nlp, frozenset(nouns), _model_name(model), gaze_heads.unusable)
         self.reports: list[Report] = []
 
     @classmethod
@@ -292,11 +291,7 @@ class GazeGuard(Fittable):
 
         with guard.steer({0: left, 20: right}):  # two boxes, the other one from the 20th new token on
             guard.caption(image, "Describe a panel.")
-
-        Raises:
-            UnsupportedError: The gaze heads are unusable.
         """
-        self.heads.check_usable()
         with self.tracer.steer(SteeringTarget(targets, strength, mode, prompt, image)):
             yield self
 

@@ -229,7 +229,7 @@ class Judge:
     def _refused(self) -> str:
         """Why nothing at all may be judged, or ""."""
         if self.detector is None:
-            return self.unusable or "no detector is fitted for this model"
+            return self.unusable.partition(". ")[0] or "no detector is fitted for this model"
         gate = self.detector.gate
         return "" if gate is None or gate.usable else f"the detector is not usable for this model: {gate.reason}"
 

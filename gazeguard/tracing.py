@@ -192,7 +192,8 @@ class Tracer:
 
     @contextmanager
     def steer(self, target: SteeringTarget) -> Iterator[None]:
-        """Inside, whatever is recorded is steered."""
+        """Inside, whatever is recorded is steered; raises `UnsupportedError` where the gaze heads are unusable."""
+        self.heads.check_usable()
         before, self.steering = self.steering, target
         try:
             yield
