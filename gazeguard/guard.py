@@ -287,11 +287,12 @@ class GazeGuard(Fittable):
         prompt: bool = True,
         image: int = 0,
     ) -> Iterator[GazeGuard]:
-        """Inside, attention of the gaze heads is steered in what this guard does; arguments as of `SteeringTarget`.
+        """Inside, the attention of usable gaze heads is steered in what this guard does; arguments as of `SteeringTarget`.
 
         with guard.steer({0: left, 20: right}):  # two boxes, the other one from the 20th new token on
             guard.caption(image, "Describe a panel.")
         """
+        self.heads.check_usable()
         with self.tracer.steer(SteeringTarget(targets, strength, mode, prompt, image)):
             yield self
 

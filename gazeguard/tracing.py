@@ -192,8 +192,7 @@ class Tracer:
 
     @contextmanager
     def steer(self, target: SteeringTarget) -> Iterator[None]:
-        """Inside, whatever is recorded is steered; raises `UnsupportedError` where the gaze heads are unusable."""
-        self.heads.check_usable()
+        """Inside, whatever is recorded is steered."""
         before, self.steering = self.steering, target
         try:
             yield

@@ -22,7 +22,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from gazeguard import lab
 from gazeguard.artifacts import MAX_FILE_BYTES
 from gazeguard.errors import ArtifactError, InputError, MismatchError, UnsupportedError
-from gazeguard.guard import GazeGuard
 from gazeguard.heads import discovery
 from gazeguard.heads.artifact import GazeHeads, Score, fingerprint
 from gazeguard.heads.discovery import choose_heads, described_rows, find_heads, noun_rows, panel_mass, panel_shares
