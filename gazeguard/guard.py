@@ -149,9 +149,8 @@ class GazeGuard(Fittable):
         """
         _check_kinds(model, processor)
         self.model, self.processor = model, cast(Any, processor)
-        rules = _as_policy(policy)
         gaze_heads, judging = _find_artifacts(model, heads, detector, artifacts)
-        rules = _check_fit(model, gaze_heads, judging, rules)
+        rules = _check_fit(model, gaze_heads, judging, _as_policy(policy))
         self.verification = SelfVerification.for_model(model, processor) if rules.verify is not None else None
         lens = judging is None or judging.uses_lens
         self.tracer = Tracer(model, processor, gaze_heads, grid, lens, background=background)
