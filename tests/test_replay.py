@@ -448,8 +448,10 @@ def test_a_page_of_unchecked_captions_says_how_to_mend_it(show: Callable[..., Re
     assert replay.driver.find_element("id", "mend").is_displayed()
     assert "no detector is fitted for this model" in replay.text("#mend")
     assert "gazeguard fit MODEL --out DIR" in replay.text("#mend")
-    far = replace(unseen, reason="the image is far from all that the detector was fitted on")
-    assert "Fit a detector on images like these: gazeguard fit MODEL" in show([Entry("a", blank(), far)]).text("#mend")
+    far = [replace(unseen, reason=f"the image is far from all that the detector was fitted on ({n})") for n in range(2)]
+    replay = show([Entry("a", None, replace(unseen, reason="no image")), *(Entry("a", blank(), each) for each in far)])
+    assert "Fit a detector on images like these: gazeguard fit MODEL" in replay.text("#mend")
+    assert replay.text("#position") == "2 of 3"  # the first has no image to show
     replay = show(some())
     assert not replay.driver.find_element("id", "mend").is_displayed()
 

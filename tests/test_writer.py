@@ -29,7 +29,7 @@ from gazeguard.filtering.batches import open_image
 from gazeguard.filtering.caption_filter import NO_CAPTION, CaptionFilter, ignore_rows
 from gazeguard.filtering.readers import open_source
 from gazeguard.filtering.rows import COLUMNS
-from gazeguard.filtering.run import filter_files
+from gazeguard.filtering.run import filter_files, replay_entries
 from gazeguard.filtering.shard_writer import write_shards
 from gazeguard.filtering.verdicts import saved_report
 from gazeguard.filtering.writer import FILE_NAMES, Results, reason_category
@@ -171,7 +171,11 @@ def test_parquet_comes_back_as_parquet(caption_filter, rows, tmp_path):
     assert (summary["rows"], summary["files"]) == (ROWS, ["kept.parquet", "flagged.parquet", "excluded.parquet"])
     for place in ("kept", "flagged", "excluded"):
         written = pq.read_table(tmp_path / f"out/{place}.parquet")
-        assert written.schema.names == ["image", "when", "id", "caption", "prompt", *COLUMNS]
+        assert written.schema.names == ["image", "when", "id", "caption", "prompt", *COLUMNS, "gaze_row"]
+        assert written["gaze_row"].to_pylist() == [number + 1 for number in written["id"].to_pylist()]
+        source = open_source(tmp_path / f"out/{place}.parquet")
+        named = replay_entries(((row, saved_report(row)) for row in source.rows()), "image")
+        assert [entry.title for entry in named] == [f"row {number}" for number in written["gaze_row"].to_pylist()]
         assert written.schema.field("image").type == table.schema.field("image").type
         expected = read_lines(tmp_path / f"lines/{place}.jsonl")
         found = written.select(["id", *(name for name in COLUMNS if name != "gaze_reason")]).to_pylist()

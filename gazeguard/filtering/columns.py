@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gazeguard.filtering.readers import import_pyarrow
-from gazeguard.filtering.rows import COLUMNS
+from gazeguard.filtering.rows import COLUMNS, ROW_COLUMN
 from gazeguard.report import Report
 
 
@@ -64,7 +64,7 @@ def append_columns(table: Any, added: Mapping[str, Sequence[Any]]) -> Any:
             "box": pa.list_(pa.float64()),
         }
     )
-    types = {"gaze_risk": pa.float64(), "gaze_phrases": pa.list_(phrase)}
+    types = {"gaze_risk": pa.float64(), "gaze_phrases": pa.list_(phrase), ROW_COLUMN: pa.int64()}
     table = table.drop_columns([name for name in added if name in table.column_names])
     for name, values in added.items():
         table = table.append_column(name, pa.array(values, types.get(name, pa.string())))

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from gazeguard.errors import InputError, extra
 from gazeguard.filtering.messages import find_messages, read_conversation
-from gazeguard.filtering.rows import COLUMNS, IMAGE_SUFFIXES, Row, image_source
+from gazeguard.filtering.rows import COLUMNS, IMAGE_SUFFIXES, ROW_COLUMN, Row, image_source
 from gazeguard.filtering.shards import WebDataset
 from gazeguard.filtering.texts import check_encoding, decode, describe_error, marked_encoding, read_text
 from gazeguard.vision.images import MAX_IMAGE_BYTES
@@ -268,7 +268,7 @@ class ParquetTable:
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Iterate over the rows from number ``start`` on."""
-        columns = {self.image, self.caption, "prompt", *COLUMNS}
+        columns = {self.image, self.caption, "prompt", *COLUMNS, ROW_COLUMN}
         for path in self.paths:
             file = self._open(path)
             if start >= file.metadata.num_rows:
@@ -287,6 +287,7 @@ class ParquetTable:
                         _from_folder(image, path.parent),
                         row.get(self.caption),
                         prompt if isinstance(prompt, str) else None,
+                        number=row.get(ROW_COLUMN),
                     )
                 start = 0
 

@@ -14,6 +14,7 @@ IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".
 COLUMNS = (  # that a filter run adds to every row
     "gaze_verdict", "gaze_reason", "gaze_risk", "gaze_phrases", "gaze_caption", "gaze_policy", "gaze_version"
 )  # fmt: skip
+ROW_COLUMN = "gaze_row"  # that it also adds to tables, which are sorted by verdict: the number of the row in the input, from 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Row:
         caption: The caption; None where there is none.
         prompt: The prompt that the caption answers; None for the default.
         error: Why the row cannot be used; empty for a good one.
+        number: Of a table's row in the input of the filter run that wrote the table, from 1; None where nothing says it.
     """
 
     fields: dict[str, Any]
@@ -58,6 +60,7 @@ class Row:
     caption: Any = None
     prompt: str | None = None
     error: str = ""
+    number: int | None = None
 
 
 def image_source(value: Any, folder: Path) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -91,13 +91,17 @@ def replay_entries(
     """
     for number, (row, report) in enumerate(judged, 1):
         if include_passed or report.verdict != "pass":
-            name = row.fields.get(image)
-            if not isinstance(name, str) or URI.match(name):
-                name = row.fields.get("key")
-            elif Path(name).is_absolute():
-                name = Path(name).name
+            name = _image_name(row.fields.get(image, row.image)) or row.fields.get("key") or f"row {row.number or number}"
             opened = open_image(row.image, background)
-            yield Entry(str(name or f"row {number}"), opened if isinstance(opened, Image.Image) else None, report)
+            yield Entry(str(name), opened if isinstance(opened, Image.Image) else None, report)
+
+
+def _image_name(image: Any) -> str:
+    """The path of an image as its row has it, of absolute ones the name alone; "" where the row has none."""
+    path = image.get("path") if isinstance(image, Mapping) else image
+    if not isinstance(path, str | Path) or URI.match(str(path)):
+        return ""
+    return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 class _Rate(ProgressColumn):

@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 from gazeguard.errors import InputError, OutputError
 from gazeguard.filtering.columns import append_columns
 from gazeguard.filtering.readers import ImageFolder, ParquetTable, Source, WebDataset, import_pyarrow
+from gazeguard.filtering.rows import ROW_COLUMN
 from gazeguard.filtering.texts import describe_error
 
 try:
@@ -203,10 +204,13 @@ def _write_tables(source: ParquetTable, files: Mapping[str, IO[bytes]], results:
     """Write the rows of a table, each followed by its results, to the file of its verdict, or all to the only file."""
     pa = import_pyarrow()
     writers: dict[str, Any] = {}
+    number = 1
     with ExitStack() as stack:
         for batch in source.batches(TABLE_ROWS):
             rows = list(islice(results, batch.num_rows))
             added = {name: [row.values[name] for row in rows] for name in rows[0].values}
+            added[ROW_COLUMN] = list(range(number, number + len(rows)))
+            number += len(rows)
             table = append_columns(pa.Table.from_batches([batch]), added)
             table = table.replace_schema_metadata(None)  # datasets' own describes the columns before
             for name, file in files.items():

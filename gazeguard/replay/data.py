@@ -88,12 +88,14 @@ class PageData:
         return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
     def _remedy(self) -> list[str]:
-        """Where nothing was checked: the commonest reason, and what to do; else nothing."""
+        """Where nothing was checked: what helps most captions, behind a reason that calls for it; else nothing."""
         reports = [caption["report"] for caption in self.captions]
         if any(report["verdict"] != Verdict.UNCHECKED for report in reports):
             return []
-        (reason, _) = Counter(report["reason"] for report in reports).most_common(1)[0]
-        return [reason, next(remedy for words, remedy in REMEDIES.items() if words in reason)]
+        reasons = [report["reason"] for report in reports]
+        remedies = [next(remedy for words, remedy in REMEDIES.items() if words in reason) for reason in reasons]
+        (remedy, _) = Counter(remedies).most_common(1)[0]
+        return [reasons[remedies.index(remedy)], remedy]
 
     def _gaze(self, trace: GazeTrace, spans: Sequence[tuple[int, int]], regions: Sequence[tuple[str, Box]]) -> dict[str, Any]:
         """The attention on the image at each word, as base64 of bytes.
