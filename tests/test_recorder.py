@@ -185,7 +185,7 @@ def test_the_states_of_image_tokens_are_the_models_own(name):
     with AttentionRecorder(kind.model, backbone.heads()) as recorder:
         recorder.begin(announce(run.inputs))
         generate(kind.model, run.inputs)
-        rows, lens = recorder.collect(), recorder.logit_lens()
+        rows, lens = recorder.collect(), recorder.layer_lens(top=True)
         recorder.begin(announce(run.inputs))
         assert recorder.logit_lens() is None, "a new watch forgets"
         forward(kind.model, whole)

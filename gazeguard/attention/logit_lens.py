@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,34 +24,38 @@ class LogitLens:
         normed: (batch, N, width), the states after the final norm.
         known: (batch, N) bool, False for image tokens that were not captured.
         log_normalizer: (batch, N) float32, nats, the log of the sum over the vocabulary.
-        top_id: (batch, N) int64, the most probable token of each.
-        top_logprob: (batch, N) float32, nats, its log-probability.
+        top_id: (batch, N) int64, the most probable token of each; None where it was not asked for.
+        top_logprob: (batch, N) float32, nats, its log-probability; None, too.
     """
 
     backbone: Backbone
     normed: Tensor
     known: Tensor
     log_normalizer: Tensor
-    top_id: Tensor
-    top_logprob: Tensor
+    top_id: Tensor | None = None
+    top_logprob: Tensor | None = None
 
     @staticmethod
-    def from_states(backbone: Backbone, states: Tensor) -> LogitLens:
-        """Decode states (batch, N, width) before the final norm; NaN for image tokens that were not captured."""
+    def from_states(backbone: Backbone, states: Tensor, top: bool = False) -> LogitLens:
+        """Decode states (batch, N, width) before the final norm; NaN for image tokens that were not captured.
+
+        Args:
+            backbone: The model's parts.
+            states: The states.
+            top: Whether the most probable tokens are wanted: to find them takes a CPU longer than their probability.
+        """
         known, states = ~states.isnan().any(-1), states.nan_to_num()
         parts = []
-        for part in states.flatten(0, 1).split(backbone.logits_chunk):
+        for part in states.flatten(0, 1).split(backbone.states_chunk):
             normed = backbone.norm(part)
-            logits = backbone.unembed(normed)
-            most, token = logits.max(-1)
-            rest = logits.sub_(most[:, None]).exp_().sum(-1).log()  # in place, as logsumexp is not
-            parts.append((normed, most + rest, token, -rest))
-        normed, total, token, logprob = (torch.cat(values).unflatten(0, known.shape) for values in zip(*parts, strict=True))
-        return LogitLens(backbone, normed, known, total, token, logprob)
+            parts.append((normed, *_statistics(backbone.unembed_in_parts(normed), top)))
+        values = (torch.cat(values).unflatten(0, known.shape) for values in zip(*parts, strict=True))
+        return LogitLens(backbone, next(values), known, *values)
 
     def select(self, rows: Tensor | slice) -> LogitLens:
         """The lens of some rows of the batch."""
-        return LogitLens(self.backbone, *(value[rows] for value in list(vars(self).values())[1:]))
+        tensors: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def mean_states(self) -> Tensor:
         """(batch, width): the mean normed state of each row's image tokens, float32; NaN where none was captured."""
@@ -60,6 +66,27 @@ class LogitLens:
         """Log-probabilities (batch, W, N), nats, of tokens (batch, W) at each image token; -inf where it was not captured."""
         logs = self.backbone.unembed_tokens(token_ids, self.normed) - self.log_normalizer[:, None]
         return logs.masked_fill(~self.known[:, None], -torch.inf)
+
+
+def _statistics(parts: Iterable[tuple[int, Tensor]], top: bool) -> tuple[Tensor, ...]:
+    """The log of the sum over the vocabulary, and if wanted the most probable token and its log-probability, each (n,).
+
+    Args:
+        parts: Of the vocabulary, each with its first token: the logits (n, c).
+        top: Whether the most probable token is wanted.
+    """
+    totals, tops, ids = [], [], []
+    for first, logits in parts:
+        totals.append(logits.logsumexp(-1))
+        if top:
+            most, token = logits.max(-1)
+            tops.append(most)
+            ids.append(token + first)
+    total = torch.stack(totals).logsumexp(0)
+    if not top:
+        return (total,)
+    most, part = torch.stack(tops).max(0)
+    return total, torch.stack(ids).gather(0, part[None])[0], most - total
 
 
 def attended_logprobs(lens: LogitLens, gaze: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,15 +128,16 @@ class ImageStates:
         before = torch.full_like(index, torch.nan, dtype=states.dtype) if self.states is None else self.states
         self.states, self._lens = torch.where(here[..., None], states.gather(1, index), before), None
 
-    def lens(self, backbone: Backbone, beams: Tensor | None = None) -> LogitLens | None:
+    def lens(self, backbone: Backbone, beams: Tensor | None = None, top: bool = False) -> LogitLens | None:
         """The logit lens on them; None when nothing was captured.
 
         Args:
             backbone: The model's parts.
             beams: (captions, T) int64, the row of the batch of each caption's tokens; by default the rows themselves.
+            top: Whether the most probable tokens are wanted.
         """
         if self.states is None:
             return None
-        if self._lens is None:
-            self._lens = LogitLens.from_states(backbone, self.states)
+        if self._lens is None or (top and self._lens.top_id is None):
+            self._lens = LogitLens.from_states(backbone, self.states, top)
         return self._lens if beams is None else self._lens.select(beams[:, 0].to(self.states.device))

@@ -248,8 +248,13 @@ class AttentionRecorder:
         """
         return None if self._recording is None else self._recording.image_states.lens(self.backbone, beams)
 
-    def layer_lens(self) -> LogitLens | None:
-        """`logit_lens` on the states that enter the layer of `read_layer`, decoded as if they were the last."""
-        if self._read_layer is None or self._recording is None:
-            return self.logit_lens()
-        return self._recording.middle_states.lens(self.backbone)
+    def layer_lens(self, top: bool = False) -> LogitLens | None:
+        """`logit_lens` on the states that enter the layer of `read_layer`, decoded as if they were the last.
+
+        Args:
+            top: Whether the most probable tokens are wanted.
+        """
+        if (recording := self._recording) is None:
+            return None
+        states = recording.image_states if self._read_layer is None else recording.middle_states
+        return states.lens(self.backbone, top=top)

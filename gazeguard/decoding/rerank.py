@@ -99,10 +99,10 @@ class RerankProcessor(LogitsProcessor):
 
     def _tokens_shown(self, rows: int) -> Tensor:
         """`_shown`, read off the states of the image tokens in the prompt's pass."""
-        lens = self.recorder.layer_lens()
-        if lens is None or not (self._end_strength or self._object_strength):
+        lens = self.recorder.layer_lens(top=True) if self._end_strength or self._object_strength else None
+        if lens is None:
             return torch.full((rows, 1), -1, device=self.recorder.model.device)
-        shown = lens.top_id.masked_fill(~(lens.known & (lens.top_logprob > math.log(SHOWN))), -1)
+        shown = given(lens.top_id).masked_fill(~(lens.known & (given(lens.top_logprob) > math.log(SHOWN))), -1)
         names = {token: self.tokenizer.decode([token]).strip() for token in shown.unique().tolist() if token >= 0}
         words = [token for token, name in names.items() if name.isalpha() and len(name) > 2]
         return shown.masked_fill(~torch.isin(shown, shown.new_tensor(words)), -1)
