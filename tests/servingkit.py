@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ def load_held(folder: Path) -> Any:
     """
     from gazeguard.guard import GazeGuard
     from gazeguard.serving.model import Model
+    from gazeguard.tracing import Prepared
 
     class HeldGuard(GazeGuard):
-        def check_all(self, images: Sequence[Any], captions: Sequence[str], prompt: Any = "") -> list[Any]:
-            if HELD in captions:
+        def check_prepared(self, prepared: Prepared) -> list[Any]:
+            if any(HELD in part.captions for part in prepared.parts):
                 (folder / "begun").write_text("")
                 signal.pause()
-            return super().check_all(images, captions, prompt)
+            return super().check_prepared(prepared)
 
     if (folder / "loaded").exists():
         (folder / "go").read_text()

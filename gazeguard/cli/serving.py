@@ -64,7 +64,6 @@ def serve(
     config = uvicorn.Config(
         create_app(worker, guarded.model or "lab", limits, key),
         log_level="warning",
-        limit_concurrency=8 * queue,  # beyond what the queue answers with 429, connections get 503
         timeout_graceful_shutdown=int(timeout) + 1,
     )
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"

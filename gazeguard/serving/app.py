@@ -62,12 +62,12 @@ def create_app(worker: Worker, name: str = "gazeguard", limits: Limits | None = 
     return app
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-def _require_key(request: Request) -> None:
+async def _require_key(request: Request) -> None:
     """Raise `RefusedError` for a request without the key, if there is one."""
     key = request.app.state.api_key
     bearer = request.headers.get("authorization", "").removeprefix("Bearer ")

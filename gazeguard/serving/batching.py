@@ -1,6 +1,7 @@
-"""Batching queue: jobs that wait, and the one thread that the model belongs to. Jobs that may share a batch do.
+"""Batching queue: jobs that wait, and the threads that hand them to the model. Jobs that may share a batch do.
 
-There is no time to wait for company: a free worker takes what is there, and what arrives meanwhile is the next batch.
+There is no time to wait for company: an idle worker takes what is there, and what arrives meanwhile is the next batch. Once
+that is full it is handed over, so that the worker prepares it beside the batch it works on, and goes on with it at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from gazeguard.serving.limits import RefusedError
+from gazeguard.serving.limits import LANES, RefusedError
 
 SMOOTHING = 0.2  # weight of the newest batch in the seconds per job
 MAX_RETRY_AFTER = 60  # seconds
@@ -43,27 +44,29 @@ class Job:
 
 
 class BatchQueue:
-    """Jobs in the order of their arrival, and the thread that works them off.
+    """Jobs in the order of their arrival, and the threads that have them worked off, in batches of one kind.
 
     An error of a batch of several is no error of each: they are tried again one by one, so that one row that the model refuses
-    costs no other its answer; but a `RefusedError` is for all of them. The thread outlives whatever a job raises.
+    costs no other its answer; but a `RefusedError` is for all of them. The threads outlive whatever a job raises.
     """
 
     def __init__(self, batch: int, room: int, observe: Callable[[int, float], None] = lambda rows, seconds: None) -> None:
-        """Start the worker.
+        """Start the threads.
 
         Args:
             batch: Jobs in a batch at most.
             room: Jobs that may wait.
-            observe: Told the number of jobs and the seconds of every batch.
+            observe: Told the number of jobs of every batch, and the seconds since it began or the one before it ended.
         """
         self.batch, self.room, self.observe = batch, room, observe
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._seconds_per_job = 0.0
-        self._thread = threading.Thread(target=self._work, name="gazeguard-worker", daemon=True)
-        self._thread.start()
+        self._running = 0  # batches
+        self._ended = self._seconds_per_job = 0.0
+        self._threads = [threading.Thread(target=self._work, name="gazeguard-worker", daemon=True) for _ in range(LANES)]
+        for thread in self._threads:
+            thread.start()
 
     def __len__(self) -> int:
         """The number of jobs that wait."""
@@ -85,39 +88,51 @@ class BatchQueue:
                 raise RefusedError(503, "The server is stopping. Try again later.", 1)
             if len(self._waiting) + len(jobs) > self.room:
                 after = min(MAX_RETRY_AFTER, max(1, math.ceil(len(self._waiting) * self._seconds_per_job)))
-                raise RefusedError(429, f"{len(self._waiting)} captions are waiting, and no more may. Try again later.", after)
+                what = f"{len(self._waiting)} captions are waiting, and only {self.room} may. Try again later."
+                raise RefusedError(429, what, after)
             self._waiting.extend(jobs)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Take no more jobs, finish those that wait, and end the worker."""
+        """Take no more jobs, finish those that wait, and end the threads."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _work(self) -> None:
         while jobs := self._next():
             start = time.perf_counter()
             _answer(jobs)
-            seconds = time.perf_counter() - start
-            pace = seconds / len(jobs)
-            self._seconds_per_job += (pace - self._seconds_per_job) * (SMOOTHING if self._seconds_per_job else 1)
+            with self._changed:
+                end = time.perf_counter()
+                seconds = end - max(start, self._ended)
+                self._ended, self._running = end, self._running - 1
+                pace = seconds / len(jobs)
+                self._seconds_per_job += (pace - self._seconds_per_job) * (SMOOTHING if self._seconds_per_job else 1)
+                self._changed.notify_all()
             self.observe(len(jobs), seconds)
 
     def _next(self) -> list[Job]:
-        """The next batch: the first job, and the first of those that may share its batch; empty once the queue is closed."""
+        """The next batch; empty once the queue is closed and no job waits."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._closed or self._due())
+                if not (jobs := self._due()):
                     return []
-                run = self._waiting[0].run
-                jobs = [job for job in self._waiting if job.run == run][: self.batch]
                 taken = set(map(id, jobs))
                 self._waiting = deque(job for job in self._waiting if id(job) not in taken)
                 if live := [job for job in jobs if job.future.set_running_or_notify_cancel()]:
+                    self._running += 1
                     return live
+
+    def _due(self) -> list[Job]:
+        """The first job and the first of those that may share its batch; none while the worker is busy and that is not full."""
+        if not self._waiting:
+            return []
+        jobs = [job for job in self._waiting if job.run == self._waiting[0].run][: self.batch]
+        return jobs if not self._running or self._closed or len(jobs) == self.batch else []
 
 
 def _answer(jobs: Sequence[Job]) -> None:

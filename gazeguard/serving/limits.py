@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from gazeguard.errors import GazeGuardError
 
 MAX_CONVERSATIONS = 64  # of one request
+CALLERS = 8  # requests under way for each caption that may wait: most of them are answered with 429
+LANES = 2  # batches that a worker has at a time: one that it works on, one that it prepares
 DEFAULT_NEW_TOKENS = 256  # of a caption, where the request does not say
 
 
@@ -30,6 +32,11 @@ class Limits:
     batch: int = 8
     new_tokens: int = 1024
 
+    @property
+    def requests(self) -> int:
+        """Requests under way at most, those included that are still being read."""
+        return CALLERS * self.queue
+
 
 class RefusedError(GazeGuardError):
     """A request that the server does not serve now, or at all.
@@ -46,4 +53,5 @@ class RefusedError(GazeGuardError):
     @property
     def headers(self) -> dict[str, str]:
         """The headers of the answer."""
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return headers if self.retry_after is None else headers | {"Retry-After": str(self.retry_after)}

@@ -16,24 +16,29 @@ class BoundedBody:
     """Reads a request's body before the application sees it.
 
     One that is too large is answered with 413 once the rest has been read and dropped (a client that is still sending would not
-    read the answer), one that takes too long with 408.
+    read the answer), one that takes too long with 408, and one too many with 503.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app, self.limits = app, limits
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
+        self._under_way += 1
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                body = await self._body(receive)
-        except TimeoutError:
-            body = RefusedError(408, f"The request was not complete within {self.limits.seconds:g} seconds. Send it again.")
-        if isinstance(body, RefusedError):
-            await error_response(body.status, str(body))(scope, receive, send)
+            await self._serve(scope, receive, send)
+        finally:
+            self._under_way -= 1
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await self._body(receive, crowded=self._under_way > self.limits.requests)
+        except RefusedError as error:
+            await error_response(error.status, str(error), headers=error.headers)(scope, receive, send)
             return
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -42,17 +47,26 @@ class BoundedBody:
 
         await self.app(scope, replay, send)
 
-    async def _body(self, receive: Receive) -> bytes | RefusedError:
-        body, most, size, more = bytearray(), self.limits.body_bytes, 0, True
-        while more:
-            message = await receive()
-            piece, more = message.get("body", b""), message.get("more_body", False)
-            size += len(piece)
-            if size <= most:
-                body += piece
-        return (
-            bytes(body) if size <= most else RefusedError(413, f"The request is larger than {most} bytes. Send less at once.")
-        )
+    async def _body(self, receive: Receive, crowded: bool) -> bytes:
+        limits, body, size, more = self.limits, bytearray(), 0, True
+        most = 0 if crowded else limits.body_bytes
+        try:
+            async with asyncio.timeout(limits.seconds):
+                while more:
+                    message = await receive()
+                    piece, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(piece)
+                    if size <= most:
+                        body += piece
+        except TimeoutError as error:
+            raise RefusedError(
+                408, f"The request was not complete within {limits.seconds:g} seconds. Send it again."
+            ) from error
+        if crowded:
+            raise RefusedError(503, f"{limits.requests} requests are under way, and no more may. Try again later.", 1)
+        if size > most:
+            raise RefusedError(413, f"The request is larger than {most} bytes. Send less at once.")
+        return bytes(body)
 
 
 class Measured:

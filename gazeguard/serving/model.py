@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,14 +31,21 @@ class Model:
 
     def __init__(self, guard: GazeGuard) -> None:
         self.guard = guard
+        self._lock = threading.Lock()  # a guard serves one thread at a time
         self.facts = Facts(replace(guard.judge, detector=None, nlp=None), guard.tracer.background)
 
     def run(self, task: Task, stopped: Stopped, deltas: Deltas | None = None) -> Sequence[Any]:
-        """Check or generate the captions of a batch in one pass: see `Worker`."""
-        if task.options is None:
-            images, prompts, captions = zip(*task.rows, strict=True)
-            return [_without_trace(report) for report in self.guard.check_all(images, captions, prompts)]
-        return self._generate(task.rows, task.options, stopped, deltas)
+        """Check or generate the captions of a batch in one pass: see `Worker`.
+
+        What is to be checked is prepared while the model works on other rows.
+        """
+        if task.options is not None:
+            with self._lock:
+                return self._generate(task.rows, task.options, stopped, deltas)
+        images, prompts, captions = zip(*task.rows, strict=True)
+        prepared = self.guard.tracer.prepare(images, captions, prompts, packed=True)
+        with self._lock:
+            return [_without_trace(report) for report in self.guard.check_prepared(prepared)]
 
     @torch.no_grad()
     def _generate(self, rows: Sequence[Row], options: Options, stopped: Stopped, deltas: Deltas | None) -> list[Written]:

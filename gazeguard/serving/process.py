@@ -13,10 +13,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from gazeguard.errors import GazeGuardError, UnsupportedError
-from gazeguard.serving.limits import RefusedError
+from gazeguard.serving.limits import LANES, RefusedError
 from gazeguard.serving.tasks import Deltas, Facts, Stopped, Task, Worker
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,13 @@ PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds before the model is loaded again after t
 GRACE = 10.0  # seconds that the process has to end
 PATIENCE = 60.0  # seconds that a task may go on when nobody waits for it any more
 DIED = "The process of the model died over this request, and is started again. Try again later."
+
+
+class _Lane(NamedTuple):
+    """One end of a connection that has one task at a time, and for each row of that whether nobody waits for it any more."""
+
+    wire: Connection
+    stops: Any  # an array that both processes share
 
 
 class ModelProcess:
@@ -53,10 +60,11 @@ class ModelProcess:
             GazeGuardError: The model cannot be loaded.
         """
         self.restarts, self.patience = 0, patience
-        self._make, self._stops = make, CONTEXT.RawArray("b", rows)
+        self._make, self._rows = make, rows
         self._changed = threading.Condition()
-        self._wire: Connection | None = None
-        self._closed, self._seconds = False, 0.0
+        self._lanes: list[_Lane] = []  # to the process, once its model is loaded
+        self._busy: list[_Lane] = []
+        self._closed, self._seconds, self._waited_for = False, 0.0, 0.0
         atexit.register(self.close)  # else multiprocessing would wait for its end
         self._start()
         threading.Thread(target=self._supervise, name="gazeguard-supervisor", daemon=True).start()
@@ -64,7 +72,7 @@ class ModelProcess:
     @property
     def ready(self) -> bool:
         """Whether the model is loaded."""
-        return self._wire is not None
+        return bool(self._lanes)
 
     @property
     def pid(self) -> int | None:
@@ -78,38 +86,46 @@ class ModelProcess:
             RefusedError: The process died over it, or has not come back while somebody waited (503).
         """
         rows = range(len(task.rows))
-        wire = self._await_model(lambda: all(map(stopped, rows)))
+        lane = self._take_lane(lambda: all(map(stopped, rows)))
         try:
-            self._stops[:] = [False] * len(self._stops)
-            wire.send(task)
-            waited_for = time.monotonic()
-            while True:
-                while not wire.poll(TICK):
-                    for row in rows:
-                        self._stops[row] = stopped(row)
-                    if not all(self._stops[: len(rows)]):
-                        waited_for = time.monotonic()
-                    elif time.monotonic() - waited_for > self.patience:
-                        self._process.kill()
-                answer = wire.recv()
-                if not isinstance(answer, str):
-                    break
-                if deltas is not None:
-                    deltas(answer)
+            answer = self._answer(lane, task, stopped, deltas)
         except (EOFError, OSError) as error:
-            self._forget(wire)
+            self._forget(lane)
             raise RefusedError(503, DIED, math.ceil(self._seconds)) from error
+        finally:
+            self._busy.remove(lane)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
+    def _answer(self, lane: _Lane, task: Task, stopped: Stopped, deltas: Deltas | None) -> Any:
+        """What the process answers to a task."""
+        wire, stops = lane
+        stops[:] = [False] * len(stops)
+        wire.send(task)
+        self._waited_for = time.monotonic()
+        while True:
+            while not wire.poll(TICK):
+                for row in range(len(task.rows)):
+                    stops[row] = stopped(row)
+                if not all(stops[: len(task.rows)]):
+                    self._waited_for = time.monotonic()
+                elif time.monotonic() - self._waited_for > self.patience:  # nor for the task in another lane
+                    self._process.kill()
+            answer = wire.recv()
+            if not isinstance(answer, str):
+                return answer
+            if deltas is not None:
+                deltas(answer)
+
     def close(self) -> None:
         """End the process, once no task is under way; it is not started again."""
         with self._changed:
-            self._closed, wire, self._wire = True, self._wire, None
+            self._closed, lanes, self._lanes = True, self._lanes, []
             self._changed.notify_all()
-        if wire is not None:
-            wire.close()
+        for lane in lanes:
+            lane.wire.close()
+        if lanes:
             self._process.join(GRACE)
         self._process.kill()
         self._process.join()
@@ -119,16 +135,18 @@ class ModelProcess:
     def _start(self) -> None:
         """Start the process, and wait until its model is loaded; raises what kept it from that."""
         start = time.monotonic()
-        ours, theirs = CONTEXT.Pipe()
-        arguments = (theirs, self._make, self._stops)
+        pipes = [CONTEXT.Pipe() for _ in range(LANES)]
+        arrays = [CONTEXT.RawArray("b", self._rows) for _ in range(LANES)]
+        ours, theirs = (list(map(_Lane, ends, arrays)) for ends in zip(*pipes, strict=True))
         with self._changed:
             if self._closed:
                 raise RefusedError(503, "The server is stopping.")
-            self._process = CONTEXT.Process(target=_serve, args=arguments, name="gazeguard-model", daemon=True)
+            self._process = CONTEXT.Process(target=_serve, args=(theirs, self._make), name="gazeguard-model", daemon=True)
             self._process.start()
-        theirs.close()
+        for lane in theirs:
+            lane.wire.close()
         try:
-            answer = ours.recv()
+            answer = ours[0].wire.recv()
         except EOFError:
             self._process.join()
             raise UnsupportedError(f"The process of the model died while it was loaded ({self._ending()}).") from None
@@ -136,7 +154,7 @@ class ModelProcess:
             raise answer
         self.facts, self._seconds = answer, time.monotonic() - start
         with self._changed:
-            self._wire = ours
+            self._lanes = ours
             self._changed.notify_all()
 
     def _supervise(self) -> None:
@@ -144,7 +162,7 @@ class ModelProcess:
         pause = PAUSE
         while True:
             self._process.join()
-            self._forget(self._wire)
+            self._lanes = []
             if self._closed:
                 return
             logger.error("the process of the model died (%s) and is started again", self._ending())
@@ -159,20 +177,21 @@ class ModelProcess:
                     self._changed.wait_for(lambda: self._closed, pause)
                 pause = min(2 * pause, MAX_PAUSE)
 
-    def _await_model(self, given_up: Callable[[], bool]) -> Connection:
-        """The connection to the process, once its model is loaded."""
+    def _take_lane(self, given_up: Callable[[], bool]) -> _Lane:
+        """A lane without a task, once the model is loaded."""
         with self._changed:
-            while self._wire is None:
+            while not (free := [lane for lane in self._lanes if lane not in self._busy]):
                 if self._closed or given_up():
                     raise RefusedError(503, "The model is being loaded. Try again later.", math.ceil(self._seconds))
                 self._changed.wait(TICK)
-            return self._wire
+            self._busy.append(free[0])
+            return free[0]
 
-    def _forget(self, wire: Connection | None) -> None:
-        """Use a connection no more, whose other end is gone."""
+    def _forget(self, lane: _Lane) -> None:
+        """Use the lanes of a process no more, which is gone."""
         with self._changed:
-            if self._wire is wire:
-                self._wire = None
+            if lane in self._lanes:
+                self._lanes = []
 
     def _ending(self) -> str:
         """How the process ended, in words."""
@@ -180,7 +199,7 @@ class ModelProcess:
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
-def _serve(wire: Connection, make: Callable[[], Worker], stops: Sequence[int]) -> None:
+def _serve(lanes: Sequence[_Lane], make: Callable[[], Worker]) -> None:
     """The life of the process: it loads the model, and works tasks off until the server is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a service; this one ends with the server
         signal.signal(number, signal.SIG_IGN)
@@ -188,9 +207,18 @@ def _serve(wire: Connection, make: Callable[[], Worker], stops: Sequence[int]) -
         try:
             worker = make()
         except Exception as error:
-            wire.send(_portable(error))
+            lanes[0].wire.send(_portable(error))
             return
-        wire.send(worker.facts)
+        lanes[0].wire.send(worker.facts)
+        for lane in lanes[1:]:
+            threading.Thread(target=_work, args=(lane, worker)).start()
+        _work(lanes[0], worker)
+
+
+def _work(lane: _Lane, worker: Worker) -> None:
+    """Work off the tasks of a lane, until the server is gone."""
+    wire, stops = lane
+    with suppress(EOFError, BrokenPipeError):
         while True:
             task = wire.recv()
             try:

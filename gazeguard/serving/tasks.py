@@ -69,7 +69,7 @@ class Facts(NamedTuple):
 
 
 class Worker(Protocol):
-    """Works tasks off, one at a time: the model in this process, or in a process of its own."""
+    """Works tasks off, `LANES` at a time at most: the model in this process, or in a process of its own."""
 
     @property
     def facts(self) -> Facts:
