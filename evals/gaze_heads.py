@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from scipy.stats import spearmanr
 
-from evals import scenes_gaze
+from evals import gaze_plots, plots, scenes_gaze
 from evals.common import Artifacts, Dtype, Lab, Model, Out, Quick, figure, over_images, rate, with_issue_keys, write
 from evals.common import Figure as Value
 from evals.subject import Chosen, Subject, subject
@@ -36,7 +35,6 @@ from gazeguard.guard import GazeGuard
 from gazeguard.heads.artifact import GazeHeads
 from gazeguard.heads.discovery import find_heads
 from gazeguard.heads.pictographs import COLOURS
-from gazeguard.heads.plots import draw_heads
 from gazeguard.heads.strips import MAX_PANELS, Strip, draw_strips
 from gazeguard.lab.truth import mentions
 from gazeguard.lab.world import NOUNS, Drawing, Sample, describe, samples
@@ -426,13 +424,11 @@ def tiny(out: Path, measured: Subject, quick: bool, command: str) -> None:
         "distinct_matched_sets": figure(kept.distinct_matched_sets()),
     }
     figures |= {f"steer_panel_by_{name}": mean_of(hit) for name, hit in results["rankings"].items()}
-    sweeps = sweeps_of(results, setup)
-    name = type(model).__name__
-    meta = {"model": name, "strength": STRENGTH, "heads": [list(head) for head in kept.heads]}
-    meta |= {"command": command}
-    write(out, figures, quick, [sample.id for sample in (*test, *scenes)], measured.folder, seed=SEED, **sweeps, **meta)
-    draw(sweeps, len(kept.heads), name).savefig(out.with_suffix(".png"), dpi=100)
-    draw_heads(kept).savefig(out.with_name(f"{out.stem}_map.png"), dpi=80)
+    meta = {"model": type(model).__name__, "strength": STRENGTH, "heads": [list(head) for head in kept.heads]}
+    meta |= {"command": command, **sweeps_of(results, setup)}
+    write(out, figures, quick, [sample.id for sample in (*test, *scenes)], measured.folder, seed=SEED, **meta)
+    plots.save(gaze_plots.sweeps(figures, meta), out.with_suffix(".png"))
+    gaze_plots.save_map(kept, out.with_name(f"{out.stem}_map.png"))
 
 
 def unchanged(model: Any, processor: Any, kept: GazeHeads, samples: Sequence[Sample]) -> float:
@@ -454,30 +450,6 @@ def accuracy_by_tokens(staircases: Sequence[Staircase], columns: Sequence[int]) 
     named = np.concatenate([step.named for step in staircases]) >= 0
     since = np.concatenate([step.since for step in staircases])
     return {int(n): round(float(hit[named & (since == n)].mean()), 4) for n in np.unique(since[named]) if n < 16}
-
-
-def draw(sweeps: dict[str, Any], k: int, name: str) -> Figure:
-    """The sweeps and controls: heads, strength, the staircase after a switch, and stability."""
-    plot = Figure(figsize=(16, 4), layout="constrained")
-    axes = plot.subplots(1, 4, sharey=True)
-    plots = (
-        ("steer_panel_by_k", "heads steered (validation)", k),
-        ("steer_panel_by_strength", "strength (validation)", STRENGTH),
-        ("staircase_by_tokens_since_the_sentence_began", "tokens since the sentence began (test)", None),
-        ("agreement_by_strips", "strips in each half", None),
-    )
-    titles = ("panel described = panel steered to", "the same", "strongest panel = panel described", "overlap of the top heads")
-    for ax, (key, label, default), title in zip(axes, plots, titles, strict=True):
-        ax.plot(list(sweeps[key]), list(sweeps[key].values()), marker="o", color="#1f4e79")
-        if default is not None:
-            ax.axvline(default, color="#d62728", linestyle="--", label=f"default: {default:g}")
-            band = sweeps["steer_panel_random_sets"]
-            ax.axhspan(min(band), max(band), color="0.85", label="random head sets (test)")
-            ax.legend(fontsize=8, loc="lower right")
-        ax.set(xlabel=label, title=title, ylim=(0, 1.03))
-    axes[1].set_xscale("log")
-    plot.suptitle(name, x=0.01, ha="left")
-    return plot
 
 
 if __name__ == "__main__":

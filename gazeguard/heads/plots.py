@@ -16,7 +16,10 @@ MOST_TOKENS = 40  # tokens of a staircase that are printed
 
 
 def draw_heads(heads: GazeHeads) -> Figure:
-    """The three figures of a heads file, 16 x 5 inches; ``figure.savefig`` writes them."""
+    """The three figures of a heads file, 16 x 5 inches; ``figure.savefig`` writes them.
+
+    Shades go from 0 to 1 whatever the heads are, so that the figures of two models compare.
+    """
     figure = Figure(figsize=(16, 5), layout="constrained")
     scores, matrix, stairs = figure.subplots(1, 3, width_ratios=(1.1, 1, 2))
     _scores(scores, heads)
@@ -33,7 +36,7 @@ def _scores(axes: Axes, heads: GazeHeads) -> None:
     contrast = np.full((layers, max(head for _, head in heads.all_heads) + 1), np.nan)
     for (layer, head), value in zip(heads.all_heads, heads.score().contrast, strict=True):
         contrast[layer, head] = value
-    image = axes.imshow(contrast, cmap=INK, aspect="auto", origin="lower")
+    image = axes.imshow(contrast, cmap=INK, aspect="auto", origin="lower", vmin=0, vmax=1)
     for layer, head in heads.heads:
         axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=2))
     for axis in (axes.xaxis, axes.yaxis):  # there is no head 1.5
@@ -45,10 +48,10 @@ def _scores(axes: Axes, heads: GazeHeads) -> None:
 def _matrix(axes: Axes, heads: GazeHeads) -> None:
     """Mean attention of the gaze heads on each panel while each panel is described."""
     matrix = np.array(heads.score().matrix)
-    axes.imshow(matrix, cmap=INK, vmin=0)
+    axes.imshow(matrix, cmap=INK, vmin=0, vmax=1)
     if len(matrix) <= MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(matrix):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="w" if value < matrix.max() / 2 else "k")
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.5 else "k")
     axes.set_xticks(range(len(matrix)), [str(panel) for panel in range(1, len(matrix) + 1)])
     axes.set_yticks(range(len(matrix)), [str(panel) for panel in range(1, len(matrix) + 1)])
     axes.set(xlabel="attended panel", ylabel="described panel", title="attention mass of the gaze heads")
@@ -60,7 +63,7 @@ def _staircase(axes: Axes, heads: GazeHeads) -> None:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no narration: the strips came without one", ha="center", va="center")
         return
-    axes.imshow(np.array([step.panel_mass for step in heads.staircase]).T, cmap=INK, aspect="auto", vmin=0)
+    axes.imshow(np.array([step.panel_mass for step in heads.staircase]).T, cmap=INK, aspect="auto", vmin=0, vmax=1)
     for token, step in enumerate(heads.staircase):
         if step.described_panel is not None:
             corner = (token - 0.5, step.described_panel - 0.5)
