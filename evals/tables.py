@@ -100,7 +100,7 @@ def headline() -> str:
 def _cell(key: str, made: dict | None) -> str:
     if made is None:
         return "not measured"
-    if key.startswith("auroc") and made["value"] > SATURATED:
+    if "auroc" in key and made["value"] > SATURATED:
         return f"> {SATURATED} (saturated)"
     ci = "" if made["ci"] is None else f" ({made['ci'][0]:.3g} to {made['ci'][1]:.3g})"
     return f"{made['value']:.3g}{ci}"
