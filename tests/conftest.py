@@ -48,3 +48,20 @@ def lab_vlm(lab_folder):
 def guard(lab_vlm):
     """A guard with policy mark over the lab's model."""
     return GazeGuard(*lab_vlm)
+
+
+@pytest.fixture(scope="module")
+def patient_ray():
+    """Ray that waits for what is slow, and whose workers are no nicer (by default 15) than other work beside them."""
+    options = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_worker_register_timeout_seconds": "3600",
+        "RAY_health_check_failure_threshold": "1000",
+        "RAY_gcs_server_port_wait_time_s": "3600",
+        "RAY_gcs_server_request_timeout_seconds": "3600",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setenv(name, value)
+        yield

@@ -62,13 +62,13 @@ def test_verdicts_are_passes_and_failures(dropping):
     assert unchecked.error_message.startswith("unchecked: ")
 
 
-def test_a_guard_of_guardrails_fixes_and_raises(dropping):
+def test_a_guard_of_guardrails_fixes_and_raises(dropping, lab_folder):
     fixing = Guard().use(SupportedByImage(dropping, on_fail="fix"))
     filtered = dropping.check(IMAGE, MIXED).filtered_caption
     assert filtered not in ("", MIXED)
     assert fixing.validate(MIXED, metadata={"image": IMAGE}).validated_output == filtered
     assert fixing.validate(CAPTION, metadata={"image": IMAGE}).validation_passed
-    raising = Guard().use(SupportedByImage(pretrained="lab", on_fail="exception"))
+    raising = Guard().use(SupportedByImage(pretrained=str(lab_folder), on_fail="exception"))
     with pytest.raises(ValidationError, match="not supported by the image: a red skull"):
         raising.validate(MIXED, metadata={"image": IMAGE})
 

@@ -38,7 +38,7 @@ CHUNK, ROWS = 4, 26
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(patient_ray):
     """A local Ray of two CPUs; its workers find this checkout."""
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
@@ -105,7 +105,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_two_actors_one_killed_give_the_files_of_one_process(cluster, rows, alone, tmp_path):
+def test_two_actors_one_killed_give_the_files_of_one_process(cluster, lab_folder, rows, alone, tmp_path):
     """Byte for byte, in the order of the input; the other actor goes on, and the killed one is started anew."""
     source, seen, killed = open_source(rows), [], []
 
@@ -115,7 +115,7 @@ def test_two_actors_one_killed_give_the_files_of_one_process(cluster, rows, alon
             killed.extend(pool.process_ids()[:1])
             os.kill(killed[0], signal.SIGKILL)
 
-    with RayActorPool(lab.checkpoint_path(), actors=2, batch_size=2) as pool:
+    with RayActorPool(lab_folder, actors=2, batch_size=2) as pool:
         assert len(set(pool.process_ids())) == 2
         run = pool.run_settings(source, rows.parent, CHUNK, False)
         filter_files(pool, source, Results(tmp_path / "out", run), CHUNK, kill_one)
@@ -139,7 +139,7 @@ def test_what_the_actors_cannot_do_is_one_line(cluster, rows, tmp_path):
 
 
 def test_a_dataset_keeps_its_columns_and_every_row_when_an_actor_is_killed(
-    cluster, caption_filter, table, tmp_path, monkeypatch
+    cluster, lab_folder, caption_filter, table, tmp_path, monkeypatch
 ):
     """The verdicts of one process for every row, with types that do not depend on the block."""
     pa = pytest.importorskip("pyarrow")
@@ -156,7 +156,7 @@ def test_a_dataset_keeps_its_columns_and_every_row_when_an_actor_is_killed(
 
     monkeypatch.setattr("gazeguard.filtering.ray.ArrowCaptionFilter", Dying)
     dataset = cluster.data.from_arrow([pa.table(table).slice(start, 2) for start in range(0, ROWS, 2)])
-    filtered = ray_filter(dataset, lab.checkpoint_path(), actors=2, rows=2, batch_size=2)
+    filtered = ray_filter(dataset, lab_folder, actors=2, rows=2, batch_size=2)
     rows = {}
     for batch in filtered.iter_batches(batch_size=2, batch_format="pyarrow", prefetch_batches=0):
         assert batch.schema.names == [*table, *COLUMNS]
@@ -173,20 +173,20 @@ def test_a_dataset_keeps_its_columns_and_every_row_when_an_actor_is_killed(
         assert {name: row[name] for name in values} == values
 
 
-def test_arrays_of_a_dataset_are_images(cluster, caption_filter, samples):
+def test_arrays_of_a_dataset_are_images(cluster, lab_folder, caption_filter, samples):
     """As ``ray.data.read_images`` gives them; captions that are missing are written."""
     items = [{"image": np.asarray(s.image), "prompt": s.prompt} for s in samples[:2]]
-    rows = ray_filter(cluster.data.from_items(items), lab.checkpoint_path(), batch_size=2, write_captions=True).take_all()
+    rows = ray_filter(cluster.data.from_items(items), lab_folder, batch_size=2, write_captions=True).take_all()
     writing = CaptionFilter(caption_filter.guard, batch_size=2, write_captions=True)
     expected = writing({"image": [s.image for s in samples[:2]], "prompt": [s.prompt for s in samples[:2]]})
     assert sorted(row["caption"] for row in rows) == sorted(expected["caption"])
     assert sorted(row["gaze_verdict"] for row in rows) == sorted(expected["gaze_verdict"])
 
 
-def test_the_command_with_ray_gives_the_same_files(cluster, rows, alone, tmp_path):
+def test_the_command_with_ray_gives_the_same_files(cluster, lab_folder, rows, alone, tmp_path):
     """And goes on with what a run without Ray began."""
     arguments = ["filter", str(rows), str(tmp_path / "out"), "--chunk", str(CHUNK), "--batch-size", "2", "--ray"]
-    result = CliRunner().invoke(app, [*arguments, "--actors", "1"])
+    result = CliRunner().invoke(app, [*arguments, "--actors", "1", "--model", str(lab_folder)])
     assert result.exit_code == 0, result.output
     assert f"{ROWS} rows: " in result.stdout
     assert files(tmp_path / "out") == alone

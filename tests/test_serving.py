@@ -260,6 +260,13 @@ def test_what_is_no_conversation_is_refused(address, body, status, message):
     assert len(json.dumps(answer[1])) < 600
 
 
+def test_a_body_that_is_sent_as_a_form_is_refused_by_that_name(address):
+    """As curl -d sends it."""
+    status, answer, _ = send(address, "/v1/check", conversation(), {"Content-Type": "application/x-www-form-urlencoded"})
+    expected = "The body is sent as application/x-www-form-urlencoded; expected Content-Type: application/json (curl --json)."
+    assert refused((status, answer)) == (422, expected)
+
+
 @pytest.mark.parametrize("images", [0, 2])
 def test_one_image_is_asked_for(address, images):
     talk = conversation()
@@ -384,7 +391,7 @@ def test_the_key_is_asked_for(marking):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \u00e9"}, {"X-Api-Key": ""}):
             status, _, answered = send(address, "/v1/check", conversation(""), headers)
             assert (status, answered["WWW-Authenticate"]) == (401, "Bearer")
-        for headers in ({"Authorization": f"Bearer {KEY}"}, {"X-Api-Key": KEY}):
+        for headers in ({"Authorization": f"Bearer {KEY}"}, {"Authorization": f"bearer {KEY}"}, {"X-Api-Key": KEY}):
             assert send(address, "/v1/check", conversation(""), headers)[0] == 200
         assert send(address, "/healthz")[0] == send(address, "/metrics")[0] == 200
         with client(address, KEY) as api, client(address, "wrong") as stranger:

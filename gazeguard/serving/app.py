@@ -70,8 +70,8 @@ async def _service(request: Request) -> Service:
 async def _require_key(request: Request) -> None:
     """Raise `RefusedError` for a request without the key, if there is one."""
     key = request.app.state.api_key
-    bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-    given = (bearer, request.headers.get("x-api-key", ""))
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    given = (bearer if scheme.lower() == "bearer" else "", request.headers.get("x-api-key", ""))
     if key is not None and not any(hmac.compare_digest(each.encode(), key.encode()) for each in given):
         raise RefusedError(401, "The API key is missing or wrong. Send it as Authorization: Bearer KEY, or as X-Api-Key: KEY.")
 
@@ -162,7 +162,9 @@ async def _refusal(request: Request, error: Any) -> Response:
 
 async def _invalid(request: Request, error: Any) -> Response:
     """A body that is not of the form: where, and what is expected; what was given may be a whole image."""
-    first = error.errors()[0]
+    first, kind = error.errors()[0], request.headers.get("content-type", "")
+    if kind and "json" not in kind:  # as curl -d says of what it sends
+        return error_response(422, f"The body is sent as {kind:.60}; expected Content-Type: application/json (curl --json).")
     if first["type"] == "json_invalid":
         what = f"The body is not JSON at character {first['loc'][-1]}: {first['ctx']['error']}. /docs has the form."
         return error_response(422, what, None)
