@@ -546,7 +546,7 @@ def test_what_filter_writes_is_read_back_from_where_it_lies(filtered, name, monk
     monkeypatch.setattr("gazeguard.cli.options.GuardOptions.guard", None)
     result = run(app, ["replay", str(filtered[name]), str(tmp_path / "page.html")])
     assert result.exit_code == 0, result.output
-    assert "the verdicts in the input are shown as they are" in result.stderr
+    assert "the page shows the verdicts of the input" in result.stderr
     shown = json.loads(re.search(r'"captions":(\[.*\]),"remedy"', (tmp_path / "page.html").read_text())[1])
     assert [entry["report"]["verdict"] for entry in shown] == [row.fields["gaze_verdict"] for row in rows]
     assert [entry["report"]["reason"] for entry in shown] == [row.fields["gaze_reason"] for row in rows]
@@ -617,12 +617,12 @@ def test_captions_are_not_written_because_the_first_row_has_none(rows, lab_folde
     arguments = ["filter", str(source), "--label-only", "--batch-size", "2", "--model", str(lab_folder)]
     checked = run(app, [*arguments[:2], str(tmp_path / "out"), *arguments[2:]])
     assert checked.exit_code == 0, checked.output
-    assert checked.stderr.splitlines()[0].startswith("note: captions are checked, none is written")
+    assert checked.stderr.splitlines()[0].startswith("note: only existing captions are checked")
     results = read_lines(tmp_path / "out/labelled.jsonl")
     assert [row.get("caption") for row in results] == own
     assert (results[0]["gaze_verdict"], results[0]["gaze_reason"]) == ("unchecked", NO_CAPTION)
     written = run(app, [*arguments[:2], str(tmp_path / "written"), *arguments[2:], "--write-captions"])
-    assert written.stderr.splitlines()[0].startswith("note: captions are checked where rows have them, and written")
+    assert written.stderr.splitlines()[0].startswith("note: existing captions are checked; rows without a caption get one")
     again = read_lines(tmp_path / "written/labelled.jsonl")
     assert [row["caption"] for row in again[1:]] == own[1:]
     assert again[0]["caption"]

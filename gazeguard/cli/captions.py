@@ -35,10 +35,10 @@ CAPTIONS, FIRST = "Check captions", "Start here"
 
 @command(app, panel=FIRST)
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Folder of the replay page.")] = Path("gazeguard-demo"),
-    images: Annotated[int, typer.Option(min=1, max=200, help="Number of images, strips and scenes in turn.")] = 10,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the replay page.")] = Path("gazeguard-demo"),
+    images: Annotated[int, typer.Option(min=1, max=200, help="Number of images; strips and scenes alternate.")] = 10,
     policy: Annotated[str, typer.Option("--policy", help="Name of a policy, or a .yaml file.")] = "mark",
-    seed: Annotated[int, typer.Option(help="Which images of the lab's test split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed that chooses the images from the lab's test split.")] = 0,
 ) -> Outcome:
     """Caption drawn comic strips and scenes with the lab's model, and flag its hallucinations.
 
@@ -95,9 +95,10 @@ def caption(
     images: Annotated[list[str], typer.Argument(help="Images, or folders of images.", metavar="IMAGE...")],
     guarded: GuardOptions,
     prompt: PromptOption = DEFAULT_PROMPT,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a caption at most, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a caption, in tokens.")] = 256,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="Sample at this temperature; 0: greedy.", show_default="the model's own setting")
+        float | None,
+        typer.Option(min=0, help="Sampling temperature; 0 decodes greedily.", show_default="the model's own setting"),
     ] = None,
     batch_size: BatchOption = 8,
     rows: Annotated[
@@ -193,13 +194,13 @@ def _generate(guard: GazeGuard, images: Sequence[Image], prompt: str, options: d
 @command(app, panel=CAPTIONS)
 def check(
     image: Annotated[str, typer.Argument(help="An image.", metavar="IMAGE")],
-    text: Annotated[str, typer.Option("--caption", help="The caption, by whatever model or person.")],
+    text: Annotated[str, typer.Option("--caption", help="The caption; any model or person may have written it.")],
     guarded: GuardOptions,
     prompt: PromptOption = DEFAULT_PROMPT,
     html: PageOption = None,
     as_json: JsonOption = False,
 ) -> Outcome:
-    """Check a caption that anything wrote against its image."""
+    """Check a caption against its image, whoever wrote it."""
     from gazeguard.replay.page import Entry
     from gazeguard.vision.images import load_image
 

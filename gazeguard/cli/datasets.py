@@ -49,40 +49,41 @@ def filter_captions(
         Path,
         typer.Argument(
             metavar="IN",
-            help="A .jsonl or .jsonl.gz (image: path from its folder, caption), .parquet or webdataset .tar; a folder of "
-            "the last two, or of images with captions beside them in .txt.",
+            help="A .jsonl or .jsonl.gz file (keys: image, a path from its folder, and caption), a .parquet file or a "
+            "webdataset .tar; or a folder of .parquet or .tar files, or of images with captions beside them in .txt.",
         ),
     ],
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or that of an interrupted run.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or the folder of an interrupted run.")],
     guarded: GuardOptions,
     prompt: PromptOption = DEFAULT_PROMPT,
     label_only: Annotated[
-        bool, typer.Option("--label-only", help="All rows into one file, in order, with their labels.")
+        bool, typer.Option("--label-only", help="Write all rows into one file, in order, with their verdicts.")
     ] = False,
     batch_size: BatchOption = 16,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode images ahead of the model.")] = 2,
-    chunk: Annotated[int, typer.Option(min=1, help="Rows per checkpoint: what an interruption can cost.")] = 256,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a caption that has to be written.")] = 256,
+    chunk: Annotated[int, typer.Option(min=1, help="Rows per checkpoint; an interruption loses at most these.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a caption that is written, in tokens.")] = 256,
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
     write_captions: WriteOption = False,
     caption_ext: CaptionSuffix = ".txt",
     encoding: EncodingOption = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="In Ray actors: of the cluster at RAY_ADDRESS, or on this machine.")
+        bool, typer.Option("--ray", help="Run in Ray actors, in the cluster at RAY_ADDRESS or on this machine.")
     ] = False,
     actors: Annotated[
-        int | None, typer.Option(min=1, help="Ray actors, each with the model.", show_default="one per GPU, or 2")
+        int | None, typer.Option(min=1, help="Number of Ray actors; each loads the model.", show_default="one per GPU, or 2")
     ] = None,
     shards: Annotated[
-        bool, typer.Option("--shards", help="Of shards: also write shards again, with the results in .json: OUT/shards.")
+        bool,
+        typer.Option("--shards", help="For shards: also write the rows as shards to OUT/shards, with the results in .json."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> Outcome:
     """Sort many captions into kept, flagged and excluded (what could not be checked), each with its reason.
 
-    The captions of the rows are checked; a row without one is excluded, or gets one with --write-captions. The same command
-    continues an interrupted run; every row is in the results once, in the order of the input. summary.json counts the reasons.
+    A row without a caption is excluded; with --write-captions the model writes one. The same command continues an interrupted
+    run. The results hold every row once, in the order of the input. summary.json counts the reasons.
     """
     from gazeguard.filtering.readers import check_columns, open_source
     from gazeguard.filtering.run import filter_files
@@ -145,9 +146,9 @@ def _input_options(*values: str | None) -> str:
 def _announce(write_captions: bool) -> None:
     """Say first whether captions are checked alone or also written."""
     if write_captions:
-        note("captions are checked where rows have them, and written for rows without one.")
+        note("existing captions are checked; rows without a caption get one, which is checked, too.")
     else:
-        note("captions are checked, none is written; rows without one are excluded (--write-captions writes them).")
+        note("only existing captions are checked; rows without one are excluded (--write-captions writes them).")
 
 
 def _local_filter(guarded: GuardOptions, options: dict[str, Any]) -> CaptionFilter:
@@ -191,7 +192,7 @@ def replay(
     html: Annotated[Path, typer.Argument(metavar="PAGE", help="The .html file to write.")],
     guarded: GuardOptions,
     prompt: PromptOption = DEFAULT_PROMPT,
-    most: Annotated[int, typer.Option(min=1, help="Captions on the page at most.")] = 500,
+    most: Annotated[int, typer.Option(min=1, help="Maximum number of captions on the page.")] = 500,
     skip_passed: Annotated[bool, typer.Option("--skip-passed", help="Show only what was flagged or not checked.")] = False,
     edge: Annotated[int, typer.Option(min=16, help="Longest edge of an image on the page, in pixels.")] = 512,
     batch_size: BatchOption = 16,
@@ -201,13 +202,13 @@ def replay(
     caption_ext: CaptionSuffix = ".txt",
     encoding: EncodingOption = None,
     judge_again: Annotated[
-        bool, typer.Option("--judge-again", help="Run the model also over what filter has judged, for the gaze.")
+        bool, typer.Option("--judge-again", help="Run the model again on rows that filter has judged, to show the gaze.")
     ] = False,
 ) -> Outcome:
     """Write one page that replays many captions token by token, with a list to search and to filter by verdict.
 
-    What filter has written is shown with the verdicts that it has, unless --judge-again is given. A row without a caption is
-    shown as not checked; with --write-captions it gets one, as filter does.
+    Rows that filter has judged keep their verdicts, unless you give --judge-again. A row without a caption is shown as not
+    checked; with --write-captions the model writes one, as in filter.
     """
     from gazeguard.filtering.readers import check_columns, open_source
     from gazeguard.filtering.run import judged_rows, replay_entries, row_progress
@@ -220,7 +221,7 @@ def replay(
     rows = open_source(source, image_column, caption_column, caption_ext, encoding)
     check_columns(rows, write_captions)
     if has_verdicts(rows) and not judge_again:
-        note("the verdicts in the input are shown as they are, without gaze; --judge-again runs the model for it.")
+        note("the page shows the verdicts of the input, without gaze; --judge-again runs the model to record it.")
         judged: Iterator[tuple[Row, Report]] = ((row, saved_report(row)) for row in rows.rows())
         background = BACKGROUND
     else:

@@ -57,7 +57,7 @@ def fit(
         typer.Option(help="Style of the drawings; may be repeated.", show_default="all that can be drawn here"),
     ] = None,
     prompt: PromptOption = DEFAULT_PROMPT,
-    seed: Annotated[int, typer.Option(help="Of drawings and sampling.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the drawings and of sampling.")] = 1,
 ) -> Outcome:
     """Fit a detector for any model, without labels: from a checkpoint to verdicts in one command.
 

@@ -77,10 +77,10 @@ def heads(
     material: Annotated[
         str, typer.Option("--material", help="page, strip or scene, drawn; or a folder of your own comics.")
     ] = "page",
-    strips: Annotated[int, typer.Option(min=2, help="Strips that the model reads at most.")] = 48,
-    panels: Annotated[int, typer.Option(min=2, max=6, help="Panels of a drawn strip.")] = 6,
+    strips: Annotated[int, typer.Option(min=2, help="Maximum number of strips that the model reads.")] = 48,
+    panels: Annotated[int, typer.Option(min=2, max=6, help="Number of panels in a drawn strip.")] = 6,
     keep: Annotated[
-        Path | None, typer.Option(help="Keep intermediate results here, so that the same command can continue.")
+        Path | None, typer.Option(help="Folder for intermediate results, from which the same command continues.")
     ] = None,
 ) -> Outcome:
     """Find a model's gaze heads with comic strips, or show FILE: gazeguard heads show heads.json.
@@ -158,10 +158,10 @@ def train(
         ),
     ] = None,
     ask: Annotated[
-        bool, typer.Option("--ask", help="Label rows without labels by asking the model itself: weak labels.")
+        bool, typer.Option("--ask", help="Label rows without labels by asking the model itself; such labels are weak.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Also learn what the model's answers are worth, for policies that verify.")
+        bool, typer.Option("--verify", help="Also fit the weight of the model's own answers, which policies with verify need.")
     ] = False,
     batch_size: BatchOption = 16,
 ) -> Outcome:

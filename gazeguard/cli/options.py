@@ -20,26 +20,29 @@ if TYPE_CHECKING:
 LAB_NOTE = "no --model is given, so the lab's toy model answers, which knows only drawn pictographs."
 MODEL_PANEL = "Model"
 
-PromptOption = Annotated[str, typer.Option("--prompt", help="What the model is asked, or what the caption answers.")]
+PromptOption = Annotated[
+    str, typer.Option("--prompt", help="The question that the model is asked, or that the caption answers.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per image and line, nothing else.")]
 PageOption = Annotated[Path | None, typer.Option("--html", help="Also write a replay page to this file.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images that the model processes at once.")]
 ImageColumn = Annotated[str, typer.Option(help="Name of the image column in JSONL and parquet.")]
 CaptionColumn = Annotated[str, typer.Option(help="Name of the caption column in JSONL and parquet.")]
-CaptionSuffix = Annotated[str, typer.Option("--caption-ext", help="Ending of caption files in folders and shards.")]
+CaptionSuffix = Annotated[str, typer.Option("--caption-ext", help="Suffix of caption files in folders and shards.")]
 EncodingOption = Annotated[
     str | None,
-    typer.Option("--encoding", help="Of text without a byte order mark: cp1252, utf-16-le, ...", show_default="utf-8"),
+    typer.Option("--encoding", help="Encoding of text without a byte order mark: cp1252, utf-16-le, ...", show_default="utf-8"),
 ]
 WriteOption = Annotated[
-    bool, typer.Option("--write-captions", help="Write a caption for each row that has none; a row's own is never replaced.")
+    bool,
+    typer.Option("--write-captions", help="Write a caption for each row without one; existing captions are never replaced."),
 ]
 ArtifactsOption = Annotated[
     str | None,
     typer.Option(
         "--artifacts",
         metavar="DIR",
-        help="Folder or hub id of the gaze heads and the detector of the model.",
+        help="Folder or hub id with the model's gaze heads and detector.",
         show_default="the model's own folder",
         rich_help_panel=MODEL_PANEL,
     ),
@@ -47,7 +50,7 @@ ArtifactsOption = Annotated[
 HeadsOption = Annotated[
     Path | None,
     typer.Option(
-        "--heads", help="File of gaze heads.", show_default="heads.json of the artifacts", rich_help_panel=MODEL_PANEL
+        "--heads", help="File with the gaze heads.", show_default="heads.json of the artifacts", rich_help_panel=MODEL_PANEL
     ),
 ]
 
@@ -66,11 +69,16 @@ class ModelOptions:
         ),
     ] = None
     device: Annotated[
-        str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: the GPU if any.", rich_help_panel=MODEL_PANEL)
+        str,
+        typer.Option(
+            "--device", help="cpu, cuda, cuda:1, ...; auto takes the GPU if there is one.", rich_help_panel=MODEL_PANEL
+        ),
     ] = "auto"
     dtype: Annotated[
         str,
-        typer.Option("--dtype", help="bfloat16, float16, float32; auto: that of the checkpoint.", rich_help_panel=MODEL_PANEL),
+        typer.Option(
+            "--dtype", help="bfloat16, float16, float32; auto takes the checkpoint's dtype.", rich_help_panel=MODEL_PANEL
+        ),
     ] = "auto"
     device_map: Annotated[
         str | None,
@@ -85,7 +93,7 @@ class ModelOptions:
         typer.Option(
             "--processor",
             metavar="MODULE:ATTRIBUTE",
-            help="A processor of your own, or a function of the model that makes one. MODULE is imported: its code runs.",
+            help="Your own processor, or a function that takes the model and returns one. MODULE is imported: its code runs.",
             show_default="the checkpoint's",
             rich_help_panel=MODEL_PANEL,
         ),
@@ -126,7 +134,7 @@ class GuardOptions(ModelOptions):
         Path | None,
         typer.Option(
             "--detector",
-            help="Folder or file of a detector.",
+            help="File or folder with the detector.",
             show_default="detector.json of the artifacts",
             rich_help_panel=MODEL_PANEL,
         ),
@@ -139,7 +147,9 @@ class GuardOptions(ModelOptions):
     ] = "mark"
     nouns: Annotated[
         Path | None,
-        typer.Option("--nouns", metavar="FILE", help="Nouns, one per line, that count as objects although they seem abstract."),
+        typer.Option(
+            "--nouns", metavar="FILE", help="File with one noun per line: count these as objects, although they seem abstract."
+        ),
     ] = None
 
     def options(self) -> dict[str, Any]:
