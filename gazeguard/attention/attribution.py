@@ -48,18 +48,23 @@ def direct_logit_attribution(
     return (concatenate_padded(parts, dim=-2) * output).sum(-1)
 
 
-def top_k_statistics(logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def top_k_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The most probable tokens of next-token distributions, and the entropy.
 
     Args:
-        logprobs: (..., vocabulary), nats; overwritten.
+        logits: (..., vocabulary) float32.
 
     Returns:
         Ids (..., k) int64 and log-probabilities (..., k), nats, of the `NUM_CONTRAST_TOKENS` + 1 most probable tokens, and the
         entropy (...), nats.
     """
-    top, ids = logprobs.topk(min(NUM_CONTRAST_TOKENS + 1, logprobs.shape[-1]), dim=-1)
-    return ids, top, -logprobs.clamp_(min=-1e9).exp().mul_(logprobs).sum(-1)  # in place: the largest tensors of a recording
+    top, ids = logits.topk(min(NUM_CONTRAST_TOKENS + 1, logits.shape[-1]), dim=-1)
+    most, probabilities = top[..., :1], logits.softmax(-1)
+    logprob = probabilities.gather(
+        -1, ids[..., :1]
+    ).log()  # of the most probable one; every other lies below it as its logit does
+    below = (logits - most).clamp_(min=-1e9)  # in place from here on: the largest tensors of a recording
+    return ids, top - most + logprob, -(below.mul_(probabilities).sum(-1) + logprob[..., 0])
 
 
 @dataclass(frozen=True)
@@ -117,10 +122,10 @@ def _in_chunks(function: Callable[..., Any], backbone: Backbone, *tensors: Tenso
 
 def _computed(backbone: Backbone, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities (r,) of tokens (r,) after states (r, width), the top k tokens (r, k), and the entropy (r,)."""
-    logprobs = backbone.logits(hidden).log_softmax(-1)
-    chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
-    top_ids, _, entropy = top_k_statistics(logprobs)
-    return chosen, top_ids, entropy
+    logits = backbone.logits(hidden)
+    top_ids, top_logprobs, entropy = top_k_statistics(logits)
+    below = logits.gather(-1, token_ids[:, None]) - logits.gather(-1, top_ids[:, :1])
+    return (below + top_logprobs[:, :1])[:, 0], top_ids, entropy
 
 
 def _contrast_directions(backbone: Backbone, token_ids: Tensor, top_ids: Tensor) -> Tensor:

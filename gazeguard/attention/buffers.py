@@ -84,13 +84,12 @@ class RowBuffer:
     def put(self, start: int, rows: Tensor) -> None:
         """Copy rows (batch, r, ...) in from step ``start`` on, in place of the rows from there on."""
         self.cut(start)
-        count, block = rows.shape[1], self.block
-        same = block is not None and block.shape[:1] + block.shape[2:] == rows.shape[:1] + rows.shape[2:]
-        if block is None or not same or block.shape[1] < self.used + count:
+        count = rows.shape[1]
+        kept = None if self.block is None else self.block[:, self.used : self.used + count]
+        if kept is None or kept.shape != rows.shape:  # of another shape, or no room
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
-                self.block = block = rows.new_empty((rows.shape[0], max(BLOCK, count), *rows.shape[2:]))
-            self.used = 0
-        kept = block[:, self.used : self.used + count]
+                self.block = rows.new_empty((rows.shape[0], max(BLOCK, count), *rows.shape[2:]))
+            self.used, kept = 0, self.block[:, :count]
         self.parts.append((start, kept.copy_(rows.detach())))
         self.used += count
 

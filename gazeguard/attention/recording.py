@@ -218,7 +218,7 @@ class Recording:
             return
         step, chunk = self.passes.steps - steps, max(1, self.backbone.logits_chunk // len(logits))
         for start in range(0, steps, chunk):
-            part = logits[:, start : start + chunk].detach().float().log_softmax(-1)
+            part = logits[:, start : start + chunk].detach().float()
             self.top_tokens.put(step + start, top_k_statistics(part))
 
     # ------------------------------------------------------------------------------------------------------- results
