@@ -74,7 +74,7 @@ LOGGER = logging.getLogger("gazeguard")
 
 
 class Fittable:
-    """What can fit its own detector."""
+    """A guard's method that fits its own detector."""
 
     model: PreTrainedModel
     processor: Any
@@ -86,10 +86,10 @@ class Fittable:
 
         Args:
             folder: Where the gaze heads, the detector and their card go.
-            **options: Of `gazeguard.fit` (``images``, ``captions``, ``budget``, ``prompt``, ...).
+            **options: Arguments of `gazeguard.fit` (``images``, ``captions``, ``budget``, ``prompt``, ...).
 
         Returns:
-            What was fitted, with its figures: `gazeguard.fitting.run.Fitted`.
+            The gaze heads, the detector and figures: `gazeguard.fitting.run.Fitted`.
         """
         run = import_module("gazeguard.fitting.run")  # it uses the guard, so that it is only imported when it is called
         fitted = run.fit(self.model, self.processor, folder, **{"heads": self.tracer.heads, **options})
@@ -100,18 +100,18 @@ class Fittable:
 class GazeGuard(Fittable):
     """Watches a model's gaze heads while it writes, and says which phrases the image does not support.
 
-    What leaves it is what the policy lets through: the ids that ``generate`` returns decode to ``report.filtered_caption``.
-    Under ``on_flag: keep`` that is the caption as it is; under ``drop``, it without its flagged phrases (an *unchecked* one
-    passes whole, since nothing is flagged); under ``abstain``, it if its verdict is *pass*, else "".
+    The ids that ``generate`` returns decode to ``report.filtered_caption``, which is what the policy lets through. Under
+    ``on_flag: keep`` it is the caption itself; under ``drop``, without flagged phrases (an *unchecked* caption stays
+    whole, since nothing is flagged); under ``abstain``, the caption if its verdict is *pass*, else "".
 
-    One guard serves one thread at a time. Of two guards on one model, used at the same moment, the second is refused by name.
+    One guard serves one thread at a time. If two guards use one model at the same moment, the second one is refused.
 
     Attributes:
         model: The model.
         processor: Its processor.
         tracer: Records its gaze heads.
-        judge: Judges the traces; ``guard.judge(trace)`` is the report on one.
-        verification: Asks the model about what is doubtful; None under a policy that does not verify.
+        judge: Judges the traces; ``guard.judge(trace)`` returns the report on a trace.
+        verification: Asks the model about doubtful phrases; None under a policy that does not verify.
         reports: One per caption of the last ``generate``, watched ``model.generate`` or ``caption``; others return theirs.
     """
 
@@ -132,20 +132,20 @@ class GazeGuard(Fittable):
 
         Args:
             model, processor: A vision-language model of transformers and its processor.
-            policy: The name of a policy, the path of one, or a `Policy`.
-            heads: `GazeHeads`, or a file, folder or hub id of them; by default those among the artifacts.
-            detector: The same for a `Detector`, among the artifacts if the heads are; without one all is *unchecked*.
-            grid: Where the image tokens of every prompt lie, for a model whose layout no rule of `gazeguard.vision` knows.
-            nlp: A spaCy pipeline for the classes of a caption's words, in place of the package's own tagger.
+            policy: The name or path of a policy, or a `Policy`.
+            heads: `GazeHeads`, or their file, folder or hub id; by default those of the artifacts.
+            detector: The same for a `Detector`, by default from where the heads are; without one all captions are *unchecked*.
+            grid: The positions of the image tokens, for a model whose layout no rule of `gazeguard.vision` knows.
+            nlp: A spaCy pipeline that tags the caption's words instead of the package's own tagger.
             artifacts: Folder or hub id with ``heads.json`` and ``detector.json``; by default the model's own folder.
-            nouns: Nouns that are objects although the parser takes them for abstract ("radiation").
-            background: The colour on which transparent images are composed.
+            nouns: Nouns that count as objects although the parser takes them for abstract ones ("radiation").
+            background: The colour behind transparent images.
 
         Raises:
-            InputError: An argument is not of its kind, or there are no gaze heads.
-            UnsupportedError: The model cannot be watched.
-            MismatchError: Heads or detector belong to another model, or the policy needs what the detector has not learnt.
-            PolicyError: The policy is none, or reranks by evidence that was not measured for the model or does not help it.
+            InputError: An argument has the wrong type, or there are no gaze heads.
+            UnsupportedError: The model's attention cannot be recorded.
+            MismatchError: Heads or detector belong to another model, or the detector lacks what the policy needs.
+            PolicyError: The policy is invalid, or reranks by evidence that was not measured for the model or does not help it.
         """
         _check_kinds(model, processor)
         self.model, self.processor = model, cast(Any, processor)
@@ -176,9 +176,9 @@ class GazeGuard(Fittable):
             model: Folder or hub id of a vision-language model, or "lab".
             artifacts: Folder or hub id of its gaze heads and detector; by default the model's own folder.
             device: Where the model goes; "auto" takes the GPU if there is one.
-            dtype: Of the weights; "auto" takes the checkpoint's.
-            device_map: transformers' distribution over several devices, in place of `device`.
-            processor: "module:attribute" of a processor of one's own, whose code runs; by default the checkpoint's.
+            dtype: Data type of the weights; "auto" takes the checkpoint's.
+            device_map: transformers' distribution over several devices, instead of `device`.
+            processor: "module:attribute" of your own processor, whose code runs; by default the checkpoint's.
             **options: Of the constructor: ``policy``, ``heads``, ``detector``, ``grid``, ``nlp``, ``background``, ``nouns``.
         """
         loaded = load(model, device=device, dtype=dtype, device_map=device_map, processor=processor)
@@ -218,20 +218,20 @@ class GazeGuard(Fittable):
     # ----------------------------------------------------------------------------------------------------- generate
 
     def generate(self, inputs: Tensor | None = None, **arguments: Any) -> Any:
-        """`model.generate` with the same arguments and the same result; the reports are then in ``reports``.
+        """Run `model.generate` with the same arguments and the same result, and put the reports into ``reports``.
 
-        Ids of captions that the policy changes are encoded anew.
+        A caption that the policy changes is encoded again.
 
         Args:
             inputs: The prompts' ids, if not given as ``input_ids``.
-            **arguments: Of ``model.generate``; and ``picture_sizes``, for each prompt the (width, height) of its images, if
-                gazed boxes are wanted in their pixels. By default boxes are in pixels of the processed images.
+            **arguments: Those of ``model.generate``; and ``picture_sizes``, for each prompt the (width, height) of its images,
+                which gives attended boxes in their pixels. By default boxes are in pixels of the processed images.
         """
         output, self.reports = self.generate_with_reports(inputs, **arguments)
         return output
 
     def generate_with_reports(self, inputs: Tensor | None = None, **arguments: Any) -> tuple[Any, list[Report]]:
-        """`generate` with the reports as part of the result: what it returns, and one report per caption."""
+        """Run `generate`, and return its result together with one report per caption."""
         watched = _watched(self, GenerateCall.from_generate(self.model, inputs, arguments))
         return watched.result(self), watched.reports
 
@@ -272,7 +272,7 @@ class GazeGuard(Fittable):
         return self.reports[0]
 
     def compare(self, policies: Iterable[Any], image: Any, prompt: str = DEFAULT_PROMPT, **arguments: Any) -> Comparison:
-        """`caption` the same image under each of several policies, with the same heads and detector."""
+        """Run `caption` on one image under each of several policies, with the same heads and detector."""
         return _compare(self, policies, load_image(image, self.tracer.background), prompt, arguments)
 
     # ----------------------------------------------------------------------------------------------------- steering
@@ -286,7 +286,7 @@ class GazeGuard(Fittable):
         prompt: bool = True,
         image: int = 0,
     ) -> Iterator[GazeGuard]:
-        """Inside, the attention of usable gaze heads is steered in what this guard does; arguments as of `SteeringTarget`.
+        """Steer the attention of usable gaze heads while this guard works in the block; arguments of `SteeringTarget`.
 
         with guard.steer({0: left, 20: right}):  # two boxes, the other one from the 20th new token on
             guard.caption(image, "Describe a panel.")
@@ -298,13 +298,13 @@ class GazeGuard(Fittable):
     def find_missed_objects(
         self, image: Any, report: Report, regions: int = 2, prompt: str = "Name one object."
     ) -> list[Report]:
-        """Name objects where a caption has not been; costs a short generation.
+        """Find objects that a caption leaves out, by a short generation.
 
-        The gaze heads are steered to the regions of the image that they attended to least while objects were named, and the
-        model answers `prompt` once for each, in one batch.
+        It steers the gaze heads to the regions of the image that they attended to least while the caption named objects, and
+        lets the model answer `prompt` once for each region, in one batch.
 
         Returns:
-            Reports on the answers that pass and name what was not named before. `report`, on the image's caption, stays.
+            Reports on the answers that pass and name a new object. `report`, the report on the image's caption, is not changed.
 
         Raises:
             InputError: The report has no trace of a caption that names objects.
@@ -314,16 +314,16 @@ class GazeGuard(Fittable):
     # -------------------------------------------------------------------------------------------------------- check
 
     def check(self, image: Any, caption: str, prompt: str = DEFAULT_PROMPT) -> Report:
-        """Judge a caption that anything wrote, by one teacher-forced pass. ``prompt`` is what it answers.
+        """Judge a caption by any author with one teacher-forced pass. ``prompt`` is the question that it answers.
 
-        Empty captions and those beyond the model's context, bad images and prompts with special tokens are *unchecked*.
+        Empty captions, captions beyond the model's context, bad images and prompts with special tokens are *unchecked*.
         """
         return self.check_all([image], [caption], prompt)[0]
 
     def check_all(
         self, images: Sequence[Any], captions: Sequence[str], prompt: str | Sequence[str] = DEFAULT_PROMPT
     ) -> list[Report]:
-        """`check` for a batch, in one pass; ``prompt`` is one for all, or one per caption. An image of several is read once."""
+        """Run `check` on a batch, in one pass; ``prompt`` is one for all, or one per caption. Captions may share an image."""
         prompts = [prompt] * len(captions) if isinstance(prompt, str) else prompt
         return self.check_prepared(self.tracer.prepare(images, captions, prompts, packed=True))
 

@@ -83,8 +83,8 @@ class Policy(_Strict):
     """What is done while a caption is generated, once it is complete, and about phrases that are flagged in the end.
 
     Attributes:
-        version: Of the format.
-        name: Stands in every report.
+        version: Version of the format.
+        name: Name of the policy, which every report shows.
         threshold: The risk from which a claim is flagged: a number, or a rule of the detector.
         rerank: While a caption is generated: how the next token is chosen.
         rewind: While a caption is generated: rollback of likely hallucinations.

@@ -59,7 +59,7 @@ class Finding:
     Attributes:
         claim: The claim.
         risk: Probability in [0, 1] that the claim is false.
-        flagged: Whether it is flagged: the risk reaches the threshold, and the claim is none about an object that is flagged.
+        flagged: Whether the claim is flagged: its risk reaches the threshold, and it is not about an object that is flagged.
         reasons: Short English: the evidence that raised the risk; or why a claim with such a risk is not flagged itself.
         box: The attended region, x0 y0 x1 y1 in pixels of the first image; None without attention on a location.
         answer: Probability that the model, asked whether the object is there, says yes and not no; None when it was not asked.
@@ -122,11 +122,11 @@ class Report:
         findings: One for each judged claim, in the order of the caption.
         policy: Name of the policy that turned risks into the verdict.
         model: The fingerprint of the watched model.
-        version: Of GazeGuard.
+        version: Version of GazeGuard.
         trace: The gaze behind the caption; None when none was recorded.
-        filtered_caption: What the policy lets through: the caption itself; or the caption without its flagged phrases; or,
-            where the policy abstains, "" for whatever did not pass.
-        not_judged: Kinds of claims that the caption makes and that nothing judged; the verdict says nothing about them.
+        filtered_caption: The text that the policy lets through: the caption; or the caption without its flagged phrases; or,
+            if the policy abstains and the caption did not pass, "".
+        not_judged: Kinds of claims in the caption that were not judged; the verdict says nothing about them.
         model_name: What the watched model is called: its hub id, or its class and folder; "" where that is not known.
 
     Raises:
@@ -275,7 +275,7 @@ class Report:
         """Write the report as strict JSON, and its trace, if there is one, beside it as ``.safetensors``.
 
         Args:
-            path: Of the JSON file, such as ``report.json``; its trace then goes to ``report.safetensors``.
+            path: The JSON file, such as ``report.json``; the trace then goes to ``report.safetensors``.
 
         Raises:
             InputError: The path is that of a trace.
@@ -294,7 +294,7 @@ class Report:
         """Read a report that `save` wrote, with its trace. Nothing in the files is executed.
 
         Args:
-            path: Of the JSON file.
+            path: The JSON file.
 
         Raises:
             ArtifactError: The file is no report, it is too large, or its trace is missing or of another caption.

@@ -288,7 +288,7 @@ REFUSED = {
     "beams with rollbacks": {"num_beams": 2},
     "speculation with rollbacks": {"prompt_lookup_num_tokens": 3},
     "A phrase cannot be rolled back with no cache": {"use_cache": False},
-    "leaves no room for custom_generate": {"custom_generate": lambda *a, **k: None},
+    "cannot be combined with custom_generate": {"custom_generate": lambda *a, **k: None},
     "attentions or hidden states of tokens that may be rolled back": {"output_hidden_states": True},
     "A streamer shows one caption at a time": {"streamer": Collected()},
 }

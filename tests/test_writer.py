@@ -440,7 +440,7 @@ def test_a_command_on_a_full_disk_says_so_and_goes_on_when_there_is_room(rows, u
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     ended = subprocess.run([sys.executable, "-c", tight, *command], env=environment, capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr
-    assert "out cannot be written: File too large. Finished chunks are kept: put this right" in ended.stderr
+    assert "out cannot be written: File too large. Finished chunks are kept: solve this" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
     assert len(list((tmp_path / "out/parts").glob("*.jsonl"))) == -(-ROWS // CHUNK)
@@ -474,15 +474,15 @@ def test_a_finished_run_is_not_done_again(caption_filter, rows, unbroken):
 
 def test_another_run_is_not_gone_on_with(caption_filter, rows, unbroken, empty_rows, tmp_path):
     """The message names what differs, for a finished run and for one that was broken off."""
-    with pytest.raises(InputError, match=r"holds a run with another input, which cannot go on as this one"):
+    with pytest.raises(InputError, match=r"holds a run with another input, so this run cannot continue it"):
         into(caption_filter, empty_rows, unbroken)
-    with pytest.raises(InputError, match="another label-only, which"):
+    with pytest.raises(InputError, match="another label-only, so"):
         into(caption_filter, rows, unbroken, label_only=True)
     other = CaptionFilter(caption_filter.guard, batch_size=3)
     (tmp_path / "parts").mkdir()
     source = open_source(rows)
     (tmp_path / "parts/run.json").write_text(json.dumps(caption_filter.run_settings(source, rows.parent, CHUNK, False)))
-    with pytest.raises(InputError, match="another batch size, which"):
+    with pytest.raises(InputError, match="another batch size, so"):
         into(other, rows, tmp_path)
     (tmp_path / "parts/run.json").write_text("[]")
     with pytest.raises(InputError, match=r"run.json is not what a run writes"):
@@ -491,7 +491,7 @@ def test_another_run_is_not_gone_on_with(caption_filter, rows, unbroken, empty_r
 
 def test_a_folder_with_other_things_is_left_alone(caption_filter, rows, tmp_path):
     (tmp_path / "kept.jsonl").write_text("mine")
-    with pytest.raises(InputError, match=r"is not empty, and what is in it is no run to go on with. Choose another folder"):
+    with pytest.raises(InputError, match=r"is not empty, and holds no run that can be continued. Choose another folder"):
         into(caption_filter, rows, tmp_path)
     assert files(tmp_path) == {"kept.jsonl": b"mine"}
 

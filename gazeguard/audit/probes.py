@@ -176,7 +176,7 @@ def audit_model(guard: GazeGuard | Unguarded, scenes: int = SCENES, batch_size: 
         InputError: There are fewer than `MIN_SCENES` scenes.
     """
     if scenes < MIN_SCENES:
-        raise InputError(f"{scenes} scenes are asked for; an audit needs at least {MIN_SCENES}.")
+        raise InputError(f"Got {scenes} scenes; an audit needs at least {MIN_SCENES}.")
     subject = _Subject(guard, batch_size, samples("test", scenes, seed, "scene"))
     words = Vocabulary(NOUNS, guard.processor.tokenizer)
     images = [scene.image for scene in subject.scenes]

@@ -213,8 +213,8 @@ def _generate(
     if loop is not None:
         if other := next((name for name in ("custom_generate", "assistant_model") if options.get(name)), None):
             raise UnsupportedError(
-                f"A policy with rewind decodes in its own loop, which leaves no room for {other}. Leave that out, or choose a "
-                "policy without rewind."
+                f"A policy with rewind decodes in its own loop, which cannot be combined with {other}. Leave that out, or "
+                "choose a policy without rewind."
             )
         options["custom_generate"], loop.streamer = loop, options.pop("streamer", None)
     first = () if inputs is None else (inputs,)  # another class may call its first argument otherwise

@@ -37,10 +37,10 @@ class Detector(BaseModel):
     A detector belongs to one model and one set of gaze heads, and refuses others.
 
     Attributes:
-        gate: Whether it is worth its verdicts; None where nobody measured that.
-        domain: What the captions that it was fitted on are like; others stay *unchecked*. None in files of earlier versions.
-        rerank: What the rerank decoder may use for this model; None where it was not measured.
-        left_out: Why kinds of claims that the data have are not judged, and what is missing.
+        gate: Whether its verdicts may be used; None if nobody measured that.
+        domain: Images and captions like those of the fit; captions outside stay *unchecked*. None in files of earlier versions.
+        rerank: The evidence that the rerank decoder may use for this model; None if it was not measured.
+        left_out: For each kind of claim that is in the data but not judged, the reason and what is missing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -259,7 +259,7 @@ class Detector(BaseModel):
 
         Args:
             repo_id: The repository (``owner/name``); created if need be.
-            api: With a token or an endpoint of one's own.
+            api: A client with your own token or endpoint.
             **upload: Options of `HfApi.upload_folder` (``commit_message``, ``create_pr``, ...).
         """
         return push_folder(self.save_pretrained, repo_id, api, **upload)

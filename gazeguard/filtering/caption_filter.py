@@ -59,11 +59,11 @@ class CaptionFilter:
         device: Of the loaded model; "auto" takes the GPU if there is one.
         dtype: Of its weights; "auto" takes the checkpoint's.
         policy: For the loaded model; a guard has its own. By default "mark".
-        batch_size: Rows that the model sees at once: those of one image together, which most models then read once, and
-            otherwise neighbours in length, so that little is padded.
-        workers: Threads that open images ahead of the model; one more encodes.
-        prompt: What every caption answers, unless the column ``prompt`` says so.
-        max_new_tokens: Of a caption that has to be written, greedily.
+        batch_size: Rows per batch. Rows with the same image share a batch, so that most models read the image once; other rows
+            are batched by similar length, to limit padding.
+        workers: Threads that open images ahead of the model; one more thread encodes.
+        prompt: The question that every caption answers; the column ``prompt`` overrides it.
+        max_new_tokens: Maximum length of a caption that the model writes, greedily.
         image: Name of the column of images.
         caption: Name of the column of captions.
         write_captions: Write the captions that rows lack, and judge them; by default such rows are *unchecked*.
@@ -112,7 +112,7 @@ class CaptionFilter:
         """Judge a batch.
 
         Args:
-            batch: Columns by name: images, and perhaps captions and ``prompt``; others are passed on.
+            batch: Columns by name: images, and optionally captions and ``prompt``; other columns are passed on.
 
         Returns:
             The same columns, the captions with those that were written, and the result columns: ``gaze_verdict``,

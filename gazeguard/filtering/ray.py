@@ -140,8 +140,8 @@ class RayActorPool:
         except self._ray.exceptions.RayError as error:
             message = str(error).strip().splitlines()[-1][:MAX_REASON]  # before it stands a traceback
             raise InputError(
-                f"Ray's actors cannot go on: {message} Finished chunks are kept. See that every machine can load the model and "
-                "has the memory for it, and give the same command again."
+                f"Ray's actors cannot go on: {message} Finished chunks are kept. Check that every machine can load the model "
+                "and has enough memory, and run the same command again."
             ) from error
 
 

@@ -140,7 +140,7 @@ def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
             chunk = list(islice(rows, size))
         except (OSError, ValueError) as error:  # Arrow's own are of both kinds
             raise InputError(
-                f"The input cannot be read on: {error}. Rows before are kept; repair it and start anew."
+                f"The input cannot be read further: {error}. Earlier rows are kept; repair the input and start again."
             ) from error
         if not chunk:
             return

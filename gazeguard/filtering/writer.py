@@ -113,7 +113,7 @@ class Results:
         if earlier is not None:
             self._compare(earlier)
         elif self.folder.is_dir() and any(path.name != "parts" for path in self.folder.iterdir()):
-            raise InputError(f"{self.folder} is not empty, and what is in it is no run to go on with. Choose another folder.")
+            raise InputError(f"{self.folder} is not empty, and holds no run that can be continued. Choose another folder.")
         if self.finished():
             return
         self.parts.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ class Results:
             raise InputError(f"{earlier} is not what a run writes. Choose another folder, or remove {self.folder}.") from error
         if different:
             raise InputError(
-                f"{self.folder} holds a run with another {', another '.join(different)}, which cannot go on as this one. "
+                f"{self.folder} holds a run with another {', another '.join(different)}, so this run cannot continue it. "
                 "Give the same input and settings, choose another folder, or remove it."
             )
 
@@ -260,6 +260,6 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"{folder} cannot be written: {describe_error(error)}. Finished chunks are kept: put this right, and give the same "
+            f"{folder} cannot be written: {describe_error(error)}. Finished chunks are kept: solve this, and run the same "
             "command again."
         ) from error

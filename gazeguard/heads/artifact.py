@@ -274,7 +274,7 @@ class GazeHeads(BaseModel):
 
         Args:
             repo_id: The repository (``owner/name``); created if need be.
-            api: With a token or an endpoint of one's own.
+            api: A client with your own token or endpoint.
             **upload: Options of `HfApi.upload_folder` (``commit_message``, ``create_pr``, ...).
         """
         return push_folder(self.save_pretrained, repo_id, api, **upload)

@@ -62,15 +62,16 @@ def find_heads(
     Args:
         model: A vision-language model.
         processor: Its processor.
-        strips: At most so many are shown, fewer when the choice no longer changes; all must have the same number of panels,
-            at least two. By default 48 drawn pages of six panels.
-        batch_size: Strips that are narrated in one forward pass.
-        progress: Whether a progress bar is shown on a terminal: see `gazeguard.progress`.
+        strips: The comic strips, all with the same number of panels, at least two. The search stops early when more strips no
+            longer change the choice. By default 48 drawn pages of six panels.
+        batch_size: Strips per forward pass.
+        progress: Whether to show a progress bar on a terminal: see `gazeguard.progress`.
         grid: The image grid of every prompt, for a model whose layout no rule of `gazeguard.vision.layouts` knows.
-        keep: A file for what was measured so far, so that an interrupted search goes on where it stopped.
+        keep: A file for intermediate results, from which an interrupted search continues.
 
     Returns:
-        The gaze heads. ``unusable`` says why they do not follow the narration; a guard refuses such heads.
+        The gaze heads. ``unusable`` says why they do not follow the narration; with such heads a guard leaves every caption
+        *unchecked*.
 
     Raises:
         UnsupportedError: The model's attention cannot be recorded.

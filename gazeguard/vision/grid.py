@@ -99,7 +99,7 @@ class ImageGrid:
     def illegible(self) -> str:
         """Why the model cannot have seen what an image shows, by its size and its image tokens; "" if it can.
 
-        Needs the original sizes. Those of the processed images, which stand for them where a caller gave none, are never
+        It needs the original sizes. If the caller gave none, the sizes of the processed images are used, and these are never
         illegible.
         """
         reasons = (self._illegible(image, *size) for image, size in enumerate(self.sizes))
