@@ -60,9 +60,7 @@ def top_k_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     top, ids = logits.topk(min(NUM_CONTRAST_TOKENS + 1, logits.shape[-1]), dim=-1)
     most, probabilities = top[..., :1], logits.softmax(-1)
-    logprob = probabilities.gather(
-        -1, ids[..., :1]
-    ).log()  # of the most probable one; every other lies below it as its logit does
+    logprob = probabilities.gather(-1, ids[..., :1]).log()  # the greatest; the others lie below it as their logits do
     below = (logits - most).clamp_(min=-1e9)  # in place from here on: the largest tensors of a recording
     return ids, top - most + logprob, -(below.mul_(probabilities).sum(-1) + logprob[..., 0])
 

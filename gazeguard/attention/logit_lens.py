@@ -77,7 +77,7 @@ def _statistics(parts: Iterable[tuple[int, Tensor]], top: bool) -> tuple[Tensor,
     """
     totals, tops, ids = [], [], []
     for first, logits in parts:
-        totals.append(logits.logsumexp(-1))
+        totals.append(logits[:, 0] - logits.log_softmax(-1)[:, 0])  # a CPU takes twice as long for logsumexp
         if top:
             most, token = logits.max(-1)
             tops.append(most)
