@@ -284,7 +284,8 @@ def test_sidecars_that_are_not_read_are_counted_and_can_be_named(tmp_path):
         (tmp_path / name).write_text("A star.")
     (tmp_path / "a.json").write_text('{"caption": "A moon."}')
     source = open_source(tmp_path)
-    assert source.unread() == {".caption": 2, ".json": 1}
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "A red star."}')
+    assert open_source(tmp_path).unread() == {".caption": 2, ".json": 1, "metadata.jsonl": 1}
     assert [row.caption for row in source.rows()] == [None, None]
     rows = list(open_source(tmp_path, caption_suffix="caption").rows())
     assert [(row.caption, row.error) for row in rows] == [

@@ -176,13 +176,18 @@ def _say_none_was_checked(reasons: Counter[str]) -> None:
 
 
 def _show_summary(summary: dict[str, Any], folder: Path) -> None:
+    from gazeguard.filtering.readers import TABLES
+
     for part, verdict in (("kept", "pass"), ("flagged", "flag"), ("excluded", "unchecked")):
         out.print(f"[bold]{summary[part]}[/] {part}")
         for reason, number in summary["reasons"].get(verdict, {}).items():
             indented(f"{number}: {one_line(reason)}", 2, "dim")
     for suffix, number in summary.get("unread", {}).items():
         files, suffix = count(number, "file"), one_line(suffix)
-        indented(f"not read: {files} with {suffix} beside the images (--caption-ext {suffix})", 2)
+        if suffix in TABLES:
+            indented(f"not read: {suffix}; give it as IN (as .jsonl), with --image-column file_name --caption-column text", 2)
+        else:
+            indented(f"not read: {files} with {suffix} beside the images (--caption-ext {suffix})", 2)
     out.print(f"{summary['rows']} rows: [bold]{escape(str(folder))}[/]", soft_wrap=True)
 
 

@@ -35,6 +35,7 @@ MAX_KEPT_TEXT = 2**20  # characters of a line that is too long
 MAX_COLUMNS = 20  # that a message names
 TABLE_ROWS = 64  # of a parquet file that are decoded at once
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+TABLES = ("metadata.jsonl", "metadata.csv")  # of captions, in folders of images as Hugging Face datasets have them
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -194,10 +195,11 @@ class ImageFolder:
         return len(self._rows)
 
     def unread(self) -> Counter[str]:
-        """Count the files of an image's name that are not read, by suffix."""
+        """Count the files of an image's name that are not read, by suffix, and tables of captions, by name."""
         names = {name.casefold() for image, _ in self._rows if image for name in _names_of(image)}
         others = (path for path in self._files if path.suffix.lower() not in (*IMAGE_SUFFIXES, self.caption_suffix))
-        return Counter(path.suffix for path in others if path.with_suffix("").as_posix().casefold() in names)
+        beside = Counter(path.suffix for path in others if path.with_suffix("").as_posix().casefold() in names)
+        return beside + Counter(path.name for path in self._files if path.name in TABLES)
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Iterate over the rows from number ``start`` on."""
