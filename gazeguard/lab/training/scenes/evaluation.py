@@ -30,10 +30,9 @@ def answers(
     images: list[DrawnImage],
     prompts: list[str],
     tokens: int,
-    sample: bool = False,
     size: int = 24,
 ) -> list[str]:
-    """What the model answers, greedily or at temperature 1, in batches of ``size``."""
+    """What the model answers, greedily, in batches of ``size``."""
     weights = next(model.parameters())
     found: list[str] = []
     for start in range(0, len(images), size):
@@ -41,7 +40,7 @@ def answers(
         batch = {key: value.to(weights.device) for key, value in batch.items()}
         if not torch.is_autocast_enabled(weights.device.type):
             batch["pixel_values"] = batch["pixel_values"].to(weights.dtype)
-        output = model.generate(**batch, max_new_tokens=tokens, do_sample=sample)
+        output = model.generate(**batch, max_new_tokens=tokens, do_sample=False)
         found += processor.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
 
