@@ -547,7 +547,7 @@ def _check_kinds(model: Any, processor: Any) -> None:
 
 
 def _model_name(model: PreTrainedModel) -> str:
-    """The hub id of a model; of one from a folder its class and the folder's own name, without the path."""
+    """The hub id of a model; for a model from a folder, its class and the folder's name without the path."""
     name, kind = str(model.name_or_path or ""), type(model).__name__
     return f"{kind} from {Path(name).resolve().name}" if name and Path(name).exists() else name or kind
 

@@ -142,7 +142,7 @@ class Judge:
         return Assessment(trace, "", caption, not_judged, degenerate, claims, values, self.fitted.risk(values, kinds))
 
     def questions(self, assessment: Assessment) -> tuple[Phrase, ...]:
-        """The phrases that the model is to be asked about under a policy that verifies, each once: those of doubtful claims."""
+        """The phrases of doubtful claims, each once, that the model is asked about under a policy that verifies."""
         if assessment.reason:
             return ()
         pairs = zip(assessment.claims, assessment.risks, strict=True)
@@ -261,7 +261,7 @@ class Judge:
         return risk >= (self._flag_threshold(kind) if asking is None else self._threshold(kind, asking))
 
     def _flags(self, claims: Sequence[Claim], risks: F64) -> list[bool]:
-        """Which claims are flagged. Of an absent object only the object is: nobody asks for its colour or location."""
+        """Which claims are flagged. If an object is flagged, its attributes and locations are not."""
         limits = self._limits(claims)
         over = [bool(risk >= limits[claim.kind]) for claim, risk in zip(claims, risks, strict=True)]
         absent = {claim.phrase for claim, flag in zip(claims, over, strict=True) if flag and claim.kind == "object"}
@@ -297,7 +297,7 @@ class Judge:
         return (f"asked whether it is there, the model answers {'yes' if log_odds > 0 else 'no'}",)
 
     def _filtered(self, caption: str, verdict: Verdict) -> str:
-        """What the policy lets through of a caption of which nothing is cut."""
+        """The text that the policy lets through of a caption without flagged phrases to cut."""
         return "" if self.policy.on_flag == "abstain" and verdict != Verdict.PASS else caption
 
     def _report(

@@ -203,7 +203,7 @@ class Report:
         return [verdict, *_shortened(_text_lines("caption", self.marked()), room - len(filtered), "lines"), *tail, *filtered]
 
     def _reason_parts(self) -> list[str]:
-        """What a terminal shows of the reason: of a flag what is no list of the flagged claims, which stand above it."""
+        """The parts of the reason that a terminal shows; it leaves out the list of flagged claims, which are shown above it."""
         if self.verdict != Verdict.FLAG:
             return [self.reason] if self.reason else []
         before, listed, _ = self.reason.partition(UNSUPPORTED)

@@ -387,7 +387,7 @@ class DraftTraces:
     """Traces of the captions of a batch while they are being written, one forward pass after the other."""
 
     def __init__(self, tracer: Tracer, prompts: Prompts) -> None:
-        """Of captions after these prompts, while the tracer records."""
+        """Start the traces of captions that follow these prompts, while the tracer records."""
         self.tracer, self.prompts = tracer, prompts
         self._tokens: list[list[int]] = []  # that each pass generated, one per row; `NO_TOKEN` for a row that is done
         self._batch: TraceBatch | None = None  # of as many passes as have been asked for
@@ -424,7 +424,7 @@ class DraftTraces:
         count = passes.stop - passes.start
         part = CapturedActivations(*(tensor[rows, :count] for tensor in vars(captured).values()))
         tokens = sent(self._tokens[passes], tracer.model.device).T[rows]
-        # Of rows that are done nothing is asked: the token that the model would have chosen costs no look at others.
+        # Rows that are done need no numbers: they get the model's top token, which needs no other token's logit.
         tokens = tokens.where(tokens >= 0, part.top_ids[..., 0].clamp(min=0))
         return tracer.numbers(part, tokens, None if lens is None else lens.select(rows))
 

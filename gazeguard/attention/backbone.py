@@ -177,7 +177,7 @@ class Backbone:
 
     @property
     def _is_matrix(self) -> bool:
-        """Whether the unembedding is a product with its rows and no more; of another one only itself knows what it does."""
+        """Whether the unembedding is only a product with its rows; any other kind has to be called itself."""
         return type(self.unembedding) is nn.Linear and self.unembedding.bias is None
 
     def _changed(self, logits: Tensor, changes: Sequence[LogitChange]) -> Tensor:

@@ -206,7 +206,7 @@ def _short(source: str) -> str:
 
 
 def _right(captions: Sequence[str], scenes: Sequence[Sample], words: Vocabulary, shift: int) -> NDArray[np.float64]:
-    """(scenes,) the share of named objects that are drawn in the scene so many further; NaN where none is named."""
+    """(scenes,) the share of named objects that are drawn in the scene ``shift`` scenes further on; NaN if none is named."""
     shares = []
     for i, caption in enumerate(captions):
         drawn = {each.noun for each in scenes[(i + shift) % len(scenes)].drawing.objects}

@@ -207,7 +207,7 @@ def _closed(units: list[Unit], i: int, j: int, joint: int, item: int) -> list[Un
     further = re.match(r",?[c|]", codes[j:])
     commas = _COMMA_OF_LIST.search(codes[:i])
     if conjunction and commas and not further:
-        # "a cup, a fork and a knife" without its end: "a cup and a fork"; of more the serial comma stays if there was one.
+        # "a cup, a fork and a knife" without its end: "a cup and a fork"; in longer lists a serial comma stays.
         at, serial = commas.start(), units[joint].code == ","
         more = _COMMA_OF_LIST.search(codes[:at])
         result = [*result[: at + (1 if serial and more else 0)], replace(conjunction[0], gap=" "), *result[at + 1 :]]

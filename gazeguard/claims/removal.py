@@ -167,7 +167,7 @@ def _unit(phrase: Phrase | None, word: str, letter: str, start: int, cuts: _Cuts
 
 
 def _rescued(left: Sequence[Sequence[Unit]], lost: Sequence[Sequence[Unit]]) -> list[list[Unit]]:
-    """Of each sentence, the objects that went with it and are named nowhere else."""
+    """For each lost sentence, its objects that no other sentence names."""
     named = {_noun(unit) for units in left for unit in units if unit.code == "K"}
     result: list[list[Unit]] = []
     for units in lost:

@@ -149,7 +149,7 @@ class GenerateCall:
         model_kwargs: Mapping[str, Any],
         arguments: Mapping[str, Any],
     ) -> GenerateCall:
-        """Of what transformers hands to a ``custom_generate``; it has given the prompt to the streamer already.
+        """Make a call from the arguments of a ``custom_generate``; transformers has given the prompt to the streamer already.
 
         Prompts and images are described by the arguments of ``generate``, if they are known: each prompt is there once, and
         in the order of its images, and what was made of these is there even where they have been encoded already.

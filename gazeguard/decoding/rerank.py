@@ -31,17 +31,17 @@ class RerankProcessor(LogitsProcessor):
 
     Both are relative to the mean over the step's plausible candidates, so that a step without a visual choice is left alone.
 
-    Ends: objects are hallucinated where a list goes on although nothing is left to name. A full stop gains up to ``end_bonus``
-    logits, the more the less *novelty* the heads attend to: their mean attention on image tokens that show a token that has not
-    been generated yet. `NOVELTY` of it is reason enough to go on.
+    Ends: models hallucinate objects when a list continues although nothing is left to name. A full stop gains up to
+    ``end_bonus`` logits; it gains more if the heads attend to less *novelty*, which is their mean attention on image tokens
+    that show a token that has not been generated yet. From a novelty of `NOVELTY` on, it gains nothing.
 
-    Candidates are the `NUM_CONTRAST_TOKENS` most probable tokens, plausible those of at least ``plausible`` times the greatest
-    probability. A step in which every row has one plausible token costs no more than a comparison of scores. Where the image is
-    no part of the decoder's sequence, the attribution alone counts.
+    Candidates are the `NUM_CONTRAST_TOKENS` most probable tokens; plausible are those with at least ``plausible`` times the
+    greatest probability. A step in which every row has one plausible token costs only a comparison of scores. If the image is
+    not part of the decoder's sequence, only the attribution counts.
     """
 
     def __init__(self, recorder: AttentionRecorder, policy: Rerank, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Of a recorder, which has begun to record when the processor is called first."""
+        """Make a processor for a recorder, which must record before the processor is called first."""
         self.recorder, self.policy, self.tokenizer = recorder, policy, tokenizer
         self._attribution_strength, self._object_strength, self._end_strength = (
             policy.strengths.get(name, 0.0) for name in STRENGTHS
@@ -115,7 +115,7 @@ class StopBonus(LogitsProcessor):
     """
 
     def __init__(self, stops: Sequence[int], bonus: float, plausible: float = 0.0) -> None:
-        """Of the tokens that end a sentence, and of the ``bonus``, logits; ``plausible`` as for `RerankProcessor`."""
+        """Take the tokens that end a sentence and their ``bonus`` in logits; ``plausible`` as for `RerankProcessor`."""
         self.stops, self.bonus, self.plausible = list(stops), bonus, plausible
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

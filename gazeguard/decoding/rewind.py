@@ -291,7 +291,7 @@ class _Run:
             self.done = sent([row.done for row in self.rows], self.done.device)
 
     def _alternative(self, b: int, points: range) -> _Alternative | None:
-        """Another continuation than the tokens ``points`` of a row; None where none is probable, or none may be tried."""
+        """A continuation that replaces the tokens ``points`` of a row; None if none is probable, or none may be tried."""
         row = self.rows[b]
         # The passes that are left must do for all that the row may still write.
         if not row.budget or len(self.candidates) + self.max_tokens - points.start > self.max_passes:
@@ -316,7 +316,7 @@ class _Run:
         return best if best is not None and best.logprobs[0] > math.log(MIN_PROBABILITY) else None
 
     def _candidates_of(self, number: int) -> list[tuple[list[float], list[int]]]:
-        """Of every row the log-probabilities and tokens of a pass; the host waits once per pass, for all rows."""
+        """Log-probabilities and tokens of a pass, for every row; the host waits once per pass."""
         if number not in self.known:
             logprobs, tokens = self.candidates[number]
             read = torch.stack((logprobs.double(), tokens.double()), 1).tolist()  # in which a token's id is exact, too

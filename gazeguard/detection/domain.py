@@ -225,7 +225,7 @@ class Domain(BaseModel):
         """How far a caption lies from what the detector was fitted on.
 
         Args:
-            x: (claims, F) `features` of its claims; of none, only the image is compared.
+            x: (claims, F) `features` of its claims; without claims, only the image is compared.
             heads: The gaze heads as (layer, head).
             state: `GazeTrace.image_state`; None, or another width than that of the region, is not compared.
             wording_nll: `features.wording_nll`; NaN is not compared.

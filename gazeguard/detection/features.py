@@ -252,7 +252,7 @@ def _head_features(
 
 
 def _word_tokens(trace: GazeTrace, claim: Claim) -> list[int]:
-    """The tokens over which the minimum attribution is taken: of an object the first of each word, else the whole span."""
+    """The tokens over which the minimum attribution is taken: the first of each word of an object, else the whole span."""
     if claim.kind == "object":
         return [_first_token(trace, word) for word in (*claim.phrase.attributes, claim.phrase.head)]
     return list(_tokens(trace, claim.span))

@@ -86,7 +86,7 @@ class JsonLines:
         return list(names)
 
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
-        """Lines that are not blank, each with its number from 1; of one that is too long the beginning; None for a break."""
+        """Lines that are not blank, each with its number from 1; the beginning of a line that is too long; None for a break."""
         number = 0
         try:
             with self._open() as file:

@@ -111,7 +111,7 @@ def left_out(detector: Detector, captions: Iterable[str]) -> dict[ClaimKind, str
 
 
 def domain(rows: Rows, heads: GazeHeads, states: Mapping[int, F32], wording_nll: F64 | None = None) -> Domain | None:
-    """What the model's own captions are like: of drawings and, where there are any, of a user's images."""
+    """The domain of the model's own captions of drawings and, if there are any, of a user's images."""
     own = rows.select(rows.of("own", "picture", "labelled"))
     images, image = np.unique(own.image, return_inverse=True)
     known = stack_states([states.get(number) for number in images.tolist()])

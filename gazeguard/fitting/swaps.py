@@ -97,7 +97,7 @@ def nouns_of(caption: Caption) -> list[str]:
 
 
 def location_span(claim: Claim) -> Span | None:
-    """Of a location claim the words that say where; None for other kinds."""
+    """The words of a location claim that say where; None for other kinds."""
     if claim.kind != "location":
         return None
     return claim.related if claim.span == claim.phrase.head else claim.span

@@ -91,7 +91,7 @@ def split_half(matrices: NDArray[np.float32], k: int) -> float:
 
 
 def overlap(heads: Collection[Any], others: Collection[Any]) -> float:
-    """Of the heads that are in either set, the share that is in both."""
+    """The share of heads in both sets among the heads in either set."""
     return len(set(heads) & set(others)) / max(1, len(set(heads) | set(others)))
 
 

@@ -133,7 +133,7 @@ async def guardrail(body: GuardrailRequest, request: Request) -> Response:
 
 
 async def _unless_gone(request: Request, answer: Coroutine[Any, Any, T]) -> T:
-    """An answer, given up when the caller leaves, so that nothing is done for nobody."""
+    """An answer, cancelled when the caller leaves."""
 
     async def until_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

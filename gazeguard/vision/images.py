@@ -45,7 +45,7 @@ def load_image(
 ) -> Image.Image:
     """Load an image, upright and in RGB.
 
-    Of an animation it is the first frame; sixteen bits become eight; what is transparent lies on a background, so that colours
+    An animation gives its first frame; sixteen bits become eight; transparent parts are laid on a background, so that colours
     that a viewer never shows do not reach the model.
 
     Args:
