@@ -450,6 +450,14 @@ class SlowGuard(GazeGuard):
     def __init__(self, *vlm: Any) -> None:
         super().__init__(*vlm)
         self.started, self.go, self.sizes = threading.Semaphore(0), threading.Event(), []
+        self.prepared, prepare = threading.Semaphore(0), self.tracer.prepare
+
+        def noted(*arguments: Any, **options: Any) -> Prepared:
+            prepared = prepare(*arguments, **options)
+            self.prepared.release()
+            return prepared
+
+        self.tracer.prepare = noted
 
     def check_prepared(self, prepared: Prepared) -> list[Any]:
         self.sizes.append(sum(len(part.captions) for part in prepared.parts))
@@ -461,12 +469,10 @@ class SlowGuard(GazeGuard):
 def test_a_full_queue_refuses_and_what_waits_shares_batches(lab_vlm):
     """429 with the seconds to wait; no answer is lost or mixed up, and a stop finishes what waits.
 
-    A full batch is handed over while another one is worked off, and does not wait any more.
+    A full batch is handed over while another one is worked off, prepared meanwhile, and does not wait any more.
     """
-    guard, captions = (
-        SlowGuard(*lab_vlm),
-        [f"There is a {colour} star." for colour in ("red", "green", "blue", "grey", "black")],
-    )
+    guard = SlowGuard(*lab_vlm)
+    captions = [f"There is a {colour} star." for colour in ("red", "green", "blue", "grey", "black")]
     with ThreadPoolExecutor() as callers, serving(guard, Limits(seconds=PATIENCE, queue=7, batch=3)) as address:
         first = callers.submit(check, address, conversation())
         assert guard.started.acquire(timeout=PATIENCE)
@@ -478,6 +484,8 @@ def test_a_full_queue_refuses_and_what_waits_shares_batches(lab_vlm):
         status, answer, headers = send(address, "/v1/check", {"conversations": [conversation()] * 4})
         assert (status, answer["error"]["message"]) == (429, "4 captions are waiting, and only 7 may. Try again later.")
         assert int(headers["Retry-After"]) >= 1
+        assert guard.prepared.acquire(timeout=PATIENCE)
+        assert guard.prepared.acquire(timeout=PATIENCE)
         guard.go.set()
         assert [r["caption"] for r in answers[0].result()[1]["reports"]] == captions
         assert {first.result()[0], filling.result()[0]} == {200}
