@@ -35,7 +35,7 @@ POLICIES = {
 }
 NEW_TOKENS, LONGEST = 64, 100  # of every run of a turn; of captions that end by themselves
 NEW_TOKENS_QUICK, LONGEST_QUICK = 16, 24
-TURNS = {"tiny": {1: 12, 8: 12}, "scenes": {8: 3}}  # of each batch size
+TURNS = {"tiny": {1: 12, 8: 12}, "scenes": {8: 6}}  # of each batch size
 TURNS_QUICK = {"tiny": {1: 3, 8: 2}, "scenes": {8: 1}}
 REPLAY_PAIRS = {"tiny": 6, "scenes": 0}  # the scenes lab's sixteen captions one by one take minutes
 

@@ -23,7 +23,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from gazeguard.attention.attribution import direct_logit_attribution, token_statistics, top_k_statistics
+from gazeguard.attention.attribution import direct_logit_attribution, token_statistics, top_k_statistics, top_tokens
 from gazeguard.attention.backbone import Head, find_backbone
 from gazeguard.attention.buffers import CapturedActivations, RowBuffer
 from gazeguard.attention.layout import KeyLayout
@@ -171,6 +171,21 @@ def test_row_t_is_the_query_that_predicted_token_t(name):
     close(run.rows.segment_mass.sum(-1), torch.ones(truth.shape[:3]), 1e-5)
     assert truth.amax(-1).mean() > 0.3, "the attention of the test is too flat to tell rows apart"
     assert (truth[:, 1:] - truth[:, :-1]).abs().amax() > 0.3, "the rows of the test are too alike to tell apart"
+
+
+def test_the_top_tokens_are_those_of_topk():
+    """Looked for by blocks where the vocabulary has enough of them, whichever values are infinite or not a number."""
+    scores = torch.randn(3, 2, 4096, generator=torch.Generator().manual_seed(0))
+    scores[0, 0, ::3], scores[1, 1, 77], scores[2, 0, 5:] = -torch.inf, torch.inf, -torch.inf
+    for vocabulary in (4096, 4095, 640, 12):
+        part = scores[..., :vocabulary]
+        values, ids = top_tokens(part, 21)
+        expected = part.topk(min(21, vocabulary)).values
+        assert torch.equal(values, expected)
+        assert torch.equal(part.gather(-1, ids), expected)
+        assert all(len(set(row)) == len(row) for row in ids.flatten(0, 1).tolist())
+    scores[0, 1, 9] = torch.nan
+    assert top_tokens(scores, 21)[1][0, 1, 0] == 9
 
 
 @every_family

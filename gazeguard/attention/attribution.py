@@ -12,6 +12,7 @@ from torch import Tensor
 from gazeguard.attention.backbone import Backbone, Head
 from gazeguard.attention.buffers import CapturedActivations, concatenate_padded
 
+BLOCK = 64  # tokens; the most probable of a vocabulary are looked for in the blocks with the greatest maxima
 NUM_CONTRAST_TOKENS = 20  # the most probable other tokens, over whose mean a token's attribution is measured
 
 
@@ -48,6 +49,17 @@ def direct_logit_attribution(
     return (concatenate_padded(parts, dim=-2) * output).sum(-1)
 
 
+def top_tokens(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`topk` of scores (..., vocabulary) for a small ``count``: values and ids; on a CPU in half of its time or less."""
+    if scores.shape[-1] % BLOCK or scores.shape[-1] < BLOCK * count:
+        return scores.topk(min(count, scores.shape[-1]), dim=-1)
+    blocks = scores.unflatten(-1, (-1, BLOCK))
+    best = blocks.amax(-1).topk(count, dim=-1).indices
+    candidates = blocks.gather(-2, best[..., None].expand(*best.shape, BLOCK)).flatten(-2)
+    top, places = candidates.topk(count, dim=-1)
+    return top, best.gather(-1, places // BLOCK) * BLOCK + places % BLOCK
+
+
 def top_k_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The most probable tokens of next-token distributions, and the entropy.
 
@@ -58,7 +70,7 @@ def top_k_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Ids (..., k) int64 and log-probabilities (..., k), nats, of the `NUM_CONTRAST_TOKENS` + 1 most probable tokens, and the
         entropy (...), nats.
     """
-    top, ids = logits.topk(min(NUM_CONTRAST_TOKENS + 1, logits.shape[-1]), dim=-1)
+    top, ids = top_tokens(logits, NUM_CONTRAST_TOKENS + 1)
     most, probabilities = top[..., :1], logits.softmax(-1)
     logprob = probabilities.gather(-1, ids[..., :1]).log()  # the greatest; the others lie below it as their logits do
     below = (logits - most).clamp_(min=-1e9)  # in place from here on: the largest tensors of a recording

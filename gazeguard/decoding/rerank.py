@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from gazeguard.attention.attribution import NUM_CONTRAST_TOKENS, direct_logit_attribution
+from gazeguard.attention.attribution import NUM_CONTRAST_TOKENS, direct_logit_attribution, top_tokens
 from gazeguard.attention.logit_lens import LogitLens, attended_logprobs
 from gazeguard.attention.recorder import AttentionRecorder
 from gazeguard.errors import given
@@ -63,7 +63,7 @@ class RerankProcessor(LogitsProcessor):
             return scores
         if self._shown is None:
             self._prompt_length, self._shown = input_ids.shape[1], self._tokens_shown(len(input_ids))
-        top, tokens = scores.topk(min(NUM_CONTRAST_TOKENS, scores.shape[-1]), dim=-1)
+        top, tokens = top_tokens(scores, NUM_CONTRAST_TOKENS)
         plausible = top - top[:, :1] >= math.log(self.policy.plausible)
         objects = plausible & (tokens[:, :, None] == self._shown[:, None]).any(-1)
         stops = plausible & (tokens[:, :, None] == self._stops).any(-1)

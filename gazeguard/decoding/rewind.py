@@ -29,6 +29,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from gazeguard import _compat
+from gazeguard.attention.attribution import top_tokens
 from gazeguard.attention.buffers import sent
 from gazeguard.claims.parse import Claim
 from gazeguard.decoding.rerank import RerankProcessor, tokens_spelling
@@ -244,7 +245,7 @@ class _Run:
     def choose(self, scores: Tensor) -> Tensor:
         """(batch,) the next token of every row; the other candidates are kept."""
         tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.config.do_sample else scores.argmax(-1)
-        self.candidates.append(scores.log_softmax(-1).topk(min(MAX_CANDIDATES, scores.shape[-1]), dim=-1))
+        self.candidates.append(top_tokens(scores.log_softmax(-1), MAX_CANDIDATES))
         return tokens
 
     def append(self, tokens: Tensor, stops: StoppingCriteriaList) -> list[bool]:
