@@ -26,7 +26,7 @@ def policy_list() -> Outcome:
         lines = (policy_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         table.add_row(name, " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#")))
     out.print(table)
-    return Outcome("see one whole: gazeguard policy show NAME")
+    return Outcome("print one in full: gazeguard policy show NAME")
 
 
 @command(policies, "show")
