@@ -384,13 +384,12 @@ def test_artifacts_are_found_in_a_folder(picture, tmp_path):
     assert run(app, [*arguments[:-2], *heads]).stdout == run(app, arguments).stdout
 
 
-def test_output_is_not_wrapped_when_it_is_piped(picture):
+def test_output_is_not_wrapped_when_it_is_piped(picture, monkeypatch):
     """One line of the caption is one line, however long."""
-    command = [sys.executable, "-m", "gazeguard", "check", str(picture[0]), "--caption", "There is a red star. " * 20]
-    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
-    told = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert max(map(len, told.stdout.splitlines())) > 400
-    assert not any(line != line.rstrip() for line in told.stdout.splitlines())
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = run(app, ["check", str(picture[0]), "--caption", "There is a red star. " * 20]).stdout.splitlines()
+    assert max(map(len, lines)) > 400
+    assert not any(line != line.rstrip() for line in lines)
 
 
 @pytest.mark.parametrize("command", [["policy", "list"], ["heads", "show", str(lab.checkpoint_path())]])

@@ -371,7 +371,7 @@ def interrupt(arguments: list[str], number: signal.Signals) -> tuple[int, str, l
     return process.returncode, errors, sorted(path.name for path in Path(arguments[2], "parts").iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGINT])
 def test_a_command_that_is_stopped_goes_on(rows, unbroken, lab_folder, tmp_path, number):
     """Byte for byte the results of a run that was not; what was finished is not done again; a polite signal is answered."""
     arguments = command_of(rows, tmp_path / "out", lab_folder)
