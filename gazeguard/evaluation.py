@@ -246,7 +246,8 @@ def _rankings(kind: str, part: _Claims) -> list[Ranking]:
     """One ranking per part that has both labels."""
     bins = np.expm1(part.text[:, features.TEXT_FEATURES.index("position")]).round().astype(np.int64) // BIN
     first = part.text[:, features.TEXT_FEATURES.index("repeated")] == 0
-    text_only = _text_only(part)
+    few = _few(part)
+    text_only = None if few else _text_only(part)
     everything, one_bin = np.ones(len(first), bool), np.zeros_like(bins)
     rankings = []
     for name, chosen, in_bins in (
@@ -267,7 +268,7 @@ def _rankings(kind: str, part: _Claims) -> list[Ranking]:
                 claims=len(some.false),
                 false=int(some.false.sum()),
                 images=int(some.image.max()) + 1,
-                auroc=auroc,
+                auroc=auroc._replace(interval=None) if few else auroc,
                 text_only=None if beside is None else _auroc(beside, *labels),
                 lift=None if beside is None else metrics.lift(some.false, some.risk, beside, *labels[1:]),
             )
@@ -283,10 +284,13 @@ def _auroc(
     return None if estimate is None or np.isnan(estimate.value) else estimate
 
 
-def _text_only(part: _Claims) -> NDArray[np.float64] | None:
+def _few(part: _Claims) -> bool:
+    """Whether too few images have true claims, or false ones, to say how sure a figure is, or to fit a regression on text."""
+    return min(len(np.unique(part.image[part.false == label])) for label in (False, True)) < FOLDS
+
+
+def _text_only(part: _Claims) -> NDArray[np.float64]:
     """(claims,) the probability of *false* by text alone, each from a regression that has not seen the claim's image."""
-    if min(len(np.unique(part.image[part.false == label])) for label in (False, True)) < FOLDS:
-        return None
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -312,5 +316,5 @@ def _shown(estimate: Estimate | None) -> str:
     if estimate is None:
         return "too few claims"
     if estimate.interval is None:
-        return f"{estimate.value:.3f}"
+        return f"{estimate.value:.3f}, of too few claims for an interval"
     return f"{estimate.value:.3f} [{estimate.interval[0]:.3f}, {estimate.interval[1]:.3f}]"

@@ -47,6 +47,16 @@ def test_a_model_with_shuffled_image_features_is_found_out(lab_vlm):
     assert audit.right < 0.5
 
 
+def test_a_blind_model_is_called_one(lab_vlm):
+    """It writes the same of every image, whether that names anything or not."""
+    model, processor = copy.deepcopy(lab_vlm[0]), lab_vlm[1]
+    connector = next(module for name, module in model.named_modules() if name.endswith("connector"))
+    connector.register_forward_hook(lambda *hooked: torch.zeros_like(hooked[-1]))
+    audit = audit_model(Unguarded(model, processor), 4)
+    assert not audit.uses_image
+    assert audit.conclusion == "It does not use the image: it writes one and the same caption of all 4 scenes."
+
+
 def test_a_model_without_gaze_heads_is_audited_by_its_words(lab_vlm, audit):
     """The same words, and so the same shares; nothing is said of a guard that is not there."""
     alone = audit_model(Unguarded(*lab_vlm), SCENES)

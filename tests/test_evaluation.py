@@ -71,6 +71,12 @@ def test_text_alone_stands_beside_every_area(evaluation):
         assert low <= row.auroc.value <= high
 
 
+def test_of_few_images_no_interval_is_said(guard, rows):
+    evaluation = evaluate(guard, read_captions(rows)[:3])
+    assert all(row.auroc.interval is None for row in evaluation.rankings)
+    assert "of too few claims for an interval" in evaluation.table()
+
+
 def test_the_command_writes_table_figures_and_diagram(guard, rows, evaluation, tmp_path):
     model = guard.model.name_or_path
     result = CliRunner().invoke(app, ["eval", str(rows), "--out", str(tmp_path), "--model", model])

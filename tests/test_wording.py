@@ -1,5 +1,7 @@
 """The wording of a caption as part of a detector's domain: nothing in a wording that the model never uses is blamed."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from gazeguard.detection import features
 from gazeguard.detection.domain import MIN_IMAGES, Wording
 from gazeguard.guard import GazeGuard
 from gazeguard.lab.labels import write_captions
+from gazeguard.lab.truth import decided_claims
 from gazeguard.report import Verdict
 
 SCENES = [s for s in lab.samples("test", 12, seed=9) if not s.drawing.panels]
@@ -45,6 +48,35 @@ def test_a_false_word_in_the_model_s_own_wording_is_judged(shipped):
         assert again.verdict is not Verdict.UNCHECKED, again.reason
         flagged += any(f.flagged and f.claim.start <= start < f.claim.end for f in again.findings)
     assert flagged >= len(SCENES) - 1
+
+
+def test_true_objects_in_another_order_may_be_flagged(shipped):
+    """A known limit, which the README says: the model doubts a word where it would have named another object first."""
+    samples = lab.samples("test", 24, seed=5, kind="scene")
+    own = [report.caption for report in write_captions(shipped, samples, do_sample=False)]
+    true = [
+        (sample, text)
+        for sample, text in zip(samples, own, strict=True)
+        if not any(false for *_, false in decided_claims(sample.drawing, text))
+    ]
+
+    def flagged_share(texts: list[str]) -> float:
+        reports = shipped.check_all([s.image for s, _ in true], texts, [s.prompt for s, _ in true])
+        findings = [finding for report in reports for finding in report.findings]
+        return sum(finding.flagged for finding in findings) / len(findings)
+
+    assert flagged_share([text for _, text in true]) < 0.03
+    assert 0.1 < flagged_share([reordered(text) for _, text in true]) < 0.35
+
+
+def reordered(caption: str) -> str:
+    """The same with the last object of each sentence first: "There is a cup, a fork and a key." """
+
+    def rotated(sentence: re.Match[str]) -> str:
+        *objects, last = re.split(r", | and ", sentence[1])
+        return "here is " + " and ".join(filter(None, (", ".join([last, *objects[:-1]]), *objects[-1:]))) + "."
+
+    return re.sub(r"here is ([^.]*)\.", rotated, caption)
 
 
 def test_words_of_claims_say_nothing_of_the_wording(shipped):

@@ -90,6 +90,7 @@ class Audit(BaseModel):
     Attributes:
         model: The model's class and where it is from.
         scenes: Number of drawn scenes.
+        distinct_captions: Number of different captions that it writes of them.
         uses_image: Whether its captions belong to their scenes more than to others, beyond chance.
         right: Share of the named objects that are drawn in the scene, mean over scenes.
         right_elsewhere: The same against another scene, which is what a model gets that does not use its image.
@@ -101,6 +102,7 @@ class Audit(BaseModel):
 
     model: str
     scenes: int
+    distinct_captions: int
     uses_image: bool
     right: float
     right_elsewhere: float
@@ -110,6 +112,8 @@ class Audit(BaseModel):
     @property
     def conclusion(self) -> str:
         """The outcome in one sentence."""
+        if self.distinct_captions == 1:
+            return f"It does not use the image: it writes one and the same caption of all {self.scenes} scenes."
         if self.lift is None:
             return "Its captions name too few of the drawn objects to tell whether it uses the image."
         value, low, high = self.lift
@@ -192,6 +196,7 @@ def audit_model(guard: GazeGuard | Unguarded, scenes: int = SCENES, batch_size: 
     return Audit(
         model=f"{type(guard.model).__name__} from {_short(guard.model.name_or_path)}",
         scenes=scenes,
+        distinct_captions=len(set(captions)),
         uses_image=lift is not None and lift[1] > 0,
         right=float(right[known].mean()) if known.any() else 0.0,
         right_elsewhere=float(elsewhere[known].mean()) if known.any() else 0.0,
