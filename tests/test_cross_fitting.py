@@ -128,7 +128,7 @@ def test_with_too_little_to_learn_from_the_attribution_is_the_detector():
     lower[1, ATTRIBUTION] -= 1
     before, after = detector.risk(lower, ["object"] * 2)
     assert after > before
-    assert "object: not learnt but the direct logit attribution" in detector.card()
+    assert "object: uses the direct logit attribution" in detector.card()
     assert detector.reasons(lower[1:], ["object"]) == [("low logit attribution from the gaze heads",)]
     x = few.x.copy()
     x[:, 0] -= few.false  # some evidence in the first text feature, less than in the attribution

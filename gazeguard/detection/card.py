@@ -15,8 +15,9 @@ tags: [gazeguard, hallucination-detection, vision-language]
 ---
 # A GazeGuard detector
 
-The probability that a claim of a caption is false, from the attention of the gaze heads of one model while it generates the
-caption. It belongs to the model with fingerprint `{model}` and its heads (layer, head) {heads}, and refuses others.
+It estimates the probability that a claim of a caption is false, from the attention of one model's gaze heads while the model
+generates the caption. It belongs to the model with fingerprint `{model}` and its heads (layer, head) {heads}, and refuses
+others.
 
 ```python
 guard = GazeGuard(model, processor, heads=..., detector=Detector.from_pretrained(...))
@@ -26,9 +27,9 @@ guard = GazeGuard(model, processor, heads=..., detector=Detector.from_pretrained
 |---|---|---|---|---|---|---|---|---|
 {metrics}
 
-No image is in both parts; *cross-fitted* claims are those of the fit, each judged by a fit to the other images. The metrics
-are those of the validation data, which also set the probabilities and the thresholds below: measure on your own images before
-relying on them. False is the positive class; intervals are 95 %, over images.
+No image is in both parts. *Cross-fitted* claims are the claims of the fit, each judged by a fit to the other images. The
+metrics come from the validation data, which also set the probabilities and the thresholds below: measure on your own images
+before you rely on them. False is the positive class; intervals are 95 %, over images.
 
 {notes}
 
@@ -36,9 +37,9 @@ relying on them. False is the positive class; intervals are 95 %, over images.
 |---|---|---|---|
 {thresholds}
 
-`bound_0.05`: at most 5 % of the claims stay as false ones, in expectation over captions like these: the same model,
-prompt, decoder and kind of image. Under any other the bound is void. Under a policy that verifies, thresholds are those of
-the risk after the model's answers.
+`bound_0.05`: at most 5 % of the claims are false and not flagged, in expectation over captions like these (same model, prompt,
+decoder and kind of image); for other captions the bound does not hold. Under a policy that verifies, thresholds apply to the
+risk after the model's answers.
 
 ![reliability](reliability.png)
 """
@@ -79,8 +80,8 @@ def notes(
     cross_fitted = [kind for kind, each in kinds.items() if each.validation and each.validation.cross_fitted]
     sentences = [f"Cross-fitted: {', '.join(cross_fitted)}."] * bool(cross_fitted)
     sentences += [
-        f"{kind}: not learnt but the direct logit attribution of the gaze heads, which ranked these claims better than a "
-        "regression on so few; its scale and threshold are calibrated."
+        f"{kind}: uses the direct logit attribution of the gaze heads, not a regression, because it ranked these few claims "
+        "better; its scale and threshold are calibrated."
         for kind, each in kinds.items()
         if each.method == "attribution"
     ]

@@ -12,10 +12,10 @@ from gazeguard.fitting.learn import LIKE
 MADE = """
 ## How it was fitted
 
-By `gazeguard fit`, without labels, to captions that the model itself wrote of drawn images (styles: {styles}): what a drawing
-shows is known exactly, so that every claim about it is true or false. The same captions with one claim swapped for a plausible
-other, with another image, and with a blank one add claims that are false by construction; they help to fit the weights and
-never set a probability or a threshold.{images}{captions}
+`gazeguard fit` fitted it without labels, on captions that the model itself wrote for drawn images (styles: {styles}). The
+content of a drawing is known exactly, so every claim about it is known to be true or false. Further claims are false by
+construction: the same captions with one claim swapped for another plausible one, with another image, and with a blank image.
+These claims help to fit the weights and never set a probability or a threshold.{images}{captions}
 
 | gate | |
 |---|---|
@@ -24,16 +24,16 @@ never set a probability or a threshold.{images}{captions}
 """
 PICTURES = """
 
-{count} images of the user's own were captioned, too. What the model says of them counts as *mostly* true: such a claim weighs
-less than one about a drawing, and the less the riskier it seems, so that a hallucination among them does little harm. Their
-swapped claims are false by construction. {unlike}"""
+The model also captioned {count} of the user's own images. Each claim about them counts as *mostly* true: such a claim weighs
+less than one about a drawing, and still less if it seems risky, so that a hallucination among them does little harm. Swapped
+claims about these images are false by construction. {unlike}"""
 UNLIKE = (
     "A classifier tells claims about these images from claims about drawings with AUROC {area:.2f} (.5: the gaze heads "
     "attend alike to both; 1: never alike). {advice}"
 )
 CAPTIONS = """
 
-{count} labelled captions outweigh everything else, and where they have enough false claims they alone set probabilities and
+{count} labelled captions outweigh everything else. If they have enough false claims, they alone set probabilities and
 thresholds."""
 WORDS = {
     "false_objects": "false claims about objects",
