@@ -185,6 +185,8 @@ def evaluate(guard: GazeGuard, captions: Sequence[LabelledCaption], batch_size: 
     Raises:
         InputError: The guard has no detector, or no labelled claim could be judged; the message says why.
     """
+    if guard.heads.unusable:
+        raise InputError(f"Nothing can be judged with these gaze heads: {guard.heads.unusable}")
     if guard.detector is None:
         raise InputError("This guard has no detector to evaluate. Give its artifacts, or fit one first: gazeguard train.")
     table, skipped, unjudged = _checked(guard, captions, batch_size)

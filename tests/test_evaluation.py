@@ -94,5 +94,8 @@ def test_without_a_detector_or_a_judged_claim_there_are_no_figures(guard, rows):
     bare = GazeGuard(guard.model, guard.processor, heads=guard.heads)
     with pytest.raises(InputError, match=r"no detector to evaluate.*gazeguard train"):
         evaluate(bare, read_captions(rows))
+    unusable = guard.heads.model_copy(update={"unusable": "No head follows the narration. Find others."})
+    with pytest.raises(InputError, match=r"these gaze heads: No head follows the narration\."):
+        evaluate(GazeGuard(guard.model, guard.processor, heads=unusable), read_captions(rows))
     with pytest.raises(InputError, match=r"No labelled claim of 1 caption was judged: 1 x .*missing"):
         evaluate(guard, read_captions(rows)[-1:])

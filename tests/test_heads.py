@@ -467,7 +467,7 @@ def test_the_heads_of_another_model_are_refused():
     assert str(caught.value) == (
         "These gaze heads belong to another model (M, fingerprint 0123456789abcdef); this one is "
         f"Idefics3ForConditionalGeneration, fingerprint {fingerprint(untrained())}. "
-        "Find its own with find_heads(model, processor)."
+        "Find its own: gazeguard fit, or find_heads(model, processor) in Python."
     )
 
 

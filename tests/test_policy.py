@@ -87,6 +87,7 @@ LEFT = "Input should be 'keep', 'drop' or 'abstain'"
         (MINE | {"threshold": "0.5"}, f"key 'threshold' has the value '0.5': {RULES} or Input should be a valid number."),
         (MINE | {"on_flag": "cut"}, f"key 'on_flag' has the value 'cut': {LEFT}."),
         (MINE | {"on_flag": ["drop"]}, f"key 'on_flag' has the value ['drop']: {LEFT}."),
+        (MINE | {"require": "object"}, "key 'require' has the value 'object': Input should be a list."),
         (MINE | {3: 4}, "key '3' has the value 3: Keys should be strings."),
         (MINE | {"rewind": 3}, f"key 'rewind' has the value 3, but it holds keys of its own. {REWIND_KEYS}"),
         (MINE | {"rewind": {"budget": -1}}, f"key 'rewind.budget' has the value -1: {AT_LEAST} 0."),

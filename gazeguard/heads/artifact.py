@@ -298,6 +298,6 @@ class GazeHeads(BaseModel):
         if self.model != actual:
             raise MismatchError(
                 f"These gaze heads belong to another model ({self.model_class}, fingerprint {self.model}); this one is "
-                f"{type(model).__name__}, fingerprint {actual}.{_difference(model, self, actual)} Find its own with "
-                "find_heads(model, processor)."
+                f"{type(model).__name__}, fingerprint {actual}.{_difference(model, self, actual)} Find its own: "
+                "gazeguard fit, or find_heads(model, processor) in Python."
             )
