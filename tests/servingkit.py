@@ -7,30 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from gazeguard.errors import InputError
-
-HELD = "This caption is never answered."
+from gazeguard.judge import Judge
+from gazeguard.policy import Policy
+from gazeguard.serving.tasks import Facts
 
 
 def load_held(folder: Path) -> Any:
-    """The lab's model, which comes to no end over the caption `HELD`, and says so through the pipe "begun" of the folder.
+    """At first a worker that comes to no end, and says so through the pipe "begun" of the folder.
 
-    The second time it is loaded once the pipe "go" is written to.
+    The second time the lab's model, once the pipe "go" is written to.
     """
+    if not (folder / "loaded").exists():
+        (folder / "loaded").touch()
+        return Holding(folder)
     from gazeguard.guard import GazeGuard
     from gazeguard.serving.model import Model
-    from gazeguard.tracing import Prepared
 
-    class HeldGuard(GazeGuard):
-        def check_prepared(self, prepared: Prepared) -> list[Any]:
-            if any(HELD in part.captions for part in prepared.parts):
-                (folder / "begun").write_text("")
-                signal.pause()
-            return super().check_prepared(prepared)
+    (folder / "go").read_text()
+    return Model(GazeGuard.from_pretrained("lab"))
 
-    if (folder / "loaded").exists():
-        (folder / "go").read_text()
-    (folder / "loaded").touch()
-    return Model(HeldGuard.from_pretrained("lab"))
+
+class Holding:
+    """A worker that comes to no end over its first task."""
+
+    facts = Facts(Judge(None, Policy.load("mark"), ""), "white")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, *_: Any) -> None:
+        (self.folder / "begun").write_text("")
+        signal.pause()
 
 
 class Hanging:

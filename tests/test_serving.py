@@ -24,7 +24,7 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
-from servingkit import HELD, Hanging, die_loading, load_held, load_nothing
+from servingkit import Hanging, die_loading, load_held, load_nothing
 from typer.testing import CliRunner
 
 from gazeguard import lab
@@ -522,7 +522,7 @@ def test_a_killed_process_of_the_model_is_started_again(tmp_path):
         os.mkfifo(tmp_path / pipe)
     worker = ModelProcess(partial(load_held, tmp_path), 8)
     with ThreadPoolExecutor() as callers, serving(worker) as address:
-        under_way = callers.submit(send, address, "/v1/check", {"conversations": [conversation(HELD), conversation()]})
+        under_way = callers.submit(send, address, "/v1/check", {"conversations": [conversation()] * 2})
         (tmp_path / "begun").read_text()
         waiting = callers.submit(check, address, conversation(FALSE))
         while send(address, "/healthz")[1]["queue"] < 1:
