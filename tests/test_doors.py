@@ -126,9 +126,10 @@ def test_from_a_model_to_its_reports_by_the_command_line(model_folder, rows, tmp
     assert "No usable gaze heads" in shown
     assert f"gazeguard heads {model_folder} --material " in told.splitlines()[-1]
     assert sorted(path.name for path in artifacts.iterdir()) == ["heads.json", "heads.png"]
-    code, _, told = command("check", image, "--caption", caption, *chosen)
+    code, shown, _ = command("check", image, "--caption", caption, *chosen)
     assert code == 2
-    assert "No usable gaze heads" in told
+    assert shown.startswith("UNCHECKED"), shown
+    assert "No usable gaze heads" in shown
 
     heads = GazeHeads.from_pretrained(artifacts)
     heads.with_heads(heads.all_heads[:2]).save_pretrained(artifacts)
