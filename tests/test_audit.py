@@ -54,7 +54,7 @@ def test_a_blind_model_is_called_one(lab_vlm):
     connector.register_forward_hook(lambda *hooked: torch.zeros_like(hooked[-1]))
     audit = audit_model(Unguarded(model, processor), 4)
     assert not audit.uses_image
-    assert audit.conclusion == "It does not use the image: it writes one and the same caption of all 4 scenes."
+    assert audit.conclusion == "It does not use the image: it writes the same caption for all 4 scenes."
 
 
 def test_a_model_without_gaze_heads_is_audited_by_its_words(lab_vlm, audit):

@@ -23,8 +23,8 @@ th[scope=row] small { display: block; font-weight: normal; color: #555 } img { m
 </style></head><body>
 <h1>Audit of $model</h1>
 <p><strong>$conclusion</strong></p>
-<p>$scenes drawn scenes, greedy captions. Shares of scenes with 95 % intervals (Wilson); in brackets how many of how many, of
-the scenes to which a probe applies.</p>
+<p>$scenes drawn scenes, greedy captions. Shares of scenes with 95 % intervals (Wilson); in brackets the number of scenes, and
+the number of scenes to which the probe applies.</p>
 <table><thead><tr><th scope="col">probe</th><th scope="col">words change</th><th scope="col">guard withholds or flags</th>
 <th scope="col">verdicts</th></tr></thead><tbody>
 $rows
@@ -83,7 +83,7 @@ def _plot(probes: Sequence[Probe]) -> bytes:
     axes.set_yticks(range(len(probes)), [probe.name for probe in probes])
     axes.set(xlim=(-0.02, 1.02), xlabel="share of scenes")
     axes.invert_yaxis()
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)  # above the data
     written = io.BytesIO()
     figure.savefig(written, dpi=110, metadata={"Software": None})
     return written.getvalue()

@@ -113,11 +113,13 @@ class Audit(BaseModel):
     def conclusion(self) -> str:
         """The outcome in one sentence."""
         if self.distinct_captions == 1:
-            return f"It does not use the image: it writes one and the same caption of all {self.scenes} scenes."
+            return f"It does not use the image: it writes the same caption for all {self.scenes} scenes."
         if self.lift is None:
             return "Its captions name too few of the drawn objects to tell whether it uses the image."
         value, low, high = self.lift
-        figures = f"{self.right:.0%} of what it names is drawn, against {self.right_elsewhere:.0%} in other scenes"
+        figures = (
+            f"{self.right:.0%} of the objects that it names are drawn; {self.right_elsewhere:.0%} are drawn in other scenes"
+        )
         lift = f"difference {value:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
         return f"It {'uses' if self.uses_image else 'does not use'} the image: {figures} ({lift})."
 
@@ -259,7 +261,7 @@ Images = Sequence[Image.Image]
 def _own(subject: _Subject, _: Vocabulary, __: Images, plain: Sequence[Report]) -> Probe:
     pairs = zip(subject.scenes, plain, strict=True)
     true = [report for scene, report in pairs if not any(false for *_, false in decided_claims(scene.drawing, report.caption))]
-    question = "Nothing is changed; counted are the captions that are wholly true, where to withhold one is a false positive."
+    question = "Nothing is changed. Only wholly true captions count: to withhold or flag one of them is a false positive."
     return _probe("own image", question, None, _withheld(true), true)
 
 
@@ -289,7 +291,7 @@ def _misled(subject: _Subject, words: Vocabulary, images: Images, plain: Sequenc
     noticed = [_flags(report, noun) for noun, report in fooled]
     question = (
         "A prompt that claims an object which is not drawn: does the caption name it (a model that trusts the image does not), "
-        "and where it does, is the object flagged?"
+        "and if so, is the object flagged?"
     )
     return _probe("misleading prompt", question, misled, noticed, [report for _, report in fooled])
 
