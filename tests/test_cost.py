@@ -8,6 +8,7 @@ import typer
 from evals import cost_sizes
 
 
+@pytest.mark.slow
 def test_the_cost_of_real_sizes_is_measured_with_tiny_models(tmp_path, monkeypatch):
     """Every figure is there; watching waits for the device as often as plain generation, and rewind makes more passes."""
     out = tmp_path / "sizes.json"

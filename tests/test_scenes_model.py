@@ -263,6 +263,7 @@ def test_threads_give_way_to_other_processes(monkeypatch):
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @needs_language_model
 def test_the_real_model_is_built_and_describes_what_it_sees(tmp_path):
     folder = model.build(tmp_path / "vlm")
