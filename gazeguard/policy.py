@@ -205,9 +205,8 @@ def _explain(error: ValidationError, data: Any) -> str:
     if path[0] in SECTIONS and len(path) == 1:
         known = _keys(SECTIONS[key], f"{key}.")
         return f"key {key!r} has the value {_shown(first['input'])}, but it holds keys of its own. {known}"
-    wanted = " or ".join(each["msg"] for each in errors if each["loc"][: len(path)] == path).replace(
-        "valid tuple", "list"
-    )  # as YAML has
+    messages = [each["msg"] for each in errors if each["loc"][: len(path)] == path]
+    wanted = " or ".join(messages).replace("valid tuple", "list")  # YAML has no tuples
     return f"key {key!r} has the value {_shown(first['input'])}: {wanted}."
 
 

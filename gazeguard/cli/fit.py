@@ -88,7 +88,7 @@ def _outcome(fitted: Fitted, folder: Path, loading: ModelOptions, model: str) ->
     """What was fitted, on stdout, and what to do next."""
     files = f"{HEADS_FILE}, {DETECTOR_FILE} and their card"
     if fitted.detector is None:
-        out.print(f"{escape(fitted.refused)}", soft_wrap=True)
+        out.print(escape(fitted.refused), soft_wrap=True)
         kept = escape(str(folder / HEADS_FILE))
         out.print(f"{kept} keeps the figures. It is marked as unusable: every verdict will be unchecked.", soft_wrap=True)
         return Outcome(other_heads(model, folder), FLAGGED)
